@@ -1,0 +1,1 @@
+"""The values autopar reasons about: torch-free, frozen, printable."""

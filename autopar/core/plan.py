@@ -1,0 +1,198 @@
+"""A plan: every decision, as a value that can be compared, printed, saved as JSON and read back."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from autopar.core.layout import Layout, parse_placement
+from autopar.core.mesh import Mesh, MeshAxis
+from autopar.errors import FileFormatError, LayoutError, PlanMismatchError
+
+SCHEMA_VERSION = 1
+MAX_FILE_BYTES = 64 << 20
+MAX_RANKS = 1 << 24
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the cost model expects of one training step on one rank."""
+
+    step_time_s: float
+    compute_s: float
+    communication_s: float
+    peak_memory_bytes: int
+    state_bytes: int
+    activation_bytes: int
+    communicated_bytes: int
+    tokens_per_s: float = 0.0
+    mfu: float = 0.0
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How good the plan is within the space that was searched: no plan costs less than `bound` seconds."""
+
+    objective: float
+    bound: float
+    gap: float
+    solver: str
+    status: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Decisions by name: strategies of ops, storage layouts of parameters, routes of values.
+
+    `ops`: (op name, strategy); `params`: (parameter name, layout); `relays` and `routes`: the layouts a value passes
+    through, written `dp=S0,tp=P > dp=S0,tp=I`. Layouts are tuples of placements, one per mesh axis.
+    """
+
+    graph_digest: str
+    model: str
+    cluster: str
+    mesh: Mesh
+    ops: tuple[tuple[str, str], ...]
+    params: tuple[tuple[str, Layout], ...]
+    relays: tuple[tuple[str, tuple[Layout, ...]], ...]
+    routes: tuple[tuple[str, tuple[Layout, ...]], ...]
+    predicted: Prediction
+    proof: Proof
+    notes: tuple[str, ...] = ()
+    schema_version: int = field(default=SCHEMA_VERSION)
+
+    def to_json(self) -> str:
+        """Canonical JSON: the same plan gives the same bytes."""
+        data = {
+            "schema_version": self.schema_version,
+            "model": self.model,
+            "graph_digest": self.graph_digest,
+            "cluster": self.cluster,
+            "mesh": [[axis.name, axis.size] for axis in self.mesh.axes],
+            "predicted": asdict(self.predicted),
+            "proof": asdict(self.proof),
+            "notes": list(self.notes),
+            "params": {name: _text(layout) for name, layout in self.params},
+            "ops": dict(self.ops),
+            "relays": {name: _route_text(route) for name, route in self.relays},
+            "routes": {name: _route_text(route) for name, route in self.routes},
+        }
+        return json.dumps(data, indent=1)
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Plan":
+        """Read a plan file; raises FileFormatError with what is wrong and where."""
+        file = Path(path)
+        try:
+            if file.stat().st_size > MAX_FILE_BYTES:
+                raise FileFormatError(f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB; this is not a plan")
+            text = file.read_text(encoding="utf-8")
+        except OSError as error:
+            raise FileFormatError(f"{path}: {error.strerror or error}; give the path of a plan written by `autopar plan -o`") from error
+        except UnicodeDecodeError as error:
+            raise FileFormatError(f"{path}: not UTF-8 text; give a plan written by `autopar plan -o`") from error
+        return cls.from_json(text, str(path))
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "plan") -> "Plan":
+        try:
+            data = json.loads(text, parse_constant=_refuse_constant)
+        except (json.JSONDecodeError, RecursionError, ValueError) as error:
+            raise FileFormatError(f"{where}: not JSON ({str(error)[:120]}); write plans with `autopar plan -o`") from error
+        if not isinstance(data, dict) or data.get("schema_version") != SCHEMA_VERSION:
+            found = data.get("schema_version") if isinstance(data, dict) else None
+            raise FileFormatError(f"{where}: schema_version {found!r}, this autopar reads {SCHEMA_VERSION}; plan again with `autopar plan`")
+        try:
+            return cls._from_dict(data)
+        except (KeyError, TypeError, ValueError, AttributeError, LayoutError) as error:
+            what = f"missing {error}" if isinstance(error, KeyError) else str(error)[:160]
+            raise FileFormatError(f"{where}: not a valid plan ({what}); plan again with `autopar plan`") from error
+
+    @classmethod
+    def _from_dict(cls, data: dict[str, Any]) -> "Plan":
+        mesh = Mesh(tuple(MeshAxis(_str(name), _count(size)) for name, size in data["mesh"]))
+        if mesh.num_ranks > MAX_RANKS:
+            raise ValueError(f"mesh {mesh} has more than {MAX_RANKS} ranks")
+        n = len(mesh.axes)
+        return cls(
+            graph_digest=_str(data["graph_digest"]),
+            model=_str(data["model"]),
+            cluster=_str(data["cluster"]),
+            mesh=mesh,
+            ops=tuple((_str(k), _str(v)) for k, v in data["ops"].items()),
+            params=tuple((_str(k), _layout(v, n)) for k, v in data["params"].items()),
+            relays=tuple((_str(k), _route(v, n)) for k, v in data["relays"].items()),
+            routes=tuple((_str(k), _route(v, n)) for k, v in data["routes"].items()),
+            predicted=Prediction(**_numbers(data["predicted"], Prediction)),
+            proof=Proof(**_numbers(data["proof"], Proof)),
+            notes=tuple(_str(x) for x in data["notes"]),
+        )
+
+    def check_graph(self, digest: str, model: str) -> None:
+        """Raise PlanMismatchError unless the plan was made for the graph with this digest."""
+        if digest != self.graph_digest:
+            raise PlanMismatchError(
+                f"the plan was made for {self.model} (graph {self.graph_digest}), not for {model} (graph {digest}) at these input shapes; "
+                "plan again with the same model, batch and sequence length"
+            )
+
+    def summary(self) -> str:
+        """The layout as people say it: `dp2 x tp2`."""
+        return str(self.mesh)
+
+    def __str__(self) -> str:
+        p = self.predicted
+        return (
+            f"{self.model} on {self.cluster}: {self.summary()}, predicted {p.step_time_s * 1e3:.1f} ms/step, "
+            f"{p.peak_memory_bytes / 2**30:.2f} GiB, gap {self.proof.gap:.2%} ({self.proof.status})"
+        )
+
+
+def _text(layout: Layout) -> str:
+    return ",".join(str(p) for p in layout)
+
+
+def _route_text(route: tuple[Layout, ...]) -> str:
+    return " > ".join(_text(layout) for layout in route)
+
+
+def _layout(text: str, num_axes: int) -> Layout:
+    layout = tuple(parse_placement(item) for item in _str(text).split(",")) if text else ()
+    if len(layout) != num_axes:
+        raise ValueError(f"layout {text!r} has {len(layout)} placements, the mesh {num_axes} axes")
+    return layout
+
+
+def _route(text: str, num_axes: int) -> tuple[Layout, ...]:
+    return tuple(_layout(item, num_axes) for item in _str(text).split(" > "))
+
+
+def _str(value: Any) -> str:
+    if not isinstance(value, str) or len(value) > 100_000:
+        raise ValueError(f"expected text, found {str(value)[:60]!r}")
+    return value
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_RANKS:
+        raise ValueError(f"expected a positive number, found {str(value)[:60]!r}")
+    return value
+
+
+def _numbers(data: Any, kind: type) -> dict[str, Any]:
+    fields = kind.__dataclass_fields__
+    unknown = set(data) - set(fields)
+    if unknown:
+        raise ValueError(f"unknown key {sorted(unknown)[0]!r} in {kind.__name__.lower()}")
+    for name, value in data.items():
+        wanted = (str,) if fields[name].type in (str, "str") else (int, float)
+        if not isinstance(value, wanted) or isinstance(value, bool):
+            raise ValueError(f"{kind.__name__.lower()}.{name} is {str(value)[:60]!r}")
+    return dict(data)
+
+
+def _refuse_constant(text: str) -> float:
+    raise ValueError(f"{text} is not a finite number")

@@ -1,0 +1,170 @@
+"""Where costs and search meet: one table of numbers per operator and one per pair of operators.
+
+A problem is a graph. Node i is a decision with k_i states; choosing state s costs `nodes[i].cost_s[s]` seconds and
+holds `nodes[i].memory_bytes[s]` bytes. An edge prices a pair of states (resharding between two operators). The cost
+of a plan is the sum over nodes and edges at the chosen states, its memory is `base_memory_bytes` plus the same kind
+of sum, and `evaluate` is the one definition of both.
+
+A state that is illegal is left out of its node. A pair that is illegal has no place to be left out of a matrix, so
+it is `inf` in the edge's `cost_s`, and nowhere else: `inf` is absorbing under + and min, so such a pair is never
+chosen and no number has to be "big enough". Everything else is finite and not negative.
+
+Arrays may be shared, and should be: where the same array object prices an operator in each of 32 layers, the search
+sees that the layers are alike and solves one of them.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from autopar.errors import UsageError
+
+PROOFS = ("exact", "bound", "budget")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Node:
+    """One decision: seconds and bytes of each of its k states, both of shape [k], finite, not negative."""
+
+    name: str
+    cost_s: np.ndarray
+    memory_bytes: np.ndarray
+
+    @property
+    def num_states(self) -> int:
+        return self.cost_s.shape[0]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Edge:
+    """Seconds of each pair of states of nodes u and v, shape [k_u, k_v]; `inf` forbids the pair.
+
+    `memory_bytes` has the same shape and is finite; None stands for zero bytes everywhere.
+    """
+
+    u: int
+    v: int
+    cost_s: np.ndarray
+    memory_bytes: np.ndarray | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SearchProblem:
+    """Choose one state per node: least seconds, and at most `memory_limit_bytes` bytes where a limit is given.
+
+    Parallel edges add up. Two edges may share arrays, in either orientation.
+    """
+
+    nodes: tuple[Node, ...]
+    edges: tuple[Edge, ...]
+    memory_limit_bytes: float | None = None
+    base_memory_bytes: float = 0.0
+
+    def __post_init__(self) -> None:
+        seen: set[tuple[int, ...]] = set()  # arrays are shared by many layers: look into each combination once
+        sizes = [len(node.cost_s) if node.cost_s.ndim else 0 for node in self.nodes]
+        for node in self.nodes:
+            tables = id(node.cost_s), id(node.memory_bytes)
+            if tables not in seen:
+                _check_node(node)
+                seen.add(tables)
+        for edge in self.edges:
+            u, v = edge.u, edge.v
+            if not (0 <= u < len(sizes) and 0 <= v < len(sizes)) or u == v:
+                raise UsageError(f"edge ({u}, {v}) does not join two different nodes of 0..{len(sizes) - 1}")
+            tables = id(edge.cost_s), id(edge.memory_bytes), sizes[u], sizes[v]
+            if tables not in seen:
+                _check_edge(edge, self.nodes)
+                seen.add(tables)
+        limit = self.memory_limit_bytes
+        if limit is not None and not limit >= 0:
+            raise UsageError(f"memory limit {limit!r} bytes is not a number >= 0; leave it None for no limit")
+        if not 0 <= self.base_memory_bytes < math.inf:
+            raise UsageError(f"base memory {self.base_memory_bytes!r} bytes is not a finite number >= 0")
+
+    def fits(self, memory_bytes: float) -> bool:
+        """Whether a plan that holds this many bytes, base included, is within the limit."""
+        return self.memory_limit_bytes is None or memory_bytes <= self.memory_limit_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """A plan, what it costs, and a proof of how good it is: no feasible plan costs less than `bound_s` seconds.
+
+    `proof` is "exact" where cost and bound meet, "bound" where a gap is left, "budget" where the time ran out first.
+    `multiplier_s_per_byte` is the price of memory: seconds that one more byte of limit would save at the margin.
+    """
+
+    choices: tuple[int, ...]
+    cost_s: float
+    memory_bytes: float
+    bound_s: float
+    solver: str
+    multiplier_s_per_byte: float = 0.0
+    proof: str = "exact"
+
+    def __post_init__(self) -> None:
+        if self.proof not in PROOFS:
+            raise UsageError(f"proof {self.proof!r} is not one of {', '.join(PROOFS)}")
+
+    @property
+    def gap(self) -> float:
+        """(cost - bound) / cost: at most this fraction of the cost could still be saved."""
+        return max(0.0, self.cost_s - self.bound_s) / max(self.cost_s, sys.float_info.min)
+
+
+def evaluate(problem: SearchProblem, choices: Sequence[int]) -> tuple[float, float]:
+    """(seconds, bytes) of the plan that gives node i the state `choices[i]`; seconds are inf for a forbidden pair.
+
+    Sums are correctly rounded, so they depend neither on the order of nodes nor on the solver that made the plan.
+    """
+    if len(choices) != len(problem.nodes):
+        raise UsageError(f"{len(choices)} choices were given for {len(problem.nodes)} nodes")
+    seconds: list[float] = []
+    held = [problem.base_memory_bytes]
+    for node, state in zip(problem.nodes, choices):
+        if not 0 <= state < node.num_states:
+            raise UsageError(f"node {node.name!r} has states 0..{node.num_states - 1}, not {state}")
+        seconds.append(node.cost_s[state])
+        held.append(node.memory_bytes[state])
+    for edge in problem.edges:
+        pair = choices[edge.u], choices[edge.v]
+        seconds.append(edge.cost_s[pair])
+        if edge.memory_bytes is not None:
+            held.append(edge.memory_bytes[pair])
+    return math.fsum(seconds), math.fsum(held)
+
+
+def _check_node(node: Node) -> None:
+    shape = node.cost_s.shape
+    if len(shape) != 1 or shape[0] == 0:
+        raise UsageError(f"node {node.name!r}: cost_s has shape {shape}; it needs one axis with at least one state")
+    if node.memory_bytes.shape != shape:
+        raise UsageError(f"node {node.name!r}: memory_bytes has shape {node.memory_bytes.shape}, cost_s has {shape}")
+    _check_values(node.cost_s, f"node {node.name!r}: cost_s", inf_allowed=False)
+    _check_values(node.memory_bytes, f"node {node.name!r}: memory_bytes", inf_allowed=False)
+
+
+def _check_edge(edge: Edge, nodes: tuple[Node, ...]) -> None:
+    u, v = nodes[edge.u], nodes[edge.v]
+    shape = u.num_states, v.num_states
+    for label, table in (("cost_s", edge.cost_s), ("memory_bytes", edge.memory_bytes)):
+        if table is None:
+            continue
+        where = f"edge {u.name!r} -> {v.name!r}: {label}"
+        if table.shape != shape:
+            raise UsageError(f"{where} has shape {table.shape}, its nodes have {shape} states")
+        _check_values(table, where, inf_allowed=label == "cost_s")
+
+
+def _check_values(table: np.ndarray, where: str, *, inf_allowed: bool) -> None:
+    if table.dtype.kind not in "fiu":
+        raise UsageError(f"{where} has dtype {table.dtype}; it needs real numbers")
+    lowest, highest = table.min(), table.max()  # both are nan where any entry is
+    if not lowest >= 0:
+        raise UsageError(f"{where} holds {lowest}; entries are numbers >= 0")
+    if highest == math.inf and not inf_allowed:
+        raise UsageError(f"{where} holds inf; leave an illegal state out instead (only edge costs may be inf)")

@@ -1,0 +1,123 @@
+"""From the states a search chose to a `Program`: operators outside the search follow what the searched ones ask for."""
+
+from collections.abc import Sequence
+
+from autopar.core.graph import OpGraph
+from autopar.core.layout import I, Layout
+from autopar.core.rule import Choice, OpRule, Strategy
+from autopar.planner.problem import Ports, deferred_axes, lift
+from autopar.planner.states import Pricing
+from autopar.program import Program, Route, without_r
+
+
+class _Decoder:
+    def __init__(self, graph: OpGraph, rules: Sequence[OpRule], pricing: Pricing, ports: Ports, choices: Sequence[int]) -> None:
+        self.graph, self.rules, self.pricing, self.ports, self.choices = graph, rules, pricing, ports, choices
+        self.mesh = pricing.mesh
+        self.whole: Layout = tuple(I for _ in self.mesh.axes)
+        self.strategies: list[Strategy] = [tuple(Choice("I") for _ in self.mesh.axes)] * len(graph.ops)
+        for i, node in ports.op_node.items():
+            self.strategies[i] = ports.states[node].strategies[choices[node]]
+
+    def layout_at(self, node: int) -> Layout:
+        return self.ports.states[node].result_layouts[0][self.choices[node]]
+
+    def needed(self, i: int, k: int) -> Layout:
+        layout = self.rules[i].operand_layout(k, self.strategies[i], self.mesh)
+        return layout if self.graph.values[self.graph.ops[i].operands[k]].meta.requires_grad else without_r(layout)
+
+    def follow_demand(self) -> None:
+        """An operator that no parameter reaches makes what all its users want, where one strategy does; else the whole.
+
+        Its inputs are on every rank already, so cutting it costs nothing.
+        """
+        wanted: dict[int, set[Layout]] = {}
+        for v in (*self.graph.outputs, *(u for _, u in self.graph.updates)):
+            wanted.setdefault(v, set()).add(self.whole)
+        for i in range(len(self.graph.ops) - 1, -1, -1):
+            op = self.graph.ops[i]
+            if i not in self.ports.op_node:
+                self.strategies[i] = self._free_strategy(i, [wanted.get(v, set()) for v in op.results])
+            for k, v in enumerate(op.operands):
+                wanted.setdefault(v, set()).add(self.needed(i, k))
+
+    def _free_strategy(self, i: int, demands: list[set[Layout]]) -> Strategy:
+        rule, default = self.rules[i], tuple(Choice("I") for _ in self.mesh.axes)
+        targets = {j: next(iter(d)) for j, d in enumerate(demands) if len(d) == 1}
+        if not rule.known or any(len(d) > 1 for d in demands) or not targets:
+            return default
+        j, target = next(iter(targets.items()))
+        options = [[c for c in rule.choices(differentiable=False) if c.kind in ("I", "cut")] for _ in self.mesh.axes]
+        picked: list[Choice] = []
+        for axis, choices in enumerate(options):
+            fits = [c for c in choices if self._same_cut(rule, j, c, target, axis)]
+            if not fits:
+                return default
+            picked.append(fits[0])
+        strategy = tuple(picked)
+        if not rule.legal(strategy, self.mesh) or any(rule.result_layout(n, strategy, self.mesh) != t for n, t in targets.items()):
+            return default
+        return strategy
+
+    def _same_cut(self, rule: OpRule, j: int, choice: Choice, target: Layout, axis: int) -> bool:
+        made, want = rule.result_placement(j, choice), target[axis]
+        return made.kind == want.kind and made.dim == want.dim
+
+    def produced(self) -> tuple[Layout, ...]:
+        layouts = []
+        for v, value in enumerate(self.graph.values):
+            if v in self.graph.producer:
+                i, j = self.graph.producer[v]
+                layout = self.rules[i].result_layout(j, self.strategies[i], self.mesh)
+                layouts.append(layout if value.meta.requires_grad else without_r(layout))
+            else:
+                layouts.append(self.whole)
+        return tuple(layouts)
+
+    def route(self, v: int, src: Layout, dst: Layout) -> Route:
+        if src == dst:
+            return (src,)
+        meta = self.graph.values[v].meta
+        red = self.pricing.redistribution(meta, (src, dst), grad=meta.requires_grad)
+        route = [src]
+        for step in red.path(src, dst):
+            route.append(step.apply(route[-1]))
+        return tuple(route)
+
+    def program(self) -> Program:
+        self.follow_demand()
+        produced = list(self.produced())
+        storage: dict[int, Layout] = {}
+        deferred: dict[int, tuple[int, ...]] = {}
+        relay: dict[int, Route] = {}
+        for v in self.graph.params:
+            storage[v] = self.layout_at(self.ports.param_node[v])
+            first = self._first_use(v)
+            deferred[v] = deferred_axes(storage[v], first) if self.graph.values[v].meta.requires_grad else ()
+            produced[v] = lift(storage[v], deferred[v])
+        for v, node in self.ports.relay_node.items():
+            there = self.layout_at(node)
+            if there != produced[v]:
+                relay[v] = self.route(v, produced[v], there)
+        start = [relay[v][-1] if v in relay else produced[v] for v in range(len(self.graph.values))]
+        routes = {(i, k): self.route(v, start[v], self.needed(i, k)) for i, op in enumerate(self.graph.ops) for k, v in enumerate(op.operands)}
+        ends = [self.layout_at(self.ports.output_node[n]) if n in self.ports.output_node else self.whole for n in range(len(self._finals()))]
+        final = tuple(self.route(v, start[v], end) for v, end in zip(self._finals(), ends))
+        n = len(self.graph.outputs)
+        return Program(self.graph, self.mesh, tuple(self.rules), tuple(self.strategies), storage, deferred, tuple(produced), relay, routes, final[:n], final[n:])
+
+    def _finals(self) -> tuple[int, ...]:
+        return (*self.graph.outputs, *(v for _, v in self.graph.updates))
+
+    def _first_use(self, v: int) -> Layout:
+        if v in self.ports.relay_node:
+            return self.layout_at(self.ports.relay_node[v])
+        if self.graph.consumers[v]:
+            i, k = self.graph.consumers[v][0]
+            return self.needed(i, k)
+        return self.whole
+
+
+def decode(graph: OpGraph, rules: Sequence[OpRule], pricing: Pricing, ports: Ports, choices: Sequence[int]) -> Program:
+    """The program that the chosen states stand for."""
+    return _Decoder(graph, rules, pricing, ports, choices).program()

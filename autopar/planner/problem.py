@@ -1,0 +1,238 @@
+"""From a graph on one mesh to a table of numbers for the search: nodes are decisions, edges are redistributions."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from autopar.core.graph import OpGraph, TensorMeta
+from autopar.core.layout import I, Layout, R
+from autopar.core.mesh import Mesh
+from autopar.core.problem import Edge, Node, SearchProblem
+from autopar.core.redistribute import layout_space
+from autopar.core.rule import OpRule
+from autopar.cost_models.memory import state_bytes
+from autopar.errors import PinConflictError
+from autopar.planner.roles import Constraints
+from autopar.planner.states import Pricing, States, layout_states, op_states, param_states
+from autopar.program import without_r
+
+
+@dataclass(frozen=True)
+class Ports:
+    """Where the search nodes of values and ops are: node number -> meaning."""
+
+    op_node: dict[int, int]
+    param_node: dict[int, int]
+    relay_node: dict[int, int]
+    output_node: dict[int, int]
+    states: tuple[States, ...]
+
+
+@dataclass
+class ProblemBuilder:
+    """Builds the `SearchProblem` of one graph on one mesh. Arrays of equal operators and edges are shared objects."""
+
+    graph: OpGraph
+    rules: Sequence[OpRule]
+    batch: Sequence[frozenset[int]]
+    pricing: Pricing
+    constraints: Constraints
+    state_bytes_per_element: Callable[[str], float] = field(default=lambda dtype: float(state_bytes(1, dtype)))
+
+    def __post_init__(self) -> None:
+        self.mesh: Mesh = self.pricing.mesh
+        self.nodes: list[Node] = []
+        self.edges: list[Edge] = []
+        self.states: list[States] = []
+        self._op_cache: dict[tuple, States] = {}
+        self._node_cache: dict[int, Node] = {}
+        self._edge_cache: dict[tuple, tuple[np.ndarray, np.ndarray | None]] = {}
+        self._layout_cache: dict[tuple, States] = {}
+        self.ops: dict[int, int] = {}
+        self.op_of: dict[int, int] = {}
+        self.saved = _saved_values(self.graph, self.rules)
+
+    def build(self, memory_limit_bytes: float | None) -> tuple[SearchProblem, Ports]:
+        searched = self.graph.searched
+        for i, op in enumerate(self.graph.ops):
+            if any(v in searched for v in op.operands):
+                self.ops[i] = self._add_op(i)
+                self.op_of[self.ops[i]] = i
+        ops = self.ops
+        outputs = {n: self._add_output(n, v) for n, v in enumerate(self._finals()) if v in searched}
+        params = {v: self._add_param(v) for v in self.graph.params}
+        relays: dict[int, int] = {}
+        for v in sorted(searched):
+            uses = self._uses(v, ops, outputs)
+            source = params.get(v) if v in params else ops[self.graph.producer[v][0]]
+            if not uses:
+                continue
+            port = 0 if v in params else self.graph.producer[v][1]
+            if len(uses) > 1:
+                relays[v] = self._add_relay(v, uses, source, port)
+                self._connect(v, source, port, relays[v], 0, from_param=v in params)
+                source, port = relays[v], 0
+            for node, k in uses:
+                self._connect(v, source, port, node, k, from_param=v in params and v not in relays)
+        problem = SearchProblem(tuple(self.nodes), tuple(self.edges), memory_limit_bytes)
+        return problem, Ports(ops, params, relays, outputs, tuple(self.states))
+
+    def _finals(self) -> tuple[int, ...]:
+        return (*self.graph.outputs, *(v for _, v in self.graph.updates))
+
+    def _uses(self, v: int, ops: dict[int, int], outputs: dict[int, int]) -> list[tuple[int, int]]:
+        uses = [(ops[i], k) for i, k in self.graph.consumers[v]]
+        return uses + [(outputs[n], 0) for n, final in enumerate(self._finals()) if final == v]
+
+    def _add(self, name: str, states: States) -> int:
+        if id(states) not in self._node_cache:
+            self._node_cache[id(states)] = Node(name, states.seconds, states.memory_bytes)
+        shared = self._node_cache[id(states)]
+        self.nodes.append(Node(name, shared.cost_s, shared.memory_bytes))
+        self.states.append(states)
+        return len(self.nodes) - 1
+
+    def _add_op(self, i: int) -> int:
+        op, rule = self.graph.ops[i], self.rules[i]
+        operands = tuple(self.graph.values[v].meta for v in op.operands)
+        results = tuple(self.graph.values[v].meta for v in op.results)
+        saved = frozenset(j for j, v in enumerate(op.results) if v in self.saved)
+        allowed, words = self.constraints.allowed(op, rule, self.batch[i])
+        color = self.batch[i] if self.constraints.strict else frozenset()
+        key = (op.kind, op.args, operands, results, saved, words, color)
+        if key not in self._op_cache:
+            self._op_cache[key] = op_states(rule, operands, results, self.pricing, allowed, saved=saved)
+        states = self._op_cache[key]
+        if not states.strategies:
+            pins = [p.text for _, found in self.constraints.for_op(op, rule, self.batch[i]).values() for p in found]
+            raise PinConflictError(f"no strategy of operator {op.name} ({op.kind}) satisfies pins {' and '.join(map(repr, pins))} on mesh {self.mesh}")
+        return self._add(op.name, states)
+
+    def _add_param(self, v: int) -> int:
+        value = self.graph.values[v]
+        cuts = self._consumer_cuts(v)
+        if not self.constraints.strict:
+            cuts |= {(0, 1)} if value.meta.shape else set()
+        key = ("param", value.meta, tuple(sorted(cuts)), value.source if self.constraints.pins.named else ())
+        if key not in self._layout_cache:
+            space = layout_space(value.meta.shape, self.mesh, sorted(cuts), grad=False, partial=False)
+            space = tuple(x for x in space if all(self._storage_allowed(a, p) for a, p in enumerate(x)))
+            chosen = self.constraints.for_param(value.source, space)
+            self._layout_cache[key] = param_states(value.meta, chosen, self.mesh, self.state_bytes_per_element(value.meta.dtype))
+        return self._add(value.source[0], self._layout_cache[key])
+
+    def _storage_allowed(self, axis: int, placement) -> bool:  # noqa: ANN001
+        return not (self.constraints.strict and self.mesh.names[axis] == "dp" and placement.kind == "S")
+
+    def _consumer_cuts(self, v: int) -> set[tuple[int, int]]:
+        layouts = (x for i, k in self.graph.consumers[v] for x in self.states[self.ops[i]].operand_layouts[k])
+        return {(p.dim, p.outer) for layout in layouts for p in layout if p.kind == "S"}
+
+    def _add_output(self, n: int, v: int) -> int:
+        """A scalar or an update is wanted whole; other outputs may stay cut where a scalar loss exists."""
+        value = self.graph.values[v]
+        is_update = n >= len(self.graph.outputs)
+        has_loss = any(self.graph.values[o].meta.shape == () for o in self.graph.outputs)
+        whole = tuple(I for _ in self.mesh.axes)
+        layouts: tuple[Layout, ...] = (whole,)
+        if value.meta.shape and has_loss and not is_update:
+            produced = self._produced_layouts(v)
+            layouts = tuple(dict.fromkeys((whole, *(x for x in produced if all(p.kind in "SI" for p in x)))))
+        key = ("output", layouts)
+        if key not in self._layout_cache:
+            self._layout_cache[key] = layout_states(layouts)
+        return self._add(f"output.{n}", self._layout_cache[key])
+
+    def _produced_layouts(self, v: int) -> tuple[Layout, ...]:
+        if v in self.graph.producer:
+            i, j = self.graph.producer[v]
+            return tuple(dict.fromkeys(self.states[self.ops[i]].result_layouts[j]))
+        return ()
+
+    def _add_relay(self, v: int, uses: Sequence[tuple[int, int]], source: int, port: int) -> int:
+        """Where a value is handed to several users: any layout that it is produced or used in."""
+        meta = self.graph.values[v].meta
+        found: dict[Layout, None] = {}
+        for layout in self.states[source].result_layouts[port]:
+            found.setdefault(layout)
+        for node, k in uses:
+            for layout in self.states[node].operand_layouts[k]:
+                found.setdefault(layout if meta.requires_grad else without_r(layout))
+        key = ("relay", tuple(found))
+        if key not in self._layout_cache:
+            self._layout_cache[key] = layout_states(tuple(found))
+        return self._add(f"{self.graph.values[v].name}.relay", self._layout_cache[key])
+
+    def _connect(self, v: int, u: int, port: int, w: int, k: int, *, from_param: bool) -> None:
+        meta = self.graph.values[v].meta
+        src, dst = self.states[u].result_layouts[port], self.states[w].operand_layouts[k]
+        grad = v in self.graph.differentiated
+        saves = grad and self._saves(w, k)
+        key = (id(src), id(dst), meta, grad, saves, from_param)
+        if key not in self._edge_cache:
+            seconds = self._param_edge(meta, src, dst, grad) if from_param else self._edge(meta, src, dst)
+            memory = self._moved_memory(meta, src, dst) if saves else None
+            self._edge_cache[key] = (seconds, memory)
+        seconds, memory = self._edge_cache[key]
+        self.edges.append(Edge(u, w, seconds, memory))
+
+    def _saves(self, node: int, k: int) -> bool:
+        i = self.op_of.get(node)
+        return i is not None and k in self.rules[i].saved_operands
+
+    def _edge(self, meta: TensorMeta, src: Sequence[Layout], dst: Sequence[Layout]) -> np.ndarray:
+        red = self.pricing.redistribution(meta, (*src, *dst), grad=meta.requires_grad)
+        return red.seconds[np.ix_([red.index[x] for x in src], [red.index[x] for x in dst])]
+
+    def _param_edge(self, meta: TensorMeta, src: Sequence[Layout], dst: Sequence[Layout], grad: bool) -> np.ndarray:
+        """A parameter's gradient over axes where it is stored whole and used as R is summed once a step, in one go."""
+        lifted = [tuple(R if p == I and meta.requires_grad else p for p in x) for x in src]
+        red = self.pricing.redistribution(meta, (*src, *dst, *lifted), grad=meta.requires_grad)
+        table = np.empty((len(src), len(dst)))
+        for s, stored in enumerate(src):
+            local = _local_bytes(meta, stored, self.mesh)
+            for d, used in enumerate(dst):
+                axes = deferred_axes(stored, used) if meta.requires_grad else ()
+                start = lift(stored, axes)
+                table[s, d] = red.seconds[red.index[start], red.index[used]]
+                if grad:
+                    table[s, d] += self.pricing.gradient_reduction(axes, local)
+        return table
+
+    def _moved_memory(self, meta: TensorMeta, src: Sequence[Layout], dst: Sequence[Layout]) -> np.ndarray:
+        table = np.zeros((len(src), len(dst)))
+        for d, used in enumerate(dst):
+            size = _local_bytes(meta, used, self.mesh)
+            for s, here in enumerate(src):
+                table[s, d] = 0.0 if without_r(here) == without_r(used) else size
+        return table
+
+
+def deferred_axes(stored: Layout, used: Layout) -> tuple[int, ...]:
+    """Axes over which the gradient of a parameter is summed once per step: stored whole, used with partial gradients."""
+    return tuple(a for a, (s, u) in enumerate(zip(stored, used)) if s == I and u == R)
+
+
+def lift(stored: Layout, axes: Sequence[int]) -> Layout:
+    """The storage layout as the program sees it: R on the deferred axes."""
+    return tuple(R if a in axes else p for a, p in enumerate(stored))
+
+
+def _local_bytes(meta: TensorMeta, layout: Layout, mesh: Mesh) -> float:
+    parts = 1
+    for axis, p in zip(mesh.axes, layout):
+        parts *= axis.size if p.kind == "S" else 1
+    return meta.num_bytes / parts
+
+
+def _saved_values(graph: OpGraph, rules: Sequence[OpRule]) -> frozenset[int]:
+    """Values that the backward keeps: operands that a differentiated op saves, and results it saves itself."""
+    live = graph.differentiated
+    params = set(graph.params)
+    found: set[int] = set()
+    for op, rule in zip(graph.ops, rules):
+        if any(v in live for v in op.results):
+            found.update(op.operands[k] for k in rule.saved_operands if op.operands[k] not in params)
+            found.update(op.results[j] for j in rule.saved_results)
+    return frozenset(found)

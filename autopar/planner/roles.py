@@ -1,0 +1,184 @@
+"""Which factors are the batch, and what pins allow: `dp=2`, `tp=4`, or a word for a named parameter or operator."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from autopar.core.graph import Op, OpGraph
+from autopar.core.layout import Layout
+from autopar.core.mesh import Mesh
+from autopar.core.rule import Choice, OpRule, Strategy
+from autopar.errors import PinConflictError, UsageError
+
+DEGREES = ("dp", "tp", "sp", "cp", "ep", "pp", "vpp")
+LATER = ("cp", "ep", "pp", "vpp", "zero", "micro_batch", "recompute")
+"""Pins that name what this version does not search yet; 1 (or 0 for zero) is what it does and is accepted."""
+
+
+@dataclass(frozen=True)
+class Pin:
+    """`pattern=axis:word`: a parameter or operator whose name or module path matches must do `word` on `axis`.
+
+    For a parameter the word is a placement (`S0`, `I`), for an operator a factor of its rule, `I` or `R`.
+    """
+
+    pattern: str
+    axis: str
+    word: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Pins:
+    """All user constraints: mesh degrees by role and words for names."""
+
+    degrees: tuple[tuple[str, int], ...] = ()
+    named: tuple[Pin, ...] = ()
+
+    @property
+    def mesh_axes(self) -> tuple[tuple[str, int], ...]:
+        """Degrees that make mesh axes, outermost first: dp, then tp."""
+        given = dict(self.degrees)
+        return tuple((name, given[name]) for name in ("dp", "tp") if name in given)
+
+
+def parse_pins(texts: Sequence[str]) -> Pins:
+    """Read `--pin` values; raises UsageError for an unknown one and PinConflictError for two that contradict."""
+    degrees: dict[str, tuple[int, str]] = {}
+    named: list[Pin] = []
+    for text in (item.strip() for entry in texts for item in _split(entry)):
+        key, equals, value = text.rpartition("=")
+        if not equals or not value:
+            raise UsageError(f"--pin {text!r}: write NAME=NUMBER (dp=2) or PATTERN=AXIS:WORD ('*.mlp.*=tp:o')")
+        if ":" in value:
+            axis, _, word = value.partition(":")
+            named.append(Pin(key, axis, word, text))
+            continue
+        number = _number(key, value, text)
+        if key in degrees and degrees[key][0] != number:
+            raise PinConflictError(f"pins {degrees[key][1]!r} and {text!r} contradict each other; keep one")
+        degrees[key] = (number, text)
+    return Pins(tuple((k, n) for k, (n, _) in degrees.items() if k in ("dp", "tp")), tuple(named))
+
+
+def _split(entry: str) -> list[str]:
+    return entry.split(",") if ":" not in entry else [entry]
+
+
+def _number(key: str, value: str, text: str) -> int:
+    known = (*DEGREES, "zero", "micro_batch", "recompute")
+    if key not in known:
+        raise UsageError(f"--pin {text!r}: unknown name {key!r}; known are {', '.join(known)}, or PATTERN=AXIS:WORD")
+    if not value.isdigit() or len(value) > 6 or (int(value) < 1 and key not in ("zero", "recompute", "sp")):
+        raise UsageError(f"--pin {text!r}: {value!r} is not a positive whole number")
+    number = int(value)
+    neutral = 0 if key in ("zero", "recompute") else 1
+    if key in LATER and number != neutral:
+        raise UsageError(f"--pin {text!r}: {key} is not searched by this version; only {key}={neutral} is possible")
+    if key == "sp" and number > 1:
+        raise UsageError(f"--pin {text!r}: sequence parallelism is found along tp when it is cheaper; pin tp instead")
+    return number
+
+
+def batch_factors(graph: OpGraph, rules: Sequence[OpRule]) -> tuple[frozenset[int], ...]:
+    """For every op the factors that run along the batch: those connected to the first dimension of an input.
+
+    Factors of different ops are the same when a value's dimension is made of both.
+    """
+    extents: list[dict[int, int]] = [{} for _ in graph.ops]
+    batch_dims: dict[int, dict[int, int]] = {}
+    for v, value in enumerate(graph.values):
+        if value.role == "input" and value.meta.shape:
+            batch_dims[v] = {0: value.meta.shape[0]}
+    for i, (op, rule) in enumerate(zip(graph.ops, rules)):
+        for k, v in enumerate(op.operands):
+            for dim, extent in batch_dims.get(v, {}).items():
+                extents[i].update(_leading(rule, rule.operands[k][dim], extent))
+        for j, v in enumerate(op.results):
+            for dim, parts in enumerate(rule.results[j]):
+                lead = [extents[i][f] for f in parts if f in extents[i]]
+                if lead and parts[0] in extents[i]:
+                    batch_dims.setdefault(v, {})[dim] = math.prod(lead)
+    return tuple(frozenset(found) for found in extents)
+
+
+def _leading(rule: OpRule, parts: tuple[int, ...], extent: int) -> dict[int, int]:
+    """Factors that make up the first `extent` of a dimension; a factor that merges more behind it counts with its share."""
+    taken: dict[int, int] = {}
+    for f in parts:
+        if extent <= 1:
+            break
+        taken[f] = min(rule.sizes[f], extent)
+        extent //= rule.sizes[f]
+    return taken
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """What pins allow on one mesh; an axis called dp may only cut the batch, one called tp only other factors."""
+
+    mesh: Mesh
+    pins: Pins
+    strict: bool
+
+    def choice_allowed(self, axis: int, choice: Choice, batch: frozenset[int]) -> bool:
+        if not self.strict or choice.kind != "cut":
+            return True
+        name = self.mesh.names[axis]
+        return (choice.index in batch) if name == "dp" else (choice.index not in batch) if name == "tp" else True
+
+    def for_op(self, op: Op, rule: OpRule, batch: frozenset[int], *, named: bool = True) -> Mapping[int, tuple[set[str], list[Pin]]]:
+        """axis -> (words allowed there, the pins that say so)."""
+        found: dict[int, tuple[set[str], list[Pin]]] = {}
+        for pin in self.pins.named if named else ():
+            if not (fnmatchcase(op.name, pin.pattern) or (op.module_path and fnmatchcase(op.module_path, pin.pattern))):
+                continue
+            axis = self._axis(pin)
+            if pin.word not in (*rule.factors, "I", "R"):
+                continue
+            words, pins = found.get(axis, ({pin.word}, []))
+            if words != {pin.word}:
+                raise PinConflictError(f"pins {pins[0].text!r} and {pin.text!r} ask two things of operator {op.name} on axis {pin.axis}; keep one")
+            found[axis] = ({pin.word}, [*pins, pin])
+        return found
+
+    def for_param(self, names: Sequence[str], layouts: Sequence[Layout]) -> list[Layout]:
+        """Storage layouts of a parameter that the pins allow."""
+        kept = list(layouts)
+        last: Pin | None = None
+        for pin in self.pins.named:
+            if not any(fnmatchcase(name, pin.pattern) for name in names):
+                continue
+            axis = self._axis(pin)
+            left = [layout for layout in kept if str(layout[axis]) == pin.word]
+            if not left and last is not None:
+                raise PinConflictError(f"pins {last.text!r} and {pin.text!r} contradict each other for parameter {names[0]}; keep one")
+            if not left:
+                raise UsageError(f"--pin {pin.text!r}: parameter {names[0]} cannot lie as {pin.word} on {pin.axis}={self.mesh.sizes[axis]}; it can be {_options(layouts, axis)}")
+            kept, last = left, pin
+        return kept
+
+    def _axis(self, pin: Pin) -> int:
+        if pin.axis not in self.mesh.names:
+            raise UsageError(f"--pin {pin.text!r}: the mesh has no axis {pin.axis!r}, only {', '.join(self.mesh.names)}; pin its size too, e.g. {pin.axis}=2")
+        return self.mesh.names.index(pin.axis)
+
+    def allowed(self, op: Op, rule: OpRule, batch: frozenset[int]):  # noqa: ANN201 - a predicate over strategies
+        words = self.for_op(op, rule, batch)
+
+        def check(strategy: Strategy) -> bool:
+            for axis, choice in enumerate(strategy):
+                if not self.choice_allowed(axis, choice, batch):
+                    return False
+                if axis in words and self.mesh.sizes[axis] > 1:
+                    word = rule.factors[choice.index] if choice.kind == "cut" else choice.kind
+                    if word not in words[axis][0]:
+                        return False
+            return True
+
+        return check, tuple(sorted((axis, tuple(w)) for axis, (w, _) in words.items()))
+
+
+def _options(layouts: Sequence[Layout], axis: int) -> str:
+    return ", ".join(sorted({str(layout[axis]) for layout in layouts}))

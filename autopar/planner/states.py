@@ -1,0 +1,143 @@
+"""What each operator may do on a mesh and what that costs: strategies, their layouts, seconds and bytes."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from autopar.core.cluster import Cluster
+from autopar.core.graph import DTYPE_BYTES, TensorMeta
+from autopar.core.layout import Layout, local_shape
+from autopar.core.mesh import Mesh
+from autopar.core.moves import COLLECTIVES
+from autopar.core.redistribute import Redistribution, layout_space
+from autopar.core.rule import OpRule, Strategy, strategies
+from autopar.cost_models.collectives import collective_seconds
+from autopar.cost_models.compute import op_seconds
+from autopar.program import without_r
+
+BACKWARD_WORK = {"contract": 2.0, "pointwise": 1.0, "view": 0.0}
+"""Work of a backward relative to its forward: one contraction per operand, one pass over the same bytes."""
+
+LOCAL_COPIES = {"slice": 1.0, "embed": 1.0, "mask": 1.0, "identity": 0.0}
+"""Passes over the input bytes that a step without communication makes."""
+
+TIE_BREAK_S = 1e-9
+"""Every step costs at least this, so that of equal routes the shortest is taken."""
+
+
+@dataclass(frozen=True, eq=False)
+class States:
+    """The states of one search node. Compared by identity: equal operators share one object.
+
+    `operand_layouts[k][s]`, `result_layouts[j][s]`: layout under state s. `strategies` is empty for nodes that are no op.
+    """
+
+    strategies: tuple[Strategy, ...]
+    operand_layouts: tuple[tuple[Layout, ...], ...]
+    result_layouts: tuple[tuple[Layout, ...], ...]
+    seconds: np.ndarray
+    memory_bytes: np.ndarray
+
+
+@dataclass
+class Pricing:
+    """Seconds of operators and steps on one mesh of one cluster, memoised. A cache, not a value: one per search."""
+
+    cluster: Cluster
+    mesh: Mesh
+    _steps: dict[tuple[str, int, float], float] = field(default_factory=dict)
+    _spaces: dict[tuple, Redistribution] = field(default_factory=dict)
+
+    def step(self, primitive: str, axis: int, local_bytes: float) -> float:
+        """Seconds of one primitive along one axis with this many local input bytes."""
+        key = (primitive, axis, local_bytes)
+        if key not in self._steps:
+            self._steps[key] = TIE_BREAK_S + self._step(primitive, (axis,), local_bytes)
+        return self._steps[key]
+
+    def _step(self, primitive: str, axes: tuple[int, ...], local_bytes: float) -> float:
+        if primitive in COLLECTIVES:
+            return float(collective_seconds(self.cluster, self.mesh, primitive, axes, local_bytes))
+        passes = LOCAL_COPIES[primitive]
+        return passes * float(op_seconds(self.cluster.device, 0.0, 2 * local_bytes, "float32", "pointwise")) if passes else 0.0
+
+    def gradient_reduction(self, axes: tuple[int, ...], local_bytes: float) -> float:
+        """Seconds of the once-per-step all-reduce of a gradient over several axes at once."""
+        return self._step("all_reduce", axes, local_bytes) if axes else 0.0
+
+    def redistribution(self, meta: TensorMeta, layouts: Sequence[Layout], *, grad: bool) -> Redistribution:
+        """All-pairs routes of a tensor between (at least) the given layouts."""
+        cuts = tuple(sorted({(p.dim, p.outer) for layout in layouts for p in layout if p.kind == "S"}))
+        partial = any(p.kind == "P" for layout in layouts for p in layout)
+        key = (meta.shape, DTYPE_BYTES[meta.dtype], grad, cuts, partial)
+        if key not in self._spaces:
+            space = layout_space(meta.shape, self.mesh, cuts, grad=grad, partial=partial)
+            self._spaces[key] = Redistribution(meta.shape, DTYPE_BYTES[meta.dtype], self.mesh, space, grad, self.step)
+        return self._spaces[key]
+
+
+Allowed = Callable[[Strategy], bool]
+
+
+def op_states(rule: OpRule, operands: Sequence[TensorMeta], results: Sequence[TensorMeta], pricing: Pricing, allowed: Allowed, *, saved: frozenset[int]) -> States:
+    """States of one operator: legal strategies that `allowed` admits, one per distinct set of layouts.
+
+    Seconds: forward plus backward. Memory: results in `saved` that the backward keeps.
+    """
+    mesh = pricing.mesh
+    differentiable = any(m.requires_grad for m in operands) and any(m.requires_grad for m in results)
+    chosen: dict[tuple, tuple[Strategy, list[Layout], list[Layout]]] = {}
+    for strategy in strategies(rule, mesh, differentiable=differentiable):
+        if not allowed(strategy) or (rule.cost == "contract" and any(c.kind == "carry" for c in strategy)):
+            continue  # a partial sum through a contraction would only delay its reduction past more work
+        ins = [_canonical(rule.operand_layout(k, strategy, mesh), m) for k, m in enumerate(operands)]
+        outs = [_canonical(rule.result_layout(j, strategy, mesh), m) for j, m in enumerate(results)]
+        chosen.setdefault((tuple(ins), tuple(outs), rule.degree(strategy, mesh)), (strategy, ins, outs))
+    picked = list(chosen.values())
+    flops = np.array([rule.flops / rule.degree(s, mesh) for s, _, _ in picked])
+    moved = np.array([_local_bytes(operands, ins, mesh) + _local_bytes(results, outs, mesh) for _, ins, outs in picked])
+    dtype = results[0].dtype if results else "float32"
+    work = 1.0 + (BACKWARD_WORK[rule.cost] if differentiable else 0.0)
+    seconds = work * np.asarray(op_seconds(pricing.cluster.device, flops, moved, dtype, rule.cost), dtype=float)
+    keep = [m if j in saved else TensorMeta((0,), m.dtype) for j, m in enumerate(results)]
+    memory = np.array([sum(_local_bytes([m], [out], mesh) for m, out in zip(keep, outs) if m.numel) for _, _, outs in picked], dtype=float)
+    seconds = seconds + _inner_seconds(rule, [s for s, _, _ in picked], pricing, dtype, differentiable=differentiable)
+    return States(
+        strategies=tuple(s for s, _, _ in picked),
+        operand_layouts=tuple(tuple(ins[k] for _, ins, _ in picked) for k in range(len(operands))),
+        result_layouts=tuple(tuple(outs[j] for _, _, outs in picked) for j in range(len(results))),
+        seconds=seconds,
+        memory_bytes=memory,
+    )
+
+
+def _inner_seconds(rule: OpRule, chosen: Sequence[Strategy], pricing: Pricing, dtype: str, *, differentiable: bool) -> np.ndarray:
+    total = np.zeros(len(chosen))
+    for inner in rule.inner:
+        count = inner.forward + (inner.backward if differentiable else 0)
+        for s, strategy in enumerate(chosen):
+            size = rule.local_numel(inner.dims, strategy, pricing.mesh) * DTYPE_BYTES[dtype]
+            total[s] += sum(count * pricing.step(inner.primitive, a, size) for a, c in enumerate(strategy) if c == ("cut", inner.factor))
+    return total
+
+
+def layout_states(layouts: Sequence[Layout]) -> States:
+    """States of a node that only holds a value: a relay or an output."""
+    zeros = np.zeros(len(layouts))
+    return States((), (tuple(layouts),), (tuple(layouts),), zeros, zeros)
+
+
+def param_states(meta: TensorMeta, layouts: Sequence[Layout], mesh: Mesh, state_bytes_per_element: float) -> States:
+    """Storage layouts of a parameter with the bytes of its states on one rank."""
+    memory = np.array([math.prod(local_shape(meta.shape, layout, mesh)) * state_bytes_per_element for layout in layouts], dtype=float)
+    return States((), (), (tuple(layouts),), np.zeros(len(layouts)), memory)
+
+
+def _canonical(layout: Layout, meta: TensorMeta) -> Layout:
+    return layout if meta.requires_grad else without_r(layout)
+
+
+def _local_bytes(metas: Sequence[TensorMeta], layouts: Sequence[Layout], mesh: Mesh) -> float:
+    return float(sum(math.prod(local_shape(m.shape, layout, mesh)) * DTYPE_BYTES[m.dtype] for m, layout in zip(metas, layouts)))

@@ -1,0 +1,127 @@
+"""Splits a flat emitted graph into one `GraphModule` per block; equal blocks share one module."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule, Node
+
+from autopar.rewrite.emit import Emitted
+
+Segment = list[Node]
+
+
+def _segments(graph: Graph) -> list[Segment]:
+    """Maximal runs of consecutive nodes with the same block tag."""
+    runs: list[tuple[str, Segment]] = []
+    for node in graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        block = node.meta.get("block", "")
+        if not runs or runs[-1][0] != block:
+            runs.append((block, []))
+        runs[-1][1].append(node)
+    return [nodes for _, nodes in runs]
+
+
+def _inputs(segment: Segment) -> list[Node]:
+    inside = set(segment)
+    found: dict[Node, None] = {}
+    for node in segment:
+        for n in node.all_input_nodes:
+            if n not in inside:
+                found.setdefault(n)
+    return list(found)
+
+
+def _outputs(segment: Segment) -> list[Node]:
+    inside = set(segment)
+    return [node for node in segment if any(user not in inside for user in node.users)]
+
+
+def _site_numbers(segment: Segment) -> list[Node]:
+    return [node for node in segment if node.op == "call_function" and node.target.__name__ in ("dropout", "attention") and "kernels" in node.target.__module__]
+
+
+def _name_of(node: Node, block: str) -> str:
+    """A parameter's name inside its block."""
+    return node.name.replace(block.replace(".", "_") + "_", "", 1) if block else node.name
+
+
+class _Splitter:
+    def __init__(self, emitted: Emitted) -> None:
+        self.flat = emitted.graph
+        self.top = Graph()
+        self.modules = nn.Module()
+        self.known: dict[str, str] = {}
+        self.mapped: dict[Node, Node] = {}
+
+    def split(self) -> GraphModule:
+        for node in self.flat.nodes:
+            if node.op == "placeholder":
+                self.mapped[node] = self.top.placeholder(node.name)
+        for segment in _segments(self.flat):
+            self._add(segment)
+        result = next(n for n in self.flat.nodes if n.op == "output")
+        self.top.output(torch.fx.map_arg(result.args[0], lambda n: self.mapped[n]))
+        return GraphModule(self.modules, self.top, "Program")
+
+    def _add(self, segment: Segment) -> None:
+        inputs, outputs = _inputs(segment), _outputs(segment)
+        if not outputs:
+            return
+        block = segment[0].meta.get("block", "")
+        graph, sites = self._copy(segment, inputs, outputs, block)
+        code = graph.python_code("self").src
+        name = self.known.get(code)
+        if name is None:
+            name = f"block_{len(self.known)}"
+            self.known[code] = name
+            self.modules.add_module(name, GraphModule(nn.Module(), graph, f"Block{len(self.known) - 1}"))
+        args = (*(self.mapped[n] for n in inputs), *sites)
+        call = self.top.call_module(name, args)
+        call.meta["block"] = block
+        if len(outputs) == 1:
+            self.mapped[outputs[0]] = call
+            return
+        for k, node in enumerate(outputs):
+            self.mapped[node] = self.top.call_function(_pick, (call, k))
+
+    def _copy(self, segment: Segment, inputs: Sequence[Node], outputs: Sequence[Node], block: str) -> tuple[Graph, list[int]]:
+        """The segment as a graph of its own, with names that do not depend on where it stands; random sites become inputs."""
+        graph = Graph()
+        inner: dict[Node, Any] = {}
+        taken: dict[str, int] = {}
+
+        def placeholder(name: str) -> Node:
+            taken[name] = taken.get(name, 0) + 1
+            return graph.placeholder(name if taken[name] == 1 else f"{name}_{taken[name]}")
+
+        for n in inputs:
+            inner[n] = placeholder(_name_of(n, block) if n.op == "placeholder" else "x")
+        sites: list[int] = []
+        numbered = {}
+        for node in _site_numbers(segment):
+            numbered[node] = placeholder("site")
+            position = 3 if node.target.__name__ == "dropout" else 8
+            sites.append(node.args[position])
+        for node in segment:
+            args = torch.fx.map_arg(node.args, lambda n: inner[n])
+            if node in numbered:
+                position = 3 if node.target.__name__ == "dropout" else 8
+                args = (*args[:position], numbered[node], *args[position + 1 :])
+            inner[node] = graph.call_function(node.target, args, torch.fx.map_arg(node.kwargs, lambda n: inner[n]))
+        results = tuple(inner[n] for n in outputs)
+        graph.output(results[0] if len(results) == 1 else results)
+        return graph, sites
+
+
+def _pick(values: tuple, k: int) -> Any:
+    """One of a block's results."""
+    return values[k]
+
+
+def split_into_blocks(emitted: Emitted) -> GraphModule:
+    """A top module that calls one module per block; blocks that print the same share one."""
+    return _Splitter(emitted).split()

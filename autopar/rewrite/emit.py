@@ -1,0 +1,135 @@
+"""Writes a program as one flat fx graph over local shards: operators, and the moves between them."""
+
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from autopar.core.layout import Layout, local_outer
+from autopar.core.moves import Step
+from autopar.program import Program, Route, route_steps
+from autopar.rewrite.lower import Site, lower
+from autopar.runtime.moves import MOVES
+from autopar.trace.canonical import bound
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """The flat emitted graph. Placeholders: `mesh`, then every parameter, buffer, constant and input in value order."""
+
+    graph: Graph
+    inputs: tuple[int, ...]
+
+
+class _Emitter:
+    def __init__(self, program: Program, source: GraphModule, node_of: Sequence[str], device: torch.device) -> None:
+        self.program, self.device = program, device
+        self.source = {n.name: n for n in source.graph.nodes}
+        self.node_of = node_of
+        self.graph = Graph()
+        self.block = ""
+        self.mesh = self.graph.placeholder("mesh")
+        self.nodes: dict[tuple[int, Route], Node] = {}
+        self.inputs: list[int] = []
+
+    def emit(self) -> Emitted:
+        graph = self.program.graph
+        for v, value in enumerate(graph.values):
+            if value.role != "op":
+                node = self.graph.placeholder(self.node_of[v])
+                self.nodes[v, (self.program.produced[v],)] = node
+                self.inputs.append(v)
+        for i, op in enumerate(graph.ops):
+            self.block = _block_of(op.module_path)
+            self._op(i)
+        self.block = ""
+        outs = [self._moved(v, route) for v, route in zip(graph.outputs, self.program.output_routes)]
+        updates = [self._moved(v, route) for (_, v), route in zip(graph.updates, self.program.update_routes)]
+        self.graph.output((tuple(outs), tuple(updates)))
+        return Emitted(self.graph, tuple(self.inputs))
+
+    def _op(self, i: int) -> None:
+        op = self.program.graph.ops[i]
+        node = self.source[op.name]
+        moved = iter([self._moved(v, self.program.routes[i, k]) for k, v in enumerate(op.operands)])
+        args = {name: _replace(value, moved) for name, value in bound(node).items()}
+        first = self._last()
+        result = lower(Site(self.graph, self.program, i, node.target, args, self.mesh, self.device))
+        self._tag(first, op.module_path)
+        for j, v in enumerate(op.results):
+            out = self._result(result, node, j)
+            self.nodes[v, (self.program.produced[v],)] = out
+
+    def _result(self, result: Any, node: Node, j: int) -> Node:
+        if isinstance(result, (list, tuple)):
+            return result[j]
+        if isinstance(node.meta["val"], torch.Tensor):
+            return result
+        item = self.graph.call_function(operator.getitem, (result, j))
+        item.meta["block"] = self.block
+        return item
+
+    def _moved(self, v: int, tail: Route) -> Node:
+        """The node of a value at the end of its route; steps that were already written are shared."""
+        route = self.program.full_route(v, tail)
+        for n, step in enumerate(route_steps(route), start=1):
+            key = (v, route[: n + 1])
+            if key not in self.nodes:
+                before = self.nodes[v, route[:n]]
+                first = self._last()
+                self.nodes[key] = self._step(before, step, route[n - 1])
+                self._tag(first, "")
+        return self.nodes[v, route]
+
+    def _step(self, x: Node, step: Step, src: Layout) -> Node:
+        mesh = self.program.mesh
+        function = MOVES[step.forward, step.backward]
+        kwargs: dict[str, int] = {}
+        if step.src.kind == "S":
+            kwargs = {"dim": step.src.dim, "outer": local_outer(src, mesh, step.axis)}
+        if step.dst.kind == "S":
+            outer = local_outer(step.apply(src), mesh, step.axis)
+            names = ("to_dim", "to_outer") if step.src.kind == "S" else ("dim", "outer")
+            kwargs |= dict(zip(names, (step.dst.dim, outer)))
+        kwargs = {k: n for k, n in kwargs.items() if not (k.endswith("outer") and n == 1)}
+        return self.graph.call_function(function, (x, self.mesh, mesh.names[step.axis]), kwargs)
+
+    def _last(self) -> Node:
+        return next(iter(reversed(self.graph.nodes)))
+
+    def _tag(self, first: Node, path: str) -> None:
+        for node in _after(first):
+            node.meta.setdefault("block", self.block)
+            node.meta.setdefault("module_path", path)
+
+
+def _after(node: Node) -> Iterator[Node]:
+    node = node.next
+    while node.op != "root":
+        yield node
+        node = node.next
+
+
+def _replace(value: Any, moved: Iterator[Node]) -> Any:
+    if isinstance(value, Node):
+        return next(moved)
+    if isinstance(value, (tuple, list)):
+        return [_replace(v, moved) for v in value]
+    return value
+
+
+def _block_of(path: str) -> str:
+    """The repeated block an operator belongs to: its module path up to the first list index."""
+    parts = path.split(".")
+    for n, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[: n + 1])
+    return ""
+
+
+def emit(program: Program, source: GraphModule, node_of: Sequence[str], device: torch.device) -> Emitted:
+    """The flat emitted graph of a program; `source` is the canonical traced graph module."""
+    return _Emitter(program, source, node_of, device).emit()

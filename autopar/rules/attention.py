@@ -1,0 +1,56 @@
+"""Fused attention and the losses."""
+
+from autopar.core.rule import OpRule
+from autopar.rules.registry import Call, NoRule, rule
+
+
+@rule("aten.scaled_dot_product_attention.default", "autopar.attention.default")
+def attention(call: Call) -> OpRule:
+    """Batch, heads (groups of grouped-query heads) and, without a causal flag, query rows may be cut.
+
+    flops: 2 contractions over all (query, key) pairs, masked or not.
+    """
+    q, k, v = call.shape("query"), call.shape("key"), call.shape("value")
+    if len(q) != 4 or len(k) != 4 or len(v) != 4 or q[0] != k[0] or v[:3] != k[:3]:
+        raise NoRule
+    heads, groups = q[1], k[1]
+    if heads % groups:
+        raise NoRule
+    grouped = heads != groups
+    query_heads: str | tuple[str, ...] = ("g", "r") if grouped else "g"
+    mask: list[str | None] = []
+    if call.has("attn_mask"):
+        shape = call.shape("attn_mask")
+        names = ["b", query_heads, "q", "t"][4 - len(shape) :]
+        mask = [name if n > 1 else None for name, n in zip(names, shape)]
+    causal = bool(call.args.get("is_causal"))
+    return call.rule(
+        {"query": ["b", query_heads, "q", "d"], "key": ["b", "g", "t", "d"], "value": ["b", "g", "t", "e"], "attn_mask": mask},
+        [["b", query_heads, "q", "e"]],
+        sizes={"g": groups, "r": heads // groups} if grouped else None,
+        whole=["d", "t", "r", *(["q"] if causal else [])],
+        linear=[["value"]],
+        cost="contract",
+        flops=2.0 * q[0] * heads * q[2] * k[2] * (q[3] + v[3]),
+        saves=["query", "key", "value"],
+        saves_results=[0],
+    )
+
+
+@rule("autopar.token_cross_entropy.default")
+def token_cross_entropy(call: Call) -> OpRule:
+    """Loss of every row; the class dimension may be cut: three all-reduces of one number a row, never the logits."""
+    target = ["n"] if len(call.shape("target")) == 1 else None
+    if target is None or len(call.shape("input")) != 2:
+        raise NoRule
+    return call.rule({"input": ["n", "v"], "target": ["n"]}, [["n"]], saves=["input", "input"], inner=[("v", "all_reduce", ["n"], 3, 0)])
+
+
+@rule("aten.nll_loss_nd.default", "aten.cross_entropy_loss.default", "aten.mse_loss.default", "aten.l1_loss.default", "aten.smooth_l1_loss.default",
+      "aten.huber_loss.default", "aten.binary_cross_entropy_with_logits.default", "aten.binary_cross_entropy.default")  # fmt: skip
+def elementwise_loss(call: Call) -> OpRule:
+    """Only the unreduced form is elementwise; reductions are written out as sums when the model is traced."""
+    if call.args.get("reduction") != 0 or call.outs[0].shape != call.metas[0].shape:
+        raise NoRule
+    names = [f"d{i}" if n > 1 else None for i, n in enumerate(call.outs[0].shape)]
+    return call.rule({name: names for name in call.args if call.has(name) and call.shape(name) == call.outs[0].shape}, [names], saves=["self", "target"])

@@ -1,0 +1,123 @@
+"""The memory limit as a price: a lower bound, plans that fit, and what one more byte is worth.
+
+With a price p on every byte, L(p) = min over plans of (cost + p * memory) - p * limit is a lower bound on the cost of
+every plan that fits, and elimination computes it. L is concave and piecewise linear in p, one line per plan. The best
+p is found without step sizes: from one plan that is too large and one that fits, take the price at which both cost the
+same, minimise, and let the new plan replace the one on its side; when no plan is below that line, p is optimal (the
+line search of Handler and Zang 1980 for constrained shortest paths). A dozen eliminations is typical.
+
+What is left is the duality gap: plans that fit come from repairing, mixing and improving the plans met on the way.
+"""
+
+import math
+from dataclasses import dataclass
+
+from autopar.core.problem import Assignment, SearchProblem, evaluate
+from autopar.errors import InfeasibleError
+from autopar.search.elimination import MAX_TABLE_ENTRIES, TOLERANCE, Prepared, prepare
+from autopar.search.local import relink, repair, spend, splice
+from autopar.search.simplify import BYTES, SECONDS, Price
+
+MAX_SOLVES = 60
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A plan, its seconds and bytes."""
+
+    choices: tuple[int, ...]
+    cost_s: float
+    memory_bytes: float
+
+    @classmethod
+    def of(cls, problem: SearchProblem, choices: tuple[int, ...]) -> "Point":
+        return cls(choices, *evaluate(problem, choices))
+
+    def at(self, multiplier: float) -> float:
+        return self.cost_s + multiplier * self.memory_bytes
+
+
+def price_memory(
+    problem: SearchProblem, *, max_table_entries: int = MAX_TABLE_ENTRIES, prepared: Prepared | None = None
+) -> Assignment:
+    """The best plan found within the memory limit, with the Lagrangian lower bound and the price of a byte.
+
+    `prepared` may be handed in where the caller has it already (for the prices SECONDS and BYTES). Raises
+    InfeasibleError, with the bytes that are missing, where no plan fits.
+    """
+    prepared = prepared or prepare(problem, (SECONDS, BYTES), max_table_entries=max_table_entries)
+    cheapest = prepared.minimise(SECONDS)
+    over = Point.of(problem, cheapest.choices)
+    if problem.fits(over.memory_bytes):
+        return _assignment(over, cheapest.bound, 0.0)
+    within = leanest(problem, prepared)
+    bound_s, multiplier = cheapest.bound, 0.0
+    for _ in range(MAX_SOLVES):
+        freed = over.memory_bytes - within.memory_bytes
+        price = (within.cost_s - over.cost_s) / freed
+        if price <= 0:  # the plan that fits is as cheap: only where elimination was not exact
+            break
+        lowest = prepared.minimise(Price(1.0, price))
+        room = problem.memory_limit_bytes - problem.base_memory_bytes
+        if lowest.bound - price * room > bound_s:
+            bound_s, multiplier = lowest.bound - price * room, price
+        point = Point.of(problem, lowest.choices)
+        if point.at(price) >= within.at(price) * (1 - 1e-12):
+            break
+        if problem.fits(point.memory_bytes):
+            within = point
+        else:
+            over = point
+    return _assignment(_improved(problem, over, within), bound_s, multiplier)
+
+
+def leanest(problem: SearchProblem, prepared: Prepared) -> Point:
+    """The plan of least memory; raises InfeasibleError where even that does not fit."""
+    lowest = prepared.minimise(BYTES)
+    point = Point.of(problem, lowest.choices)
+    if problem.fits(point.memory_bytes):
+        return point
+    limit, base = problem.memory_limit_bytes, problem.base_memory_bytes
+    needed = point.memory_bytes if lowest.exact else lowest.bound + base
+    if not problem.fits(needed):
+        excess = needed - limit
+        raise InfeasibleError(
+            f"no plan fits: the least memory of any plan is {needed / GIB:.3f} GiB, {excess:.0f} bytes ({excess / GIB:.3f} GiB) "
+            f"over the limit of {limit / GIB:.3f} GiB; use more devices, a smaller batch or recomputation"
+        )
+    found = repair(problem, point.choices)
+    if found is None:
+        raise InfeasibleError(
+            f"no plan was found that fits {limit / GIB:.3f} GiB, though none was proven impossible: the best needs "
+            f"{point.memory_bytes / GIB:.3f} GiB; raise max_table_entries"
+        )
+    return Point.of(problem, found)
+
+
+def _improved(problem: SearchProblem, over: Point, within: Point) -> Point:
+    """The cheapest plan within the limit that local search finds around two plans."""
+    mixes = (
+        within.choices,
+        relink(problem, over.choices, within.choices),
+        repair(problem, over.choices),
+        splice(problem, over.choices, within.choices),
+        splice(problem, within.choices, over.choices),
+    )
+    starts = sorted({mix for mix in mixes if mix is not None})
+    points = [Point.of(problem, spend(problem, start)) for start in starts]
+    return min(points, key=lambda point: (point.cost_s, point.choices))
+
+
+def _assignment(point: Point, bound_s: float, multiplier: float) -> Assignment:
+    bound_s = max(0.0, bound_s) if math.isfinite(bound_s) else 0.0
+    exact = point.cost_s - bound_s <= TOLERANCE * point.cost_s
+    return Assignment(
+        choices=point.choices,
+        cost_s=point.cost_s,
+        memory_bytes=point.memory_bytes,
+        bound_s=min(bound_s, point.cost_s),
+        solver="lagrange" if multiplier else "elimination",
+        multiplier_s_per_byte=multiplier,
+        proof="exact" if exact else "bound",
+    )

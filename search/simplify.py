@@ -1,0 +1,299 @@
+"""Make a problem smaller without losing its optimum.
+
+Two steps. `canonical` gives equal tables one object and adds parallel edges up. `shrink` drops states that can never
+be needed: state s of node i is replaced by state t when, whatever the neighbours choose, t is at least as good:
+
+    c[t] - c[s] + sum over edges (i, j) of max over states r of j of (E[t, r] - E[s, r])  <=  0
+
+(dead-end elimination, Goldstein's criterion; a state dominated entry by entry is the special case where every term is
+<= 0). In sharding problems it removes the states whose own cost exceeds the price of resharding to a better one.
+With several prices the test must hold for each of them, so that seconds *and* bytes do not rise.
+
+Everything is memoised on the identity of the tables, so that a repeated block is looked at once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from autopar.core.problem import Edge, Node, SearchProblem
+from autopar.errors import InfeasibleError
+
+NUM_ROUNDS = 4  # a dropped state can make a neighbour's state useless; gains after a few rounds were nil
+NUM_PROBES = 8  # columns of each table that are tried before a pair of states is compared in full
+NUM_RIVALS = 4  # how many of the most promising replacements of a state are compared in full
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """Turns seconds and bytes into one number: `second` * cost_s + `byte` * memory_bytes."""
+
+    second: float = 1.0
+    byte: float = 0.0
+
+
+SECONDS = Price(1.0, 0.0)
+BYTES = Price(0.0, 1.0)
+
+
+class PriceList:
+    """Tables of nodes and edges under one price; tables that share arrays come out as one array."""
+
+    def __init__(self, price: Price) -> None:
+        self.price = price
+        self._made: dict[tuple[int, int], np.ndarray] = {}
+
+    def of(self, item: Node | Edge) -> np.ndarray:
+        """Shape of `item.cost_s`; forbidden pairs are inf under every price."""
+        key = id(item.cost_s), id(item.memory_bytes)
+        if key not in self._made:
+            self._made[key] = self._priced(item.cost_s, item.memory_bytes)
+        return self._made[key]
+
+    def _priced(self, cost_s: np.ndarray, memory_bytes: np.ndarray | None) -> np.ndarray:
+        if self.price.second == 0:
+            table = np.where(np.isinf(cost_s), np.inf, 0.0)  # 0 * inf would be nan
+        else:
+            table = cost_s * self.price.second
+        if memory_bytes is not None and self.price.byte != 0:
+            table = table + memory_bytes * self.price.byte
+        return table
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """A smaller problem and, per node, the original numbers of the states that it kept (ascending)."""
+
+    problem: SearchProblem
+    kept: tuple[np.ndarray, ...]
+
+    def restore(self, choices: Sequence[int]) -> tuple[int, ...]:
+        """Choices of the smaller problem in the numbering of the original."""
+        return tuple(int(states[choice]) for states, choice in zip(self.kept, choices))
+
+
+def canonical(problem: SearchProblem) -> SearchProblem:
+    """The same problem with one object per distinct table (float64, contiguous) and one edge u < v per pair of nodes."""
+    unique = _UniqueTables()
+    nodes = tuple(Node(n.name, unique.table(n.cost_s), unique.table(n.memory_bytes)) for n in problem.nodes)
+    bundles: dict[tuple[int, int], list[tuple[np.ndarray, np.ndarray | None]]] = {}
+    for edge in problem.edges:
+        flip = edge.u > edge.v
+        pair = (edge.v, edge.u) if flip else (edge.u, edge.v)
+        memory = None if edge.memory_bytes is None else unique.table(edge.memory_bytes, flip)
+        bundles.setdefault(pair, []).append((unique.table(edge.cost_s, flip), memory))
+    edges = []
+    for (u, v), bundle in sorted(bundles.items(), key=lambda item: item[0]):
+        memories = [m for _, m in bundle if m is not None]
+        edges.append(Edge(u, v, unique.total([c for c, _ in bundle]), unique.total(memories) if memories else None))
+    return replace(problem, nodes=nodes, edges=tuple(edges))
+
+
+class _UniqueTables:
+    """Gives equal content one array object."""
+
+    def __init__(self) -> None:
+        self._by_content: dict[tuple[tuple[int, ...], bytes], np.ndarray] = {}
+        self._by_source: dict[tuple[int, ...], tuple[object, np.ndarray]] = {}
+
+    def table(self, source: np.ndarray, flip: bool = False) -> np.ndarray:
+        key = id(source), int(flip)
+        if key not in self._by_source:
+            array = np.ascontiguousarray(source.T if flip else source, dtype=np.float64)
+            # the source is kept beside the result: an id is only a name while its object lives
+            self._by_source[key] = source, self._by_content.setdefault((array.shape, array.tobytes()), array)
+        return self._by_source[key][1]
+
+    def total(self, tables: list[np.ndarray]) -> np.ndarray:
+        if len(tables) == 1:
+            return tables[0]
+        ordered = sorted(tables, key=id)
+        key = tuple(id(t) for t in ordered) + (-1,)
+        if key not in self._by_source:
+            self._by_source[key] = ordered, self.table(sum(tables[1:], start=tables[0]))
+        return self._by_source[key][1]
+
+
+def node_classes(problem: SearchProblem) -> list[int]:
+    """A number per node, equal for nodes with the same tables on themselves and on their edges; numbered as they appear."""
+    incident: list[list[tuple[int, int, int]]] = [[] for _ in problem.nodes]
+    for edge in problem.edges:
+        tables = id(edge.cost_s), id(edge.memory_bytes)
+        incident[edge.u].append((*tables, 0))
+        incident[edge.v].append((*tables, 1))
+    known: dict[tuple, int] = {}
+    return [
+        known.setdefault((id(node.cost_s), id(node.memory_bytes), *ends), len(known))
+        for node, ends in zip(problem.nodes, incident)
+    ]
+
+
+def shrink(problem: SearchProblem, prices: tuple[Price, ...]) -> Shrunk:
+    """Drop states that some other state replaces at no loss under every one of `prices`; `problem` is canonical.
+
+    Of states that replace each other the lowest number stays. Raises InfeasibleError where forbidden pairs leave a
+    node without states.
+    """
+    masks = _Masks(problem, prices)
+    todo = range(len(problem.nodes))
+    for _ in range(NUM_ROUNDS):
+        touched: set[int] = set()
+        for node in todo:
+            if masks.tighten(node):
+                touched.update(masks.others[node])
+        if not touched:
+            break
+        todo = sorted(touched)
+    return masks.cut()
+
+
+class _Masks:
+    """The states each node still has; equal masks share one number, equal situations one answer."""
+
+    def __init__(self, problem: SearchProblem, prices: tuple[Price, ...]) -> None:
+        self.problem = problem
+        self.lists = [PriceList(price) for price in prices]
+        self.classes = node_classes(problem)
+        self.others: list[list[int]] = [[] for _ in problem.nodes]
+        self.incident: list[list[tuple[Edge, int]]] = [[] for _ in problem.nodes]
+        for edge in problem.edges:
+            for axis, (node, other) in enumerate(((edge.u, edge.v), (edge.v, edge.u))):
+                self.incident[node].append((edge, axis))
+                self.others[node].append(other)
+        self.states: list[np.ndarray] = []  # by mask number
+        self.number: dict[bytes, int] = {}
+        self.answers: dict[tuple[int, ...], int] = {}
+        full: dict[int, int] = {}
+        for node in problem.nodes:
+            if node.num_states not in full:
+                full[node.num_states] = self._number_of(np.arange(node.num_states))
+        self.mask = [full[node.num_states] for node in problem.nodes]
+
+    def _number_of(self, states: np.ndarray) -> int:
+        number = self.number.setdefault(states.tobytes(), len(self.states))
+        if number == len(self.states):
+            self.states.append(states)
+        return number
+
+    def tighten(self, node: int) -> bool:
+        """Drop what can be dropped from one node; True if that was anything."""
+        mask = self.mask
+        old = mask[node]
+        key = (self.classes[node], old, *[mask[other] for other in self.others[node]])
+        new = self.answers.get(key)
+        if new is None:
+            own = self.states[old]
+            at_node = np.stack([prices.of(self.problem.nodes[node])[own] for prices in self.lists])
+            at_edges = [self._rows(edge, axis, own, self.states[mask[o]]) for (edge, axis), o in zip(self.incident[node], self.others[node])]
+            with np.errstate(invalid="ignore"):  # inf - inf of two forbidden pairs; each use says what becomes of the nan
+                keep = irreplaceable(at_node, at_edges)
+            if not keep.any():
+                raise InfeasibleError(f"node {self.problem.nodes[node].name!r}: every state meets only forbidden pairs on some edge")
+            new = self.answers[key] = self._number_of(own[keep])
+        mask[node] = new
+        return new != old
+
+    def _rows(self, edge: Edge, axis: int, own: np.ndarray, other: np.ndarray) -> np.ndarray:
+        rows = []
+        for prices in self.lists:
+            table = prices.of(edge)
+            rows.append((table.T if axis else table)[np.ix_(own, other)])
+        return np.stack(rows)
+
+    def cut(self) -> Shrunk:
+        """The problem over the states that are left; tables shared before are shared after."""
+        made: dict[tuple[int, ...], np.ndarray] = {}
+
+        def part(table: np.ndarray, *masks: int) -> np.ndarray:
+            key = (id(table), *masks)
+            if key not in made:
+                states = [self.states[m] for m in masks]
+                whole = all(len(s) == n for s, n in zip(states, table.shape))
+                made[key] = table if whole else np.ascontiguousarray(table[np.ix_(*states)])
+            return made[key]
+
+        mask = self.mask
+        nodes = tuple(Node(n.name, part(n.cost_s, m), part(n.memory_bytes, m)) for n, m in zip(self.problem.nodes, mask))
+        edges = []
+        for e in self.problem.edges:
+            ends = mask[e.u], mask[e.v]
+            edges.append(Edge(e.u, e.v, part(e.cost_s, *ends), None if e.memory_bytes is None else part(e.memory_bytes, *ends)))
+        return Shrunk(replace(self.problem, nodes=nodes, edges=tuple(edges)), tuple(self.states[m] for m in mask))
+
+
+def irreplaceable(at_node: np.ndarray, at_edges: Sequence[np.ndarray]) -> np.ndarray:
+    """Mask [k] of the states to keep, given node tables [prices, k] and edge tables [prices, k, k_j].
+
+    States that an edge forbids with every partner go first. Then the criterion above is tested on a few columns,
+    which can only understate it, and in full for the most promising replacements.
+    """
+    alive = np.ones(at_node.shape[1], dtype=bool)
+    for table in at_edges:
+        alive &= np.isfinite(table[0]).any(axis=1)
+    states = np.flatnonzero(alive)
+    if len(states) > 1:
+        if len(states) < len(alive):
+            at_node, at_edges = at_node[:, states], [table[:, states] for table in at_edges]
+        alive[states] = _unreplaced(_replacement(at_node, at_edges))
+    return alive
+
+
+def _replacement(at_node: np.ndarray, at_edges: Sequence[np.ndarray]) -> np.ndarray:
+    """For each state the number of one that replaces it at no loss, or -1."""
+    k = at_node.shape[1]
+    loss = at_node[:, :, None] - at_node[:, None, :]  # [prices, t, s]
+    for table in at_edges:
+        loss += _probed_rise(table)
+    open_pairs = (loss <= 0).all(axis=0)
+    np.fill_diagonal(open_pairs, False)
+    found = np.full(k, -1)
+    states = np.arange(k)
+    score = np.where(open_pairs, loss.sum(axis=0), np.inf)
+    for _ in range(NUM_RIVALS):
+        rival = score.argmin(axis=0)
+        worth = (score[rival, states] < np.inf) & (found < 0)
+        if not worth.any():
+            break
+        s, t = states[worth], rival[worth]
+        full = at_node[:, t] - at_node[:, s]
+        for table in at_edges:
+            full += _worst_rise(table[:, t], table[:, s])
+        replaced = (full <= 0).all(axis=0)
+        found[s[replaced]] = t[replaced]
+        score[rival, states] = np.inf
+    return found
+
+
+def _probed_rise(table: np.ndarray) -> np.ndarray:
+    """[prices, t, s]: max of E[t, r] - E[s, r] over a few columns r, an understatement of the max over all columns."""
+    columns = np.flatnonzero(np.isfinite(table[0]).all(axis=0))
+    if not len(columns):
+        return np.full((len(table), table.shape[1], table.shape[1]), -np.inf)
+    columns = columns[:: max(1, len(columns) // NUM_PROBES)]
+    probes = np.ascontiguousarray(table[:, :, columns].transpose(2, 0, 1))
+    rise = probes[0][:, :, None] - probes[0][:, None, :]
+    buffer = np.empty_like(rise)
+    for column in probes[1:]:
+        np.subtract(column[:, :, None], column[:, None, :], out=buffer)
+        np.maximum(rise, buffer, out=rise)
+    return rise
+
+
+def _worst_rise(to: np.ndarray, of: np.ndarray) -> np.ndarray:
+    """max over the last axis of (to - of); a partner that `of` forbids does not count, one that only `to` forbids is inf."""
+    return np.where(np.isinf(of), -np.inf, to - of).max(axis=-1)
+
+
+def _unreplaced(replacement: np.ndarray) -> np.ndarray:
+    """Mask of the states to keep: follows replacements of replacements, and keeps the lowest number of a ring."""
+    parent = list(range(len(replacement)))
+    for state in range(len(parent) - 1, -1, -1):
+        root = int(replacement[state])
+        if root < 0:
+            continue
+        while parent[root] != root:
+            root = parent[root]
+        if root != state:
+            parent[state] = root
+    return np.array([parent[s] == s for s in range(len(parent))])

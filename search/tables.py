@@ -1,0 +1,151 @@
+"""Cost tables that are computed once: interned by content, and their eliminations by the tables that go in.
+
+A table is an n-d array of costs over the states of n nodes. Eliminating node x adds up the tables that mention x and
+takes the minimum over its states; what comes out is a table over the neighbours of x. Two eliminations are the same
+when the same tables meet in the same roles (x is role 0, its neighbours 1, 2, ... in ascending order of node number),
+so the interior of the 2nd to 32nd identical block costs a look-up. Results are shifted to minimum 0 and interned by
+content as well: a message that travels through a row of identical blocks soon stops changing, and then it, too, is
+only looked up.
+"""
+
+import math
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+
+Operand = tuple[int, tuple[int, ...]]  # table number, role of each of its axes
+Key = tuple[Operand, ...]
+
+TILE_ENTRIES = 32_768  # of one partial result: 256 KiB, so that a tile and its buffer stay in the second-level cache
+
+
+class TableStore:
+    """Append-only: tables by number, the eliminations done with them, and the best states looked up so far."""
+
+    def __init__(self) -> None:
+        self.arrays: list[np.ndarray] = []
+        self._by_content: dict[tuple[tuple[int, ...], int], list[int]] = {}
+        self._by_source: dict[int, int] = {}
+        self._sources: list[np.ndarray] = []
+        self._reduced: dict[Key, tuple[int, float]] = {}
+        self._best: dict[tuple[Key, tuple[int, ...]], int] = {}
+
+    @property
+    def num_eliminations(self) -> int:
+        """How many eliminations were computed rather than looked up."""
+        return len(self._reduced)
+
+    def add(self, array: np.ndarray) -> int:
+        """Number of a table with this content; the caller no longer changes the array."""
+        number = self._by_source.get(id(array))
+        if number is None:
+            number = self._by_source[id(array)] = self._intern(array)
+            self._sources.append(array)  # keeps the id from being given to another array
+        return number
+
+    def _intern(self, array: np.ndarray) -> int:
+        array = np.ascontiguousarray(array)
+        twins = self._by_content.setdefault((array.shape, zlib.crc32(array)), [])
+        for number in twins:
+            if np.array_equal(self.arrays[number], array):
+                return number
+        twins.append(len(self.arrays))
+        self.arrays.append(array)
+        return twins[-1]
+
+    def eliminate(self, key: Key) -> tuple[int, float]:
+        """(table over roles 1.., its minimum, which was subtracted from it); the minimum is inf if nothing is allowed."""
+        found = self._reduced.get(key)
+        if found is None:
+            result = sum_and_minimise([(self.arrays[number], roles) for number, roles in key])
+            lowest = float(result.min())
+            if math.isfinite(lowest):
+                result -= lowest
+            found = self._reduced[key] = self._intern(result), lowest
+        return found
+
+    def best_state(self, key: Key, around: tuple[int, ...]) -> int:
+        """The cheapest state of role 0, the lowest of equals, where role r = 1.. has the state `around[r - 1]`."""
+        found = self._best.get((key, around))
+        if found is None:
+            total = sum(self.arrays[number][tuple(slice(None) if r == 0 else around[r - 1] for r in roles)] for number, roles in key)
+            found = self._best[key, around] = int(total.argmin())
+        return found
+
+
+def sum_and_minimise(operands: Sequence[tuple[np.ndarray, tuple[int, ...]]]) -> np.ndarray:
+    """min over role 0 of the sum of the tables, an array over roles 1, 2, ...; every table has role 0 among its axes.
+
+    Works tile by tile, so that what is held besides the result is two tiles.
+    """
+    parts = _merge_contained(operands)
+    sizes = {role: size for table, roles in parts for role, size in zip(roles, table.shape)}
+    outer = sorted(sizes, key=lambda role: (sizes[role], role))
+    outer.remove(0)
+    order = [0, *outer]  # the longest axis innermost, where numpy is fast
+    views = []
+    for table, roles in parts:
+        axes = [roles.index(role) for role in order if role in roles]
+        views.append(np.expand_dims(table.transpose(axes), [i for i, role in enumerate(order) if role not in roles]))
+    result = np.empty([sizes[role] for role in outer])
+    if len(views) == 1:
+        np.min(views[0], axis=0, out=result)
+    else:
+        for tile in _tiles(result.shape):
+            _minimise_tile([view[(slice(None), *_clip(tile, view.shape[1:]))] for view in views], result[tile])
+    return np.ascontiguousarray(result.transpose(np.argsort(outer)))
+
+
+def _merge_contained(operands: Sequence[tuple[np.ndarray, tuple[int, ...]]]) -> list[tuple[np.ndarray, tuple[int, ...]]]:
+    """The same sum with every table added into one whose roles contain its own: small sums before the big one."""
+    ordered = sorted(operands, key=lambda operand: -len(operand[1]))
+    merged: list[tuple[np.ndarray, tuple[int, ...]]] = []
+    for table, roles in ordered:
+        hosts = [i for i, (_, other) in enumerate(merged) if set(roles) <= set(other)]
+        if not hosts:
+            merged.append((table, roles))
+            continue
+        host = min(hosts, key=lambda i: merged[i][0].size)
+        target, axes = merged[host]
+        present = [role for role in axes if role in roles]
+        aligned = table.transpose([roles.index(role) for role in present])
+        merged[host] = target + np.expand_dims(aligned, [i for i, role in enumerate(axes) if role not in roles]), axes
+    return merged
+
+
+def _tiles(shape: tuple[int, ...]) -> list[tuple[slice, ...]]:
+    """Cuts an array into boxes of at most about TILE_ENTRIES entries, whole in the inner axes."""
+    inner, axis = 1, len(shape)
+    while axis > 0 and inner * shape[axis - 1] <= TILE_ENTRIES:
+        axis -= 1
+        inner *= shape[axis]
+    if axis == 0:
+        return [()]
+    rows = max(1, TILE_ENTRIES // inner)
+    leading = [tuple(slice(i, i + 1) for i in index) for index in np.ndindex(*shape[: axis - 1])]
+    return [(*index, slice(row, row + rows)) for index in leading for row in range(0, shape[axis - 1], rows)]
+
+
+def _clip(tile: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
+    """The tile in a view whose absent axes have length 1."""
+    return tuple(slice(None) if size == 1 else part for part, size in zip(tile, shape))
+
+
+def _minimise_tile(views: list[np.ndarray], out: np.ndarray) -> None:
+    """out = min over axis 0 of the broadcast sum of the views."""
+    num_states = views[0].shape[0]
+    if num_states * out.size <= TILE_ENTRIES:
+        total = views[0] + views[1]
+        for view in views[2:]:
+            total = total + view
+        np.min(np.broadcast_to(total, (num_states, *out.shape)), axis=0, out=out)
+        return
+    buffer = np.empty(out.shape)
+    for state in range(num_states):
+        total = out if state == 0 else buffer
+        np.add(views[0][state], views[1][state], out=total)
+        for view in views[2:]:
+            np.add(total, view[state], out=total)
+        if state:
+            np.minimum(out, buffer, out=out)
