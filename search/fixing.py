@@ -16,14 +16,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from autopar.core.problem import Edge, Node, SearchProblem
+from autopar.core.problem import Edge, Node
 from autopar.search.bucket import CostGraph, Forward, eliminate_forward
 from autopar.search.elimination import Prepared
 from autopar.search.order import Step
 from autopar.search.simplify import Price, Shrunk
 from autopar.search.tables import TableStore
 
-MARGIN = 1e-9  # relative to the cutoff: sums here are rounded, and nothing optimal may be dropped
+MARGIN = 1e-9  # relative to the optimum: sums here are rounded, and nothing optimal may be dropped
+MAX_WORK = 500_000_000  # table entries of all steps that differ; a few seconds
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,11 +40,17 @@ def restrict(prepared: Prepared, multiplier: float, slack_s: float) -> Shrunk | 
 
     None where the tables of the backward pass would be too large. Pairs that go become forbidden.
     """
-    graph = prepared.graph(Price(1.0, multiplier))
-    work = sum(math.prod([graph.sizes[n] for n in (step.node, *step.neighbours)]) for step in prepared.order.steps)
-    if work > MAX_WORK or prepared.order.max_table_entries > prepared.max_table_entries:
+    steps = prepared.order.steps
+    if prepared.order.max_table_entries > prepared.max_table_entries:
         return None
-    regrets = find_regrets(graph, prepared.order.steps)
+    graph = prepared.graph(Price(1.0, multiplier))
+    store = TableStore()
+    forward = eliminate_forward(store, graph, steps)
+    work = {key: math.prod([graph.sizes[n] for n in (step.node, *step.neighbours)]) for key, step in zip(forward.keys, steps)}
+    if sum(work.values()) > MAX_WORK:
+        return None
+    slack_s += MARGIN * abs(math.fsum(forward.constants))
+    regrets = find_regrets(store, graph, steps, forward)
     kept = [np.flatnonzero(regret <= slack_s) for regret in regrets.at_nodes]
     source = prepared.shrunk
     nodes = tuple(Node(n.name, n.cost_s[k], n.memory_bytes[k]) for n, k in zip(source.problem.nodes, kept))
@@ -56,10 +63,8 @@ def restrict(prepared: Prepared, multiplier: float, slack_s: float) -> Shrunk | 
     return Shrunk(problem, tuple(states[k] for states, k in zip(source.kept, kept)))
 
 
-def find_regrets(graph: CostGraph, steps: Sequence[Step]) -> Regrets:
+def find_regrets(store: TableStore, graph: CostGraph, steps: Sequence[Step], forward: Forward) -> Regrets:
     """How much more than the optimum the best plan with a given state, or pair of states, costs."""
-    store = TableStore()
-    forward = eliminate_forward(store, graph, steps)
     return _Backward(store, graph, steps, forward).run()
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from autopar.core.problem import Assignment, SearchProblem, evaluate
 from autopar.errors import InfeasibleError
-from autopar.search.elimination import MAX_TABLE_ENTRIES, TOLERANCE, Prepared, prepare
+from autopar.search.elimination import MAX_TABLE_ENTRIES, TOLERANCE, Prepared, eliminate, prepare
 from autopar.search.local import relink, repair, spend, splice
 from autopar.search.simplify import BYTES, SECONDS, Price
 
@@ -39,20 +39,25 @@ class Point:
 
 
 def price_memory(
-    problem: SearchProblem, *, max_table_entries: int = MAX_TABLE_ENTRIES, prepared: Prepared | None = None
+    problem: SearchProblem,
+    *,
+    max_table_entries: int = MAX_TABLE_ENTRIES,
+    prepared: Prepared | None = None,
+    cheapest: Assignment | None = None,
 ) -> Assignment:
     """The best plan found within the memory limit, with the Lagrangian lower bound and the price of a byte.
 
-    `prepared` may be handed in where the caller has it already (for the prices SECONDS and BYTES). Raises
-    InfeasibleError, with the bytes that are missing, where no plan fits.
+    The caller may hand in what it has already: the problem `prepared` for the prices SECONDS and BYTES, and the
+    `cheapest` plan regardless of memory. Raises InfeasibleError, with the bytes that are missing, where no plan fits.
     """
+    if cheapest is None:
+        cheapest = eliminate(problem, max_table_entries=max_table_entries)
+    if problem.fits(cheapest.memory_bytes):
+        return cheapest
     prepared = prepared or prepare(problem, (SECONDS, BYTES), max_table_entries=max_table_entries)
-    cheapest = prepared.minimise(SECONDS)
-    over = Point.of(problem, cheapest.choices)
-    if problem.fits(over.memory_bytes):
-        return _assignment(over, cheapest.bound, 0.0)
+    over = Point(cheapest.choices, cheapest.cost_s, cheapest.memory_bytes)
     within = leanest(problem, prepared)
-    bound_s, multiplier = cheapest.bound, 0.0
+    bound_s, multiplier = cheapest.bound_s, 0.0
     for _ in range(MAX_SOLVES):
         freed = over.memory_bytes - within.memory_bytes
         price = (within.cost_s - over.cost_s) / freed
@@ -117,7 +122,7 @@ def _assignment(point: Point, bound_s: float, multiplier: float) -> Assignment:
         cost_s=point.cost_s,
         memory_bytes=point.memory_bytes,
         bound_s=min(bound_s, point.cost_s),
-        solver="lagrange" if multiplier else "elimination",
+        solver="lagrange",
         multiplier_s_per_byte=multiplier,
         proof="exact" if exact else "bound",
     )

@@ -45,7 +45,7 @@ class TableStore:
         return number
 
     def _intern(self, array: np.ndarray) -> int:
-        array = np.ascontiguousarray(array)
+        array = np.asarray(array, order="C")  # ascontiguousarray would make a scalar 1-d
         twins = self._by_content.setdefault((array.shape, zlib.crc32(array)), [])
         for number in twins:
             if np.array_equal(self.arrays[number], array):
@@ -94,7 +94,7 @@ def sum_and_minimise(operands: Sequence[tuple[np.ndarray, tuple[int, ...]]]) -> 
     else:
         for tile in _tiles(result.shape):
             _minimise_tile([view[(slice(None), *_clip(tile, view.shape[1:]))] for view in views], result[tile])
-    return np.ascontiguousarray(result.transpose(np.argsort(outer)))
+    return np.asarray(result.transpose(np.argsort(outer)), order="C")
 
 
 def _merge_contained(operands: Sequence[tuple[np.ndarray, tuple[int, ...]]]) -> list[tuple[np.ndarray, tuple[int, ...]]]:

@@ -197,6 +197,10 @@ def nest(layout: Layout, mesh: Mesh) -> Layout:
     for i, placement in enumerate(layout):
         if placement.kind != "S" or placement.outer == 1:
             continue
+        same = [j for j in range(i) if layout[j] == placement and result[j] != placement]
+        if same:
+            result[i] = result[same[0]]
+            continue
         before = [j for j in range(i) if result[j].kind == "S" and result[j].dim == placement.dim and result[j].outer < placement.outer]
         for outer in sorted({result[j].outer for j in before}):
             cut = math.prod(mesh.axes[j].size for j in before if result[j].outer == outer)
