@@ -57,7 +57,9 @@ def adam(dtype: str = "float32", *, master: str | None = "float32", gradient: st
     """
     if dtype not in TRAINED_DTYPES:
         return StatePolicy(parameter=dtype, gradient=None, optimizer=())
-    has_master = master is not None and DTYPE_BYTES.get(master, 0) > DTYPE_BYTES[dtype]
+    if master is not None and master not in TRAINED_DTYPES:
+        raise UsageError(f"master copy of dtype {master!r}; use one of {', '.join(TRAINED_DTYPES)}")
+    has_master = master is not None and DTYPE_BYTES[master] > DTYPE_BYTES[dtype]
     moment = master if has_master else dtype
     return StatePolicy(parameter=dtype, gradient=gradient or dtype, optimizer=(moment,) * (3 if has_master else 2))
 

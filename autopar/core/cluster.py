@@ -190,7 +190,7 @@ class Cluster:
         Under torchrun each of several processes computes with one thread, so a process has one core, or its share where
         there are more processes than cores. One process alone has them all.
         """
-        if not isinstance(num_processes, int) or not 1 <= num_processes <= MAX_DEVICES_PER_NODE:
+        if not isinstance(num_processes, int) or isinstance(num_processes, bool) or not 1 <= num_processes <= MAX_DEVICES_PER_NODE:
             raise UsageError(f"{shown(num_processes)} local processes; give a whole number from 1 to {MAX_DEVICES_PER_NODE}")
         cores = _num_cores()
         share = cores if num_processes == 1 else cores / max(num_processes, cores)
@@ -200,7 +200,7 @@ class Cluster:
             bandwidth_bytes_per_s=1e9 * min(1.0, cores / num_processes),
             source=sources("assumed: 1 GB/s per core and 0.3 ms, longer by processes per core; gloo on a 2-core machine came near it"),
         )
-        core_text = f"{share:g} of {cores} cores"
+        core_text = f"{share:.2g} of {cores} cores"
         device = Device(
             name=f"CPU process ({core_text})",
             memory_bytes=_physical_memory_bytes() // num_processes,
@@ -235,7 +235,7 @@ class Cluster:
 
     def __str__(self) -> str:
         def tier(link: Link) -> str:
-            return f"{link.name} {format_quantity(link.bandwidth_bytes_per_s, BANDWIDTH)}"
+            return f"{link.name} {format_quantity(float(f'{link.bandwidth_bytes_per_s:.3g}'), BANDWIDTH)}"
 
         inside = f"{self.name}: {self.num_devices} x {self.device.name}, {self.num_nodes} x {self.devices_per_node}, {tier(self.intra_node)} in a node"
         return inside if self.num_nodes == 1 else f"{inside}, {tier(self.inter_node)} between nodes"

@@ -194,18 +194,14 @@ class OpRule:
 def nest(layout: Layout, mesh: Mesh) -> Layout:
     """Canonical form: a cut just behind a digit that earlier axes cut completely is the same as nesting in it."""
     result = list(layout)
-    for i, placement in enumerate(layout):
-        if placement.kind != "S" or placement.outer == 1:
-            continue
-        same = [j for j in range(i) if layout[j] == placement and result[j] != placement]
-        if same:
-            result[i] = result[same[0]]
-            continue
-        before = [j for j in range(i) if result[j].kind == "S" and result[j].dim == placement.dim and result[j].outer < placement.outer]
+    for digit in sorted({p for p in layout if p.kind == "S" and p.outer > 1}, key=lambda p: (p.dim, p.outer)):
+        members = [i for i, p in enumerate(layout) if p == digit]
+        before = [j for j in range(members[0]) if result[j].kind == "S" and result[j].dim == digit.dim and result[j].outer < digit.outer]
         for outer in sorted({result[j].outer for j in before}):
             cut = math.prod(mesh.axes[j].size for j in before if result[j].outer == outer)
-            if outer * cut == placement.outer:
-                result[i] = S(placement.dim, outer)
+            if outer * cut == digit.outer:
+                for i in members:
+                    result[i] = S(digit.dim, outer)
                 break
     return tuple(result)
 

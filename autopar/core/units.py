@@ -25,11 +25,15 @@ FRACTIONS: tuple[tuple[str, Fraction], ...] = tuple((p, Fraction(1, 1000**i)) fo
 
 @dataclass(frozen=True)
 class Dimension:
-    """One kind of quantity: its units with their factor to the base unit, which is the first one, and an example."""
+    """One kind of quantity: its units with their factor to the base unit, which is the first one, and an example.
+
+    `read_only` units are understood and never written: bits are how people name a network, bytes what autopar counts.
+    """
 
     name: str
     units: Mapping[str, Fraction]
     example: str
+    read_only: frozenset[str] = frozenset()
 
     @property
     def unit_list(self) -> str:
@@ -37,10 +41,12 @@ class Dimension:
 
 
 MEMORY = Dimension("a memory size", {f"{p}B": f for p, f in PREFIXES + BINARY}, "80 GB")
+BIT_RATES = {f"{p}{bit}/s": f / 8 for bit in ("b", "bit") for p, f in PREFIXES}
 BANDWIDTH = Dimension(
     "a bandwidth",
-    {f"{p}B/s": f for p, f in PREFIXES + BINARY} | {f"{p}{bit}/s": f / 8 for bit in ("b", "bit") for p, f in PREFIXES},
+    {f"{p}B/s": f for p, f in PREFIXES + BINARY} | BIT_RATES,
     "450 GB/s' or, in bits, '400 Gb/s",
+    read_only=frozenset(BIT_RATES),
 )
 COMPUTE = Dimension("a compute rate", {f"{p}FLOP/s": f for p, f in PREFIXES}, "989 TFLOP/s")
 DURATION = Dimension("a duration", {f"{p}s": f for p, f in FRACTIONS}, "3 us")
@@ -97,6 +103,8 @@ def format_quantity(value: float, dimension: Dimension) -> str:
         return best
     candidates = []
     for unit, factor in dimension.units.items():
+        if unit in dimension.read_only:
+            continue
         scaled = float(Fraction(value) / factor)
         text = f"{_number(scaled)} {unit}"
         if 1 <= scaled < 1000 and math.isfinite(scaled) and parse_quantity(text, dimension) == value:
