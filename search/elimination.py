@@ -9,7 +9,7 @@ References: Bertele and Brioschi 1972 (nonserial dynamic programming); Dechter 1
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autopar.core.problem import Assignment, SearchProblem, evaluate
 from autopar.errors import InfeasibleError, UsageError
@@ -74,7 +74,9 @@ def minimise(problem: SearchProblem, price: Price = SECONDS, *, max_table_entrie
 
     Raises InfeasibleError where every plan contains a forbidden pair.
     """
-    return prepare(problem, (price,), max_table_entries=max_table_entries).minimise(price)
+    prepared = prepare(problem, (price,), max_table_entries=max_table_entries)
+    lowest = prepared.minimise(price)
+    return replace(lowest, choices=prepared.shrunk.restore(lowest.choices))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +89,7 @@ class Prepared:
     max_table_entries: int
 
     def minimise(self, price: Price) -> Minimum:
-        """As the function of the same name, in the states of the original problem."""
+        """As the function of the same name; choices are in the states that are left (`shrunk.restore` translates)."""
         graph = self.graph(price)
         store = TableStore()
         if self.order.max_table_entries <= self.max_table_entries:
@@ -99,7 +101,7 @@ class Prepared:
             choices, bound = bounded_minimum(store, graph, self.order, self.max_table_entries)
             value = graph.value(choices)
         return Minimum(
-            choices=self.shrunk.restore(choices),
+            choices=choices,
             value=value,
             bound=min(bound, value),
             num_steps=len(self.order.steps),

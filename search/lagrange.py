@@ -9,12 +9,11 @@ line search of Handler and Zang 1980 for constrained shortest paths). A dozen el
 What is left is the duality gap: plans that fit come from repairing, mixing and improving the plans met on the way.
 """
 
-import math
 from dataclasses import dataclass
 
 from autopar.core.problem import Assignment, SearchProblem, evaluate
 from autopar.errors import InfeasibleError
-from autopar.search.elimination import MAX_TABLE_ENTRIES, TOLERANCE, Prepared, eliminate, prepare
+from autopar.search.elimination import MAX_TABLE_ENTRIES, TOLERANCE, Prepared, prepare
 from autopar.search.local import relink, repair, spend, splice
 from autopar.search.simplify import BYTES, SECONDS, Price
 
@@ -39,42 +38,38 @@ class Point:
 
 
 def price_memory(
-    problem: SearchProblem,
-    *,
-    max_table_entries: int = MAX_TABLE_ENTRIES,
-    prepared: Prepared | None = None,
-    cheapest: Assignment | None = None,
+    problem: SearchProblem, *, max_table_entries: int = MAX_TABLE_ENTRIES, prepared: Prepared | None = None
 ) -> Assignment:
     """The best plan found within the memory limit, with the Lagrangian lower bound and the price of a byte.
 
-    The caller may hand in what it has already: the problem `prepared` for the prices SECONDS and BYTES, and the
-    `cheapest` plan regardless of memory. Raises InfeasibleError, with the bytes that are missing, where no plan fits.
+    `prepared` may be handed in where the caller has it already (for the prices SECONDS and BYTES). Raises
+    InfeasibleError, with the bytes that are missing, where no plan fits.
     """
-    if cheapest is None:
-        cheapest = eliminate(problem, max_table_entries=max_table_entries)
-    if problem.fits(cheapest.memory_bytes):
-        return cheapest
     prepared = prepared or prepare(problem, (SECONDS, BYTES), max_table_entries=max_table_entries)
-    over = Point(cheapest.choices, cheapest.cost_s, cheapest.memory_bytes)
-    within = leanest(problem, prepared)
-    bound_s, multiplier = cheapest.bound_s, 0.0
+    small = prepared.shrunk.problem  # choices below are in its states
+    cheapest = prepared.minimise(SECONDS)
+    over = Point.of(small, cheapest.choices)
+    bound_s, multiplier = cheapest.bound, 0.0
+    if small.fits(over.memory_bytes):
+        return _assignment(problem, prepared.shrunk.restore(over.choices), bound_s, multiplier)
+    within = leanest(small, prepared)
+    room = small.memory_limit_bytes - small.base_memory_bytes
     for _ in range(MAX_SOLVES):
-        freed = over.memory_bytes - within.memory_bytes
-        price = (within.cost_s - over.cost_s) / freed
+        price = (within.cost_s - over.cost_s) / (over.memory_bytes - within.memory_bytes)
         if price <= 0:  # the plan that fits is as cheap: only where elimination was not exact
             break
         lowest = prepared.minimise(Price(1.0, price))
-        room = problem.memory_limit_bytes - problem.base_memory_bytes
         if lowest.bound - price * room > bound_s:
             bound_s, multiplier = lowest.bound - price * room, price
-        point = Point.of(problem, lowest.choices)
+        point = Point.of(small, lowest.choices)
         if point.at(price) >= within.at(price) * (1 - 1e-12):
             break
-        if problem.fits(point.memory_bytes):
+        if small.fits(point.memory_bytes):
             within = point
         else:
             over = point
-    return _assignment(_improved(problem, over, within), bound_s, multiplier)
+    best = _improved(small, over, within)
+    return _assignment(problem, prepared.shrunk.restore(best.choices), bound_s, multiplier)
 
 
 def leanest(problem: SearchProblem, prepared: Prepared) -> Point:
@@ -114,15 +109,14 @@ def _improved(problem: SearchProblem, over: Point, within: Point) -> Point:
     return min(points, key=lambda point: (point.cost_s, point.choices))
 
 
-def _assignment(point: Point, bound_s: float, multiplier: float) -> Assignment:
-    bound_s = max(0.0, bound_s) if math.isfinite(bound_s) else 0.0
-    exact = point.cost_s - bound_s <= TOLERANCE * point.cost_s
+def _assignment(problem: SearchProblem, choices: tuple[int, ...], bound_s: float, multiplier: float) -> Assignment:
+    cost_s, memory_bytes = evaluate(problem, choices)
     return Assignment(
-        choices=point.choices,
-        cost_s=point.cost_s,
-        memory_bytes=point.memory_bytes,
-        bound_s=min(bound_s, point.cost_s),
+        choices=choices,
+        cost_s=cost_s,
+        memory_bytes=memory_bytes,
+        bound_s=min(max(bound_s, 0.0), cost_s),
         solver="lagrange",
         multiplier_s_per_byte=multiplier,
-        proof="exact" if exact else "bound",
+        proof="exact" if cost_s - bound_s <= TOLERANCE * cost_s else "bound",
     )

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +87,11 @@ def _parse(raw: bytes, where: str) -> dict[str, Any]:
         raise FileFormatError(f"{where}: {word} is not a number a model can use; write a finite number")
 
     def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        fields = dict(pairs)
-        if len(fields) < len(pairs):
-            twice = next(key for i, (key, _) in enumerate(pairs) if any(key == other for other, _ in pairs[:i]))
-            raise FileFormatError(f"{where}: key {shown(twice)} is given twice; keep one of them")
+        fields: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in fields:
+                raise FileFormatError(f"{where}: key {shown(key)} is given twice; keep one of them")
+            fields[key] = value
         return fields
 
     try:
@@ -117,6 +119,8 @@ def _checked_table(fields: dict[str, Any], where: str, path: str, depth: int = 1
             continue
         if key in REMOTE_NAMES and value is not None:
             raise FileFormatError(f"{where}: {name} = {shown(value)} names a model kept elsewhere; write its fields in place")
+        if key == "model_type" and str(value).startswith("timm"):  # timm resolves names to downloads and to files on this machine
+            raise FileFormatError(f"{where}: {name} = {shown(value)} builds through timm; give package.module:function instead")
         kept[key] = _checked(value, where, name, depth + 1)
     _check_parameters(kept, where, path)
     return kept
@@ -137,10 +141,14 @@ def _checked(value: Any, where: str, name: str, depth: int) -> Any:
 
 
 def _check_range(value: int, where: str, name: str) -> None:
-    field = name.rpartition(".")[2]
-    low, high = next(((lo, hi) for pattern, lo, hi in LIMITS if pattern.search(field)), (-MAX_INTEGER, MAX_INTEGER))
+    low, high = _limits(name.rpartition(".")[2])
     if not low <= value <= high:
         raise FileFormatError(f"{where}: {shown(name)} = {shown(value)} is outside {low} to {high}; write a number in that range")
+
+
+@lru_cache(maxsize=256)  # a list of a million numbers asks a million times for the same name
+def _limits(field: str) -> tuple[int, int]:
+    return next(((low, high) for pattern, low, high in LIMITS if pattern.search(field)), (-MAX_INTEGER, MAX_INTEGER))
 
 
 def _check_parameters(fields: dict[str, Any], where: str, path: str) -> None:

@@ -58,6 +58,8 @@ def resolve_class(fields: Mapping[str, Any], where: str) -> type:
         near = difflib.get_close_matches(name, [known for known in dir(transformers) if re.search(r"For[A-Z]|Model$", known)], n=2)
         advice = f"did you mean {' or '.join(near)}" if near else "use a class of this version, or package.module:function"
         raise UsageError(f"{where}: transformers {transformers.__version__} has no model class {name}; {advice}")
+    if found.config_class.model_type.startswith("timm"):
+        raise UsageError(f"{where}: {name} is built through timm, which may fetch files by name; give package.module:function instead")
     expected, given = found.config_class.model_type, fields.get("model_type")
     if given is not None and given != expected:
         raise FileFormatError(

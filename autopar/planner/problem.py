@@ -98,11 +98,11 @@ class ProblemBuilder:
         operands = tuple(self.graph.values[v].meta for v in op.operands)
         results = tuple(self.graph.values[v].meta for v in op.results)
         saved = frozenset(j for j, v in enumerate(op.results) if v in self.saved)
-        allowed, words = self.constraints.allowed(op, rule, self.batch[i])
+        allowed, prefer, words = self.constraints.allowed(op, rule, self.batch[i])
         color = self.batch[i] if self.constraints.strict else frozenset()
         key = (op.kind, op.args, operands, results, saved, words, color)
         if key not in self._op_cache:
-            self._op_cache[key] = op_states(rule, operands, results, self.pricing, allowed, saved=saved)
+            self._op_cache[key] = op_states(rule, operands, results, self.pricing, allowed, prefer, saved=saved)
         states = self._op_cache[key]
         if not states.strategies:
             pins = [p.text for _, found in self.constraints.for_op(op, rule, self.batch[i]).values() for p in found]

@@ -1,7 +1,7 @@
 """Which factors are the batch, and what pins allow: `dp=2`, `tp=4`, or a word for a named parameter or operator."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -14,6 +14,9 @@ from autopar.errors import PinConflictError, UsageError
 DEGREES = ("dp", "tp", "sp", "cp", "ep", "pp", "vpp")
 LATER = ("cp", "ep", "pp", "vpp", "zero", "micro_batch", "recompute")
 """Pins that name what this version does not search yet; 1 (or 0 for zero) is what it does and is accepted."""
+
+
+Allowed = Callable[[Strategy], bool]
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,8 @@ class Constraints:
             raise UsageError(f"--pin {pin.text!r}: the mesh has no axis {pin.axis!r}, only {', '.join(self.mesh.names)}; pin its size too, e.g. {pin.axis}=2")
         return self.mesh.names.index(pin.axis)
 
-    def allowed(self, op: Op, rule: OpRule, batch: frozenset[int]):  # noqa: ANN201 - a predicate over strategies
+    def allowed(self, op: Op, rule: OpRule, batch: frozenset[int]) -> tuple[Allowed, Allowed, tuple]:
+        """(what pins allow, what a forced plan prefers where it is possible, a key that names both)."""
         words = self.for_op(op, rule, batch)
 
         def check(strategy: Strategy) -> bool:
@@ -177,7 +181,23 @@ class Constraints:
                         return False
             return True
 
-        return check, tuple(sorted((axis, tuple(w)) for axis, (w, _) in words.items()))
+        forced = self.forced_axes(rule, batch)
+
+        def prefer(strategy: Strategy) -> bool:
+            return all(strategy[axis].kind == "cut" for axis in forced)
+
+        return check, prefer, (forced, tuple(sorted((axis, tuple(w)) for axis, (w, _) in words.items())))
+
+    def forced_axes(self, rule: OpRule, batch: frozenset[int]) -> tuple[int, ...]:
+        """Axes of a forced mesh on which a contraction can be cut in the axis's own way, and then must be."""
+        if not self.strict or rule.cost != "contract":
+            return ()
+        found = []
+        for axis, size in enumerate(self.mesh.sizes):
+            cuts = [Choice("cut", f) for f, n in enumerate(rule.sizes) if f not in rule.whole and n % size == 0]
+            if size > 1 and any(self.choice_allowed(axis, c, batch) for c in cuts):
+                found.append(axis)
+        return tuple(found)
 
 
 def _options(layouts: Sequence[Layout], axis: int) -> str:

@@ -1,7 +1,7 @@
 """What each operator may do on a mesh and what that costs: strategies, their layouts, seconds and bytes."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +15,7 @@ from autopar.core.redistribute import Redistribution, layout_space
 from autopar.core.rule import OpRule, Strategy, strategies
 from autopar.cost_models.collectives import collective_seconds
 from autopar.cost_models.compute import op_seconds
+from autopar.planner.roles import Allowed
 from autopar.program import without_r
 
 BACKWARD_WORK = {"contract": 2.0, "pointwise": 1.0, "view": 0.0}
@@ -78,11 +79,10 @@ class Pricing:
         return self._spaces[key]
 
 
-Allowed = Callable[[Strategy], bool]
-
-
-def op_states(rule: OpRule, operands: Sequence[TensorMeta], results: Sequence[TensorMeta], pricing: Pricing, allowed: Allowed, *, saved: frozenset[int]) -> States:
-    """States of one operator: legal strategies that `allowed` admits, one per distinct set of layouts.
+def op_states(
+    rule: OpRule, operands: Sequence[TensorMeta], results: Sequence[TensorMeta], pricing: Pricing, allowed: Allowed, prefer: Allowed, *, saved: frozenset[int]
+) -> States:
+    """States of one operator: legal strategies that `allowed` admits (those that `prefer` does, if any), one per set of layouts.
 
     Seconds: forward plus backward. Memory: results in `saved` that the backward keeps.
     """
@@ -95,7 +95,7 @@ def op_states(rule: OpRule, operands: Sequence[TensorMeta], results: Sequence[Te
         ins = [_canonical(rule.operand_layout(k, strategy, mesh), m) for k, m in enumerate(operands)]
         outs = [_canonical(rule.result_layout(j, strategy, mesh), m) for j, m in enumerate(results)]
         chosen.setdefault((tuple(ins), tuple(outs), rule.degree(strategy, mesh)), (strategy, ins, outs))
-    picked = list(chosen.values())
+    picked = [c for c in chosen.values() if prefer(c[0])] or list(chosen.values())
     flops = np.array([rule.flops / rule.degree(s, mesh) for s, _, _ in picked])
     moved = np.array([_local_bytes(operands, ins, mesh) + _local_bytes(results, outs, mesh) for _, ins, outs in picked])
     dtype = results[0].dtype if results else "float32"

@@ -1,0 +1,54 @@
+"""Which meshes to try for a number of devices, and how to call their axes afterwards."""
+
+import math
+from collections.abc import Sequence
+
+from autopar.core.cluster import Cluster
+from autopar.core.graph import OpGraph
+from autopar.core.mesh import Mesh, MeshAxis
+from autopar.errors import UsageError
+from autopar.planner.roles import Pins
+from autopar.program import Program
+
+
+def forced_mesh(pins: Pins, cluster: Cluster) -> Mesh | None:
+    """The mesh that pinned degrees make; the degree that is not pinned takes the devices that are left."""
+    given = dict(pins.mesh_axes)
+    if not given:
+        return None
+    n = cluster.num_devices
+    product = math.prod(given.values())
+    if n % product or (len(given) == 2 and product != n):
+        text = " x ".join(f"{k}={v}" for k, v in given.items())
+        raise UsageError(f"pins {text} make {product} devices, {cluster.name} has {n}; choose degrees whose product is {n}")
+    for name in ("dp", "tp"):
+        given.setdefault(name, n // product)
+    axes = tuple(MeshAxis(name, given[name]) for name in ("dp", "tp") if given[name] > 1)
+    return Mesh(axes or (MeshAxis("dp", 1),))
+
+
+def candidate_meshes(cluster: Cluster) -> tuple[Mesh, ...]:
+    """All meshes of one axis and of two axes with as many ranks as devices, outermost first."""
+    n = cluster.num_devices
+    one = Mesh((MeshAxis("a", n),))
+    two = [Mesh((MeshAxis("a", k), MeshAxis("b", n // k))) for k in range(2, n) if n % k == 0 and n // k > 1]
+    return (one, *two)
+
+
+def role_names(program: Program, batch: Sequence[frozenset[int]]) -> tuple[str, ...]:
+    """What people would call each axis: dp where most work is cut along the batch, tp where along other factors."""
+    names: list[str] = []
+    for axis in range(len(program.mesh.axes)):
+        along = {"dp": 0.0, "tp": 0.0}
+        for rule, strategy, factors in zip(program.rules, program.strategies, batch):
+            choice = strategy[axis]
+            if choice.kind == "cut" and rule.cost == "contract":
+                along["dp" if choice.index in factors else "tp"] += rule.flops
+        names.append("idle" if not any(along.values()) else "dp" if along["dp"] >= along["tp"] else "tp")
+    return tuple(name if names.count(name) == 1 else f"{name}{names[:i].count(name)}" for i, name in enumerate(names))
+
+
+def work_flops(graph: OpGraph, program: Program) -> float:
+    """Model flops of a training step: contractions forward, and twice that backward."""
+    live = graph.differentiated
+    return sum(r.flops * (3 if any(v in live for v in op.results) else 1) for op, r in zip(graph.ops, program.rules) if r.cost == "contract")

@@ -1,0 +1,79 @@
+"""The way from a problem to a plan: exact where memory is slack, priced where it binds, closed by CP-SAT where a gap is left."""
+
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+
+from autopar.core.problem import Assignment, SearchProblem
+from autopar.errors import UsageError
+from autopar.search.elimination import MAX_TABLE_ENTRIES, TOLERANCE, eliminate, prepare
+from autopar.search.fixing import restrict
+from autopar.search.ilp import solve_ilp
+from autopar.search.lagrange import price_memory
+from autopar.search.simplify import BYTES, SECONDS, Shrunk, canonical, shrink
+
+GAP_TARGET = 1e-4  # where the cost model is off by percents, a smaller gap is not worth a solver's seconds
+MAX_COLUMNS = 60_000  # states plus pairs of states: up to here CP-SAT closed gaps within its time limit
+
+Ilp = Literal["auto", "always", "never"]
+
+
+def solve(
+    problem: SearchProblem, *, time_limit_s: float = 30.0, use_ilp: Ilp = "auto", max_table_entries: int = MAX_TABLE_ENTRIES
+) -> Assignment:
+    """The best plan within the memory limit, with a lower bound on the cost of every such plan.
+
+    Elimination, and nothing else where its plan fits. Otherwise the memory limit becomes a price (`price_memory`);
+    a gap above GAP_TARGET is closed by the integer program on the states that can still matter, if those are few
+    ("always": however many, and whatever the gap; "never": not at all). `time_limit_s` is for that last step.
+    Raises InfeasibleError, saying by how much, where no plan fits.
+    """
+    if use_ilp not in ("auto", "always", "never"):
+        raise UsageError(f"use_ilp is {use_ilp!r}; it is auto, always or never")
+    plan = eliminate(problem, max_table_entries=max_table_entries)
+    both = None
+    if not problem.fits(plan.memory_bytes):
+        both = prepare(problem, (SECONDS, BYTES), max_table_entries=max_table_entries)
+        plan = price_memory(problem, prepared=both)
+    if use_ilp == "never" or plan.gap <= (GAP_TARGET if use_ilp == "auto" else TOLERANCE):
+        return plan
+    rest = None
+    if both is not None:
+        rest = restrict(both, plan.multiplier_s_per_byte, plan.cost_s - plan.bound_s)
+    if rest is None:
+        rest = both.shrunk if both is not None else shrink(canonical(problem), (SECONDS,))
+    if use_ilp == "auto" and num_columns(rest.problem) > MAX_COLUMNS:
+        return plan
+    return _closed(problem, plan, rest, time_limit_s, GAP_TARGET if use_ilp == "auto" else 0.0)
+
+
+def num_columns(problem: SearchProblem) -> int:
+    """How many states and allowed pairs of states there are: the size of the integer program."""
+    allowed = {id(edge.cost_s): int(np.isfinite(edge.cost_s).sum()) for edge in problem.edges}
+    return sum(node.num_states for node in problem.nodes) + sum(allowed[id(edge.cost_s)] for edge in problem.edges)
+
+
+def _closed(problem: SearchProblem, plan: Assignment, rest: Shrunk, time_limit_s: float, relative_gap: float) -> Assignment:
+    """The plan improved or proven by the integer program over `rest`, which holds every plan that is better."""
+    start = [min(int(np.searchsorted(states, choice)), len(states) - 1) for states, choice in zip(rest.kept, plan.choices)]
+    if rest.restore(start) != plan.choices:
+        return plan  # not a plan of `rest`: then its states are not known to suffice
+    found = solve_ilp(
+        rest.problem,
+        warm_start=start,
+        time_limit_s=time_limit_s,
+        lower_bound_s=plan.bound_s,
+        relative_gap=relative_gap,
+    )
+    bound_s = max(plan.bound_s, min(found.bound_s, plan.cost_s))
+    if found.cost_s >= plan.cost_s:
+        proof = "exact" if plan.cost_s - bound_s <= TOLERANCE * plan.cost_s else found.proof
+        return replace(plan, bound_s=bound_s, solver=f"{plan.solver} + {found.solver}", proof=proof)
+    return replace(
+        found,
+        choices=rest.restore(found.choices),
+        bound_s=min(bound_s, found.cost_s),
+        solver=f"{plan.solver} + {found.solver}",
+        multiplier_s_per_byte=plan.multiplier_s_per_byte,
+    )
