@@ -31,6 +31,8 @@ from autopar.core.mesh import Mesh
 from autopar.errors import UsageError
 
 PRIMITIVES = (*moves.COLLECTIVES, "broadcast", "send")
+TREE_SHARE = 0.92
+"""Share of the ring's bandwidth that a tree reaches; source: NCCL's tuning table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,9 @@ def collective_seconds(cluster: Cluster, mesh: Mesh, primitive: str, axes: tuple
 def group_spans(cluster: Cluster, mesh: Mesh, axes: tuple[int, ...]) -> tuple[Span, ...]:
     """The distinct spans of the groups of `axes`; one where node and mesh boundaries agree."""
     if mesh.num_ranks > cluster.num_devices:
-        raise UsageError(f"mesh {mesh} has {mesh.num_ranks} ranks, cluster {cluster.name!r} has {cluster.num_devices} devices; shrink the mesh or add nodes")
+        raise UsageError(
+            f"mesh {mesh} has {mesh.num_ranks} ranks, cluster {cluster.name!r} has {cluster.num_devices} devices; shrink the mesh or add nodes"
+        )
     if len(set(axes)) != len(axes) or not all(0 <= axis < len(mesh.axes) for axis in axes):
         raise UsageError(f"axes {axes} of mesh {mesh}; give different numbers from 0 to {len(mesh.axes) - 1}")
     return _spans(cluster.devices_per_node, mesh.sizes, tuple(sorted(axes)))
@@ -139,7 +143,7 @@ def _tree_seconds(cluster: Cluster, span: Span, local_bytes: Any) -> Any:
     """All-reduce up and down a double binary tree over the nodes with a chain in each: logarithmic latency, 2 L bytes."""
     depth = math.ceil(math.log2(span.num_nodes))
     latency = 2 * ((span.most - 1) * cluster.intra_node.latency_s + depth * cluster.inter_node.latency_s)
-    return latency + _crossing_seconds(cluster, span, 2 * local_bytes, 2 * local_bytes * (span.most - 1) / span.most)
+    return latency + _crossing_seconds(cluster, span, 2 * local_bytes, 2 * local_bytes * (span.most - 1) / span.most) / TREE_SHARE
 
 
 def _exchange_seconds(cluster: Cluster, span: Span, local_bytes: Any) -> dict[str, Any]:

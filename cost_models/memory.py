@@ -59,9 +59,9 @@ def adam(dtype: str = "float32", *, master: str | None = "float32", gradient: st
         return StatePolicy(parameter=dtype, gradient=None, optimizer=())
     if master is not None and master not in TRAINED_DTYPES:
         raise UsageError(f"master copy of dtype {master!r}; use one of {', '.join(TRAINED_DTYPES)}")
-    has_master = master is not None and DTYPE_BYTES[master] > DTYPE_BYTES[dtype]
-    moment = master if has_master else dtype
-    return StatePolicy(parameter=dtype, gradient=gradient or dtype, optimizer=(moment,) * (3 if has_master else 2))
+    if master is not None and DTYPE_BYTES[master] > DTYPE_BYTES[dtype]:
+        return StatePolicy(parameter=dtype, gradient=gradient or dtype, optimizer=(master, master, master))
+    return StatePolicy(parameter=dtype, gradient=gradient or dtype, optimizer=(dtype, dtype))
 
 
 def state_bytes(numel_local: Any, policy: StatePolicy | str = "float32") -> Any:

@@ -21,7 +21,9 @@ from autopar.search.bucket import CostGraph, Forward, eliminate_forward
 from autopar.search.elimination import Prepared
 from autopar.search.order import Step
 from autopar.search.simplify import Price, Shrunk
-from autopar.search.tables import TableStore
+from autopar.search.tables import Key, TableStore
+
+Marginal = tuple[Key, int, tuple[int, ...], int]  # what a marginal depends on: tables, outside, roles kept, table taken off
 
 MARGIN = 1e-9  # relative to the optimum: sums here are rounded, and nothing optimal may be dropped
 MAX_WORK = 500_000_000  # table entries of all steps that differ; a few seconds
@@ -82,7 +84,7 @@ class _Backward:
         for e, (u, v, _) in enumerate(graph.pairs):
             self.edges[self._first((u, v))].append(e)
         self.outside = [-1] * len(steps)
-        self.known: dict[tuple, int] = {}
+        self.known: dict[Marginal, int] = {}
 
     def _first(self, nodes: Sequence[int]) -> int:
         """The earliest step that eliminates one of the nodes: where a table over them is used up."""
@@ -111,7 +113,7 @@ class _Backward:
 class _Frame:
     """All the tables of one step on their common axes, summed only if some marginal has not been computed before."""
 
-    def __init__(self, store: TableStore, key: tuple, outside: int, num_roles: int, known: dict[tuple, int]) -> None:
+    def __init__(self, store: TableStore, key: Key, outside: int, num_roles: int, known: dict[Marginal, int]) -> None:
         self.store, self.key, self.outside, self.num_roles, self.known = store, key, outside, num_roles, known
         self._total: np.ndarray | None = None
 

@@ -36,6 +36,8 @@ INTEGRAL = 1e-6  # an x this close to 0 or 1 is; HiGHS keeps rows to 1e-7
 AGREEMENT = 1e-6  # relative difference between a solver's value and ours that its tolerances explain
 LP_TOLERANCE = 1e-7  # relative accuracy of HiGHS' optimum: taken off where it serves as a bound
 EXACT_GAP = 1e-9  # a relative gap below this is rounding to the grid
+COARSE = 1e-2  # a plan this far below the scale of a solve was priced too roughly
+LP_SCALE = 1e4  # the known optimum in units of HiGHS' objective
 GRID_UNITS = 2.0**40  # the known optimum in units of CP-SAT's objective
 MAX_SUM = 2.0**59  # of all integer coefficients of a row, below the overflow of 64 bits
 DETERMINISTIC_SHARE = 1 / 3  # of the time limit: a unit of deterministic time took up to 3 s here, so the wall clock rarely decides
@@ -118,16 +120,35 @@ def solve_ilp(
     deterministic time, so that the result is the same on a somewhat slower machine; the wall clock is the last resort.
     """
     merged = canonical(problem)
-    known = _known_plan(problem, warm_start)
     if not merged.nodes:
         return _assignment(problem, (), 0.0, "lp", "exact")
     model = assemble(merged)
-    relaxed = _solve_lp(model, problem, time_limit_s)
+    known = _known_plan(problem, warm_start) or _cheapest_states(problem)
+    while True:
+        plan = _attempt(model, problem, known, lower_bound_s, relative_gap, time_limit_s)
+        if plan.cost_s >= COARSE * _reference_s(model, known) or plan.cost_s <= sys.float_info.min:
+            return plan
+        known = plan  # far below the scale that solver tolerances referred to: once more, at its own scale
+
+
+def _attempt(
+    model: LinearModel, problem: SearchProblem, known: Assignment | None, lower_bound_s: float, relative_gap: float, time_limit_s: float
+) -> Assignment:
+    """The LP and, if that settles nothing, CP-SAT, at the scale of the known plan."""
+    relaxed = _solve_lp(model, problem, known, time_limit_s)
     if relaxed is not None:
         if np.minimum(relaxed.x, 1 - relaxed.x).max() < INTEGRAL:
-            return _agreed(problem, model.states(relaxed.x), relaxed.value, "lp")
-        lower_bound_s = max(lower_bound_s, relaxed.value * (1 - LP_TOLERANCE))
+            plan = _assignment(problem, model.states(relaxed.x), relaxed.value, "lp", "exact")
+            if _disagreement(problem, plan, relaxed.value, 0.0) is None:
+                return plan
+        lower_bound_s = max(lower_bound_s, relaxed.value - LP_TOLERANCE * _reference_s(model, known))
     return _solve_cpsat(model, problem, known, max(lower_bound_s, 0.0), relative_gap, time_limit_s)
+
+
+def _reference_s(model: LinearModel, known: Assignment | None) -> float:
+    """The scale of the cost of a plan: that of the known one, or what no plan's nodes exceed."""
+    ceiling_s = float(model.cost_s.max()) * model.num_nodes
+    return min(known.cost_s, ceiling_s) if known else ceiling_s
 
 
 def _known_plan(problem: SearchProblem, warm_start: Sequence[int] | None) -> Assignment | None:
@@ -139,6 +160,12 @@ def _known_plan(problem: SearchProblem, warm_start: Sequence[int] | None) -> Ass
     return plan
 
 
+def _cheapest_states(problem: SearchProblem) -> Assignment | None:
+    """Every node in its cheapest state, if that is a plan: nothing that costs more needs a column."""
+    plan = _assignment(problem, tuple(int(node.cost_s.argmin()) for node in problem.nodes), 0.0, "cheapest states", "budget")
+    return plan if math.isfinite(plan.cost_s) and problem.fits(plan.memory_bytes) else None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Relaxed:
     """An optimal point of the LP: the x part, and its value in seconds."""
@@ -147,14 +174,15 @@ class Relaxed:
     value: float
 
 
-def _solve_lp(model: LinearModel, problem: SearchProblem, time_limit_s: float) -> Relaxed | None:
-    """The LP optimum by HiGHS; None where time ran out. Raises InfeasibleError where there is no point at all."""
-    scale = 1e4 / max(float(model.cost_s.max()), sys.float_info.min)  # HiGHS' tolerances are absolute
-    lp = mathopt.Model.from_model_proto(_lp_proto(model, problem, scale))
+def _solve_lp(model: LinearModel, problem: SearchProblem, known: Assignment | None, time_limit_s: float) -> Relaxed | None:
+    """The LP optimum by HiGHS; None where there is no answer in time, or one that a known plan contradicts."""
+    cutoff_s = known.cost_s if known else math.inf
+    scale = LP_SCALE / _positive(_reference_s(model, known))  # HiGHS' tolerances are absolute
+    lp = mathopt.Model.from_model_proto(_lp_proto(model, problem, scale, cutoff_s))
     limit = mathopt.SolveParameters(time_limit=timedelta(seconds=time_limit_s))
     result = mathopt.solve(lp, mathopt.SolverType.HIGHS, params=limit)
     reason = result.termination.reason
-    if reason in (mathopt.TerminationReason.INFEASIBLE, mathopt.TerminationReason.INFEASIBLE_OR_UNBOUNDED):
+    if not known and reason in (mathopt.TerminationReason.INFEASIBLE, mathopt.TerminationReason.INFEASIBLE_OR_UNBOUNDED):
         raise InfeasibleError("no plan fits: even the linear relaxation has no point within the memory limit")
     if reason != mathopt.TerminationReason.OPTIMAL:
         return None
@@ -164,15 +192,15 @@ def _solve_lp(model: LinearModel, problem: SearchProblem, time_limit_s: float) -
     return Relaxed(values[: model.num_x], result.objective_value() / scale)
 
 
-def _lp_proto(model: LinearModel, problem: SearchProblem, scale: float) -> model_pb2.ModelProto:
+def _lp_proto(model: LinearModel, problem: SearchProblem, scale: float, cutoff_s: float) -> model_pb2.ModelProto:
     proto = model_pb2.ModelProto()
     num_columns = len(model.cost_s)
     variables, objective = proto.variables, proto.objective.linear_coefficients
     variables.ids.extend(range(num_columns))
     variables.lower_bounds.extend([0.0] * num_columns)
-    variables.upper_bounds.extend([math.inf] * num_columns)
+    variables.upper_bounds.extend(np.where(_useful(model, cutoff_s), math.inf, 0.0).tolist())
     variables.integers.extend([False] * num_columns)
-    priced = np.flatnonzero(model.cost_s)
+    priced = np.flatnonzero((model.cost_s > 0) & _useful(model, cutoff_s))
     objective.ids.extend(priced.tolist())
     objective.values.extend((model.cost_s[priced] * scale).tolist())
     right = (np.arange(model.num_rows) < model.num_nodes).astype(float)
@@ -200,7 +228,7 @@ def _lp_proto(model: LinearModel, problem: SearchProblem, scale: float) -> model
 def _solve_cpsat(
     model: LinearModel, problem: SearchProblem, known: Assignment | None, lower_bound_s: float, relative_gap: float, time_limit_s: float
 ) -> Assignment:
-    grid = _Grid.of(model, problem, known.cost_s if known else math.inf)
+    grid = _Grid.of(model, problem, known)
     program, columns = _cpsat_program(model, grid, known)
     solver = cp_model.CpSolver()
     solver.parameters.num_workers = 1
@@ -219,8 +247,13 @@ def _solve_cpsat(
     found = [known] if known else []
     if status in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         lower_bound_s = max(lower_bound_s, solver.best_objective_bound / grid.per_second)
-        x = np.array([solver.value(column) for column in columns[: model.num_x]])
-        found.append(_agreed(problem, model.states(x), solver.objective_value / grid.per_second, "cp-sat"))
+        x = np.array([solver.value(column) for column in columns[: model.num_x] if column is not None])
+        claimed_s, rounding_s = solver.objective_value / grid.per_second, model.num_rows / grid.per_second
+        plan = _assignment(problem, model.states(x), claimed_s, "cp-sat", "exact")
+        complaint = _disagreement(problem, plan, claimed_s, rounding_s)
+        if complaint is not None:
+            raise AutoparError(f"CP-SAT {complaint}")
+        found.append(plan)
     if not found:
         raise AutoparError(f"no plan was found in {time_limit_s} s; raise the limit or give a warm start")
     best = min(found, key=lambda plan: plan.cost_s)
@@ -239,10 +272,10 @@ class _Grid:
     room_units: int | None
 
     @classmethod
-    def of(cls, model: LinearModel, problem: SearchProblem, cutoff_s: float) -> "_Grid":
-        useful = model.cost_s <= cutoff_s
-        reference = min(cutoff_s, float(model.cost_s.max()) * model.num_nodes)
-        per_second = min(GRID_UNITS / max(reference, sys.float_info.min), MAX_SUM / max(float(model.cost_s[useful].sum()), sys.float_info.min))
+    def of(cls, model: LinearModel, problem: SearchProblem, known: Assignment | None) -> "_Grid":
+        cutoff_s = known.cost_s if known else math.inf
+        total_s = float(model.cost_s[_useful(model, cutoff_s)].sum())
+        per_second = min(GRID_UNITS / _positive(_reference_s(model, known)), MAX_SUM / _positive(total_s))
         room_units, per_byte = None, 1.0
         if problem.memory_limit_bytes is not None:
             room = problem.memory_limit_bytes - problem.base_memory_bytes
@@ -258,7 +291,7 @@ def _cpsat_program(
 ) -> tuple[cp_model.CpModel, list[cp_model.IntVar | None]]:
     """The integer program and its variables by column, None where the column is left out."""
     program = cp_model.CpModel()
-    useful = model.cost_s <= grid.cutoff_s * (1 + EXACT_GAP)
+    useful = _useful(model, grid.cutoff_s)
     columns: list[cp_model.IntVar | None] = [program.new_int_var(0, int(useful[j]), "") for j in range(model.num_x)]
     columns += [program.new_bool_var("") if keep else None for keep in useful[model.num_x :].tolist()]
     order = np.argsort(model.rows, kind="stable")
@@ -284,15 +317,23 @@ def _cpsat_program(
     return program, columns
 
 
-def _agreed(problem: SearchProblem, choices: tuple[int, ...], claimed_s: float, solver: str) -> Assignment:
-    """The plan as the optimum, after checking that it is worth what the solver claims and fits."""
-    plan = _assignment(problem, choices, claimed_s, solver, "exact")
-    if not abs(plan.cost_s - claimed_s) <= AGREEMENT * max(plan.cost_s, claimed_s):
-        raise AutoparError(f"{solver} claims {claimed_s!r} s for a plan that costs {plan.cost_s!r} s")
+def _useful(model: LinearModel, cutoff_s: float) -> np.ndarray:
+    """Mask of the columns that can be part of a plan of at most `cutoff_s` seconds."""
+    return model.cost_s <= cutoff_s * (1 + EXACT_GAP)
+
+
+def _positive(value: float) -> float:
+    """A divisor: 1 where there is nothing to scale by."""
+    return value if value > sys.float_info.min else 1.0
+
+
+def _disagreement(problem: SearchProblem, plan: Assignment, claimed_s: float, rounding_s: float) -> str | None:
+    """What is wrong with a solver's plan: not worth what it claims, or over the limit."""
+    if not abs(plan.cost_s - claimed_s) <= AGREEMENT * max(plan.cost_s, claimed_s) + rounding_s:
+        return f"claims {claimed_s!r} s for a plan that costs {plan.cost_s!r} s"
     if not problem.fits(plan.memory_bytes):
-        excess = plan.memory_bytes - problem.memory_limit_bytes
-        raise AutoparError(f"{solver} returned a plan that is {excess} bytes over the limit of {problem.memory_limit_bytes} bytes")
-    return plan
+        return f"returned a plan of {plan.memory_bytes} bytes, over the limit of {problem.memory_limit_bytes} bytes"
+    return None
 
 
 def _assignment(problem: SearchProblem, choices: tuple[int, ...], bound_s: float, solver: str, proof: str) -> Assignment:

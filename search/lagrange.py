@@ -53,10 +53,10 @@ def price_memory(
     if small.fits(over.memory_bytes):
         return _assignment(problem, prepared.shrunk.restore(over.choices), bound_s, multiplier)
     within = leanest(small, prepared)
-    room = small.memory_limit_bytes - small.base_memory_bytes
+    room = small.limit_bytes - small.base_memory_bytes
     for _ in range(MAX_SOLVES):
         price = (within.cost_s - over.cost_s) / (over.memory_bytes - within.memory_bytes)
-        if price <= 0:  # the plan that fits is as cheap: only where elimination was not exact
+        if price <= 0:  # the plan that fits is as cheap: it is optimal, or elimination was not exact
             break
         lowest = prepared.minimise(Price(1.0, price))
         if lowest.bound - price * room > bound_s:
@@ -78,7 +78,7 @@ def leanest(problem: SearchProblem, prepared: Prepared) -> Point:
     point = Point.of(problem, lowest.choices)
     if problem.fits(point.memory_bytes):
         return point
-    limit, base = problem.memory_limit_bytes, problem.base_memory_bytes
+    limit, base = problem.limit_bytes, problem.base_memory_bytes
     needed = point.memory_bytes if lowest.exact else lowest.bound + base
     if not problem.fits(needed):
         excess = needed - limit

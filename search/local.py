@@ -66,7 +66,7 @@ def repair(problem: SearchProblem, choices: Sequence[int]) -> tuple[int, ...] | 
 
     On the way every switch that would fit at once is a candidate; the cheapest candidate is returned.
     """
-    limit = problem.memory_limit_bytes
+    limit = problem.limit_bytes
     here = Neighbourhood(problem, choices)
     best_cost, best = math.inf, None
     while not problem.fits(here.memory_bytes):
@@ -90,7 +90,7 @@ def repair(problem: SearchProblem, choices: Sequence[int]) -> tuple[int, ...] | 
 def spend(problem: SearchProblem, choices: Sequence[int]) -> tuple[int, ...]:
     """A plan that no single switch within the limit improves; starts from one within the limit."""
     here = Neighbourhood(problem, choices)
-    limit = math.inf if problem.memory_limit_bytes is None else problem.memory_limit_bytes
+    limit = problem.limit_bytes
     while True:
         grown = here.delta_memory_bytes
         gains = (here.delta_cost_s < -RELATIVE_GAIN * here.cost_s) & (grown <= limit - here.memory_bytes)
@@ -147,7 +147,7 @@ def splice(problem: SearchProblem, head: Sequence[int], tail: Sequence[int]) -> 
             steps[row, last + 1] += values[2] - values[1]
     cost_s, memory_bytes = evaluate(problem, tail)
     seconds_at, bytes_at, forbidden_at = steps.cumsum(axis=1)
-    limit = math.inf if problem.memory_limit_bytes is None else problem.memory_limit_bytes
+    limit = problem.limit_bytes
     allowed = (bytes_at + memory_bytes <= limit) & (forbidden_at < 0.5)
     if not allowed.any():
         return None

@@ -50,7 +50,9 @@ def find_order(
     heap = [(work[node], classes[node], node) for node in range(len(sizes))]
     heapq.heapify(heap)
     alive = set(range(len(sizes)))
-    steps, fixed, largest = [], [], 1
+    steps: list[tuple[int, list[int]]] = []
+    fixed: list[int] = []
+    largest = 1
     while heap:
         entries, _, node = heapq.heappop(heap)
         if node not in alive or entries != work[node]:
@@ -70,11 +72,13 @@ def find_order(
             work[other] = _work(sizes, graph, other)
             heapq.heappush(heap, (work[other], classes[other], other))
         if fits:
-            steps.append(Step(node, tuple(sorted(around))))
+            steps.append((node, sorted(around)))
             largest = max(largest, entries // sizes[node])
         else:
             fixed.append(node)
-    return Order(tuple(steps), tuple(sorted(fixed)), largest)
+    given = set(fixed)  # a node can be fixed after it was a neighbour: its state is given from the start all the same
+    ordered = tuple(Step(node, tuple(n for n in around if n not in given)) for node, around in steps)
+    return Order(ordered, tuple(sorted(fixed)), largest)
 
 
 def _work(sizes: Sequence[int], graph: list[set[int]], node: int) -> int:

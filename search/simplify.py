@@ -122,7 +122,7 @@ def node_classes(problem: SearchProblem) -> list[int]:
         tables = id(edge.cost_s), id(edge.memory_bytes)
         incident[edge.u].append((*tables, 0))
         incident[edge.v].append((*tables, 1))
-    known: dict[tuple, int] = {}
+    known: dict[tuple[object, ...], int] = {}
     return [
         known.setdefault((id(node.cost_s), id(node.memory_bytes), *ends), len(known))
         for node, ends in zip(problem.nodes, incident)
@@ -136,7 +136,7 @@ def shrink(problem: SearchProblem, prices: tuple[Price, ...]) -> Shrunk:
     node without states.
     """
     masks = _Masks(problem, prices)
-    todo = range(len(problem.nodes))
+    todo = list(range(len(problem.nodes)))
     for _ in range(NUM_ROUNDS):
         touched: set[int] = set()
         for node in todo:
@@ -165,10 +165,10 @@ class _Masks:
         self.number: dict[bytes, int] = {}
         self.answers: dict[tuple[int, ...], int] = {}
         full: dict[int, int] = {}
-        for node in problem.nodes:
-            if node.num_states not in full:
-                full[node.num_states] = self._number_of(np.arange(node.num_states))
-        self.mask = [full[node.num_states] for node in problem.nodes]
+        for size in (item.num_states for item in problem.nodes):
+            if size not in full:
+                full[size] = self._number_of(np.arange(size))
+        self.mask = [full[item.num_states] for item in problem.nodes]
 
     def _number_of(self, states: np.ndarray) -> int:
         number = self.number.setdefault(states.tobytes(), len(self.states))
@@ -272,7 +272,7 @@ def _probed_rise(table: np.ndarray) -> np.ndarray:
         return np.full((len(table), table.shape[1], table.shape[1]), -np.inf)
     columns = columns[:: max(1, len(columns) // NUM_PROBES)]
     probes = np.ascontiguousarray(table[:, :, columns].transpose(2, 0, 1))
-    rise = probes[0][:, :, None] - probes[0][:, None, :]
+    rise: np.ndarray = probes[0][:, :, None] - probes[0][:, None, :]
     buffer = np.empty_like(rise)
     for column in probes[1:]:
         np.subtract(column[:, :, None], column[:, None, :], out=buffer)
@@ -282,7 +282,9 @@ def _probed_rise(table: np.ndarray) -> np.ndarray:
 
 def _worst_rise(to: np.ndarray, of: np.ndarray) -> np.ndarray:
     """max over the last axis of (to - of); a partner that `of` forbids does not count, one that only `to` forbids is inf."""
-    return np.where(np.isinf(of), -np.inf, to - of).max(axis=-1)
+    rise: np.ndarray = np.where(np.isinf(of), -np.inf, to - of)
+    worst: np.ndarray = rise.max(axis=-1)
+    return worst
 
 
 def _unreplaced(replacement: np.ndarray) -> np.ndarray:

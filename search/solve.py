@@ -1,11 +1,11 @@
 """The way from a problem to a plan: exact where memory is slack, priced where it binds, closed by CP-SAT where a gap is left."""
 
-from dataclasses import replace
+import math
 from typing import Literal
 
 import numpy as np
 
-from autopar.core.problem import Assignment, SearchProblem
+from autopar.core.problem import Assignment, SearchProblem, evaluate
 from autopar.errors import UsageError
 from autopar.search.elimination import MAX_TABLE_ENTRIES, TOLERANCE, eliminate, prepare
 from autopar.search.fixing import restrict
@@ -15,6 +15,8 @@ from autopar.search.simplify import BYTES, SECONDS, Shrunk, canonical, shrink
 
 GAP_TARGET = 1e-4  # where the cost model is off by percents, a smaller gap is not worth a solver's seconds
 MAX_COLUMNS = 60_000  # states plus pairs of states: up to here CP-SAT closed gaps within its time limit
+
+SHARES = (0.25, 0.75)  # of the time limit: a better plan found in the first leaves fewer states for the second
 
 Ilp = Literal["auto", "always", "never"]
 
@@ -32,20 +34,26 @@ def solve(
     if use_ilp not in ("auto", "always", "never"):
         raise UsageError(f"use_ilp is {use_ilp!r}; it is auto, always or never")
     plan = eliminate(problem, max_table_entries=max_table_entries)
-    both = None
-    if not problem.fits(plan.memory_bytes):
-        both = prepare(problem, (SECONDS, BYTES), max_table_entries=max_table_entries)
-        plan = price_memory(problem, prepared=both)
-    if use_ilp == "never" or plan.gap <= (GAP_TARGET if use_ilp == "auto" else TOLERANCE):
-        return plan
-    rest = None
-    if both is not None:
-        rest = restrict(both, plan.multiplier_s_per_byte, plan.cost_s - plan.bound_s)
-    if rest is None:
-        rest = both.shrunk if both is not None else shrink(canonical(problem), (SECONDS,))
-    if use_ilp == "auto" and num_columns(rest.problem) > MAX_COLUMNS:
-        return plan
-    return _closed(problem, plan, rest, time_limit_s, GAP_TARGET if use_ilp == "auto" else 0.0)
+    target = GAP_TARGET if use_ilp == "auto" else 0.0
+    max_columns = MAX_COLUMNS if use_ilp == "auto" else math.inf
+    if problem.fits(plan.memory_bytes):
+        if use_ilp == "never" or plan.gap <= max(target, TOLERANCE):
+            return plan
+        rest = shrink(canonical(problem), (SECONDS,))
+        return _closed(problem, plan, rest, time_limit_s, target) if num_columns(rest.problem) <= max_columns else plan
+    both = prepare(problem, (SECONDS, BYTES), max_table_entries=max_table_entries)
+    plan = price_memory(problem, prepared=both)
+    priced_bound_s = plan.bound_s
+    for share in SHARES if use_ilp != "never" else ():
+        if plan.gap <= max(target, TOLERANCE):
+            break
+        rest = restrict(both, plan.multiplier_s_per_byte, plan.cost_s - priced_bound_s) or both.shrunk
+        if num_columns(rest.problem) > max_columns:
+            break
+        plan = _closed(problem, plan, rest, share * time_limit_s, target)
+        if plan.proof != "budget":
+            break
+    return plan
 
 
 def num_columns(problem: SearchProblem) -> int:
@@ -66,14 +74,24 @@ def _closed(problem: SearchProblem, plan: Assignment, rest: Shrunk, time_limit_s
         lower_bound_s=plan.bound_s,
         relative_gap=relative_gap,
     )
-    bound_s = max(plan.bound_s, min(found.bound_s, plan.cost_s))
-    if found.cost_s >= plan.cost_s:
-        proof = "exact" if plan.cost_s - bound_s <= TOLERANCE * plan.cost_s else found.proof
-        return replace(plan, bound_s=bound_s, solver=f"{plan.solver} + {found.solver}", proof=proof)
-    return replace(
-        found,
-        choices=rest.restore(found.choices),
-        bound_s=min(bound_s, found.cost_s),
-        solver=f"{plan.solver} + {found.solver}",
+    choices, cost_s, memory_bytes = plan.choices, plan.cost_s, plan.memory_bytes
+    better = rest.restore(found.choices)
+    better_cost_s, better_memory_bytes = evaluate(problem, better)
+    if better_cost_s < cost_s and problem.fits(better_memory_bytes):
+        choices, cost_s, memory_bytes = better, better_cost_s, better_memory_bytes
+    # plans outside `rest` cost at least as much as the plan it was made with
+    bound_s = min(max(plan.bound_s, min(found.bound_s, plan.cost_s)), cost_s)
+    gap = (cost_s - bound_s) / cost_s if cost_s else 0.0
+    return Assignment(
+        choices=choices,
+        cost_s=cost_s,
+        memory_bytes=memory_bytes,
+        bound_s=bound_s,
+        solver=_joined(plan.solver, found.solver),
         multiplier_s_per_byte=plan.multiplier_s_per_byte,
+        proof="exact" if gap <= TOLERANCE else "bound" if gap <= relative_gap else found.proof,
     )
+
+
+def _joined(first: str, then: str) -> str:
+    return first if first.endswith(then) else f"{first} + {then}"

@@ -46,7 +46,7 @@ class TableStore:
 
     def _intern(self, array: np.ndarray) -> int:
         array = np.asarray(array, order="C")  # ascontiguousarray would make a scalar 1-d
-        twins = self._by_content.setdefault((array.shape, zlib.crc32(array)), [])
+        twins = self._by_content.setdefault((array.shape, zlib.crc32(array.data)), [])
         for number in twins:
             if np.array_equal(self.arrays[number], array):
                 return number
@@ -69,8 +69,8 @@ class TableStore:
         """The cheapest state of role 0, the lowest of equals, where role r = 1.. has the state `around[r - 1]`."""
         found = self._best.get((key, around))
         if found is None:
-            total = sum(self.arrays[number][tuple(slice(None) if r == 0 else around[r - 1] for r in roles)] for number, roles in key)
-            found = self._best[key, around] = int(total.argmin())
+            rows = [self.arrays[number][tuple(slice(None) if r == 0 else around[r - 1] for r in roles)] for number, roles in key]
+            found = self._best[key, around] = int(sum(rows[1:], start=rows[0]).argmin())
         return found
 
 

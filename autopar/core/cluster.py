@@ -5,134 +5,31 @@ A cluster is `num_nodes` equal nodes of `devices_per_node` equal devices. Inside
 node r // devices_per_node.
 """
 
-import math
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 
-from autopar.core.graph import DTYPE_BYTES
+from autopar.core.device import Device, Link, Source, device_values, link_values, read_device, read_link, sources
 from autopar.core.toml_file import Table, parse_toml, read_toml
-from autopar.core.units import BANDWIDTH, COMPUTE, DURATION, MEMORY, format_quantity, shown
+from autopar.core.units import BANDWIDTH, format_quantity, shown
 from autopar.errors import UsageError
 
-STATUSES = ("measured", "derived", "assumed")
-"""measured: observed on such hardware. derived: from a published specification or by a stated formula. assumed: neither."""
+__all__ = ["Cluster", "Device", "Link", "Source", "sources"]
 
 MAX_NODES = 1_000_000
 MAX_DEVICES_PER_NODE = 10_000
-DEVICE_NUMBERS = ("memory", "memory_bandwidth", "peak", "matmul_efficiency", "memory_efficiency", "kernel_launch")
-LINK_NUMBERS = ("latency", "bandwidth", "efficiency")
-PEAK_DTYPES = (*DTYPE_BYTES, "tf32")
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where a number comes from: one of `STATUSES` and a sentence that lets a reader check it."""
-
-    status: str
-    text: str
-
-    def __post_init__(self) -> None:
-        if self.status not in STATUSES or not self.text.strip():
-            raise UsageError(f"{shown(str(self))} is not a source; write 'measured: ...', 'derived: ...' or 'assumed: ...' and say from what")
-
-    @classmethod
-    def parse(cls, text: str) -> "Source":
-        """Source.parse("derived: vendor data sheet")."""
-        status, _, rest = text.partition(":")
-        return cls(status.strip(), rest.strip())
-
-    def __str__(self) -> str:
-        return f"{self.status}: {self.text}"
-
-
-Sources = tuple[tuple[str, Source], ...]
-"""(name of a number, its source); the entry "default" speaks for every number that has none of its own."""
-
-
-def sources(default: str = "assumed: no source given", **numbers: str) -> Sources:
-    """sources("derived: data sheet", latency="assumed: as its predecessor")."""
-    return tuple((name, Source.parse(text)) for name, text in {"default": default, **numbers}.items())
-
-
-UNSOURCED = sources()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Device:
-    """One accelerator, or one process's share of a CPU.
-
-    `peak_flops_per_s` are dense matrix peaks, pairs (dtype, flops per second), float32 always among them and without
-    TF32, which is its own entry. `memory_bytes` is what a process can allocate, not the number on the box.
-    The efficiencies are the shares of peak and of memory bandwidth that large operators reach.
-    """
-
-    name: str
-    memory_bytes: int
-    memory_bytes_per_s: float
-    peak_flops_per_s: tuple[tuple[str, float], ...]
-    matmul_efficiency: float = 1.0
-    memory_efficiency: float = 1.0
-    kernel_launch_s: float = 0.0
-    source: Sources = UNSOURCED
-
-    def __post_init__(self) -> None:
-        for dtype, value in self.peak_flops_per_s:
-            if dtype not in PEAK_DTYPES:
-                raise UsageError(f"device {self.name!r}: peak of unknown dtype {dtype!r}; known are {', '.join(PEAK_DTYPES)}")
-            _check_number(self.name, f"peak of {dtype}", value)
-        if "float32" not in dict(self.peak_flops_per_s):
-            raise UsageError(f"device {self.name!r}: no float32 peak; add it, pointwise operators are priced by it")
-        _check_number(self.name, "memory_bytes", self.memory_bytes)
-        _check_number(self.name, "memory_bytes_per_s", self.memory_bytes_per_s)
-        _check_number(self.name, "matmul_efficiency", self.matmul_efficiency, largest=1.0)
-        _check_number(self.name, "memory_efficiency", self.memory_efficiency, largest=1.0)
-        _check_number(self.name, "kernel_launch_s", self.kernel_launch_s, zero=True)
-
-    def peak(self, dtype: str) -> float:
-        """Dense peak in flops per second for matrix products of this dtype."""
-        for name, value in self.peak_flops_per_s:
-            if name == dtype:
-                return value
-        listed = ", ".join(name for name, _ in self.peak_flops_per_s)
-        raise UsageError(f"device {self.name!r} has no {dtype} peak (it has {listed}); use one of these or add {dtype} to [device.peak]")
-
-    def source_of(self, number: str) -> Source:
-        """Source of one of `DEVICE_NUMBERS`."""
-        return _source_of(self.source, number, DEVICE_NUMBERS)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Link:
-    """One tier of the network: latency of a hop, bandwidth per device and direction, share of it that messages reach."""
-
-    name: str
-    latency_s: float
-    bandwidth_bytes_per_s: float
-    efficiency: float = 1.0
-    source: Sources = UNSOURCED
-
-    def __post_init__(self) -> None:
-        _check_number(self.name, "latency_s", self.latency_s, zero=True)
-        _check_number(self.name, "bandwidth_bytes_per_s", self.bandwidth_bytes_per_s)
-        _check_number(self.name, "efficiency", self.efficiency, largest=1.0)
-
-    @property
-    def rate_bytes_per_s(self) -> float:
-        """Bytes per second that a large message reaches."""
-        return self.bandwidth_bytes_per_s * self.efficiency
-
-    def seconds(self, num_bytes: float) -> float:
-        """Seconds of one message of `num_bytes`."""
-        return self.latency_s + num_bytes / self.rate_bytes_per_s
-
-    def source_of(self, number: str) -> Source:
-        """Source of one of `LINK_NUMBERS`."""
-        return _source_of(self.source, number, LINK_NUMBERS)
+CLUSTER_KEYS = {
+    "name": 'name = "my-cluster"',
+    "num_nodes": "num_nodes = 4",
+    "devices_per_node": "devices_per_node = 8",
+    "device": "[device] and its keys below it",
+    "intra_node": "[intra_node] with latency and bandwidth between devices of a node",
+    "inter_node": "[inter_node] with latency and bandwidth between nodes, also for a single node",
+}
+"""Keys of a cluster file with the line to write where one is missing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +44,10 @@ class Cluster:
     inter_node: Link
 
     def __post_init__(self) -> None:
-        for key, value, largest in (("num_nodes", self.num_nodes, MAX_NODES), ("devices_per_node", self.devices_per_node, MAX_DEVICES_PER_NODE)):
+        for key, value, largest in (
+            ("num_nodes", self.num_nodes, MAX_NODES),
+            ("devices_per_node", self.devices_per_node, MAX_DEVICES_PER_NODE),
+        ):
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
                 raise UsageError(f"cluster {self.name!r}: {key} is {shown(value)}; give a whole number from 1 to {largest}")
 
@@ -167,7 +67,9 @@ class Cluster:
         names = cls.preset_names()
         if name not in names:
             close = get_close_matches(name[:40], names, n=3, cutoff=0.4)
-            raise UsageError(f"unknown cluster {shown(name)}; {'did you mean ' + ' or '.join(close) + '? ' if close else ''}known are {', '.join(names)}")
+            raise UsageError(
+                f"unknown cluster {shown(name)}; {'did you mean ' + ' or '.join(close) + '? ' if close else ''}known are {', '.join(names)}"
+            )
         one = _from_table(parse_toml((folder / f"{name}.toml").read_bytes(), f"{name}.toml"))
         if devices_per_node is None:
             return replace(one, name=f"{name}:{nodes}", num_nodes=nodes)
@@ -206,23 +108,38 @@ class Cluster:
             memory_bytes=_physical_memory_bytes() // num_processes,
             memory_bytes_per_s=10e9 * share,
             # 2.5 GHz x two fused multiply-adds of 8 float32; half as many float64, and 16-bit types are widened first
-            peak_flops_per_s=tuple((dtype, per_core * share) for dtype, per_core in (("float32", 80e9), ("float64", 40e9), ("bfloat16", 80e9), ("float16", 80e9))),
+            peak_flops_per_s=tuple(
+                (dtype, per_core * share)
+                for dtype, per_core in (("float32", 80e9), ("float64", 40e9), ("bfloat16", 80e9), ("float16", 80e9))
+            ),
             matmul_efficiency=0.7,
             memory_efficiency=0.7,
             kernel_launch_s=5e-6,
-            source=sources(f"assumed: {core_text}, each 80 GFLOP/s in float32 and 10 GB/s; 5 us per operator call", memory="measured: physical memory by processes"),
+            source=sources(
+                f"assumed: {core_text}, each 80 GFLOP/s in float32 and 10 GB/s; 5 us per operator call",
+                memory="measured: physical memory by processes",
+            ),
         )
-        return cls(name=f"local:{num_processes}", device=device, num_nodes=1, devices_per_node=num_processes, intra_node=loopback, inter_node=loopback)
+        return cls(
+            name=f"local:{num_processes}",
+            device=device,
+            num_nodes=1,
+            devices_per_node=num_processes,
+            intra_node=loopback,
+            inter_node=loopback,
+        )
 
     @classmethod
     def parse(cls, text: str) -> "Cluster":
         """The cluster of a command line: `local:4`, `h100-sxm`, `h100-sxm:16` (nodes), `h100-sxm:16x4` (nodes x devices), `my.toml`."""
         if text.endswith(".toml") or "/" in text or os.sep in text:
             return cls.load(text)
-        name, _, size = text.partition(":")
-        match = re.fullmatch(r"([0-9]{1,7})(?:x([0-9]{1,5}))?", size or "1", flags=re.ASCII)
-        if match is None or (name == "local" and (not size or match[2])):
-            raise UsageError(f"{shown(text)} is not a cluster; write local:4, h100-sxm:16 (16 nodes), h100-sxm:16x4 (4 devices each) or the path of a .toml file")
+        name, colon, size = text.partition(":")
+        match = re.fullmatch(r"([0-9]{1,7})(?:x([0-9]{1,5}))?", size if colon else "1")
+        if match is None or (name == "local" and (not colon or match[2])):
+            raise UsageError(
+                f"{shown(text)} is not a cluster; write local:4, h100-sxm:16 (16 nodes), h100-sxm:16x4 (4 devices each) or the path of a .toml file"
+            )
         if name == "local":
             return cls.local(int(match[1]))
         return cls.preset(name, int(match[1]), int(match[2]) if match[2] else None)
@@ -242,108 +159,26 @@ class Cluster:
 
 
 def _from_table(table: Table) -> Cluster:
-    table.check_keys(("name", "num_nodes", "devices_per_node", "device", "intra_node", "inter_node"))
+    table.check_keys(CLUSTER_KEYS)
     return Cluster(
         name=table.text("name"),
         num_nodes=table.count("num_nodes", MAX_NODES),
         devices_per_node=table.count("devices_per_node", MAX_DEVICES_PER_NODE),
-        device=_device(table.table("device")),
-        intra_node=_link(table.table("intra_node")),
-        inter_node=_link(table.table("inter_node")),
+        device=read_device(table.table("device")),
+        intra_node=read_link(table.table("intra_node")),
+        inter_node=read_link(table.table("inter_node")),
     )
-
-
-def _device(table: Table) -> Device:
-    table.check_keys(("name", *DEVICE_NUMBERS), ("source",))
-    peak = table.table("peak")
-    peak.check_keys(("float32",), PEAK_DTYPES)
-    memory = table.quantity("memory", MEMORY)
-    if memory < 1:
-        table.fail("memory", f"{shown(table.values['memory'])} is less than a byte; write a memory size such as '80 GB'")
-    return Device(
-        name=table.text("name"),
-        memory_bytes=round(memory),
-        memory_bytes_per_s=table.quantity("memory_bandwidth", BANDWIDTH),
-        peak_flops_per_s=tuple((dtype, peak.quantity(dtype, COMPUTE)) for dtype in peak.values),
-        matmul_efficiency=table.share("matmul_efficiency"),
-        memory_efficiency=table.share("memory_efficiency"),
-        kernel_launch_s=table.quantity("kernel_launch", DURATION, zero=True),
-        source=_sources(table, DEVICE_NUMBERS),
-    )
-
-
-def _link(table: Table) -> Link:
-    table.check_keys(("name", "latency", "bandwidth"), ("efficiency", "source"))
-    return Link(
-        name=table.text("name"),
-        latency_s=table.quantity("latency", DURATION, zero=True),
-        bandwidth_bytes_per_s=table.quantity("bandwidth", BANDWIDTH),
-        efficiency=table.share("efficiency") if "efficiency" in table.values else 1.0,
-        source=_sources(table, LINK_NUMBERS),
-    )
-
-
-def _sources(table: Table, numbers: tuple[str, ...]) -> Sources:
-    """`source` is one text for the whole table, or a table with a text per number and a `default`."""
-    if "source" not in table.values:
-        return UNSOURCED
-    if isinstance(table.values["source"], str):
-        return (("default", _source(table, "source")),)
-    given = table.table("source")
-    given.check_keys((), ("default", *numbers))
-    own = tuple((key, _source(given, key)) for key in given.values)
-    return own if "default" in given.values else (*UNSOURCED, *own)
-
-
-def _source(table: Table, key: str) -> Source:
-    text = table.text(key)
-    try:
-        return Source.parse(text)
-    except UsageError as error:
-        table.fail(key, str(error))
 
 
 def _to_values(cluster: Cluster) -> dict[str, object]:
-    device = cluster.device
     return {
         "name": cluster.name,
         "num_nodes": cluster.num_nodes,
         "devices_per_node": cluster.devices_per_node,
-        "device": {
-            "name": device.name,
-            "memory": format_quantity(device.memory_bytes, MEMORY),
-            "memory_bandwidth": format_quantity(device.memory_bytes_per_s, BANDWIDTH),
-            "matmul_efficiency": device.matmul_efficiency,
-            "memory_efficiency": device.memory_efficiency,
-            "kernel_launch": format_quantity(device.kernel_launch_s, DURATION),
-            "peak": {dtype: format_quantity(value, COMPUTE) for dtype, value in device.peak_flops_per_s},
-            "source": {name: str(source) for name, source in device.source},
-        },
-        "intra_node": _link_values(cluster.intra_node),
-        "inter_node": _link_values(cluster.inter_node),
+        "device": device_values(cluster.device),
+        "intra_node": link_values(cluster.intra_node),
+        "inter_node": link_values(cluster.inter_node),
     }
-
-
-def _link_values(link: Link) -> Mapping[str, object]:
-    return {
-        "name": link.name,
-        "latency": format_quantity(link.latency_s, DURATION),
-        "bandwidth": format_quantity(link.bandwidth_bytes_per_s, BANDWIDTH),
-        "efficiency": link.efficiency,
-        "source": {name: str(source) for name, source in link.source},
-    }
-
-
-def _check_number(owner: str, name: str, value: float, *, zero: bool = False, largest: float = math.inf) -> None:
-    if not (math.isfinite(value) and value <= largest and (value > 0 or (zero and value == 0))):
-        raise UsageError(f"{owner!r}: {name} is {value}; give a finite number {'of at least' if zero else 'above'} 0{'' if largest == math.inf else f' and up to {largest}'}")
-
-
-def _source_of(given: Sources, number: str, numbers: tuple[str, ...]) -> Source:
-    if number not in numbers:
-        raise UsageError(f"unknown number {number!r}; known are {', '.join(numbers)}")
-    found = dict(given)
-    return found.get(number, found["default"])
 
 
 def _num_cores() -> int:

@@ -19,6 +19,7 @@ heads. Axes on the same (dim, outer) nest in mesh order.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -57,9 +58,9 @@ def parse_placement(text: str) -> Placement:
     """Inverse of `str(placement)`; raises LayoutError for anything else."""
     if text in ("R", "I", "P"):
         return Placement(text)
-    dim, _, outer = text[1:].partition("/")
-    if text[:1] == "S" and dim.isdigit() and (outer.isdigit() or outer == "") and len(text) < 16:
-        return S(int(dim), int(outer or 1))
+    match = re.fullmatch(r"S(\d{1,6})(?:/([1-9]\d{0,8}))?", text, re.ASCII)
+    if match:
+        return S(int(match[1]), int(match[2] or 1))
     raise LayoutError(f"placement {text!r} is not one of S<dim>, S<dim>/<outer>, R, I, P")
 
 

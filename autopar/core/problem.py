@@ -35,7 +35,7 @@ class Node:
 
     @property
     def num_states(self) -> int:
-        return self.cost_s.shape[0]
+        return len(self.cost_s)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,19 +75,24 @@ class SearchProblem:
             u, v = edge.u, edge.v
             if not (0 <= u < len(sizes) and 0 <= v < len(sizes)) or u == v:
                 raise UsageError(f"edge ({u}, {v}) does not join two different nodes of 0..{len(sizes) - 1}")
-            tables = id(edge.cost_s), id(edge.memory_bytes), sizes[u], sizes[v]
-            if tables not in seen:
+            placed = id(edge.cost_s), id(edge.memory_bytes), sizes[u], sizes[v]
+            if placed not in seen:
                 _check_edge(edge, self.nodes)
-                seen.add(tables)
+                seen.add(placed)
         limit = self.memory_limit_bytes
         if limit is not None and not limit >= 0:
             raise UsageError(f"memory limit {limit!r} bytes is not a number >= 0; leave it None for no limit")
         if not 0 <= self.base_memory_bytes < math.inf:
             raise UsageError(f"base memory {self.base_memory_bytes!r} bytes is not a finite number >= 0")
 
+    @property
+    def limit_bytes(self) -> float:
+        """The memory limit, inf where there is none."""
+        return math.inf if self.memory_limit_bytes is None else self.memory_limit_bytes
+
     def fits(self, memory_bytes: float) -> bool:
         """Whether a plan that holds this many bytes, base included, is within the limit."""
-        return self.memory_limit_bytes is None or memory_bytes <= self.memory_limit_bytes
+        return memory_bytes <= self.limit_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

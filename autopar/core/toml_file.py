@@ -36,16 +36,16 @@ class Table:
         where = ".".join(k if BARE_KEY.fullmatch(k) else shown(k) for k in (*self.path, key) if k)
         raise FileFormatError(f"{self.file}: {where}: {problem}")
 
-    def check_keys(self, required: Collection[str], optional: Collection[str] = ()) -> None:
-        """Every required key is there and every key that is there is known."""
+    def check_keys(self, required: Mapping[str, str], optional: Collection[str] = ()) -> None:
+        """Every required key is there and every key that is there is known; `required`: what to write, by key."""
         known = [*required, *optional]
         for key in self.values:
             if key not in known:
                 close = get_close_matches(key[:40], known, n=1, cutoff=0.5)
                 self.fail(key, f"unknown key; did you mean {close[0]!r}?" if close else f"unknown key; this table holds {', '.join(known)}")
-        for key in required:
+        for key, line in required.items():
             if key not in self.values:
-                self.fail(key, "missing; add it")
+                self.fail(key, f"missing; write {line}")
 
     def table(self, key: str) -> "Table":
         value = self.values[key]
@@ -113,9 +113,11 @@ def parse_toml(data: bytes, name: str) -> Table:
         values = tomllib.loads(text)
     except RecursionError:
         raise FileFormatError(f"{name}: nested deeper than {MAX_DEPTH}; write plain tables") from None
-    except ValueError as error:  # TOMLDecodeError is one, so is a whole number of too many digits
+    except tomllib.TOMLDecodeError as error:
         reason = str(error) if str(error).isprintable() else shown(str(error))
-        raise FileFormatError(f"{name}: not valid TOML: {reason}; write each key once, as key = \"value\"") from None
+        raise FileFormatError(f'{name}: not valid TOML: {reason}; write each key once, as key = "value"') from None
+    except ValueError:  # Python's own limit of 4300 digits
+        raise FileFormatError(f"{name}: not valid TOML: a whole number of thousands of digits; write a short one") from None
     top = Table(name, (), values)
     _check_values(top)
     return top
@@ -126,7 +128,9 @@ def _check_size(text: str, name: str) -> None:
         raise FileFormatError(f"{name}: more than {MAX_ENTRIES} entries; a cluster file has a few dozen")
     for number, line in enumerate(text.split("\n"), start=1):
         if line.count(".") > MAX_DEPTH and not line.lstrip().startswith("#"):
-            raise FileFormatError(f"{name}: line {number} has more than {MAX_DEPTH} dots; keys nest at most {MAX_DEPTH} deep, write plain tables")
+            raise FileFormatError(
+                f"{name}: line {number} has more than {MAX_DEPTH} dots; keys nest at most {MAX_DEPTH} deep, write plain tables"
+            )
 
 
 def _check_values(top: Table) -> None:
@@ -137,7 +141,9 @@ def _check_values(top: Table) -> None:
         if len(path) > MAX_DEPTH:
             raise FileFormatError(f"{top.file}: nested deeper than {MAX_DEPTH}; write plain tables")
         if isinstance(value, float) and not math.isfinite(value):
-            Table(top.file, path[:-1], {}).fail(path[-1], f"{value} is not a finite number; write a number such as 0.8 or a text with a unit")
+            Table(top.file, path[:-1], {}).fail(
+                path[-1], f"{value} is not a finite number; write a number such as 0.8 or a text with a unit"
+            )
         open_values.extend(((*path, key), child) for key, child in _children(value))
 
 

@@ -15,6 +15,7 @@ from autopar.errors import UsageError
 
 # Three digits of exponent reach past the range of a float, so a longer one can only be an attack on the parser.
 QUANTITY = re.compile(r"(?P<sign>[+-]?)(?P<number>[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,3})?)[ ]*(?P<unit>[^0-9\s][^\s]*)?")
+MICRO = str.maketrans("µμ", "uu")
 MAX_TEXT = 64
 SHOWN = 40
 
@@ -25,7 +26,7 @@ FRACTIONS: tuple[tuple[str, Fraction], ...] = tuple((p, Fraction(1, 1000**i)) fo
 
 @dataclass(frozen=True)
 class Dimension:
-    """One kind of quantity: its units with their factor to the base unit, which is the first one, and an example.
+    """One kind of quantity: its units with their factor to the base unit, which is the first one, and how to write it.
 
     `read_only` units are understood and never written: bits are how people name a network, bytes what autopar counts.
     """
@@ -33,23 +34,21 @@ class Dimension:
     name: str
     units: Mapping[str, Fraction]
     example: str
+    advice: str
     read_only: frozenset[str] = frozenset()
 
-    @property
-    def unit_list(self) -> str:
-        return ", ".join(self.units)
 
-
-MEMORY = Dimension("a memory size", {f"{p}B": f for p, f in PREFIXES + BINARY}, "80 GB")
+MEMORY = Dimension("a memory size", {f"{p}B": f for p, f in PREFIXES + BINARY}, "80 GB", "in bytes: MB, GB, TB or MiB, GiB, TiB")
 BIT_RATES = {f"{p}{bit}/s": f / 8 for bit in ("b", "bit") for p, f in PREFIXES}
 BANDWIDTH = Dimension(
     "a bandwidth",
     {f"{p}B/s": f for p, f in PREFIXES + BINARY} | BIT_RATES,
     "450 GB/s' or, in bits, '400 Gb/s",
+    "in bytes (MB/s, GB/s, TB/s) or in bits (Mb/s, Gb/s, Tb/s)",
     read_only=frozenset(BIT_RATES),
 )
-COMPUTE = Dimension("a compute rate", {f"{p}FLOP/s": f for p, f in PREFIXES}, "989 TFLOP/s")
-DURATION = Dimension("a duration", {f"{p}s": f for p, f in FRACTIONS}, "3 us")
+COMPUTE = Dimension("a compute rate", {f"{p}FLOP/s": f for p, f in PREFIXES}, "989 TFLOP/s", "in GFLOP/s, TFLOP/s or PFLOP/s")
+DURATION = Dimension("a duration", {f"{p}s": f for p, f in FRACTIONS}, "3 us", "in s, ms, us or ns")
 
 
 def shown(value: object) -> str:
@@ -85,15 +84,17 @@ def parse_quantity(text: object, dimension: Dimension) -> float:
     if unit is None:
         raise UsageError(f"{what} has no unit; write {dimension.name} such as '{dimension.example}'")
     if unit not in dimension.units:
-        close = get_close_matches(unit, dimension.units, n=1, cutoff=0.5)
+        close = get_close_matches(unit.translate(MICRO), dimension.units, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        raise UsageError(f"{what} has the unknown unit {shown(unit)}; {hint}{dimension.name} is written in {dimension.unit_list}")
+        raise UsageError(f"{what} has the unknown unit {shown(unit)}; {hint}write {dimension.name} {dimension.advice}")
     if match["sign"] == "-":
         raise UsageError(f"{what} is negative; write {dimension.name} such as '{dimension.example}'")
     try:
         return float(Fraction(match["number"]) * dimension.units[unit])
     except OverflowError:
-        raise UsageError(f"{what} is larger than any number autopar computes with; write {dimension.name} such as '{dimension.example}'") from None
+        raise UsageError(
+            f"{what} is larger than any number autopar computes with; write {dimension.name} such as '{dimension.example}'"
+        ) from None
 
 
 def format_quantity(value: float, dimension: Dimension) -> str:

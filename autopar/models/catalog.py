@@ -13,7 +13,10 @@ from autopar.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preset:
-    """One model by name: `config` is a Hugging Face configuration, or the arguments of an own class."""
+    """One model by name: `config` is a Hugging Face configuration, or the arguments of an own class.
+
+    `default_seq` is the length it was trained with; None where there is none, or where the own class knows.
+    """
 
     name: str
     family: str

@@ -73,11 +73,22 @@ class Example:
         return next((value.shape[0] for value in tensors.values() if value.dim()), 1)
 
 
-def example_inputs(module: nn.Module, config: Any, batch: int, seq: int | None, device: str, seed: int, *, ragged: bool = False) -> Example:
+def example_inputs(
+    module: nn.Module,
+    config: Any,
+    batch: int,
+    seq: int | None,
+    device: str,
+    seed: int,
+    *,
+    ragged: bool = False,
+    default_seq: int | None = None,
+) -> Example:
     """One batch for `module`; `config` is its transformers configuration, or None for a module with `example_inputs`.
 
-    `seq` None takes the longest useful length up to 1024. With `ragged`, token labels end in -100, from a different
-    place in each row, so that a mean per rank differs from the mean over all tokens. Integers depend on `seed` only.
+    `seq` None takes `default_seq` (1024 if that is None too), or what the model has positions for where that is less.
+    With `ragged`, token labels end in -100, from a different place in each row, so that a mean per rank differs from
+    the mean over all tokens. Integers depend on `seed` only.
     """
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     draw = Draw.seeded(device, dtype, seed)
@@ -88,7 +99,7 @@ def example_inputs(module: nn.Module, config: Any, batch: int, seq: int | None, 
             raise UsageError(f"{name} does not say what it takes; return (module, example_inputs) from the function")
         example = Example(make(draw, batch, seq), getattr(module, "labels_kind", None))
     else:
-        example = _Batch(module, config, draw, batch, _checked_seq(module, config, seq)).example()
+        example = _Batch(module, config, draw, batch, _checked_seq(module, config, seq, default_seq or DEFAULT_SEQ)).example()
     return _with_ragged_labels(example) if ragged else example
 
 
@@ -105,11 +116,11 @@ def _with_ragged_labels(example: Example) -> Example:
     return Example({**example.kwargs, "labels": ended}, example.labels_kind)
 
 
-def _checked_seq(module: nn.Module, config: Any, seq: int | None) -> int:
+def _checked_seq(module: nn.Module, config: Any, seq: int | None, default: int) -> int:
     limit = position_limit(module, config)
     if seq is None:
         declared = getattr(config.get_text_config(), "max_position_embeddings", None)
-        return min(DEFAULT_SEQ, limit or DEFAULT_SEQ, declared if isinstance(declared, int) and declared > 0 else DEFAULT_SEQ)
+        return min(default, limit or default, declared if isinstance(declared, int) and declared > 0 else default)
     if limit is not None and seq > limit:
         name = type(module).__name__
         raise UsageError(f"seq {seq} is longer than the {limit} learned positions of {name}; use --seq {limit} or less")

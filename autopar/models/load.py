@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from autopar.errors import FileFormatError, UsageError
 from autopar.models import catalog
-from autopar.models.config_file import check_config, read_config, shown
+from autopar.models.config_file import read_config, shown
 from autopar.models.foreign import ForeignCode
 
 if TYPE_CHECKING:
@@ -115,8 +115,7 @@ def _checked(
 def _from_preset(preset: catalog.Preset, request: _Request) -> "tuple[nn.Module, Example]":
     where = f"preset {preset.name}"
     if preset.own_class is None:
-        # Presets are written by us, but an override may make one too large.
-        return _from_fields(check_config(preset.config, where), where, request, preset.default_seq)
+        return _from_fields(preset.config, where, request, preset.default_seq)
     module = _own_module(preset, request)
     return module, _example(module, None, request, preset.default_seq)
 
@@ -156,8 +155,16 @@ def _from_fields(fields: dict[str, Any], where: str, request: _Request, default_
 def _example(module: "nn.Module", config: Any, request: _Request, default_seq: int | None) -> "Example":
     from autopar.models.inputs import example_inputs
 
-    seq = default_seq if request.seq is None else request.seq
-    return example_inputs(module, config, request.batch, seq, request.device, request.seed, ragged=request.ragged)
+    return example_inputs(
+        module,
+        config,
+        request.batch,
+        request.seq,
+        request.device,
+        request.seed,
+        ragged=request.ragged,
+        default_seq=default_seq,
+    )
 
 
 def _from_function(spec: str, request: _Request) -> "tuple[nn.Module, Example]":

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from autopar.errors import UsageError
+
 Outputs = Tensor | dict[str, Tensor]
 
 
@@ -175,5 +177,7 @@ class Transformer(nn.Module):
         return {"logits": logits} if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
     def example_inputs(self, draw: Draw, batch: int, seq: int | None) -> dict[str, Tensor]:
+        if seq is not None and seq > self.positions:
+            raise UsageError(f"seq {seq} is longer than the {self.positions} positions of Transformer; use --seq {self.positions} or less")
         shape = batch, seq or self.positions
         return {"inputs": draw.integers(self.vocab, *shape), "labels": draw.integers(self.vocab, *shape)}

@@ -21,6 +21,9 @@ from autopar.program import without_r
 BACKWARD_WORK = {"contract": 2.0, "pointwise": 1.0, "view": 0.0}
 """Work of a backward relative to its forward: one contraction per operand, one pass over the same bytes."""
 
+PRICED_DTYPES = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+"""Dtypes with a peak of their own; everything else (integers, float64 checks) is priced like float32."""
+
 LOCAL_COPIES = {"slice": 1.0, "embed": 1.0, "mask": 1.0, "identity": 0.0}
 """Passes over the input bytes that a step without communication makes."""
 
@@ -99,8 +102,9 @@ def op_states(
     flops = np.array([rule.flops / rule.degree(s, mesh) for s, _, _ in picked])
     moved = np.array([_local_bytes(operands, ins, mesh) + _local_bytes(results, outs, mesh) for _, ins, outs in picked])
     dtype = results[0].dtype if results else "float32"
+    priced = dtype if dtype in PRICED_DTYPES else "float32"
     work = 1.0 + (BACKWARD_WORK[rule.cost] if differentiable else 0.0)
-    seconds = work * np.asarray(op_seconds(pricing.cluster.device, flops, moved, dtype, rule.cost), dtype=float)
+    seconds = work * np.asarray(op_seconds(pricing.cluster.device, flops, moved, priced, rule.cost), dtype=float)
     keep = [m if j in saved else TensorMeta((0,), m.dtype) for j, m in enumerate(results)]
     memory = np.array([sum(_local_bytes([m], [out], mesh) for m, out in zip(keep, outs) if m.numel) for _, _, outs in picked], dtype=float)
     seconds = seconds + _inner_seconds(rule, [s for s, _, _ in picked], pricing, dtype, differentiable=differentiable)

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from autopar.core.layout import Layout, local_outer
+from autopar.core.layout import Layout
 from autopar.core.moves import Step
 from autopar.program import Program, Route, route_steps
+from autopar.rewrite.check import move_arguments
 from autopar.rewrite.lower import Site, lower
 from autopar.runtime.moves import MOVES
 from autopar.trace.canonical import bound
@@ -82,20 +83,12 @@ class _Emitter:
                 first = self._last()
                 self.nodes[key] = self._step(before, step, route[n - 1])
                 self._tag(first, "")
+                self.nodes[key].meta["route"] = key
         return self.nodes[v, route]
 
     def _step(self, x: Node, step: Step, src: Layout) -> Node:
-        mesh = self.program.mesh
         function = MOVES[step.forward, step.backward]
-        kwargs: dict[str, int] = {}
-        if step.src.kind == "S":
-            kwargs = {"dim": step.src.dim, "outer": local_outer(src, mesh, step.axis)}
-        if step.dst.kind == "S":
-            outer = local_outer(step.apply(src), mesh, step.axis)
-            names = ("to_dim", "to_outer") if step.src.kind == "S" else ("dim", "outer")
-            kwargs |= dict(zip(names, (step.dst.dim, outer)))
-        kwargs = {k: n for k, n in kwargs.items() if not (k.endswith("outer") and n == 1)}
-        return self.graph.call_function(function, (x, self.mesh, mesh.names[step.axis]), kwargs)
+        return self.graph.call_function(function, (x, self.mesh, self.program.mesh.names[step.axis]), move_arguments(self.program, step, src))
 
     def _last(self) -> Node:
         return next(iter(reversed(self.graph.nodes)))

@@ -49,6 +49,13 @@ def drop_plain_inputs(gm: GraphModule) -> None:
             gm.graph.erase_node(node)
 
 
+def views_to_reshapes(gm: GraphModule) -> None:
+    """Whether a view is possible depends on strides, and those on kernels and cuts; a reshape always is, and is a view where it can."""
+    for target in (aten.view.default, aten._unsafe_view.default):
+        for node in gm.graph.find_nodes(op="call_function", target=target):
+            node.target = aten.reshape.default
+
+
 def write_out_cross_entropy(gm: GraphModule) -> None:
     """Mean and sum of cross-entropy -> sum of the row losses (over the count of targets that are not ignored)."""
     for node in gm.graph.find_nodes(op="call_function", target=aten.cross_entropy_loss.default):
@@ -153,7 +160,7 @@ def write_out_batch_norm(gm: GraphModule) -> None:
         gm.graph.erase_node(node)
 
 
-PASSES = (drop_asserts, drop_plain_inputs, write_out_cross_entropy, write_out_losses, write_out_batch_norm, number_random_ops)
+PASSES = (drop_asserts, drop_plain_inputs, views_to_reshapes, write_out_cross_entropy, write_out_losses, write_out_batch_norm, number_random_ops)
 
 
 def canonicalise(gm: GraphModule) -> None:

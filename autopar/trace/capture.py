@@ -1,5 +1,6 @@
 """`torch.export` on any model, and the errors it gives put into one line."""
 
+import copy
 import inspect
 import re
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch.fx import GraphModule
 from autopar.core.graph import OpGraph
 from autopar.errors import TraceError
 from autopar.trace.canonical import canonicalise
-from autopar.trace.convert import to_op_graph
+from autopar.trace.convert import merge_tied, to_op_graph
 from autopar.trace.promote import promote_to_float64
 
 
@@ -46,25 +47,26 @@ def _keep_tensors(out: Any) -> Any:
 class Traced:
     """A traced model: the canonical fx graph, the torch-free graph and how to call it.
 
-    `gm` takes parameters, buffers, constants and inputs flat, in the order of `graph.values` with those roles;
+    `gm` takes parameters, buffers, constants and inputs flat, in the order of `graph.values` with those roles; `flags` are
+    keyword arguments that the trace added;
     `node_of[i]` is the name of the fx node of value i (operator outputs of multi-result nodes are getitem nodes).
     """
 
     gm: GraphModule
     graph: OpGraph
     constants: dict[str, torch.Tensor]
+    flags: dict[str, Any]
     in_spec: pytree.TreeSpec
     out_spec: pytree.TreeSpec
     node_of: tuple[str, ...]
 
     def flat_inputs(self, args: tuple, kwargs: dict) -> list[Any]:
         """The tensors of a call, in the order the model was traced; raises TraceError when the structure differs."""
-        flat, spec = pytree.tree_flatten((args, kwargs))
+        names = _kwarg_names(self.in_spec)
+        given = {k: kwargs.get(k, self.flags.get(k)) for k in names if k in kwargs or k in self.flags}
+        flat, spec = pytree.tree_flatten((args, given | {k: v for k, v in kwargs.items() if k not in names}))
         if spec != self.in_spec:
-            order = [k for k in _kwarg_names(self.in_spec) if k in kwargs]
-            flat, spec = pytree.tree_flatten((args, {k: kwargs[k] for k in order} | {k: v for k, v in kwargs.items() if k not in order}))
-        if spec != self.in_spec:
-            raise TraceError(f"the model was traced with arguments {_kwarg_names(self.in_spec)}, called with {list(kwargs)}; use the same ones")
+            raise TraceError(f"the model was traced with {self.in_spec.child(0).num_children} positional arguments and {names}, called with {len(args)} and {list(kwargs)}; use the same")
         return [x for x in flat if isinstance(x, torch.Tensor)]
 
 
@@ -79,17 +81,30 @@ def trace(model: nn.Module, args: tuple = (), kwargs: dict[str, Any] | None = No
     """
     kwargs = dict(kwargs or {})
     accepts = inspect.signature(model.forward).parameters
-    if "use_cache" in accepts and "use_cache" not in kwargs:
-        kwargs["use_cache"] = False
-    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))  # one tensor given twice stays two inputs
-    program = _export(model, args, kwargs)
+    flags = {"use_cache": False} if "use_cache" in accepts and "use_cache" not in kwargs else {}
+    kwargs |= flags
+    program = _export(*_on_meta(model, args, kwargs))
     gm = program.graph_module
+    merge_tied(program, model)
     canonicalise(gm)
     if float64:
         promote_to_float64(gm)
     graph, node_of = to_op_graph(program, model, name or type(model).__name__)
     constants = {k: v for k, v in program.constants.items() if isinstance(v, torch.Tensor)}
-    return Traced(gm, graph, constants, program.call_spec.in_spec, program.call_spec.out_spec, node_of)
+    return Traced(gm, graph, constants, flags, program.call_spec.in_spec, program.call_spec.out_spec, node_of)
+
+
+def _on_meta(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[nn.Module, tuple, dict[str, Any]]:
+    """The same call on the meta device, so that the graph does not depend on where the weights are. No weight is copied."""
+    tensors = [*model.parameters(), *model.buffers()]
+    memo: dict[int, Any] = {}
+    for t in tensors:
+        if not t.is_meta:
+            empty = torch.empty_like(t, device="meta")
+            memo[id(t)] = nn.Parameter(empty, t.requires_grad) if isinstance(t, nn.Parameter) else empty
+    shell = copy.deepcopy(model, memo) if memo else model
+    args, kwargs = pytree.tree_map_only(torch.Tensor, lambda x: torch.empty_like(x, device="meta"), (args, kwargs))
+    return shell, args, kwargs
 
 
 def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> ExportedProgram:

@@ -19,6 +19,10 @@ NOT_DIFFERENTIABLE = frozenset((
 """ATen operators with floating results that no gradient passes through."""
 
 
+PLACEMENT_ARGUMENTS = ("device", "pin_memory", "layout", "memory_format")
+"""Arguments that say where or how a tensor lies in memory, not what it is."""
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -72,7 +76,7 @@ class _Builder:
                 return value
             return str(value).removeprefix("torch.")
 
-        args = tuple((name, encode(value)) for name, value in bound(node).items())
+        args = tuple((name, encode(value)) for name, value in bound(node).items() if name not in PLACEMENT_ARGUMENTS)
         kind = str(node.target)
         grad = any(self.values[v].meta.requires_grad for v in operands) and kind.split(".")[1] not in NOT_DIFFERENTIABLE
         results = self._results(node, grad)
@@ -114,6 +118,24 @@ def _origin(node: Node) -> tuple[str, str]:
         file, line = frames[-1].split(", line ")[:2]
         source = f"{file.removeprefix('File ').strip(chr(34))}:{line.split(',')[0]}"
     return path, source
+
+
+def merge_tied(program: ExportedProgram, model: nn.Module) -> None:
+    """One placeholder for a parameter with several names: export makes one per name."""
+    names = _tied_names(model)
+    graph = program.graph
+    placeholders = {n.name: n for n in graph.nodes if n.op == "placeholder"}
+    first: dict[str, Node] = {}
+    for spec in program.graph_signature.input_specs:
+        if spec.kind is not InputKind.PARAMETER:
+            continue
+        node, group = placeholders[spec.arg.name], names[spec.target.removeprefix("model.")][0]
+        if group in first:
+            node.replace_all_uses_with(first[group])
+            graph.erase_node(node)
+        else:
+            first[group] = node
+    program.graph_module.recompile()
 
 
 def to_op_graph(program: ExportedProgram, model: nn.Module, name: str) -> tuple[OpGraph, tuple[str, ...]]:

@@ -146,9 +146,16 @@ def test_bad_argument_is_refused(arguments: dict) -> None:
         load_model("mlp-tiny", **arguments)
 
 
-def test_seq_beyond_learned_positions_is_refused() -> None:
-    with pytest.raises(UsageError, match="seq 65 is longer than the 64 learned positions"):
-        load_model("gpt2-tiny", batch=1, seq=65)
+@pytest.mark.parametrize("name", ["gpt2-tiny", "transformer-tiny", "bert-tiny"])
+def test_seq_beyond_learned_positions_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="seq 65 is longer than the 64 "):
+        load_model(name, batch=1, seq=65)
+
+
+def test_default_seq_follows_fewer_positions() -> None:
+    assert load_model("gpt2-tiny", batch=1).tokens_per_batch == 32
+    assert load_model("gpt2-tiny", batch=1, overrides={"n_positions": 8}).tokens_per_batch == 8
+    assert load_model("transformer", batch=1, overrides={"positions": 8}).tokens_per_batch == 8
 
 
 def test_catalog_needs_no_torch_and_lists_everything() -> None:

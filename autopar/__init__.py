@@ -1,0 +1,29 @@
+"""autopar: how should this model be parallelized on this cluster? Plans, explains, proves and runs the answer."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from autopar.api import VerifyReport, parallelize, plan, verify
+    from autopar.core.cluster import Cluster
+    from autopar.core.plan import Plan
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Cluster": "autopar.core.cluster",
+    "Plan": "autopar.core.plan",
+    "plan": "autopar.api",
+    "parallelize": "autopar.api",
+    "verify": "autopar.api",
+    "VerifyReport": "autopar.verification",
+}
+
+__all__ = ["Cluster", "Plan", "VerifyReport", "parallelize", "plan", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names load what they need when first used, so that `import autopar` does not import torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'autopar' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,230 @@
+"""Devices and links: the numbers that every price is made of, each with its source."""
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from autopar.core.graph import DTYPE_BYTES
+from autopar.core.toml_file import Table
+from autopar.core.units import BANDWIDTH, COMPUTE, DURATION, MEMORY, format_quantity, shown
+from autopar.errors import UsageError
+
+STATUSES = ("measured", "derived", "assumed")
+"""measured: observed on such hardware. derived: from a published specification or by a stated formula. assumed: neither."""
+
+PEAK_DTYPES = (*DTYPE_BYTES, "tf32")
+
+DEVICE_NUMBERS = {
+    "memory": 'memory = "80 GB"',
+    "memory_bandwidth": 'memory_bandwidth = "3.35 TB/s"',
+    "peak": '[device.peak] with float32 = "67 TFLOP/s" and other dtypes below it',
+    "matmul_efficiency": "matmul_efficiency = 0.8",
+    "memory_efficiency": "memory_efficiency = 0.9",
+    "kernel_launch": 'kernel_launch = "5 us"',
+}
+LINK_NUMBERS = {
+    "latency": 'latency = "3 us"',
+    "bandwidth": 'bandwidth = "450 GB/s" (per device and direction)',
+    "efficiency": "efficiency = 0.8",
+}
+"""Numbers of a device and of a link as a file names them, with the line to write where one is missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a number comes from: one of `STATUSES` and a sentence that lets a reader check it."""
+
+    status: str
+    text: str
+
+    def __post_init__(self) -> None:
+        if self.status not in STATUSES or not self.text.strip():
+            raise UsageError(
+                f"{shown(str(self).strip(' :'))} is not a source; write 'measured: ...', 'derived: ...' or 'assumed: ...' and say from what"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> "Source":
+        """Source.parse("derived: vendor data sheet")."""
+        status, _, rest = text.partition(":")
+        return cls(status.strip(), rest.strip())
+
+    def __str__(self) -> str:
+        return f"{self.status}: {self.text}"
+
+
+Sources = tuple[tuple[str, Source], ...]
+"""(name of a number, its source); the entry "default" speaks for every number that has none of its own."""
+
+
+def sources(default: str = "assumed: no source given", **numbers: str) -> Sources:
+    """sources("derived: data sheet", latency="assumed: as its predecessor")."""
+    return tuple((name, Source.parse(text)) for name, text in {"default": default, **numbers}.items())
+
+
+UNSOURCED = sources()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """One accelerator, or one process's share of a CPU.
+
+    `peak_flops_per_s` are dense matrix peaks, pairs (dtype, flops per second), float32 always among them and without
+    TF32, which is its own entry. `memory_bytes` is what a process can allocate, not the number on the box.
+    The efficiencies are the shares of peak and of memory bandwidth that large operators reach.
+    """
+
+    name: str
+    memory_bytes: int
+    memory_bytes_per_s: float
+    peak_flops_per_s: tuple[tuple[str, float], ...]
+    matmul_efficiency: float = 1.0
+    memory_efficiency: float = 1.0
+    kernel_launch_s: float = 0.0
+    source: Sources = UNSOURCED
+
+    def __post_init__(self) -> None:
+        for dtype, value in self.peak_flops_per_s:
+            if dtype not in PEAK_DTYPES:
+                raise UsageError(f"device {self.name!r}: peak of unknown dtype {dtype!r}; known are {', '.join(PEAK_DTYPES)}")
+            _check_number(self.name, f"peak of {dtype}", value)
+        if "float32" not in dict(self.peak_flops_per_s):
+            raise UsageError(f"device {self.name!r}: no float32 peak; add it, pointwise operators are priced by it")
+        _check_number(self.name, "memory_bytes", self.memory_bytes)
+        _check_number(self.name, "memory_bytes_per_s", self.memory_bytes_per_s)
+        _check_number(self.name, "matmul_efficiency", self.matmul_efficiency, largest=1.0)
+        _check_number(self.name, "memory_efficiency", self.memory_efficiency, largest=1.0)
+        _check_number(self.name, "kernel_launch_s", self.kernel_launch_s, zero=True)
+
+    def peak(self, dtype: str) -> float:
+        """Dense peak in flops per second for matrix products of this dtype."""
+        for name, value in self.peak_flops_per_s:
+            if name == dtype:
+                return value
+        listed = ", ".join(name for name, _ in self.peak_flops_per_s)
+        raise UsageError(f"device {self.name!r} has no {dtype} peak (it has {listed}); use one of these or add {dtype} to [device.peak]")
+
+    def source_of(self, number: str) -> Source:
+        """Source of one of `DEVICE_NUMBERS`."""
+        return _source_of(self.source, number, DEVICE_NUMBERS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """One tier of the network: latency of a hop, bandwidth per device and direction, share of it that messages reach."""
+
+    name: str
+    latency_s: float
+    bandwidth_bytes_per_s: float
+    efficiency: float = 1.0
+    source: Sources = UNSOURCED
+
+    def __post_init__(self) -> None:
+        _check_number(self.name, "latency_s", self.latency_s, zero=True)
+        _check_number(self.name, "bandwidth_bytes_per_s", self.bandwidth_bytes_per_s)
+        _check_number(self.name, "efficiency", self.efficiency, largest=1.0)
+
+    @property
+    def rate_bytes_per_s(self) -> float:
+        """Bytes per second that a large message reaches."""
+        return self.bandwidth_bytes_per_s * self.efficiency
+
+    def seconds(self, num_bytes: float) -> float:
+        """Seconds of one message of `num_bytes`."""
+        return self.latency_s + num_bytes / self.rate_bytes_per_s
+
+    def source_of(self, number: str) -> Source:
+        """Source of one of `LINK_NUMBERS`."""
+        return _source_of(self.source, number, LINK_NUMBERS)
+
+
+def read_device(table: Table) -> Device:
+    """The device that the `[device]` table of a file describes."""
+    table.check_keys({"name": 'name = "NVIDIA H100"', **DEVICE_NUMBERS}, ("source",))
+    peak = table.table("peak")
+    peak.check_keys({"float32": 'float32 = "67 TFLOP/s"; pointwise operators are priced by it'}, PEAK_DTYPES)
+    memory = table.quantity("memory", MEMORY)
+    if memory < 1:
+        table.fail("memory", f"{shown(table.values['memory'])} is less than a byte; write a memory size such as '80 GB'")
+    return Device(
+        name=table.text("name"),
+        memory_bytes=round(memory),
+        memory_bytes_per_s=table.quantity("memory_bandwidth", BANDWIDTH),
+        peak_flops_per_s=tuple((dtype, peak.quantity(dtype, COMPUTE)) for dtype in peak.values),
+        matmul_efficiency=table.share("matmul_efficiency"),
+        memory_efficiency=table.share("memory_efficiency"),
+        kernel_launch_s=table.quantity("kernel_launch", DURATION, zero=True),
+        source=_sources(table, DEVICE_NUMBERS),
+    )
+
+
+def read_link(table: Table) -> Link:
+    """The link that an `[intra_node]` or `[inter_node]` table describes."""
+    needed = {key: LINK_NUMBERS[key] for key in ("latency", "bandwidth")}
+    table.check_keys({"name": 'name = "NVLink"', **needed}, ("efficiency", "source"))
+    return Link(
+        name=table.text("name"),
+        latency_s=table.quantity("latency", DURATION, zero=True),
+        bandwidth_bytes_per_s=table.quantity("bandwidth", BANDWIDTH),
+        efficiency=table.share("efficiency") if "efficiency" in table.values else 1.0,
+        source=_sources(table, LINK_NUMBERS),
+    )
+
+
+def _sources(table: Table, numbers: Collection[str]) -> Sources:
+    """`source` is one text for the whole table, or a table with a text per number and a `default`."""
+    if "source" not in table.values:
+        return UNSOURCED
+    if isinstance(table.values["source"], str):
+        return (("default", _source(table, "source")),)
+    given = table.table("source")
+    given.check_keys({}, ("default", *numbers))
+    own = tuple((key, _source(given, key)) for key in given.values)
+    return own if "default" in given.values else (*UNSOURCED, *own)
+
+
+def _source(table: Table, key: str) -> Source:
+    text = table.text(key)
+    try:
+        return Source.parse(text)
+    except UsageError as error:
+        table.fail(key, str(error))
+
+
+def device_values(device: Device) -> dict[str, object]:
+    """The table that `read_device` reads back."""
+    return {
+        "name": device.name,
+        "memory": format_quantity(device.memory_bytes, MEMORY),
+        "memory_bandwidth": format_quantity(device.memory_bytes_per_s, BANDWIDTH),
+        "matmul_efficiency": device.matmul_efficiency,
+        "memory_efficiency": device.memory_efficiency,
+        "kernel_launch": format_quantity(device.kernel_launch_s, DURATION),
+        "peak": {dtype: format_quantity(value, COMPUTE) for dtype, value in device.peak_flops_per_s},
+        "source": {name: str(source) for name, source in device.source},
+    }
+
+
+def link_values(link: Link) -> dict[str, object]:
+    """The table that `read_link` reads back."""
+    return {
+        "name": link.name,
+        "latency": format_quantity(link.latency_s, DURATION),
+        "bandwidth": format_quantity(link.bandwidth_bytes_per_s, BANDWIDTH),
+        "efficiency": link.efficiency,
+        "source": {name: str(source) for name, source in link.source},
+    }
+
+
+def _check_number(owner: str, name: str, value: float, *, zero: bool = False, largest: float = math.inf) -> None:
+    if not (math.isfinite(value) and value <= largest and (value > 0 or (zero and value == 0))):
+        raise UsageError(
+            f"{owner!r}: {name} is {value}; give a finite number {'of at least' if zero else 'above'} 0{'' if largest == math.inf else f' and up to {largest}'}"
+        )
+
+
+def _source_of(given: Sources, number: str, numbers: Collection[str]) -> Source:
+    if number not in numbers:
+        raise UsageError(f"unknown number {number!r}; known are {', '.join(numbers)}")
+    found = dict(given)
+    return found.get(number, found["default"])

@@ -1,0 +1,28 @@
+"""Program to runnable modules: emit, check, split."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from autopar.program import Program
+from autopar.rewrite.blocks import split_into_blocks
+from autopar.rewrite.check import check_emitted, check_program
+from autopar.rewrite.emit import emit
+
+
+@dataclass(frozen=True)
+class Built:
+    """The emitted module and the value ids of its placeholders (after `mesh`)."""
+
+    module: GraphModule
+    inputs: tuple[int, ...]
+
+
+def build(program: Program, traced: Any, device: torch.device | None = None) -> Built:
+    """Emit a program for a device; raises VerificationError if what came out is not what the plan says."""
+    check_program(program)
+    emitted = emit(program, traced.gm, traced.node_of, device or torch.device("cpu"))
+    check_emitted(program, emitted.graph)
+    return Built(split_into_blocks(emitted), emitted.inputs)

@@ -1,0 +1,68 @@
+"""Ranks on `torch.distributed`: process groups for every set of mesh axes that a program communicates over."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from autopar.core.mesh import Mesh
+from autopar.errors import PlanMismatchError, UsageError
+from autopar.runtime.rank import Rank, Stream
+
+REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+
+
+@dataclass(frozen=True)
+class GroupExchange:
+    """Collectives of one process group."""
+
+    group: dist.ProcessGroup
+    size: int
+
+    def all_reduce(self, x: torch.Tensor, op: str) -> torch.Tensor:
+        result = x.clone()
+        dist.all_reduce(result, REDUCE_OPS[op], group=self.group)
+        return result
+
+    def all_gather(self, x: torch.Tensor) -> list[torch.Tensor]:
+        received = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(received, x, group=self.group)
+        return received
+
+    def reduce_scatter(self, pieces: list[torch.Tensor]) -> torch.Tensor:
+        result = torch.empty_like(pieces[0])
+        dist.reduce_scatter(result, pieces, group=self.group)
+        return result
+
+    def all_to_all(self, pieces: list[torch.Tensor]) -> list[torch.Tensor]:
+        sent = torch.stack(pieces)
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=self.group)
+        return list(received.unbind(0))
+
+
+def connect(mesh: Mesh, axis_sets: Iterable[tuple[int, ...]], device: torch.device, *, seed: int = 0) -> Rank:
+    """This process as a rank of the mesh, with a group for each axis and each given set of axes.
+
+    Every process must call this with the same arguments: creating groups is collective.
+    """
+    if not dist.is_initialized():
+        raise UsageError("no process group: start under torchrun, or call torch.distributed.init_process_group first")
+    if dist.get_world_size() != mesh.num_ranks:
+        raise PlanMismatchError(f"the plan is for {mesh.num_ranks} processes ({mesh}), {dist.get_world_size()} are running; start {mesh.num_ranks} or plan again")
+    me = dist.get_rank()
+    exchanges: dict[str, GroupExchange] = {}
+    sets = sorted({(a,) for a in range(len(mesh.axes))} | {tuple(s) for s in axis_sets if s})
+    for axes in sets:
+        for ranks in mesh.groups(axes):
+            group = dist.group.WORLD if len(ranks) == mesh.num_ranks else dist.new_group(list(ranks))
+            if me in ranks:
+                exchanges["+".join(mesh.names[a] for a in axes)] = GroupExchange(group, len(ranks))
+    return Rank(mesh, me, device, exchanges, Stream(seed))
+
+
+def device_mesh(mesh: Mesh, device: torch.device) -> DeviceMesh:
+    """The same mesh as torch's own type, for DTensors."""
+    return init_device_mesh(device.type, mesh.sizes, mesh_dim_names=mesh.names)

@@ -1,0 +1,121 @@
+"""Gradient reduction over the axes a parameter is replicated on: bucketed, overlapping the backward, once per step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from autopar.runtime.rank import Rank
+
+BUCKET_BYTES = 25 << 20
+"""Large enough that latency does not count, small enough that most of a backward can hide it (the size DDP uses)."""
+
+
+@dataclass
+class Slot:
+    """One parameter: its local leaf tensor and the axes its gradient is summed over ('' for none)."""
+
+    leaf: torch.Tensor
+    axes: str
+
+
+@dataclass
+class Bucket:
+    """Slots whose gradients travel together."""
+
+    axes: str
+    slots: list[int]
+    waiting: int = 0
+    flat: torch.Tensor | None = None
+    work: Any = None
+    ready: list[int] = field(default_factory=list)
+
+
+class Reducer:
+    """Collects gradients of leaves as the backward makes them and sums full buckets while it goes on.
+
+    `finish` is called once at the end of a backward with every slot's gradient (None where there is none).
+    """
+
+    def __init__(self, slots: Sequence[Slot], rank: Rank, deliver: Any) -> None:
+        self.slots, self.rank, self.deliver = list(slots), rank, deliver
+        self.enabled = True
+        self.buckets = _buckets(self.slots)
+        self.bucket_of = {i: b for b in self.buckets for i in b.slots}
+        self._armed = False
+        for i, slot in enumerate(self.slots):
+            if slot.leaf.requires_grad:
+                slot.leaf.register_post_accumulate_grad_hook(lambda _, i=i: self._arrived(i))
+
+    def _arrived(self, i: int) -> None:
+        if not self.enabled:
+            return
+        if not self._armed:
+            self._armed = True
+            # Private but stable since torch 1.x: DDP and FSDP end their backward with the same callback (torch 2.13).
+            torch.autograd.Variable._execution_engine.queue_callback(self._end)
+            for bucket in self.buckets:
+                bucket.waiting, bucket.ready = len(bucket.slots), []
+        bucket = self.bucket_of.get(i)
+        if bucket is not None:
+            bucket.ready.append(i)
+            bucket.waiting -= 1
+            if bucket.waiting == 0:
+                self._launch(bucket)
+
+    def _launch(self, bucket: Bucket) -> None:
+        """Start the sum of a bucket; members without a gradient on this rank add zeros."""
+        grads = [_grad_or_zeros(self.slots[i].leaf) for i in bucket.slots]
+        for g in grads:
+            self.rank.count("all_reduce", bucket.axes, g)
+        bucket.flat = grads[0].reshape(-1).clone() if len(grads) == 1 else torch.cat([g.reshape(-1) for g in grads])
+        exchange: Any = self.rank.exchanges[bucket.axes]
+        bucket.work = dist.all_reduce(bucket.flat, group=exchange.group, async_op=True)
+
+    def _end(self) -> None:
+        self._armed = False
+        for bucket in self.buckets:
+            if bucket.waiting and bucket.ready:
+                self._launch(bucket)
+        results: list[torch.Tensor | None] = [slot.leaf.grad for slot in self.slots]
+        for bucket in self.buckets:
+            if bucket.work is None or bucket.flat is None:
+                continue
+            bucket.work.wait()
+            offset = 0
+            for i in bucket.slots:
+                leaf = self.slots[i].leaf
+                results[i] = bucket.flat[offset : offset + leaf.numel()].view(leaf.shape)
+                offset += leaf.numel()
+            bucket.work = bucket.flat = None
+        for slot in self.slots:
+            slot.leaf.grad = None
+        self.deliver(results)
+
+
+def _grad_or_zeros(leaf: torch.Tensor) -> torch.Tensor:
+    return leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
+
+
+def _buckets(slots: Sequence[Slot]) -> list[Bucket]:
+    """Slots in reverse order of use, split by axes, dtype and size."""
+    open_: dict[tuple[str, torch.dtype], Bucket] = {}
+    sizes: dict[int, int] = {}
+    found: list[Bucket] = []
+    for i in range(len(slots) - 1, -1, -1):
+        slot = slots[i]
+        if not slot.axes or not slot.leaf.requires_grad:
+            continue
+        key = (slot.axes, slot.leaf.dtype)
+        size = slot.leaf.numel() * slot.leaf.element_size()
+        bucket = open_.get(key)
+        if bucket is None or sizes[id(bucket)] + size > BUCKET_BYTES:
+            bucket = Bucket(slot.axes, [])
+            open_[key] = bucket
+            sizes[id(bucket)] = 0
+            found.append(bucket)
+        bucket.slots.append(i)
+        sizes[id(bucket)] += size
+    return found
