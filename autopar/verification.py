@@ -27,6 +27,10 @@ NEGLIGIBLE = 1e-6
 """A gradient below this share of the whole gradient norm is compared on that scale: some are zero but for rounding
 (a key bias under softmax), and a relative error of rounding noise says nothing."""
 
+SMALL_PARAMETER = 1e-2
+"""Elements smaller than this share of the model's root mean square are compared on that scale: a bias that starts at zero
+and has no gradient but rounding holds nothing but rounding."""
+
 MAX_ELEMENTS = 200_000_000
 
 
@@ -285,12 +289,15 @@ class _Worst:
         self.norm = max(self.norm, abs(math.sqrt(squares) - total) / max(total, 1e-300))
 
     def parameters(self, program: Program, expected: dict[int, torch.Tensor], found: Sequence[dict[int, torch.Tensor]]) -> None:
+        params = [expected[v].detach() for v in program.graph.params]
+        rms = math.sqrt(sum(float(p.norm()) ** 2 for p in params) / max(sum(p.numel() for p in params), 1))
         for v, value in enumerate(program.graph.values):
             if value.role not in ("param", "buffer") or not value.meta.dtype.startswith("float"):
                 continue
+            floor = SMALL_PARAMETER * rms * math.sqrt(value.meta.numel)
             layout = program.storage.get(v, program.produced[v])
             whole = unshard([row[v].detach() for row in found], layout, program.mesh, value.meta.shape)
-            self.param = max(self.param, relative(whole, expected[v].detach()))
+            self.param = max(self.param, relative(whole, expected[v].detach(), floor))
 
     def report(self, program: Program, counted: Sequence[Ledger], dtype: str, steps: int) -> VerifyReport:
         predicted = program.ledger

@@ -40,7 +40,8 @@ class _Emitter:
         graph = self.program.graph
         for v, value in enumerate(graph.values):
             if value.role != "op":
-                node = self.graph.placeholder(self.node_of[v])
+                name = value.source[0] if value.role in ("param", "buffer") else self.node_of[v]
+                node = self.graph.placeholder("".join(c if c.isalnum() else "_" for c in name))
                 self.nodes[v, (self.program.produced[v],)] = node
                 self.inputs.append(v)
         for i, op in enumerate(graph.ops):

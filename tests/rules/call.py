@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule
 
 import autopar.rules.families  # noqa: F401 - registers every rule
 import autopar.trace.operators  # noqa: F401 - defines autopar's own operators
@@ -40,6 +40,12 @@ class Draw:
 
     def frozen(self) -> "Draw":
         return Draw(self.shape, self.how, False)
+
+    def plus(self, shift: float) -> "Draw":
+        return Draw(self.shape, lambda shape, gen: self.how(shape, gen) + shift, self.grad)
+
+    def minus(self, shift: float) -> "Draw":
+        return self.plus(-shift)
 
 
 @dataclass(frozen=True)
@@ -192,6 +198,3 @@ def combinations(case: OpCase, *, sampled: int | None = 12) -> list[tuple[Mesh, 
         found += [(mesh, s) for s in legal]
     return found
 
-
-def first_call(gm: GraphModule) -> Node:
-    return next(n for n in gm.graph.nodes if n.op == "call_function")

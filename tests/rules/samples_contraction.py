@@ -1,0 +1,111 @@
+"""Sample calls of contractions, look-ups, attention and losses."""
+
+from tests.rules.draws import BOOL, INDEX, INT, MASK, POS, TARGET, UNIT, X, call
+
+PRODUCTS = [
+    call("linear", X(4, 12, 24), X(36, 24), X(36)),
+    call("linear", X(12, 24), X(6, 24), note="no bias"),
+    call("linear", X(24), X(12, 24), X(12), note="vector"),
+    call("linear", X(12, 24), X(24), note="weight vector"),
+    call("linear", X(4, 1, 12), X(12, 12), X(12), note="size one"),
+    call("mm", X(12, 24), X(24, 6)),
+    call("addmm", X(6), X(12, 24), X(24, 6)),
+    call("addmm", X(12, 6), X(12, 24), X(24, 6), note="matrix"),
+    call("addmm", X(12, 1), X(12, 24), X(24, 6), beta=0.5, alpha=-2.0, note="scaled"),
+    call("bmm", X(4, 12, 6), X(4, 6, 12)),
+    call("baddbmm", X(4, 12, 12), X(4, 12, 6), X(4, 6, 12)),
+    call("baddbmm", X(12, 1), X(4, 12, 6), X(4, 6, 12), beta=2.0, alpha=0.5, note="broadcast"),
+    call("matmul", X(4, 12, 6), X(6, 12)),
+    call("matmul", X(1, 12, 6), X(4, 6, 12), note="broadcast"),
+    call("matmul", X(4, 1, 12, 6), X(3, 6, 12), note="both broadcast"),
+    call("matmul", X(12), X(12), note="vectors"),
+    call("matmul", X(4, 12, 6), X(6), note="times vector"),
+    call("matmul", X(6), X(4, 6, 12), note="vector times"),
+    call("einsum", "bij,bjk->bik", [X(4, 12, 6), X(4, 6, 12)]),
+    call("einsum", "bshd,bthd->bhst", [X(2, 6, 12, 3), X(2, 4, 12, 3)], note="heads"),
+    call("einsum", "ij,jk,kl->il", [X(12, 4), X(4, 6), X(6, 12)], note="three"),
+    call("einsum", "ij->j", [X(12, 6)], note="sum"),
+    call("einsum", "bi,bi->b", [X(12, 6), X(12, 1)], note="size one"),
+    call("einsum", "ii->i", [X(12, 12)], known=False, note="diagonal"),
+    call("einsum", "...i,ij->...j", [X(4, 12, 6), X(6, 12)], known=False, note="dots"),
+]
+
+CONVOLUTIONS = [
+    call("convolution", X(4, 12, 6, 6), X(12, 12, 3, 3), X(12), [1, 1], [1, 1], [1, 1], False, [0, 0], 1),
+    call("convolution", X(4, 12, 8), X(24, 12, 3), None, [2], [1], [1], False, [0], 1, note="1d"),
+    call("convolution", X(4, 12, 6), X(12, 3, 3), X(12), [1], [1], [1], False, [0], 4, note="grouped"),
+    call("convolution", X(12, 12, 6), X(12, 1, 3), X(12), [1], [0], [1], False, [0], 12, note="depthwise"),
+    call("convolution", X(4, 12, 6), X(12, 6, 3), X(6), [2], [0], [1], True, [0], 1, note="transposed", known=False),
+    call("conv1d", X(4, 12, 8), X(12, 12, 3), X(12)),
+    call("conv2d", X(4, 12, 6, 6), X(12, 12, 3, 3), X(12), [1, 1], [1, 1]),
+    call("conv2d", X(12, 6, 6), X(12, 12, 3, 3), X(12), note="one image"),
+    call("conv2d", X(4, 12, 6, 6), X(12, 6, 1, 1), None, [1, 1], [0, 0], [1, 1], 2, note="grouped"),
+    call("conv3d", X(4, 12, 4, 4, 4), X(12, 12, 2, 2, 2), X(12)),
+    call("conv2d.padding", X(4, 12, 6, 6), X(12, 12, 3, 3), X(12), [1, 1], "same"),
+    call("conv1d.padding", X(4, 12, 6), X(12, 12, 3), X(12), [1], "same"),
+]
+
+LOOKUPS = [
+    call("embedding", X(24, 12), INT(24, 4, 6)),
+    call("embedding", X(24, 12), INT(24, 12), 3, note="padding"),
+    call("embedding", X(24, 12), INT(24, 12), 23, note="last padding"),
+    call("embedding", X(24, 12), INT(4, 12), -1, True, note="frequency"),
+    call("embedding", X(12, 6), INT(12), note="one"),
+    call("gather", X(4, 12, 6), 1, INT(12, 4, 12, 6)),
+    call("gather", X(12, 6), -1, INT(6, 12, 1), note="one"),
+    call("gather", X(12, 6), 0, INT(12, 4, 6), note="fewer"),
+    call("gather", X(12, 6), 1, INT(6, 4, 12), note="fewer rows"),
+    call("index_select", X(4, 12, 6), 1, INT(12, 24)),
+    call("index_select", X(4, 12), 0, INT(4), note="zero rank"),
+    call("index.Tensor", X(12, 4, 6), [INT(12, 24)]),
+    call("index.Tensor", X(12, 4, 6), [None, INT(4, 12, 1), INT(6, 6)], note="pair"),
+    call("index.Tensor", X(12, 4, 6), [None, None, INT(6, 2, 12)], note="last"),
+    call("index.Tensor", X(12, 4), [INT(12), INT(4)], note="numbers"),
+    call("index.Tensor", X(12, 4), [INT(12, 12), INT(4)], note="row"),
+    call("index.Tensor", X(12, 4, 6), [INT(12, 6), None, INT(6, 6)], note="apart", known=False),
+    call("index.Tensor", X(12, 4), [BOOL(12)], note="bool", known=False),
+    call("scatter.src", X(12, 6), 1, INDEX(6, 12, 6), X(12, 6)),
+    call("scatter.src", X(12, 6), 1, INDEX(6, 12, 4), X(12, 6), note="fewer"),
+    call("scatter_add", X(12, 6), 1, INT(6, 12, 12), X(12, 12)),
+    call("scatter_add", X(4, 12), 0, INT(4, 6, 12), X(6, 12), note="rows"),
+    call("scatter.value", X(12, 6), 1, INT(6, 12, 3), 2.0),
+    call("one_hot", INT(12, 12, 4), 12),
+]
+
+Q, K, V = (4, 12, 6, 8), (4, 12, 12, 8), (4, 12, 12, 12)
+ATTENTION = [
+    call("scaled_dot_product_attention", X(*Q), X(*K), X(*V)),
+    call("scaled_dot_product_attention", X(4, 4, 12, 8), X(4, 4, 12, 8), X(4, 4, 12, 8), is_causal=True, note="causal"),
+    call("scaled_dot_product_attention", X(2, 12, 6, 8), X(2, 4, 12, 8), X(2, 4, 12, 8), enable_gqa=True, note="grouped"),
+    call("scaled_dot_product_attention", X(2, 12, 6, 8), X(2, 4, 6, 8), X(2, 4, 6, 8), is_causal=True, scale=0.3, enable_gqa=True, note="grouped causal"),
+    call("scaled_dot_product_attention", X(*Q), X(*K), X(*V), MASK(4, 1, 6, 12), note="bool mask"),
+    call("scaled_dot_product_attention", X(*Q), X(*K), X(*V), X(1, 12, 6, 12), note="bias"),
+    call("scaled_dot_product_attention", X(*Q), X(*K), X(*V), X(6, 12).frozen(), note="matrix bias"),
+    call("scaled_dot_product_attention", X(2, 12, 6, 8), X(2, 4, 12, 8), X(2, 4, 12, 8), X(2, 12, 6, 12), enable_gqa=True, note="grouped bias"),
+    call("scaled_dot_product_attention", X(12, 6, 8), X(12, 12, 8), X(12, 12, 8), note="three dimensions", known=False),
+    call("autopar.attention", X(*Q), X(*K), X(*V), None, 0.25, False, None, False, 3),
+    call("autopar.attention", X(*Q), X(*K), X(*V), MASK(4, 1, 6, 12), 0.25, False, 0.2, False, 3, note="mask"),
+    call("autopar.attention", X(4, 4, 12, 8), X(4, 4, 12, 8), X(4, 4, 12, 4), None, 0.25, True, None, False, 3, note="causal"),
+    call("autopar.attention", X(2, 12, 6, 8), X(2, 4, 12, 8), X(2, 4, 12, 8), X(12, 6, 12), 0.25, False, None, True, 3, note="grouped"),
+]
+
+LOSSES = [
+    call("autopar.token_cross_entropy", X(12, 24), TARGET(24, 12), -100, 0.0),
+    call("autopar.token_cross_entropy", X(12, 24), TARGET(24, 12), -100, 0.1, note="smoothed"),
+    call("autopar.token_cross_entropy", X(12, 24), TARGET(24, 12, ignore=3), 3, 0.2, note="ignored class"),
+    call("mse_loss", X(4, 12), X(4, 12), 0),
+    call("mse_loss", X(4, 12), X(12), 0, note="broadcast"),
+    call("mse_loss", X(4, 12), X(4, 12), 1, note="reduced", known=False),
+    call("l1_loss", X(4, 12), X(4, 12), 0),
+    call("smooth_l1_loss", X(4, 12), X(4, 12), 0, 0.5),
+    call("huber_loss", X(4, 12), X(4, 12), 0, 0.5),
+    call("binary_cross_entropy", UNIT(4, 12), UNIT(4, 12).frozen(), None, 0),
+    call("binary_cross_entropy", UNIT(4, 12), UNIT(4, 12).frozen(), POS(12).frozen(), 0, note="class weights"),
+    call("binary_cross_entropy_with_logits", X(4, 12), UNIT(4, 12).frozen(), None, None, 0),
+    call("binary_cross_entropy_with_logits", X(4, 12), UNIT(4, 12).frozen(), POS(4, 12).frozen(), POS(12).frozen(), 0, note="weights"),
+    call("nll_loss_nd", X(12, 6), INT(6, 12), None, 0, known=False),
+    call("cross_entropy_loss", X(12, 6), INT(6, 12), None, 0, known=False),
+    call("cross_entropy_loss", X(12, 6), UNIT(12, 6).frozen(), None, 1, known=False, note="probabilities"),
+]
+
+SAMPLES = [*PRODUCTS, *CONVOLUTIONS, *LOOKUPS, *ATTENTION, *LOSSES]
