@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from autopar.core.cluster import Cluster
+from autopar.core.mesh import Mesh
 from autopar.core.plan import Plan
 from autopar.errors import UsageError
 from autopar.planner.bind import bind
@@ -43,7 +44,7 @@ def _trace(model: nn.Module, example_inputs: Any) -> Traced:
 
 
 def plan_timed(
-    model: nn.Module, cluster: Cluster, example_inputs: Any = None, *, pins: Sequence[str] = (), tokens: int = 0, time_limit_s: float = 30.0,
+    model: nn.Module, cluster: Cluster, example_inputs: Any = None, *, pins: Sequence[str] = (), mesh: Mesh | None = None, tokens: int = 0, time_limit_s: float = 30.0,
     max_memory: float = MEMORY_SHARE, progress: Progress = _quiet,
 ) -> tuple[Plan, dict[str, float]]:  # fmt: skip
     """`plan`, and the wall seconds of its two parts: {"trace", "search"}."""
@@ -51,21 +52,22 @@ def plan_timed(
     progress("tracing")
     traced = _trace(model, example_inputs)
     middle = time.perf_counter()
-    options = Options(pins=tuple(pins), memory_share=max_memory, time_limit_s=time_limit_s, tokens=tokens)
+    options = Options(pins=tuple(pins), mesh=mesh, memory_share=max_memory, time_limit_s=time_limit_s, tokens=tokens)
     planned = plan_graph(traced.graph, cluster, options, progress)
     return planned.plan, {"trace": middle - start, "search": time.perf_counter() - middle}
 
 
 def plan(
-    model: nn.Module, cluster: Cluster, example_inputs: Any = None, *, pins: Sequence[str] = (), tokens: int = 0, time_limit_s: float = 30.0,
+    model: nn.Module, cluster: Cluster, example_inputs: Any = None, *, pins: Sequence[str] = (), mesh: Mesh | None = None, tokens: int = 0, time_limit_s: float = 30.0,
     max_memory: float = MEMORY_SHARE, progress: Progress = _quiet,
 ) -> Plan:  # fmt: skip
     """The best plan found for a model on a cluster. Needs no device and no weights: meta tensors do.
 
-    `example_inputs` are one global batch; `pins` constrain the search (`"tp=2"`, `"*.mlp.*=tp:o"`); `max_memory` is the
+    `example_inputs` are one global batch; `pins` constrain the search (`"tp=2"`, `"*.mlp.*=tp:o"`); `mesh`
+    fixes the mesh, else all of one and two axes are searched; `max_memory` is the
     share of a device's memory a plan may use. Raises TraceError, UsageError, InfeasibleError.
     """
-    return plan_timed(model, cluster, example_inputs, pins=pins, tokens=tokens, time_limit_s=time_limit_s, max_memory=max_memory, progress=progress)[0]
+    return plan_timed(model, cluster, example_inputs, pins=pins, mesh=mesh, tokens=tokens, time_limit_s=time_limit_s, max_memory=max_memory, progress=progress)[0]
 
 
 def parallelize(

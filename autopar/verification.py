@@ -178,10 +178,9 @@ def verify(
     if dtype not in TOLERANCE:
         raise VerificationError(f"dtype {dtype!r}: verify in float64 or float32")
     progress("tracing")
-    program = bind(plan, trace(model, args, kwargs, name=plan.model).graph)
     wide = dtype == "float64"
-    traced = trace(model, args, kwargs, name=plan.model, float64=True) if wide else trace(model, args, kwargs, name=plan.model)
-    program = bind(_with_digest(plan, traced.graph.digest), traced.graph) if wide else program
+    traced = trace(model, args, kwargs, name=plan.model, float64=wide)
+    program = bind(plan, traced.graph)
     elements = traced.graph.num_params
     if elements > MAX_ELEMENTS:
         raise VerificationError(f"{plan.model} has {elements / 1e9:.1f} billion parameters; verify a model of the same class with fewer layers")
@@ -194,12 +193,6 @@ def verify(
     if any(x.is_meta for x in inputs):
         raise VerificationError("example inputs are on the meta device; give real tensors to verify")
     return _compare(program, traced, built, values, inputs, steps, dtype, seed, progress)
-
-
-def _with_digest(plan: Plan, digest: str) -> Plan:
-    """The same decisions for the float64 copy of the graph, whose dtypes give it another fingerprint."""
-    fields = {name: getattr(plan, name) for name in plan.__dataclass_fields__}
-    return Plan(**{**fields, "graph_digest": digest})
 
 
 def _wider(x: torch.Tensor, wide: bool) -> torch.Tensor:

@@ -31,7 +31,7 @@ class CostGraph:
 
     def value(self, choices: Sequence[int]) -> float:
         """The sum at the chosen states."""
-        at_nodes = (table[choice] for table, choice in zip(self.unary, choices))
+        at_nodes = (table[choice] for table, choice in zip(self.unary, choices, strict=True))
         at_pairs = (table[choices[u], choices[v]] for u, v, table in self.pairs)
         return math.fsum([*at_nodes, *at_pairs])
 
@@ -72,7 +72,7 @@ def run_steps(store: TableStore, graph: CostGraph, steps: Sequence[Step]) -> tup
     choices = [0] * len(graph.unary)
     if not all(map(math.isfinite, forward.constants)):
         return tuple(choices), math.inf
-    for step, key in zip(reversed(steps), reversed(forward.keys)):
+    for step, key in zip(reversed(steps), reversed(forward.keys), strict=True):
         choices[step.node] = store.best_state(key, tuple([choices[other] for other in step.neighbours]))
     return tuple(choices), math.fsum(forward.constants)
 

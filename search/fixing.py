@@ -48,21 +48,21 @@ def restrict(prepared: Prepared, multiplier: float, slack_s: float) -> Shrunk | 
     graph = prepared.graph(Price(1.0, multiplier))
     store = TableStore()
     forward = eliminate_forward(store, graph, steps)
-    work = {key: math.prod([graph.sizes[n] for n in (step.node, *step.neighbours)]) for key, step in zip(forward.keys, steps)}
+    work = {key: math.prod([graph.sizes[n] for n in (step.node, *step.neighbours)]) for key, step in zip(forward.keys, steps, strict=True)}
     if sum(work.values()) > MAX_WORK:
         return None
     slack_s += MARGIN * abs(math.fsum(forward.constants))
     regrets = find_regrets(store, graph, steps, forward)
     kept = [np.flatnonzero(regret <= slack_s) for regret in regrets.at_nodes]
     source = prepared.shrunk
-    nodes = tuple(Node(n.name, n.cost_s[k], n.memory_bytes[k]) for n, k in zip(source.problem.nodes, kept))
+    nodes = tuple(Node(n.name, n.cost_s[k], n.memory_bytes[k]) for n, k in zip(source.problem.nodes, kept, strict=True))
     edges = []
-    for edge, regret in zip(source.problem.edges, regrets.at_pairs):
+    for edge, regret in zip(source.problem.edges, regrets.at_pairs, strict=True):
         part = np.ix_(kept[edge.u], kept[edge.v])
         cost_s = np.where(regret[part] <= slack_s, edge.cost_s[part], np.inf)
         edges.append(Edge(edge.u, edge.v, cost_s, None if edge.memory_bytes is None else edge.memory_bytes[part]))
     problem = replace(source.problem, nodes=nodes, edges=tuple(edges))
-    return Shrunk(problem, tuple(states[k] for states, k in zip(source.kept, kept)))
+    return Shrunk(problem, tuple(states[k] for states, k in zip(source.kept, kept, strict=True)))
 
 
 def find_regrets(store: TableStore, graph: CostGraph, steps: Sequence[Step], forward: Forward) -> Regrets:

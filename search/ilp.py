@@ -69,7 +69,7 @@ class LinearModel:
 
     def states(self, x: np.ndarray) -> tuple[int, ...]:
         """The state of each node whose x is largest."""
-        return tuple(int(x[a:b].argmax()) for a, b in zip(self.offsets[:-1], self.offsets[1:]))
+        return tuple(int(x[a:b].argmax()) for a, b in zip(self.offsets[:-1], self.offsets[1:], strict=True))
 
 
 def assemble(problem: SearchProblem) -> LinearModel:
@@ -297,7 +297,7 @@ def _cpsat_program(
     order = np.argsort(model.rows, kind="stable")
     cuts = np.flatnonzero(np.diff(model.rows[order])) + 1
     for entries in np.split(order, cuts):  # sum of y - x = 0 says: exactly one of the y and of "not x" holds
-        members = [(columns[j], sign) for j, sign in zip(model.columns[entries].tolist(), model.signs[entries].tolist())]
+        members = [(columns[j], sign) for j, sign in zip(model.columns[entries].tolist(), model.signs[entries].tolist(), strict=True)]
         program.add_exactly_one([column if sign > 0 else ~column for column, sign in members if column is not None])
     present = [j for j, column in enumerate(columns) if column is not None]
     variables = [columns[j] for j in present]
@@ -311,7 +311,7 @@ def _cpsat_program(
         chosen = np.zeros(model.num_x, dtype=bool)
         chosen[model.offsets[:-1] + known.choices] = True
         point = np.concatenate([chosen, chosen[model.pairs].all(axis=1)]).tolist()
-        for column, value in zip(columns, point):
+        for column, value in zip(columns, point, strict=True):
             if column is not None:
                 program.add_hint(column, value)
     return program, columns

@@ -176,7 +176,7 @@ def _parts(problem: SearchProblem, left: Sequence[int], right: Sequence[int]) ->
             a, b = sorted((find(edge.u), find(edge.v)))
             root[b] = a
     parts: dict[int, list[int]] = {}
-    for node, (a, b) in enumerate(zip(left, right)):
+    for node, (a, b) in enumerate(zip(left, right, strict=True)):
         if a != b:
             parts.setdefault(find(node), []).append(node)
     return list(parts.values())

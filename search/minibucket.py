@@ -123,6 +123,6 @@ def _solve_free(graph: CostGraph, choices: tuple[int, ...], order: Order, free: 
     if not math.isfinite(value):
         return choices
     result = list(choices)
-    for node, choice in zip(free, found):
+    for node, choice in zip(free, found, strict=True):
         result[node] = choice
     return tuple(result)

@@ -70,7 +70,7 @@ class Shrunk:
 
     def restore(self, choices: Sequence[int]) -> tuple[int, ...]:
         """Choices of the smaller problem in the numbering of the original."""
-        return tuple(int(states[choice]) for states, choice in zip(self.kept, choices))
+        return tuple(int(states[choice]) for states, choice in zip(self.kept, choices, strict=True))
 
 
 def canonical(problem: SearchProblem) -> SearchProblem:
@@ -125,7 +125,7 @@ def node_classes(problem: SearchProblem) -> list[int]:
     known: dict[tuple[object, ...], int] = {}
     return [
         known.setdefault((id(node.cost_s), id(node.memory_bytes), *ends), len(known))
-        for node, ends in zip(problem.nodes, incident)
+        for node, ends in zip(problem.nodes, incident, strict=True)
     ]
 
 
@@ -185,7 +185,8 @@ class _Masks:
         if new is None:
             own = self.states[old]
             at_node = np.stack([prices.of(self.problem.nodes[node])[own] for prices in self.lists])
-            at_edges = [self._rows(edge, axis, own, self.states[mask[o]]) for (edge, axis), o in zip(self.incident[node], self.others[node])]
+            ends = zip(self.incident[node], self.others[node], strict=True)
+            at_edges = [self._rows(edge, axis, own, self.states[mask[other]]) for (edge, axis), other in ends]
             with np.errstate(invalid="ignore"):  # inf - inf of two forbidden pairs; each use says what becomes of the nan
                 keep = irreplaceable(at_node, at_edges)
             if not keep.any():
@@ -209,12 +210,12 @@ class _Masks:
             key = (id(table), *masks)
             if key not in made:
                 states = [self.states[m] for m in masks]
-                whole = all(len(s) == n for s, n in zip(states, table.shape))
+                whole = all(len(s) == n for s, n in zip(states, table.shape, strict=True))
                 made[key] = table if whole else np.ascontiguousarray(table[np.ix_(*states)])
             return made[key]
 
         mask = self.mask
-        nodes = tuple(Node(n.name, part(n.cost_s, m), part(n.memory_bytes, m)) for n, m in zip(self.problem.nodes, mask))
+        nodes = tuple(Node(n.name, part(n.cost_s, m), part(n.memory_bytes, m)) for n, m in zip(self.problem.nodes, mask, strict=True))
         edges = []
         for e in self.problem.edges:
             ends = mask[e.u], mask[e.v]

@@ -64,7 +64,7 @@ def num_columns(problem: SearchProblem) -> int:
 
 def _closed(problem: SearchProblem, plan: Assignment, rest: Shrunk, time_limit_s: float, relative_gap: float) -> Assignment:
     """The plan improved or proven by the integer program over `rest`, which holds every plan that is better."""
-    start = [min(int(np.searchsorted(states, choice)), len(states) - 1) for states, choice in zip(rest.kept, plan.choices)]
+    start = [min(int(np.searchsorted(states, choice)), len(states) - 1) for states, choice in zip(rest.kept, plan.choices, strict=True)]
     if rest.restore(start) != plan.choices:
         return plan  # not a plan of `rest`: then its states are not known to suffice
     found = solve_ilp(

@@ -80,7 +80,7 @@ def sum_and_minimise(operands: Sequence[tuple[np.ndarray, tuple[int, ...]]]) -> 
     Works tile by tile, so that what is held besides the result is two tiles.
     """
     parts = _merge_contained(operands)
-    sizes = {role: size for table, roles in parts for role, size in zip(roles, table.shape)}
+    sizes = {role: size for table, roles in parts for role, size in zip(roles, table.shape, strict=True)}
     outer = sorted(sizes, key=lambda role: (sizes[role], role))
     outer.remove(0)
     order = [0, *outer]  # the longest axis innermost, where numpy is fast
@@ -128,8 +128,8 @@ def _tiles(shape: tuple[int, ...]) -> list[tuple[slice, ...]]:
 
 
 def _clip(tile: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
-    """The tile in a view whose absent axes have length 1."""
-    return tuple(slice(None) if size == 1 else part for part, size in zip(tile, shape))
+    """The tile in a view whose absent axes have length 1; a tile leaves out the axes that it has whole."""
+    return tuple(slice(None) if size == 1 else part for part, size in zip(tile, shape, strict=False))
 
 
 def _minimise_tile(views: list[np.ndarray], out: np.ndarray) -> None:

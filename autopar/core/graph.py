@@ -124,14 +124,14 @@ class OpGraph:
 
     @cached_property
     def digest(self) -> str:
-        """Fingerprint of the computation: shapes, dtypes, operators and parameter names, not weights."""
-        h = hashlib.sha256()
-        for v in self.values:
-            h.update(f"{v.meta}{v.role}{v.source}".encode())
-        for op in self.ops:
-            h.update(f"{op.kind}{op.operands}{op.results}{op.args}".encode())
-        h.update(f"{self.outputs}{self.updates}".encode())
-        return h.hexdigest()[:16]
+        """Fingerprint of the computation: shapes, dtypes, operators and parameter names, not weights.
+
+        float64 counts as float32, so that the double-precision copy that verification runs is the same computation.
+        """
+        lines = [f"{v.meta}{v.role}{v.source}" for v in self.values]
+        lines += [f"{op.kind}{op.operands}{op.results}{op.args}" for op in self.ops]
+        text = "\n".join([*lines, f"{self.outputs}{self.updates}"]).replace("float64", "float32")
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def text(self) -> str:
         """One line per op, for people."""

@@ -130,7 +130,7 @@ def evaluate(problem: SearchProblem, choices: Sequence[int]) -> tuple[float, flo
         raise UsageError(f"{len(choices)} choices were given for {len(problem.nodes)} nodes")
     seconds: list[float] = []
     held = [problem.base_memory_bytes]
-    for node, state in zip(problem.nodes, choices):
+    for node, state in zip(problem.nodes, choices, strict=True):
         if not 0 <= state < node.num_states:
             raise UsageError(f"node {node.name!r} has states 0..{node.num_states - 1}, not {state}")
         seconds.append(node.cost_s[state])

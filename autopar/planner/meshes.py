@@ -45,7 +45,7 @@ def role_names(program: Program, batch: Sequence[frozenset[int]]) -> tuple[str, 
             if choice.kind == "cut" and rule.cost == "contract":
                 along["dp" if choice.index in factors else "tp"] += rule.flops
         names.append("idle" if not any(along.values()) else "dp" if along["dp"] >= along["tp"] else "tp")
-    return tuple(name if names.count(name) == 1 else f"{name}{names[:i].count(name)}" for i, name in enumerate(names))
+    return tuple(name if names.count(name) == 1 else name + "abc"[names[:i].count(name)] for i, name in enumerate(names))
 
 
 def work_flops(graph: OpGraph, program: Program) -> float:

@@ -135,6 +135,14 @@ def split_sizes(site: Site) -> Node:
     return site.itself(**{name: [site.local_result(j)[d] for j in range(len(site.op.results))]})
 
 
+@lowering("aten.group_norm.default")
+def group_norm(site: Site) -> Node:
+    groups = site.args["num_groups"]
+    for axis in site.axes_cutting("g"):
+        groups //= site.program.mesh.sizes[site.program.mesh.names.index(axis)]
+    return site.itself(num_groups=groups)
+
+
 @lowering("aten.narrow.default")
 def narrow(site: Site) -> Node:
     return site.itself(length=site.local_result()[int(site.args["dim"])])

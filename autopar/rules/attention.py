@@ -1,6 +1,7 @@
 """Fused attention and the losses."""
 
 from autopar.core.rule import OpRule
+from autopar.rules.pointwise import pointwise
 from autopar.rules.registry import Call, NoRule, rule
 
 
@@ -39,18 +40,21 @@ def attention(call: Call) -> OpRule:
 
 @rule("autopar.token_cross_entropy.default")
 def token_cross_entropy(call: Call) -> OpRule:
-    """Loss of every row; the class dimension may be cut: three all-reduces of one number a row, never the logits."""
+    """Loss of every row; the class dimension may be cut: all-reduces of one number a row, never the logits.
+
+    The largest logit, the sum of exponentials, the target's logit and, with label smoothing, the sum of logits.
+    """
     target = ["n"] if len(call.shape("target")) == 1 else None
     if target is None or len(call.shape("input")) != 2:
         raise NoRule
-    return call.rule({"input": ["n", "v"], "target": ["n"]}, [["n"]], saves=["input", "input"], inner=[("v", "all_reduce", ["n"], 3, 0)])
+    numbers = 4 if call.args["label_smoothing"] else 3
+    return call.rule({"input": ["n", "v"], "target": ["n"]}, [["n"]], saves=["input", "input"], inner=[("v", "all_reduce", ["n"], numbers, 0)])
 
 
-@rule("aten.nll_loss_nd.default", "aten.cross_entropy_loss.default", "aten.mse_loss.default", "aten.l1_loss.default", "aten.smooth_l1_loss.default",
-      "aten.huber_loss.default", "aten.binary_cross_entropy_with_logits.default", "aten.binary_cross_entropy.default")  # fmt: skip
+@rule("aten.mse_loss.default", "aten.l1_loss.default", "aten.smooth_l1_loss.default", "aten.huber_loss.default", "aten.kl_div.default",
+      "aten.binary_cross_entropy_with_logits.default", "aten.binary_cross_entropy.default")  # fmt: skip
 def elementwise_loss(call: Call) -> OpRule:
     """Only the unreduced form is elementwise; reductions are written out as sums when the model is traced."""
-    if call.args.get("reduction") != 0 or call.outs[0].shape != call.metas[0].shape:
+    if call.args.get("reduction") != 0:
         raise NoRule
-    names = [f"d{i}" if n > 1 else None for i, n in enumerate(call.outs[0].shape)]
-    return call.rule({name: names for name in call.args if call.has(name) and call.shape(name) == call.outs[0].shape}, [names], saves=["self", "target"])
+    return pointwise(call, saves=["self", "target"])

@@ -8,6 +8,8 @@ from autopar.rules.registry import Call, NoRule, rule
 
 @rule("aten.linear.default")
 def linear(call: Call) -> OpRule:
+    if len(call.shape("weight")) != 2:
+        raise NoRule
     batch = [f"b{i}" for i in range(len(call.shape("input")) - 1)]
     return call.rule(
         {"input": [*batch, "i"], "weight": ["o", "i"], "bias": ["o"]},
@@ -35,6 +37,34 @@ def addmm(call: Call) -> OpRule:
         linear=[["self", "mat1"], ["self", "mat2"]],
         cost="contract",
         saves=["mat1", "mat2"],
+    )
+
+
+@rule("aten.mv.default")
+def mv(call: Call) -> OpRule:
+    return call.rule({"self": ["m", "k"], "vec": ["k"]}, [["m"]], linear=[["self"], ["vec"]], cost="contract", saves=["self", "vec"])
+
+
+@rule("aten.dot.default")
+def dot(call: Call) -> OpRule:
+    return call.rule({"self": ["k"], "tensor": ["k"]}, [[]], linear=[["self"], ["tensor"]], cost="contract", saves=["self", "tensor"])
+
+
+@rule("aten.outer.default")
+def outer(call: Call) -> OpRule:
+    return call.rule({"self": ["m"], "vec2": ["n"]}, [["m", "n"]], linear=[["self"], ["vec2"]], cost="contract", saves=["self", "vec2"])
+
+
+@rule("aten.bilinear.default")
+def bilinear(call: Call) -> OpRule:
+    batch = [f"b{i}" for i in range(len(call.shape("input1")) - 1)]
+    return call.rule(
+        {"input1": [*batch, "i"], "input2": [*batch, "j"], "weight": ["o", "i", "j"], "bias": ["o"]},
+        [[*batch, "o"]],
+        additive=["bias"],
+        linear=[["input1", "bias"], ["input2", "bias"], ["weight", "bias"]],
+        cost="contract",
+        saves=["input1", "input2", "weight"],
     )
 
 
@@ -96,27 +126,35 @@ def einsum(call: Call) -> OpRule:
 
 @rule("aten.embedding.default")
 def embedding(call: Call) -> OpRule:
-    """Rows cut: looked up with a local mask, a partial sum. Columns cut: no communication."""
+    """Rows cut: looked up with a local mask, a partial sum. Columns cut: no communication.
+
+    A gradient scaled by how often a row is looked up needs all indices and rows.
+    """
     index = [f"b{i}" if size > 1 else None for i, size in enumerate(call.shape("indices"))]
-    return call.rule({"weight": ["v", "h"], "indices": index}, [[*index, "h"]], linear=[["weight"]], saves=["indices"])
+    whole = ["v", *(f for f in index if f)] if call.args.get("scale_grad_by_freq") else []
+    return call.rule({"weight": ["v", "h"], "indices": index}, [[*index, "h"]], linear=[["weight"]], saves=["indices"], whole=whole)
 
 
-@rule("aten.convolution.default", "aten.conv1d.default", "aten.conv2d.default", "aten.conv3d.default", "aten.conv2d.padding", "aten.conv1d.padding")
+@rule("aten.convolution.default", "aten.conv1d.default", "aten.conv2d.default", "aten.conv3d.default", "aten.conv2d.padding", "aten.conv1d.padding",
+      "aten.conv3d.padding", "aten.conv_transpose1d.default", "aten.conv_transpose2d.input", "aten.conv_transpose3d.input")  # fmt: skip
 def convolution(call: Call) -> OpRule:
-    spatial = len(call.shape("input")) - 2
-    if spatial < 1 or call.args.get("transposed"):
+    """Batch, input and output channels may be cut; a transposed weight is [input, output, ...]. Groups keep channels whole."""
+    weight, transposed = call.shape("weight"), bool(call.args.get("transposed")) or "transpose" in call.op.kind
+    spatial = len(weight) - 2
+    if len(call.shape("input")) not in (spatial + 1, spatial + 2):
         raise NoRule
+    batch = ["n"] if len(call.shape("input")) == spatial + 2 else []
     inner = [f"k{i}" for i in range(spatial)]
     around, out = [f"x{i}" for i in range(spatial)], [f"y{i}" for i in range(spatial)]
     grouped = call.args["groups"] != 1
-    weight = call.shape("weight")
+    source, made = (None if grouped else "i"), (None if grouped and transposed else "o")
     return call.rule(
-        {"input": ["n", None if grouped else "i", *around], "weight": ["o", None if grouped else "i", *inner], "bias": ["o"]},
-        [["n", "o", *out]],
+        {"input": [*batch, source, *around], "weight": [*((source, made) if transposed else (made, source)), *inner], "bias": [made]},
+        [[*batch, made, *out]],
         additive=["bias"],
         linear=[["input", "bias"], ["weight", "bias"]],
         cost="contract",
         saves=["input", "weight"],
         whole=[*inner, *around, *out, *(["o"] if grouped else [])],
-        flops=2.0 * call.outs[0].numel * math.prod(weight[1:]),
+        flops=2.0 * (call.meta("input") if transposed else call.outs[0]).numel * math.prod(weight[1:]),
     )

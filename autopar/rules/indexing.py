@@ -23,45 +23,69 @@ def index_select(call: Call) -> OpRule:
     d = call.dim("dim", len(shape))
     names = [f"d{i}" if n > 1 and i != d else None for i, n in enumerate(shape)]
     picked = "picked" if call.outs[0].shape[d] > 1 else None
-    return call.rule({"self": names, "index": [picked]}, [[*names[:d], picked, *names[d + 1 :]]], linear=[["self"]], saves=["index"])
+    return call.rule({"self": names, "index": [picked] * len(call.shape("index"))}, [[*names[:d], picked, *names[d + 1 :]]], linear=[["self"]], saves=["index"])
 
 
 @rule("aten.index.Tensor")
 def index(call: Call) -> OpRule:
-    """Adjacent integer indices, broadcast together; the other dimensions pass through."""
+    """The picked elements and the dimensions that no index walks may be cut."""
+    names, indices, result = _indexed(call)
+    return call.rule({"self": names, "indices": indices}, [result], linear=[["self"]], saves=["indices"])
+
+
+@rule("aten.index_put.default")
+def index_put(call: Call) -> OpRule:
+    """Only the dimensions that no index walks may be cut: every rank writes all picked elements."""
+    names, indices, result = _indexed(call)
+    kept = {name for name in names if name}
+    shape = call.shape("values")
+    values = [name if name in kept and n > 1 else None for name, n in zip(result[len(result) - len(shape) :], shape)]
+    whole = [[None] * len(dims) for dims in indices]
+    return call.rule({"self": names, "indices": whole, "values": values}, [names], linear=[["self", "values"]], saves=["indices"])
+
+
+def _indexed(call: Call) -> tuple[list[str | None], list[list[str | None]], list[str | None]]:
+    """Adjacent integer indices, broadcast together: (dims of the indexed tensor, of every index, of what they pick)."""
     shape, entries = call.shape("self"), call.args["indices"]
     used = [i for i, e in enumerate(entries) if isinstance(e, Operand)]
     if not used or used != list(range(used[0], used[-1] + 1)) or any(call.metas[entries[i]].dtype == "bool" for i in used):
         raise NoRule
     names = [f"d{i}" if n > 1 and i not in used else None for i, n in enumerate(shape)]
-    rank = max(len(call.metas[entries[i]].shape) for i in used)
-    out = call.outs[0].shape[used[0] : used[0] + rank]
-    picked = [f"p{i}" if n > 1 else None for i, n in enumerate(out)]
-
-    def dims(shape: tuple[int, ...]) -> list[str | None]:
-        return [p if n > 1 else None for p, n in zip(picked[rank - len(shape) :], shape)]
-
-    indices = [dims(call.metas[entries[i]].shape) for i in used]
-    result = [*names[: used[0]], *picked, *names[used[-1] + 1 :]]
-    return _with_indices(call, names, indices, result)
+    shapes = [call.metas[entries[i]].shape for i in used]
+    rank = max(map(len, shapes))
+    longest = [max((s[i - rank] for s in shapes if len(s) >= rank - i), key=lambda n: (n != 1, n)) for i in range(rank)]
+    picked = [f"p{i}" if n > 1 else None for i, n in enumerate(longest)]
+    indices = [[p if n > 1 else None for p, n in zip(picked[rank - len(s) :], s)] for s in shapes]
+    return names, indices, [*names[: used[0]], *picked, *names[used[-1] + 1 :]]
 
 
-def _with_indices(call: Call, names: list, indices: list, result: list) -> OpRule:
-    operands = {"self": names}
-    filled = iter(indices)
-    by_position = [next(filled) if isinstance(e, Operand) else [] for e in call.args["indices"]]
-    operands["indices"] = [d for d, e in zip(by_position, call.args["indices"]) if isinstance(e, Operand)]
-    return call.rule(operands, [result], linear=[["self"]], saves=["indices"])
+@rule("aten.index_add.default", "aten.index_copy.default")
+def index_add(call: Call) -> OpRule:
+    shape = call.shape("self")
+    d = call.dim("dim", len(shape))
+    names = [f"d{i}" if n > 1 and i != d else None for i, n in enumerate(shape)]
+    return call.rule({"self": names, "source": names}, [names], linear=[["self", "source"]], saves=["index"])
 
 
-@rule("aten.scatter.src", "aten.scatter_add.default", "aten.scatter.value")
+@rule("aten.slice_scatter.default", "aten.select_scatter.default")
+def slice_scatter(call: Call) -> OpRule:
+    """The dimension that is written in part stays whole."""
+    shape = call.shape("self")
+    d = call.dim("dim", len(shape))
+    names = [f"d{i}" if n > 1 and i != d else None for i, n in enumerate(shape)]
+    source = names if "slice" in call.op.kind else names[:d] + names[d + 1 :]
+    return call.rule({"self": names, "src": source}, [names], linear=[["self", "src"]])
+
+
+@rule("aten.scatter.src", "aten.scatter_add.default", "aten.scatter.value", "aten.scatter_reduce.two")
 def scatter(call: Call) -> OpRule:
     shape, index_shape = call.shape("self"), call.shape("index")
     d = call.dim("dim", len(shape))
     source = call.shape("src") if call.has("src") else index_shape
     names = [f"d{i}" if n == m == k and n > 1 and i != d else None for i, (n, m, k) in enumerate(zip(shape, index_shape, source))]
     operands = {"self": names, "index": names, **({"src": names} if call.has("src") else {})}
-    return call.rule(operands, [names], linear=[["self", "src"]] if call.has("src") else (), saves=["index"])
+    is_linear = call.has("src") and "reduce" not in call.op.kind
+    return call.rule(operands, [names], linear=[["self", "src"]] if is_linear else (), saves=["index"])
 
 
 @rule("aten.one_hot.default")

@@ -6,8 +6,8 @@ from autopar.core.rule import OpRule
 from autopar.rules.registry import Call, rule
 
 
-def pointwise(call: Call, *, linear: Sequence[Sequence[str]] = (), saves: Sequence[str] = (), saves_results: Sequence[int] = (), cost: str = "pointwise") -> OpRule:
-    """Broadcasting elementwise rule over all tensor operands."""
+def pointwise(call: Call, *, only: Sequence[str] = (), linear: Sequence[Sequence[str]] = (), saves: Sequence[str] = (), saves_results: Sequence[int] = (), cost: str = "pointwise") -> OpRule:
+    """Broadcasting elementwise rule over all tensor operands, or those in `only`."""
     out = call.outs[0].shape
     names = [f"d{i}" if size > 1 else None for i, size in enumerate(out)]
 
@@ -17,6 +17,8 @@ def pointwise(call: Call, *, linear: Sequence[Sequence[str]] = (), saves: Sequen
 
     operands: dict[str, list] = {}
     for name, value in call.args.items():
+        if only and name not in only:
+            continue
         if isinstance(value, tuple):
             operands[name] = [dims(call.metas[v].shape) for v in value if type(v).__name__ == "Operand"]
         elif call.has(name):
@@ -29,9 +31,10 @@ COPIES = ("clone", "alias", "contiguous", "detach", "lift_fresh_copy", "detach_c
 
 @rule(*(f"aten.{name}.default" for name in COPIES), "aten._to_copy.default", "aten.to.dtype", "aten.to.dtype_layout", "aten.to.device", "aten.type_as.default")
 def copy(call: Call) -> OpRule:
+    """The second operand of type_as lends its dtype alone."""
     is_view = call.op.kind in ("aten.alias.default", "aten.detach.default")
     floats = "float" in call.outs[0].dtype
-    return pointwise(call, linear=[["self"]] if floats else (), cost="view" if is_view else "pointwise")
+    return pointwise(call, only=["self"], linear=[["self"]] if floats else (), cost="view" if is_view else "pointwise")
 
 
 @rule("aten.neg.default")
@@ -56,17 +59,20 @@ def div(call: Call) -> OpRule:
     return pointwise(call, linear=[["self"]], saves=["self", "other"] if call.has("other") else ())
 
 
-SAVES_RESULT = ("exp", "tanh", "sigmoid", "relu", "rsqrt", "sqrt", "reciprocal")
+SAVES_RESULT = ("exp", "exp2", "tanh", "sigmoid", "relu", "rsqrt", "sqrt", "reciprocal")
 SAVES_OPERAND = ("gelu", "silu", "log", "log1p", "log2", "sin", "cos", "abs", "erf", "softplus", "leaky_relu", "hardtanh", "hardswish", "hardsigmoid", "elu",
-                 "mish", "log_sigmoid", "clamp", "clamp_min", "clamp_max", "relu6", "selu", "celu", "square", "expm1", "hardshrink", "softshrink")  # fmt: skip
+                 "mish", "log_sigmoid", "clamp", "clamp_min", "clamp_max", "relu6", "selu", "celu", "square", "expm1", "hardshrink", "softshrink", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh",
+                 "atanh", "erfc", "erfinv", "log10", "logit", "sinc", "frac", "trunc", "sgn")  # fmt: skip
 NO_GRADIENT = ("sign", "floor", "ceil", "round", "logical_not", "bitwise_not", "isnan", "isinf", "isfinite", "ones_like", "zeros_like", "full_like", "empty_like")
 POWERS = ("aten.pow.Tensor_Scalar", "aten.pow.Tensor_Tensor", "aten.pow.Scalar", "aten.square.default")
 COMPARISONS = tuple(f"aten.{n}.{o}" for n in ("eq", "ne", "lt", "le", "gt", "ge") for o in ("Tensor", "Scalar"))
-LOGIC = tuple(f"aten.{n}.{o}" for n in ("__and__", "__or__", "__xor__", "bitwise_and", "bitwise_or", "bitwise_xor") for o in ("Tensor", "Scalar"))
+LOGIC = tuple(f"aten.{n}.{o}" for n in ("__and__", "__or__", "__xor__", "bitwise_and", "bitwise_or", "bitwise_xor", "__lshift__", "__rshift__")
+              for o in ("Tensor", "Scalar"))  # fmt: skip
 BINARY = ("aten.maximum.default", "aten.minimum.default", "aten.logical_and.default", "aten.logical_or.default", "aten.logical_xor.default", "aten.fmod.Scalar",
           "aten.fmod.Tensor", "aten.remainder.Scalar", "aten.remainder.Tensor", "aten.floor_divide.default", "aten.div.Tensor_mode", "aten.div.Scalar_mode",
           "aten.atan2.default", "aten.addcmul.default", "aten.addcdiv.default", "aten.lerp.Scalar", "aten.lerp.Tensor",
-          "aten.clamp.Tensor", "aten.binary_cross_entropy_with_logits.none", "aten.nan_to_num.default")  # fmt: skip
+          "aten.clamp.Tensor", "aten.nan_to_num.default", "aten.logaddexp.default", "aten.xlogy.Tensor", "aten.hypot.default", "aten.copysign.Tensor", "aten.fmax.default",
+          "aten.fmin.default", "aten.threshold.default")  # fmt: skip
 
 
 @rule(*(f"aten.{name}.default" for name in SAVES_RESULT))
@@ -74,7 +80,7 @@ def saves_result(call: Call) -> OpRule:
     return pointwise(call, saves_results=[0])
 
 
-@rule(*(f"aten.{name}.default" for name in SAVES_OPERAND if name != "square"), *POWERS, "aten.gelu_.default", "aten.silu_.default")
+@rule(*(f"aten.{name}.default" for name in SAVES_OPERAND if name != "square"), *POWERS)
 def saves_operand(call: Call) -> OpRule:
     return pointwise(call, saves=["self", "exponent"])
 
@@ -87,6 +93,29 @@ def no_gradient(call: Call) -> OpRule:
 @rule(*BINARY)
 def binary(call: Call) -> OpRule:
     return pointwise(call, saves=[name for name in call.args if call.has(name)])
+
+
+@rule("aten.prelu.default")
+def prelu(call: Call) -> OpRule:
+    """One slope, or one per channel (dimension 1)."""
+    shape = call.shape("self")
+    names = [f"d{i}" if size > 1 else None for i, size in enumerate(shape)]
+    per_channel = call.meta("weight").numel > 1
+    return call.rule({"self": names, "weight": [names[1] if per_channel else None] * len(call.shape("weight"))}, [names], saves=["self", "weight"])
+
+
+@rule("aten.copy.default")
+def copy_into(call: Call) -> OpRule:
+    """The source takes the place of the first operand, which only lends its shape and dtype."""
+    names = [f"d{i}" if size > 1 else None for i, size in enumerate(call.outs[0].shape)]
+    shape = call.shape("src")
+    tail = names[len(names) - len(shape) :]
+    return call.rule({"self": names, "src": [name if n > 1 else None for name, n in zip(tail, shape)]}, [names], linear=[["self", "src"]])
+
+
+@rule("aten.bucketize.Tensor")
+def bucketize(call: Call) -> OpRule:
+    return pointwise(call, only=["self"])
 
 
 @rule("aten.where.self", "aten.where.ScalarSelf", "aten.where.ScalarOther", "aten.where.Scalar")

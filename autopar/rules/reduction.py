@@ -30,21 +30,23 @@ def linear_reduction(call: Call) -> OpRule:
 
 @rule("aten.amax.default", "aten.amin.default", "aten.max.dim", "aten.min.dim", "aten.max.default", "aten.min.default", "aten.argmax.default", "aten.argmin.default",
       "aten.any.default", "aten.any.dim", "aten.any.dims", "aten.all.default", "aten.all.dim", "aten.prod.dim_int", "aten.prod.default", "aten.var.dim", "aten.var.correction",
-      "aten.std.dim", "aten.std.correction", "aten.logsumexp.default", "aten.linalg_vector_norm.default", "aten.norm.ScalarOpt_dim", "aten.var_mean.correction")  # fmt: skip
+      "aten.std.dim", "aten.std.correction", "aten.logsumexp.default", "aten.linalg_vector_norm.default", "aten.norm.ScalarOpt_dim", "aten.var_mean.correction", "aten.std_mean.correction",
+      "aten.median.dim", "aten.kthvalue.default", "aten.mode.default")  # fmt: skip
 def whole_reduction(call: Call) -> OpRule:
     names, result, along = _reduced(call)
     return call.rule({"self": names}, [result] * len(call.outs), whole=along, saves=["self"], saves_results=[0])
 
 
 @rule("aten.softmax.int", "aten._softmax.default", "aten.log_softmax.int", "aten._log_softmax.default", "aten.cumsum.default", "aten.cumprod.default",
-      "aten.sort.default", "aten.argsort.default", "aten.glu.default", "aten.diff.default")  # fmt: skip
+      "aten.sort.default", "aten.argsort.default", "aten.glu.default", "aten.logcumsumexp.default", "aten.cummax.default", "aten.cummin.default", "aten.diff.default")  # fmt: skip
 def along_one_dim(call: Call) -> OpRule:
     shape = call.shape("self")
     d = call.dim("dim", len(shape))
     names = [f"d{i}" if n > 1 and i != d else None for i, n in enumerate(shape)]
     is_softmax = "softmax" in call.op.kind
     linear = [["self"]] if "cumsum" in call.op.kind else ()
-    return call.rule({"self": names}, [names] * len(call.outs), linear=linear, saves=() if is_softmax else ["self"], saves_results=[0] if is_softmax else ())
+    beside = {name: names for name in ("prepend", "append") if call.has(name)}
+    return call.rule({"self": names, **beside}, [names] * len(call.outs), linear=linear, saves=() if is_softmax else ["self"], saves_results=[0] if is_softmax else ())
 
 
 @rule("aten.topk.default")
@@ -55,20 +57,47 @@ def topk(call: Call) -> OpRule:
     return call.rule({"self": names}, [names] * len(call.outs), saves_results=[1])
 
 
-@rule("aten.layer_norm.default", "aten.rms_norm.default")
+@rule("aten.layer_norm.default", "aten.rms_norm.default", "aten.native_layer_norm.default")
 def layer_norm(call: Call) -> OpRule:
+    """Results beside the first are the statistics of every row."""
     shape = call.shape("input")
     n = len(call.args["normalized_shape"])
     lead = [f"b{i}" if size > 1 else None for i, size in enumerate(shape[:-n])]
     tail = [f"n{i}" for i in range(n)]
-    return call.rule({"input": [*lead, *tail], "weight": tail, "bias": tail}, [[*lead, *tail]], whole=tail, saves=["input"])
+    statistics = [[*lead, *[None] * n]] * (len(call.outs) - 1)
+    return call.rule({"input": [*lead, *tail], "weight": tail, "bias": tail}, [[*lead, *tail], *statistics], whole=tail, saves=["input"])
 
 
 @rule("aten.group_norm.default")
 def group_norm(call: Call) -> OpRule:
+    """Channels are (groups, rest), and whole groups may be cut."""
     shape = call.shape("input")
-    rest = [f"x{i}" for i in range(len(shape) - 2)]
-    return call.rule({"input": ["n", "c", *rest], "weight": ["c"], "bias": ["c"]}, [["n", "c", *rest]], whole=["c", *rest], saves=["input"])
+    groups = call.args["num_groups"]
+    rest, channels = [f"x{i}" for i in range(len(shape) - 2)], ("g", "c")
+    return call.rule(
+        {"input": ["n", channels, *rest], "weight": [channels], "bias": [channels]},
+        [["n", channels, *rest]],
+        sizes={"g": groups, "c": shape[1] // groups},
+        whole=["c", *rest],
+        saves=["input"],
+    )
+
+
+@rule("aten._native_batch_norm_legit_no_training.default")
+def fixed_batch_norm(call: Call) -> OpRule:
+    """Running statistics: elementwise, with numbers per channel."""
+    shape = call.shape("input")
+    names = ["n", "c", *(f"x{i}" for i in range(len(shape) - 2))]
+    per_channel = {name: ["c"] for name in ("weight", "bias", "running_mean", "running_var")}
+    return call.rule({"input": names, **per_channel}, [names, *([None] for _ in call.outs[1:])], saves=["input"])
+
+
+@rule("aten.instance_norm.default")
+def instance_norm(call: Call) -> OpRule:
+    if not call.args["use_input_stats"] or call.has("running_mean"):
+        raise NoRule
+    names = ["n", "c", *(f"x{i}" for i in range(len(call.shape("input")) - 2))]
+    return call.rule({"input": names, "weight": ["c"], "bias": ["c"]}, [names], whole=names[2:], saves=["input"])
 
 
 @rule("autopar.batch_norm.default")

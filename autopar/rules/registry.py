@@ -65,6 +65,7 @@ class Call:
     ) -> OpRule:
         """Assemble the rule. `linear` lists sets of operand names in which the operator is jointly linear.
 
+        Sets with a bool operand are left out: addends of a truth value do not sum.
         The k-th tensor of a list argument is called `name.k`. A contraction's flops are 2 x all factors unless given.
         """
         specs = self._by_operand(operands)
@@ -72,6 +73,7 @@ class Call:
         position = self._positions()
         coded = [_code(spec, names) for spec in (*specs, *results)]
         n = len(self.metas)
+        carries = [frozenset(k for a in group for k in position.get(a, ())) for group in linear]
         if flops is None:
             flops = 2.0 * math.prod(numbers) if cost == "contract" else float(sum(m.numel for m in self.outs))
         return OpRule(
@@ -81,7 +83,7 @@ class Call:
             results=tuple(coded[n:]),
             whole=frozenset(names.index(w) for w in whole if w in names),
             additive=frozenset(k for a in additive for k in position.get(a, ())),
-            carries=tuple(frozenset(k for a in group for k in position.get(a, ())) for group in linear if any(position.get(a) for a in group)),
+            carries=tuple(c for c in carries if c and all(self.metas[k].dtype != "bool" for k in c)),
             cost=cost,
             flops=0.0 if cost == "view" else flops,
             saved_operands=tuple(k for a in saves for k in position.get(a, ())),
@@ -102,7 +104,7 @@ class Call:
         specs: list[DimSpec | None] = [None] * len(self.metas)
         for name, given in operands.items():
             positions = self._positions().get(name, ())
-            several = isinstance(self.args[name], tuple)
+            several = isinstance(self.args.get(name), tuple)
             for j, k in enumerate(positions):
                 specs[k] = given[j] if several else given
         return [spec if spec is not None else [None] * len(meta.shape) for spec, meta in zip(specs, self.metas)]

@@ -122,8 +122,8 @@ def select(call: Call) -> OpRule:
 
 
 @rule("aten.slice.Tensor", "aten.narrow.default", "aten.constant_pad_nd.default", "aten.pad.default", "aten.roll.default", "aten.flip.default",
-      "aten.triu.default", "aten.tril.default", "aten.repeat.default", "aten.upsample_nearest2d.vec", "aten.upsample_bicubic2d.vec", "aten.upsample_bilinear2d.vec",
-      "aten.unfold.default", "aten.repeat_interleave.self_int")  # fmt: skip
+      "aten.triu.default", "aten.tril.default", "aten.upsample_nearest2d.vec", "aten.upsample_bicubic2d.vec", "aten.upsample_bilinear2d.vec",
+      "aten.pixel_shuffle.default", "aten.pixel_unshuffle.default")  # fmt: skip
 def keeps_other_dims(call: Call) -> OpRule:
     """Dimensions that the operator leaves alone pass through; those it works along stay whole."""
     name = "self" if call.has("self") else "input"
@@ -144,14 +144,69 @@ def _touched(call: Call, shape: tuple[int, ...]) -> set[int]:
         return {int(d) % rank for d in dims}
     if kind in ("aten.triu.default", "aten.tril.default"):
         return {rank - 1, rank - 2}
-    if kind in ("aten.slice.Tensor", "aten.narrow.default", "aten.repeat_interleave.self_int"):
+    if kind in ("aten.slice.Tensor", "aten.narrow.default"):
         return set()
+    if "pixel" in kind:
+        return {rank - 3, rank - 2, rank - 1}
     if kind in ("aten.pad.default", "aten.constant_pad_nd.default"):
         pad = call.args["pad"]
         return {rank - 1 - i for i in range(len(pad) // 2) if pad[2 * i] or pad[2 * i + 1]}
-    if kind == "aten.repeat.default":
-        return {i for i, n in enumerate(call.args["repeats"]) if n != 1}
     return set(range(2, rank))
+
+
+@rule("aten.repeat.default", "aten.tile.default")
+def repeat(call: Call) -> OpRule:
+    """A repeated dimension is (copies, the dimension), and the dimension may be cut."""
+    shape, out = call.shape("self"), call.outs[0].shape
+    padded = (1,) * (len(out) - len(shape)) + tuple(shape)
+    names = [f"d{i}" if n > 1 else None for i, n in enumerate(padded)]
+    return _copies(call, names, len(out) - len(shape), copies_first=True)
+
+
+@rule("aten.repeat_interleave.self_int")
+def repeat_interleave(call: Call) -> OpRule:
+    """The dimension is (itself, copies): a cut of it keeps neighbours together."""
+    shape = call.shape("self")
+    if len(shape) != len(call.outs[0].shape) or call.args.get("output_size") is not None:
+        raise NoRule
+    names = [f"d{i}" if n > 1 else None for i, n in enumerate(shape)]
+    return _copies(call, names, 0, copies_first=False)
+
+
+def _copies(call: Call, names: Sequence[str | None], new: int, *, copies_first: bool) -> OpRule:
+    result: list[str | tuple[str, str] | None] = list(names)
+    sizes: dict[str, int] = {}
+    out = call.outs[0].shape
+    for i, (name, n) in enumerate(zip(names, out)):
+        size = call.shape("self")[i - new] if i >= new else 1
+        if name is not None and n != size:
+            sizes |= {name: size, f"r{i}": n // size}
+            result[i] = (f"r{i}", name) if copies_first else (name, f"r{i}")
+    return call.rule({"self": names[new:]}, [result], sizes=sizes, whole=[f for f in sizes if f[0] == "r"], linear=[["self"]])
+
+
+@rule("aten.unfold.default")
+def unfold(call: Call) -> OpRule:
+    """Windows along one dimension: it stays whole, and so does the window, the new last dimension."""
+    shape = call.shape("self")
+    d = call.dim("dimension", len(shape))
+    names = [f"d{i}" if n > 1 and i != d else None for i, n in enumerate(shape)]
+    return call.rule({"self": names}, [[*names, None]], linear=[["self"]], cost="view")
+
+
+@rule("aten.im2col.default")
+def im2col(call: Call) -> OpRule:
+    """Windows of an image: [n, c, h, w] -> [n, (c, window), places]."""
+    shape = call.shape("self")
+    if len(shape) != 4:
+        raise NoRule
+    return call.rule(
+        {"self": ["n", "c", None, None]},
+        [["n", ("c", "w"), None]],
+        sizes={"c": shape[1], "w": call.outs[0].shape[1] // shape[1]},
+        whole=["w"],
+        linear=[["self"]],
+    )
 
 
 @rule("aten.cat.default", "aten.concat.default")

@@ -90,7 +90,7 @@ def make_blocks(num_blocks: int, *, num_nodes: int = 20, num_states: int = 6, se
     nodes, edges = [], []
     for b in range(num_blocks):
         first = b * num_nodes
-        nodes += [Node(f"block{b}.{i}", cost, size) for i, (cost, size) in enumerate(zip(costs, sizes))]
+        nodes += [Node(f"block{b}.{i}", cost, size) for i, (cost, size) in enumerate(zip(costs, sizes, strict=True))]
         edges += [Edge(first + u, first + v, table) for (u, v), table in tables.items()]
         if b:
             edges.append(Edge(first - 1, first, link))

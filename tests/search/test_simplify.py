@@ -89,6 +89,6 @@ def test_regrets_are_the_true_ones(random_problem, oracle) -> None:
         rest = restrict(both, 0.001, slack_s)
         assert rest is not None
         reachable = total <= total.min() + slack_s * (1 + 1e-9)
-        for axis, (states, kept) in enumerate(zip(both.shrunk.kept, rest.kept)):
+        for axis, (states, kept) in enumerate(zip(both.shrunk.kept, rest.kept, strict=True)):
             others = tuple(i for i in range(total.ndim) if i != axis)
             assert set(kept) == set(states[reachable.any(axis=others)]), seed
