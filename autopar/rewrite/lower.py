@@ -97,8 +97,17 @@ def lower(site: Site) -> Node | Sequence[Node]:
     """Write one operator; returns its result node, or a list of them."""
     function = LOWERINGS.get(site.op.kind)
     cut = any(c.kind == "cut" and size > 1 for c, size in zip(site.strategy, site.program.mesh.sizes))
-    always = site.op.kind.startswith("autopar.")
+    always = site.op.kind.startswith("autopar.") or site.op.kind in STEPWISE
     return function(site) if function is not None and (cut or always) else site.itself()
+
+
+STEPWISE = ("aten.sign.default", "aten.floor.default", "aten.ceil.default", "aten.round.default")
+"""Torch sends zeros back through these; the graph says that no gradient passes, so none is moved."""
+
+
+@lowering(*STEPWISE)
+def stepwise(site: Site) -> Node:
+    return site.call(aten.detach.default, site.itself())
 
 
 @lowering("aten.view.default", "aten.reshape.default", "aten._unsafe_view.default", "aten.squeeze.default", "aten.squeeze.dim", "aten.squeeze.dims",

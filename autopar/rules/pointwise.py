@@ -68,7 +68,7 @@ POWERS = ("aten.pow.Tensor_Scalar", "aten.pow.Tensor_Tensor", "aten.pow.Scalar",
 COMPARISONS = tuple(f"aten.{n}.{o}" for n in ("eq", "ne", "lt", "le", "gt", "ge") for o in ("Tensor", "Scalar"))
 LOGIC = tuple(f"aten.{n}.{o}" for n in ("__and__", "__or__", "__xor__", "bitwise_and", "bitwise_or", "bitwise_xor", "__lshift__", "__rshift__")
               for o in ("Tensor", "Scalar"))  # fmt: skip
-BINARY = ("aten.maximum.default", "aten.minimum.default", "aten.logical_and.default", "aten.logical_or.default", "aten.logical_xor.default", "aten.fmod.Scalar",
+BINARY = ("aten.max.other", "aten.min.other", "aten.maximum.default", "aten.minimum.default", "aten.logical_and.default", "aten.logical_or.default", "aten.logical_xor.default", "aten.fmod.Scalar",
           "aten.fmod.Tensor", "aten.remainder.Scalar", "aten.remainder.Tensor", "aten.floor_divide.default", "aten.div.Tensor_mode", "aten.div.Scalar_mode",
           "aten.atan2.default", "aten.addcmul.default", "aten.addcdiv.default", "aten.lerp.Scalar", "aten.lerp.Tensor",
           "aten.clamp.Tensor", "aten.nan_to_num.default", "aten.logaddexp.default", "aten.xlogy.Tensor", "aten.hypot.default", "aten.copysign.Tensor", "aten.fmax.default",
@@ -102,15 +102,6 @@ def prelu(call: Call) -> OpRule:
     names = [f"d{i}" if size > 1 else None for i, size in enumerate(shape)]
     per_channel = call.meta("weight").numel > 1
     return call.rule({"self": names, "weight": [names[1] if per_channel else None] * len(call.shape("weight"))}, [names], saves=["self", "weight"])
-
-
-@rule("aten.copy.default")
-def copy_into(call: Call) -> OpRule:
-    """The source takes the place of the first operand, which only lends its shape and dtype."""
-    names = [f"d{i}" if size > 1 else None for i, size in enumerate(call.outs[0].shape)]
-    shape = call.shape("src")
-    tail = names[len(names) - len(shape) :]
-    return call.rule({"self": names, "src": [name if n > 1 else None for name, n in zip(tail, shape)]}, [names], linear=[["self", "src"]])
 
 
 @rule("aten.bucketize.Tensor")

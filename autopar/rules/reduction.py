@@ -44,7 +44,7 @@ def along_one_dim(call: Call) -> OpRule:
     d = call.dim("dim", len(shape))
     names = [f"d{i}" if n > 1 and i != d else None for i, n in enumerate(shape)]
     is_softmax = "softmax" in call.op.kind
-    linear = [["self"]] if "cumsum" in call.op.kind else ()
+    linear = [["self"]] if call.op.kind == "aten.cumsum.default" else ()
     beside = {name: names for name in ("prepend", "append") if call.has(name)}
     return call.rule({"self": names, **beside}, [names] * len(call.outs), linear=linear, saves=() if is_softmax else ["self"], saves_results=[0] if is_softmax else ())
 
@@ -57,15 +57,13 @@ def topk(call: Call) -> OpRule:
     return call.rule({"self": names}, [names] * len(call.outs), saves_results=[1])
 
 
-@rule("aten.layer_norm.default", "aten.rms_norm.default", "aten.native_layer_norm.default")
+@rule("aten.layer_norm.default", "aten.rms_norm.default")
 def layer_norm(call: Call) -> OpRule:
-    """Results beside the first are the statistics of every row."""
     shape = call.shape("input")
     n = len(call.args["normalized_shape"])
     lead = [f"b{i}" if size > 1 else None for i, size in enumerate(shape[:-n])]
     tail = [f"n{i}" for i in range(n)]
-    statistics = [[*lead, *[None] * n]] * (len(call.outs) - 1)
-    return call.rule({"input": [*lead, *tail], "weight": tail, "bias": tail}, [[*lead, *tail], *statistics], whole=tail, saves=["input"])
+    return call.rule({"input": [*lead, *tail], "weight": tail, "bias": tail}, [[*lead, *tail]], whole=tail, saves=["input"])
 
 
 @rule("aten.group_norm.default")

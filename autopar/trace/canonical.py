@@ -28,8 +28,8 @@ def _val(node: Node) -> torch.Tensor:
     return node.meta["val"]
 
 
-def _call(graph: Graph, like: Node, target: Callable, *args: Any, val: Any, **kwargs: Any) -> Node:
-    node = graph.call_function(target, args, kwargs)
+def _call(graph: Graph, like: Node, function: Callable, /, *args: Any, val: Any, **kwargs: Any) -> Node:
+    node = graph.call_function(function, args, kwargs)
     node.meta = {k: v for k, v in like.meta.items() if k in ("nn_module_stack", "stack_trace")}
     node.meta["val"] = val
     return node

@@ -15,9 +15,11 @@ def _unary(draw: Draw, *names: str) -> list[Sample]:
 UNARY = [
     *_unary(X(12, 8), "exp", "tanh", "sigmoid", "relu", "neg", "gelu", "silu", "sin", "cos", "abs", "erf", "softplus", "leaky_relu", "hardtanh",
             "hardswish", "hardsigmoid", "elu", "mish", "log_sigmoid", "relu6", "selu", "celu", "square", "expm1", "hardshrink", "softshrink",
-            "sign", "floor", "ceil", "round", "isnan", "isinf", "isfinite", "ones_like", "zeros_like"),
-    *_unary(POS(12, 8), "rsqrt", "sqrt", "reciprocal", "log", "log1p", "log2"),
-    call("gelu", X(4, 1, 12), approximate="tanh"),
+            "exp2", "tan", "atan", "sinh", "cosh", "asinh", "erfc", "sinc", "frac", "trunc", "sgn", "sign", "floor", "ceil", "round", "isnan", "isinf", "isfinite", "ones_like", "zeros_like"),
+    *_unary(POS(12, 8), "rsqrt", "sqrt", "reciprocal", "log", "log1p", "log2", "log10"),
+    *_unary(UNIT(12, 8), "asin", "acos", "atanh", "erfinv", "logit"),
+    call("acosh", POS(12, 8).plus(1)),
+    call("gelu", X(4, 1, 12), approximate="tanh", note="tanh"),
     call("leaky_relu", X(12, 6), 0.3, note="slope"),
     call("logical_not", BOOL(12, 8)),
     call("bitwise_not", INT(9, 12, 8)),
@@ -31,10 +33,16 @@ UNARY = [
     call("nan_to_num", X(12, 8), 1.0),
     call("pow.Tensor_Scalar", X(12, 8), 3),
     call("pow.Scalar", 2.0, X(12, 8)),
+    call("threshold", X(12, 8), 0.1, -3.0),
+    call("bucketize.Tensor", X(12, 8), X(5).frozen().sorted()),
+    call("prelu", X(4, 12), X(12)),
+    call("prelu", X(4, 12, 6), X(1), note="one slope"),
+    call("prelu", X(12), X(1), note="vector"),
 ]  # fmt: skip
 
 COPIES = [
-    *_unary(X(12, 8), "clone", "alias", "contiguous", "detach", "lift_fresh_copy", "detach_copy", "alias_copy"),
+    *_unary(X(12, 8), "clone", "alias", "contiguous", "detach", "lift_fresh_copy", "alias_copy"),
+    call("detach_copy", X(12, 8).frozen()),
     call("clone", INT(50, 12, 8), note="integers"),
     call("clone", BOOL(12, 8), note="bool"),
     call("_to_copy", X(12, 8), dtype=F64),
@@ -69,7 +77,10 @@ BINARY = [
     call("div.Tensor", X(4, 12, 6), POS(12, 1), note="broadcast"),
     call("div.Tensor", INT(40, 12, 6), POS(12, 1), note="integers"),
     call("pow.Tensor_Tensor", POS(4, 12), X(12)),
-    call("maximum", X(4, 12), X(12)),
+    *(call(name, X(4, 12), X(12)) for name in ("maximum", "fmax", "fmin", "logaddexp", "hypot")),
+    *(call(f"{name}.other", X(4, 12), X(12)) for name in ("max", "min")),
+    call("xlogy.Tensor", X(4, 12), POS(12)),
+    call("copysign.Tensor", X(4, 12), X(12).frozen()),
     call("minimum", X(12, 1), X(12, 12)),
     call("atan2", X(4, 12), POS(12)),
     call("fmod.Tensor", X(4, 12), POS(12).frozen()),
@@ -91,6 +102,8 @@ LOGICAL = [
     *(call(f"{name}.Scalar", X(4, 12), 0.1) for name in ("eq", "ne", "lt", "le", "gt", "ge")),
     *(call(f"{name}.Tensor", BOOL(4, 12), BOOL(12)) for name in ("__and__", "__or__", "__xor__", "bitwise_and", "bitwise_or", "bitwise_xor")),
     *(call(f"{name}.Scalar", INT(9, 4, 12), 5) for name in ("__and__", "__or__", "__xor__", "bitwise_and", "bitwise_or", "bitwise_xor")),
+    *(call(f"{name}.Tensor", INT(9, 4, 12), INT(3, 12)) for name in ("__lshift__", "__rshift__")),
+    *(call(f"{name}.Scalar", INT(9, 4, 12), 2) for name in ("__lshift__", "__rshift__")),
     *(call(name, BOOL(4, 12), BOOL(4, 1)) for name in ("logical_and", "logical_or", "logical_xor")),
 ]
 

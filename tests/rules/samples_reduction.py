@@ -33,7 +33,8 @@ WHOLE = [
     *(call(f"{name}.dim", X(4, 12, 6), [1]) for name in ("var", "std")),
     *(call(f"{name}.correction", X(4, 12, 6), [1, 2], correction=0, keepdim=True) for name in ("var", "std")),
     call("var.correction", X(4, 12), None, note="all"),
-    call("var_mean.correction", X(4, 12, 6), [2], correction=1),
+    *(call(f"{name}.correction", X(4, 12, 6), [2], correction=1) for name in ("var_mean", "std_mean")),
+    *(call(name, X(4, 12, 6), *args) for name, args in (("median.dim", (1,)), ("kthvalue", (2, 1)), ("mode", (1,)))),
     call("logsumexp", X(4, 12, 6), [1]),
     call("linalg_vector_norm", X(4, 12, 6), 2, [1]),
     call("linalg_vector_norm", X(4, 12), 3, note="all"),
@@ -41,7 +42,7 @@ WHOLE = [
 ]
 
 ALONG = [
-    *(call(name, X(4, 12, 6), 1) for name in ("softmax.int", "log_softmax.int", "cumsum", "glu")),
+    *(call(name, X(4, 12, 6), 1) for name in ("softmax.int", "log_softmax.int", "cumsum", "glu", "logcumsumexp", "cummax", "cummin")),
     call("argsort", X(4, 12, 6), 1),
     call("diff", X(4, 12, 6), 1, 1),
     call("softmax.int", X(4, 12), -1, note="last"),
@@ -66,6 +67,8 @@ NORMS = [
     call("group_norm", X(12, 12, 3, 2), 4, X(12), X(12)),
     call("group_norm", X(4, 12, 6), 12, note="plain"),
     call("group_norm", X(4, 12), 3, X(12), note="no rest"),
+    call("_native_batch_norm_legit_no_training", X(4, 12, 3), X(12), X(12), X(12).frozen(), POS(12).frozen(), 0.1, 1e-5),
+    call("instance_norm", X(4, 12, 3), X(12), X(12), None, None, True, 0.1, 1e-5, True),
     call("autopar.batch_norm", X(12, 6, 3), X(6), X(6), 1e-5),
     call("autopar.batch_norm", X(12, 12), None, None, 1e-5, note="plain"),
     call("autopar.batch_norm", X(12, 6, 2, 3), X(6), None, 1e-5, note="weight"),

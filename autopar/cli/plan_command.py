@@ -1,0 +1,145 @@
+"""`autopar plan`: the best layout found, why it can be believed, and what to type next."""
+
+import json as json_text
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from autopar.cli.console import output, print_json, working
+from autopar.cli.options import (
+    Batch,
+    ClusterName,
+    Debug,
+    Json,
+    ModelName,
+    PinTexts,
+    Seq,
+    checked_pins,
+    checked_share,
+    global_batch,
+)
+from autopar.core.cluster import Cluster
+from autopar.core.plan import Plan
+from autopar.errors import UsageError
+
+if TYPE_CHECKING:
+    from autopar.models.load import LoadedModel
+
+BUDGET_ENDED = 4
+LONGEST_BUDGET_S = 7 * 24 * 3600.0
+
+DType = Annotated[str | None, typer.Option("--dtype", help="Of weights and computation. [default: float32 on local:N, else bfloat16]")]
+Budget = Annotated[float, typer.Option("--budget", help="Seconds that the search of one mesh may take.")]
+MaxMemory = Annotated[float, typer.Option("--max-memory", help="Share of a device's memory that the plan may use.")]
+OutFile = Annotated[Path | None, typer.Option("--out", "-o", help="Write the plan to this file.")]
+AllowGap = Annotated[bool, typer.Option("--allow-gap", help="Exit 0, not 4, when the time was over before the search was.")]
+
+
+def plan(
+    model: ModelName, cluster: ClusterName, batch: Batch = None, seq: Seq = None, dtype: DType = None, pin: PinTexts = None, budget: Budget = 30.0,
+    max_memory: MaxMemory = 0.9, out: OutFile = None, allow_gap: AllowGap = False, json: Json = False, debug: Debug = False,
+) -> int:  # fmt: skip
+    """Find the best layout of MODEL on a cluster. Needs no device, no weights and no network."""
+    machines = Cluster.parse(cluster)
+    pins = checked_pins(pin, machines)
+    checked_share("--budget", budget, LONGEST_BUDGET_S)
+    checked_share("--max-memory", max_memory, 1.0)
+    _check_writable(out)
+    precision = dtype or default_dtype(machines)
+    with working("loading torch") as progress:
+        from autopar.models.load import load_model
+
+        loaded = load_model(model, batch=global_batch(batch, machines), seq=seq, device="meta", dtype=precision)
+        found, seconds = search(loaded, machines, pins, budget_s=budget, max_memory=max_memory, progress=progress)
+    if out is not None:
+        _save(found, out)
+    if json:
+        print_json(_content(found, seconds))
+    else:
+        from autopar.cli.plan_page import print_plan
+
+        given = _Given(model, cluster, batch, seq, precision, pins, out)
+        print_plan(output(), found, machines, tokens=_counts_tokens(loaded), next_command=given.next_command(loaded))
+    return BUDGET_ENDED if found.proof.status.startswith("budget") and not allow_gap else 0
+
+
+def default_dtype(cluster: Cluster) -> str:
+    """What people train in: 16 bits on accelerators, 32 in processes of this machine."""
+    return "float32" if cluster.name.startswith("local:") else "bfloat16"
+
+
+def search(
+    loaded: "LoadedModel", cluster: Cluster, pins: Sequence[str], *, budget_s: float = 30.0, max_memory: float = 0.9, progress: Any
+) -> tuple[Plan, dict[str, float]]:
+    """The plan, under the name its model was given on the command line, and the seconds of tracing and searching."""
+    from autopar.api import plan_timed
+
+    found, seconds = plan_timed(
+        loaded.module, cluster, loaded.kwargs, pins=pins, tokens=loaded.tokens_per_batch, time_limit_s=budget_s, max_memory=max_memory, progress=progress
+    )
+    return replace(found, model=loaded.name), seconds
+
+
+def _counts_tokens(loaded: "LoadedModel") -> bool:
+    return loaded.labels_kind == "token" or "input_ids" in loaded.kwargs
+
+
+class _Given:
+    """The command line as it was given, to say how it goes on."""
+
+    def __init__(
+        self, model: str, cluster: str, batch: int | None, seq: int | None, dtype: str, pins: Sequence[str], out: Path | None
+    ) -> None:
+        self._model, self._out, self._dtype = model, out, dtype
+        options: list[tuple[str, object]] = [("--cluster", cluster), ("--batch", batch), ("--seq", seq)]
+        self._shape = [f"{name} {value}" for name, value in options if value is not None]
+        self._pins = [f"--pin {text!r}" if "*" in text else f"--pin {text}" for text in pins]
+
+    def next_command(self, loaded: "LoadedModel") -> str:
+        """Prove the plan where this machine can; else keep it, or prove the smallest model of its kind."""
+        from autopar.cli.verify_command import too_large
+
+        elements = sum(p.numel() for p in loaded.module.parameters())
+        if not too_large(elements, num_ranks=1):
+            plan = [f"--plan {self._out}"] if self._out and self._dtype == "float32" else self._pins
+            return " ".join(["autopar verify", self._model, *self._shape, *plan])
+        if self._out is None:
+            return " ".join(["autopar plan", self._model, *self._shape, *self._pins, "-o plan.json"])
+        return f"autopar verify {_tiny_relative(self._model)} --cluster local:4"
+
+
+def _tiny_relative(model: str) -> str:
+    """The small preset of the same family, or of the commonest."""
+    from autopar.models.catalog import presets
+
+    families = {p.family for p in presets() if p.name == model} or {"llama"}
+    return next((p.name for p in presets() if p.is_tiny and p.family in families), "gpt2-tiny")
+
+
+def _check_writable(path: Path | None) -> None:
+    """Refuse before the search what could not be written after it."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise UsageError(f"-o {path}: {'is a folder' if path.is_dir() else 'its folder does not exist'}; give the path of a file to write")
+
+
+def _save(found: Plan, path: Path) -> None:
+    try:
+        found.save(path)
+    except OSError as error:
+        raise UsageError(f"-o {path}: cannot be written ({error.strerror}); choose another path") from error
+
+
+def _content(found: Plan, seconds: dict[str, float]) -> dict[str, Any]:
+    return {
+        "model": found.model,
+        "cluster": found.cluster,
+        "layout": found.summary(),
+        "predicted": asdict(found.predicted),
+        "proof": asdict(found.proof),
+        "seconds": seconds,
+        "notes": list(found.notes),
+        "plan": json_text.loads(found.to_json()),
+    }

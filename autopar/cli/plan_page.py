@@ -1,0 +1,69 @@
+"""The page that `autopar plan` prints."""
+
+from rich.console import Console
+from rich.table import Table
+
+from autopar.cli.layout import Group, axis_uses, parameter_groups
+from autopar.cli.units import count, duration, size
+from autopar.core.cluster import Cluster
+from autopar.core.plan import Plan
+
+MAX_ROWS = 40
+LEGEND = "S1 is cut along dimension 1, counted from 0; 'whole' is the same on every rank. Letters are loops: addmm is [m,k] x [k,n], linear [b,i] x [o,i]."
+
+
+def print_plan(page: Console, plan: Plan, cluster: Cluster, *, tokens: bool, next_command: str) -> None:
+    """The answer, what is cut and where it lies, what it costs, how good it is, what comes next."""
+    p = plan.predicted
+    memory = f"{size(p.peak_memory_bytes)} of {size(cluster.device.memory_bytes)} per device"
+    page.print(f"{plan.summary()}  for {plan.model} on {plan.cluster}: {duration(p.step_time_s)} per step, {memory} (predicted)", style="bold")
+    page.print()
+    page.print(_axes_table(plan, cluster))
+    page.print()
+    page.print(_parameter_table(parameter_groups(plan)))
+    page.print(LEGEND, style="dim")
+    page.print()
+    rate = f"; {count(p.tokens_per_s)} {'tokens' if tokens else 'samples'}/s" if p.tokens_per_s else ""
+    page.print(f"time           {duration(p.step_time_s)} = {duration(p.compute_s)} compute + {duration(p.communication_s)} communication{rate}; MFU {p.mfu:.1%}")
+    page.print(f"memory         {size(p.peak_memory_bytes)} = {size(p.state_bytes)} parameters, gradients and optimizer + {size(p.activation_bytes)} activations")
+    page.print(f"communication  {size(p.communicated_bytes)} into collectives per device and step")
+    page.print(f"proof          {_proof(plan)}")
+    for note in _notes(plan):
+        page.print(f"note           {note}")
+    page.print()
+    page.print(f"next: {next_command}")
+
+
+def _axes_table(plan: Plan, cluster: Cluster) -> Table:
+    table = Table("AXIS", "RANKS", "LINKS", "CUTS", box=None, pad_edge=False)
+    for use in axis_uses(plan, cluster):
+        table.add_row(use.name, str(use.size), use.link, use.cuts)
+    return table
+
+
+def _parameter_table(groups: tuple[Group, ...]) -> Table:
+    """Cut parameters one by one; the others, which say less, in one line where there are cut ones."""
+    table = Table("PARAMETER", "STORED", "COUNT", box=None, pad_edge=False)
+    cut = [group for group in groups if not group.whole]
+    for group in cut[:MAX_ROWS]:
+        table.add_row(group.pattern, group.layout, f"x{group.count}")
+    if len(cut) > MAX_ROWS:
+        table.add_row(f"... and {len(cut) - MAX_ROWS} more patterns", "cut", f"x{sum(group.count for group in cut[MAX_ROWS:])}")
+    whole = sum(group.count for group in groups if group.whole)
+    if whole:
+        table.add_row("all others" if cut else "all", "whole", f"x{whole}")
+    return table
+
+
+def _proof(plan: Plan) -> str:
+    proof = plan.proof
+    return f"no plan of the searched space takes less than {duration(proof.bound)}; this one is within {proof.gap:.2%} of that ({proof.status}, {proof.solver})"
+
+
+def _notes(plan: Plan) -> list[str]:
+    idle = [axis for axis in plan.mesh.axes if axis.name.startswith("idle") and axis.size > 1]
+    found = [
+        f"the ranks of axis {axis.name} all compute the same: cutting costs more than it saves here; use {plan.mesh.num_ranks // axis.size} devices, or more work per step"
+        for axis in idle
+    ]
+    return [*found, *plan.notes]

@@ -1,0 +1,108 @@
+"""`autopar verify`: is the training that a plan makes the same training? Computed on simulated ranks, in this process."""
+
+import os
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from autopar.cli.console import output, print_json, working
+from autopar.cli.options import (
+    Batch,
+    ClusterName,
+    Debug,
+    Json,
+    ModelName,
+    PinTexts,
+    PlanFile,
+    Seed,
+    Seq,
+    Steps,
+    checked_pins,
+    global_batch,
+    read_plan,
+)
+from autopar.cli.units import count, size
+from autopar.core.cluster import Cluster
+from autopar.core.plan import Plan
+from autopar.errors import PlanMismatchError, UsageError, VerificationError
+
+if TYPE_CHECKING:
+    from autopar.verification import VerifyReport
+
+LARGEST_MODEL = 200_000_000
+BYTES_PER_ELEMENT = 8 * 4
+"""Weights, gradients and the two moments of Adam in float64."""
+
+MEMORY_SHARE = 0.6
+DTYPES = ("float64", "float32")
+
+Precision = Annotated[str, typer.Option("--dtype", help="What both runs compute in: float64 or float32.")]
+
+
+def verify(
+    model: ModelName, cluster: ClusterName, plan: PlanFile = None, pin: PinTexts = None, batch: Batch = None, seq: Seq = None,
+    dtype: Precision = "float64", steps: Steps = 10, seed: Seed = 0, json: Json = False, debug: Debug = False,
+) -> int:  # fmt: skip
+    """Train MODEL both ways, parallel and in one process, and compare loss, every gradient and every parameter. Exit 5 if they differ."""
+    machines = Cluster.parse(cluster)
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype}: the comparison is made in {' or '.join(DTYPES)}")
+    pins = checked_pins(pin, machines)
+    given = None if plan is None else read_plan(plan, machines, pins)
+    with working("loading torch") as progress:
+        from autopar.api import verify as compare
+        from autopar.cli.plan_command import search
+        from autopar.models.load import load_model
+
+        shape = {"batch": global_batch(batch, machines), "seq": seq}
+        _check_size(model, load_model(model, **shape).module.parameters(), machines.num_devices)
+        loaded = load_model(model, **shape, device="cpu", dtype="float32", seed=seed)
+        found = given or search(loaded, machines, pins, progress=progress)[0]
+        try:
+            report = compare(loaded.module, found, loaded.kwargs, steps=steps, dtype=dtype, progress=progress)
+        except PlanMismatchError as error:
+            raise PlanMismatchError(f"{error}; for verify a plan is made with --dtype float32") from error
+    if json:
+        print_json({"model": model, "cluster": machines.name, "layout": found.summary(), **report.to_dict()})
+    else:
+        _print_report(report, found, model)
+    return 0 if report.equal else VerificationError.exit_code
+
+
+def too_large(elements: int, num_ranks: int) -> str:
+    """Why a model of so many parameters is not verified on this machine; empty if it is."""
+    if elements > LARGEST_MODEL:
+        return f"the limit is {count(LARGEST_MODEL)}"
+    needed = elements * BYTES_PER_ELEMENT * (num_ranks + 1)
+    present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return f"{num_ranks} ranks and one process need up to {size(needed)}, this machine has {size(present)}" if needed > MEMORY_SHARE * present else ""
+
+
+def _check_size(model: str, parameters, num_ranks: int) -> None:  # noqa: ANN001 - an iterator of tensors, and torch is not imported here
+    elements = sum(p.numel() for p in parameters)
+    reason = too_large(elements, num_ranks)
+    if reason:
+        raise UsageError(
+            f"{model} has {count(elements)} parameters, too many to compute here ({reason}); verify a -tiny preset or a config.json with fewer layers"
+        )
+
+
+def _print_report(report: "VerifyReport", plan: Plan, model: str) -> None:
+    from rich.table import Table
+
+    page = output()
+    verdict = "equal" if report.equal else "NOT EQUAL"
+    steps = f"{report.steps} step{'s' * (report.steps > 1)}"
+    page.print(f"{verdict}: {model} as {plan.summary()} on {report.num_ranks} simulated ranks and in one process, {report.dtype}, {steps}", style="bold")
+    page.print()
+    table = Table("COMPARED", "LARGEST RELATIVE ERROR", box=None, pad_edge=False)
+    table.add_row("loss and outputs", f"{report.loss_rel_err:.1e}")
+    table.add_row("gradients", f"{report.grad_rel_err_max:.1e}" + (f"  in {report.worst_parameter}" if report.worst_parameter else ""))
+    table.add_row("gradient norm", f"{report.grad_norm_rel_err:.1e}")
+    table.add_row("parameters", f"{report.param_rel_err_max:.1e}")
+    page.print(table)
+    page.print(f"bytes into collectives per step and rank: {report.bytes_predicted} predicted, {report.bytes_counted} counted")
+    for kind in report.ops_without_rule:
+        page.print(f"note: no rule for {kind}, computed on every rank")
+    for failure in report.failures:
+        page.print(f"failed: {failure}")
