@@ -23,7 +23,7 @@ from autopar.trace.capture import Traced, trace
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
 """Relative Frobenius error that still counts as equal (DESIGN: 1e-12 on own models, 1e-9 where a model hard-codes float32)."""
 
-NEGLIGIBLE = 1e-6
+NEGLIGIBLE = {"float64": 1e-6, "float32": 1e-4}
 """A gradient below this share of the whole gradient norm is compared on that scale: some are zero but for rounding
 (a key bias under softmax), and a relative error of rounding noise says nothing."""
 
@@ -224,7 +224,7 @@ def _compare(
     make = _make_optimizer(dtype)
     one, mesh = _OneProcess(traced, values, inputs, seed, make), _Mesh(program, built, values, inputs, seed, make)
     cotangents = _cotangents(graph, dtype, seed)
-    worst = _Worst()
+    worst = _Worst(NEGLIGIBLE[dtype])
     for step in range(max(steps, 1)):
         progress(f"step {step + 1} of {steps}")
         expected, expected_grads = one.step(cotangents)
@@ -249,7 +249,8 @@ def _cotangents(graph: Any, dtype: str, seed: int) -> list[torch.Tensor] | None:
 class _Worst:
     """The largest errors seen."""
 
-    def __init__(self) -> None:
+    def __init__(self, negligible: float) -> None:
+        self.negligible = negligible
         self.loss = self.grad = self.norm = self.param = 0.0
         self.name = ""
 
@@ -274,7 +275,7 @@ class _Worst:
             whole = unshard(filled, layout, program.mesh, shape)
             replicas = max(float((p - shard(whole, layout, program.mesh, program.mesh.coordinates(r))).norm()) for r, p in enumerate(filled))
             want = torch.zeros_like(whole) if want is None else want
-            floor = NEGLIGIBLE * total
+            floor = self.negligible * total
             error = max(relative(whole, want, floor), replicas / max(float(want.norm()), floor, 1e-300))
             squares += float(whole.norm()) ** 2
             if not error <= self.grad:

@@ -168,9 +168,13 @@ class Lockstep:
 
     def run(self, inputs: Sequence[Sequence[torch.Tensor]]) -> list[tuple[torch.Tensor, ...]]:
         """`inputs[k]` is the k-th placeholder of every rank; returns the k-th output of every rank."""
+        return self.run_all(inputs)[0]
+
+    def run_all(self, inputs: Sequence[Sequence[torch.Tensor]]) -> tuple[list[tuple[torch.Tensor, ...]], list[tuple[torch.Tensor, ...]]]:
+        """(outputs, buffer updates), each of every rank."""
         rows = [[column[r] for column in inputs] for r in range(len(self.ranks))]
         results = Simulation(self.ranks).run(self.module, rows)
-        return list(zip(*(outs for outs, _ in results)))
+        return list(zip(*(outs for outs, _ in results))), list(zip(*(updates for _, updates in results)))
 
     def counted(self, predicted: Ledger) -> bool:
         """Whether every rank counted what was predicted."""

@@ -26,7 +26,7 @@ app = typer.Typer(
     name="autopar",
     help="How should this model be parallelized on this cluster? Plans, proves and runs the answer.",
     add_completion=False,
-    no_args_is_help=True,
+    invoke_without_command=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -45,10 +45,14 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")] = False,
     debug: Debug = False,
 ) -> None:
     """How should this model be parallelized on this cluster? Plans, proves and runs the answer."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(AutoparError.exit_code)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -57,7 +57,11 @@ def _parameter_table(groups: tuple[Group, ...]) -> Table:
 
 def _proof(plan: Plan) -> str:
     proof = plan.proof
-    return f"no plan of the searched space takes less than {duration(proof.bound)}; this one is within {proof.gap:.2%} of that ({proof.status}, {proof.solver})"
+    how = f"({proof.status}, {proof.solver})"
+    if proof.gap == 0:
+        return f"no plan of the searched space is faster {how}"
+    gap = f"{proof.gap:.2%}" if proof.gap >= 1e-4 else "0.01%"
+    return f"no plan of the searched space takes less than {duration(proof.bound)}, this one at most {gap} more {how}"
 
 
 def _notes(plan: Plan) -> list[str]:

@@ -1,2 +1,143 @@
-def run() -> None:
-    """x"""
+"""`autopar run`: a short training on processes of this machine, beside the same training in one process."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from autopar.cli.console import output, print_json, working
+from autopar.cli.options import (
+    Batch,
+    ClusterName,
+    Debug,
+    Json,
+    ModelName,
+    PinTexts,
+    PlanFile,
+    Seed,
+    Seq,
+    Steps,
+    checked_pins,
+    checked_share,
+    global_batch,
+    read_plan,
+)
+from autopar.core.cluster import Cluster
+from autopar.core.plan import Plan
+from autopar.errors import PlanMismatchError, UsageError, VerificationError
+
+if TYPE_CHECKING:
+    from autopar.cli.training import Job
+
+MAX_TEXT_BYTES = 16 << 20
+LOSS_TOLERANCE = 1e-3
+"""Relative. float32 with Adam is near 1e-6 after a few steps; a gradient that is wrong shows far above this."""
+
+LearningRate = Annotated[float, typer.Option("--lr", help="Of AdamW.")]
+TextFile = Annotated[Path | None, typer.Option("--text", help="File whose bytes are the tokens. [default: the manual that Python brings along]")]
+Compare = Annotated[bool, typer.Option("--compare/--no-compare", help="Train in one process too, and show both losses.")]
+
+
+def run(
+    model: ModelName, cluster: ClusterName, plan: PlanFile = None, pin: PinTexts = None, batch: Batch = None, seq: Seq = None, steps: Steps = 10,
+    lr: LearningRate = 1e-3, text: TextFile = None, compare: Compare = True, seed: Seed = 0, json: Json = False, debug: Debug = False,
+) -> int:  # fmt: skip
+    """Train MODEL on the processes of local:N, by a plan, with real gloo communication. Exit 5 if the losses are not those of one process."""
+    machines = Cluster.parse(cluster)
+    if not machines.name.startswith("local:"):
+        raise UsageError(f"--cluster {cluster}: run starts processes on this machine; use local:N, or torchrun with autopar.parallelize elsewhere")
+    checked_share("--lr", lr, 1e6)
+    pins = checked_pins(pin, machines)
+    given = None if plan is None else read_plan(plan, machines, pins)
+    content = None if text is None else _read(text)
+    with working("loading torch") as progress:
+        from autopar.cli.plan_command import search
+        from autopar.cli.training import Job, draws_random_numbers, on_one_process, token_input
+        from autopar.models.load import load_model
+
+        size = global_batch(batch, machines)
+        shapes = load_model(model, batch=size, seq=seq)
+        if token_input(shapes) is None and content is not None:
+            raise UsageError(f"--text {text}: {model} does not read text; leave it out to train on random numbers")
+        dice_off = compare and draws_random_numbers(shapes.module)
+        shapes.module.train(not dice_off)
+        found = given or search(shapes, machines, pins, progress=progress)[0]
+        job = Job(
+            model=model, cluster=cluster, plan=found.to_json(), batch=size, seq=seq, steps=steps, lr=lr, seed=seed,
+            train=not dice_off, text=(_manual() if content is None else content) if token_input(shapes) else None,
+        )  # fmt: skip
+        next(job.batches(shapes))  # a text that is too short is refused before anything is trained
+        expected = on_one_process(job, progress) if compare else None
+        if json:
+            progress("starting processes")
+            losses = _train(job, found, lambda step, loss: progress(f"step {step} of {steps}, loss {loss:.4f}"))
+    if not json:
+        notes = ["dropout is off, so that both runs can be compared; --no-compare trains with it"] if dice_off else []
+        losses = _print_training(job, found, expected, notes)
+    worst = _worst(losses, expected)
+    if json:
+        content = {"model": model, "cluster": machines.name, "layout": found.summary(), "losses": losses, "one_process": expected}
+        print_json({**content, "max_difference": worst})
+    return VerificationError.exit_code if worst is not None and worst > LOSS_TOLERANCE else 0
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as stream:
+            return stream.read(MAX_TEXT_BYTES)
+    except OSError as error:
+        raise UsageError(f"--text {path}: cannot be read ({error.strerror}); give the path of a text file") from error
+
+
+def _manual() -> bytes:
+    """Half a megabyte of English that every Python has: its own manual."""
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics[name] for name in sorted(topics)).encode()
+
+
+def _train(job: "Job", plan: Plan, show) -> list[float]:  # noqa: ANN001 - show(step, loss)
+    """The losses of the parallel run, each shown as it arrives."""
+    from autopar.cli.training import PRELOAD, on_rank
+    from autopar.runtime.launch import launch
+
+    losses: list[float] = []
+
+    def arrived(loss: float) -> None:
+        losses.append(loss)
+        show(len(losses), loss)
+
+    try:
+        launch(on_rank, plan.mesh.num_ranks, job, on_message=arrived, preload=PRELOAD)
+    except PlanMismatchError as error:
+        raise PlanMismatchError(f"{error}; for run a plan is made with --dtype float32, and if the model has dropout run with --no-compare") from error
+    return losses
+
+
+def _print_training(job: "Job", plan: Plan, expected: list[float] | None, notes: list[str]) -> list[float]:
+    from autopar.cli.training import difference
+
+    page = output()
+    ranks = plan.mesh.num_ranks
+    data = "random numbers" if job.text is None else f"bytes of a text of {len(job.text)}"
+    page.print(f"{job.model} as {plan.summary()} on {ranks} processes, batch {job.batch} of {data}, AdamW {job.lr:g}", style="bold")
+    for note in notes:
+        page.print(f"note: {note}")
+    names = f"{ranks} process{'es' * (ranks > 1)}"
+    page.print(f"{'step':>5}  {names:>12}" + (f"  {'one process':>12}  {'difference':>10}" if expected else ""))
+
+    def row(step: int, loss: float) -> None:
+        beside = f"  {expected[step - 1]:12.6f}  {difference(loss, expected[step - 1]):10.1e}" if expected else ""
+        page.print(f"{step:5d}  {loss:12.6f}{beside}")
+
+    losses = _train(job, plan, row)
+    worst = _worst(losses, expected)
+    if worst is not None:
+        page.print(f"largest difference {worst:.1e} of the loss: {'the same training' if worst <= LOSS_TOLERANCE else 'NOT the same training'}")
+    return losses
+
+
+def _worst(losses: list[float], expected: list[float] | None) -> float | None:
+    from autopar.cli.training import difference
+
+    return max((difference(a, b) for a, b in zip(losses, expected, strict=True)), default=0.0) if expected is not None else None

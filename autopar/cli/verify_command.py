@@ -1,6 +1,5 @@
 """`autopar verify`: is the training that a plan makes the same training? Computed on simulated ranks, in this process."""
 
-import os
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -29,7 +28,6 @@ from autopar.errors import PlanMismatchError, UsageError, VerificationError
 if TYPE_CHECKING:
     from autopar.verification import VerifyReport
 
-LARGEST_MODEL = 200_000_000
 BYTES_PER_ELEMENT = 8 * 4
 """Weights, gradients and the two moments of Adam in float64."""
 
@@ -71,10 +69,12 @@ def verify(
 
 def too_large(elements: int, num_ranks: int) -> str:
     """Why a model of so many parameters is not verified on this machine; empty if it is."""
-    if elements > LARGEST_MODEL:
-        return f"the limit is {count(LARGEST_MODEL)}"
+    from autopar.verification import MAX_ELEMENTS
+
+    if elements > MAX_ELEMENTS:
+        return f"the limit is {count(MAX_ELEMENTS)}"
     needed = elements * BYTES_PER_ELEMENT * (num_ranks + 1)
-    present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    present = Cluster.local(1).device.memory_bytes
     return f"{num_ranks} ranks and one process need up to {size(needed)}, this machine has {size(present)}" if needed > MEMORY_SHARE * present else ""
 
 
