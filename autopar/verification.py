@@ -209,10 +209,10 @@ def as_call(example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
 
 
 def _make_optimizer(dtype: str) -> Optimizer:
-    """AdamW in float64. In float32 plain momentum: Adam divides by gradients that are zero but for rounding, so that two
-    correct runs differ by whole steps there."""
+    """AdamW in float64, with an eps that keeps it well conditioned: it divides by gradients, and where those are zero but for
+    rounding two correct runs differ by lr / eps times the rounding. In float32 plain momentum for the same reason."""
     if dtype == "float64":
-        return lambda params: torch.optim.AdamW(params, lr=1e-3) if params else torch.optim.SGD([torch.zeros(1)])
+        return lambda params: torch.optim.AdamW(params, lr=1e-3, eps=1e-4) if params else torch.optim.SGD([torch.zeros(1)])
     return lambda params: torch.optim.SGD(params or [torch.zeros(1)], lr=1e-2, momentum=0.9)
 
 

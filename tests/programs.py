@@ -226,7 +226,7 @@ def rotary(rng: random.Random, d: Sizes) -> Fn:
     def run(m: Any, x: torch.Tensor) -> torch.Tensor:
         z = x.view(d.batch, d.seq, d.heads, d.head)
         left, right = z.chunk(2, -1)
-        angle = torch.arange(d.seq, dtype=x.dtype)[:, None, None] * m.freq
+        angle = torch.arange(d.seq, dtype=x.dtype, device=x.device)[:, None, None] * m.freq
         table = torch.cat([angle, angle], -1)
         return (z * table.cos() + torch.cat([-right, left], -1) * table.sin()).flatten(2)
 
@@ -248,7 +248,8 @@ def windows(rng: random.Random, d: Sizes) -> Fn:
 
 @step()
 def where_mask(rng: random.Random, d: Sizes) -> Fn:
-    return Fn(lambda m, x: torch.where(m.keep > -0.1, x, m.fill).masked_fill(m.keep[:, None] > 0.4, 0.0), keep=torch.zeros(d.hidden), fill=weight(d.hidden))
+    return Fn(lambda m, x: torch.where(m.keep > -0.1, x, m.fill).masked_fill(m.rows[:, None] > 0.2, 0.0),
+              keep=torch.zeros(d.hidden), rows=torch.zeros(d.seq), fill=weight(d.hidden))  # fmt: skip
 
 
 @step()
@@ -299,7 +300,7 @@ def standardise(rng: random.Random, d: Sizes) -> Fn:
 
 @step()
 def scan(rng: random.Random, d: Sizes) -> Fn:
-    return Fn(lambda m, x: x.cumsum(1) / (1 + torch.arange(d.seq, dtype=x.dtype)[:, None]))
+    return Fn(lambda m, x: x.cumsum(1) / (1 + torch.arange(d.seq, dtype=x.dtype, device=x.device)[:, None]))
 
 
 @step()

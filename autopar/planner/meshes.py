@@ -44,7 +44,7 @@ def role_names(program: Program, batch: Sequence[frozenset[int]]) -> tuple[str, 
             choice = strategy[axis]
             if choice.kind == "cut" and rule.cost == "contract":
                 along["dp" if choice.index in factors else "tp"] += rule.flops
-        names.append("idle" if not any(along.values()) else "dp" if along["dp"] >= along["tp"] else "tp")
+        names.append("dp" if program.mesh.sizes[axis] == 1 else "idle" if not any(along.values()) else "dp" if along["dp"] >= along["tp"] else "tp")
     return tuple(name if names.count(name) == 1 else name + "abc"[names[:i].count(name)] for i, name in enumerate(names))
 
 

@@ -93,6 +93,13 @@ def expand(call: Call) -> OpRule:
     return call.rule({"self": [name if n > 1 else None for name, n in zip(tail, src)]}, [names], linear=[["self"]], cost="view")
 
 
+@rule("aten.broadcast_tensors.default")
+def broadcast_tensors(call: Call) -> OpRule:
+    names = [f"d{i}" if n > 1 else None for i, n in enumerate(call.outs[0].shape)]
+    operands = [[name if n > 1 else None for name, n in zip(names[len(names) - len(m.shape) :], m.shape)] for m in call.metas]
+    return call.rule({"tensors": operands}, [names] * len(call.outs), linear=[["tensors"]], cost="view")
+
+
 @rule("aten.split.Tensor", "aten.chunk.default", "aten.split_with_sizes.default", "aten.split.sizes", "aten.unbind.int", "aten.tensor_split.sections")
 def split(call: Call) -> OpRule:
     """Equal parts: the dimension is (parts, rest) and the rest may be cut; unequal parts leave it whole."""

@@ -56,6 +56,19 @@ def views_to_reshapes(gm: GraphModule) -> None:
             node.target = aten.reshape.default
 
 
+def write_out_copies(gm: GraphModule) -> None:
+    """`copy(a, b)` is b in the shape and dtype of a; torch has no derivative for it."""
+    for node in gm.graph.find_nodes(op="call_function", target=aten.copy.default):
+        like, new = _val(node), node.args[1]
+        with gm.graph.inserting_before(node):
+            if _val(new).dtype != like.dtype:
+                new = _call(gm.graph, node, aten._to_copy.default, new, dtype=like.dtype, val=torch.empty_like(_val(new), dtype=like.dtype))
+            if _val(new).shape != like.shape:
+                new = _call(gm.graph, node, aten.expand.default, new, list(like.shape), val=like)
+        node.replace_all_uses_with(new)
+        gm.graph.erase_node(node)
+
+
 def write_out_cross_entropy(gm: GraphModule) -> None:
     """Mean and sum of cross-entropy -> sum of the row losses (over the count of targets that are not ignored)."""
     for node in gm.graph.find_nodes(op="call_function", target=aten.cross_entropy_loss.default):
@@ -160,7 +173,7 @@ def write_out_batch_norm(gm: GraphModule) -> None:
         gm.graph.erase_node(node)
 
 
-PASSES = (drop_asserts, drop_plain_inputs, views_to_reshapes, write_out_cross_entropy, write_out_losses, write_out_batch_norm, number_random_ops)
+PASSES = (drop_asserts, drop_plain_inputs, views_to_reshapes, write_out_copies, write_out_cross_entropy, write_out_losses, write_out_batch_norm, number_random_ops)
 
 
 def canonicalise(gm: GraphModule) -> None:

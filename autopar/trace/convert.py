@@ -18,6 +18,9 @@ NOT_DIFFERENTIABLE = frozenset((
 ))  # fmt: skip
 """ATen operators with floating results that no gradient passes through."""
 
+RESULT_PER_OPERAND = frozenset(("broadcast_tensors", "meshgrid"))
+"""ATen operators whose k-th result is made of the k-th operand alone, and carries a gradient if that does."""
+
 
 PLACEMENT_ARGUMENTS = ("device", "pin_memory", "layout", "memory_format")
 """Arguments that say where or how a tensor lies in memory, not what it is."""
@@ -79,19 +82,21 @@ class _Builder:
         args = tuple((name, encode(value)) for name, value in bound(node).items() if name not in PLACEMENT_ARGUMENTS)
         kind = str(node.target)
         grad = any(self.values[v].meta.requires_grad for v in operands) and kind.split(".")[1] not in NOT_DIFFERENTIABLE
-        results = self._results(node, grad)
+        per_operand = kind.split(".")[1] in RESULT_PER_OPERAND
+        results = self._results(node, [self.values[v].meta.requires_grad for v in operands] if per_operand else grad)
         module_path, source = _origin(node)
         self.ops.append(Op(node.name, kind, tuple(operands), results, args, module_path, source))
 
-    def _results(self, node: Node, grad: bool) -> tuple[int, ...]:
+    def _results(self, node: Node, grads: bool | list[bool]) -> tuple[int, ...]:
         val = node.meta["val"]
         if isinstance(val, torch.Tensor):
-            return (self.add_value(node.name, _meta(val, grad and val.is_floating_point())),)
+            return (self.add_value(node.name, _meta(val, bool(grads) and val.is_floating_point())),)
         found = []
         users = {u.args[1]: u.name for u in node.users if u.target is operator.getitem}
         for k, item in enumerate(val):
             if isinstance(item, torch.Tensor):
                 stats = "batch_norm" in str(node.target) and k > 0
+                grad = grads[k] if isinstance(grads, list) else grads
                 found.append(self.add_value(users.get(k, f"{node.name}.{k}"), _meta(item, grad and item.is_floating_point() and not stats)))
         return tuple(found)
 

@@ -48,6 +48,8 @@ BROADCASTS = [
     call("expand", X(1), [12], note="one"),
     call("expand", BOOL(12, 1), [12, 6], note="bool"),
     call("broadcast_to", X(12, 1), [4, 12, 6]),
+    call("broadcast_tensors", [X(4, 12, 6), X(12, 1)]),
+    call("broadcast_tensors", [X(12, 1), X(4, 1, 12).frozen(), X(1)], note="one frozen"),
     call("expand_as", X(12, 1), X(4, 12, 6).frozen()),
 ]
 
