@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 import autopar
+from autopar.errors import AutoparError
 from autopar.runtime.launch import Worker, launch
 
 try:
@@ -34,15 +35,17 @@ class Settings:
     vocab: int = 50257
     layers: int = 2
     batch: int = 8
-    seq: int = 128
+    seq: int = 64
     steps: int = 10
     lr: float = 1e-3
 
     def model(self, *, layers: int, vocab: int) -> GPT2LMHeadModel:
         """The same weights wherever it is called; on the meta device shapes only."""
         torch.manual_seed(0)
+        shape = {"n_embd": self.hidden, "n_head": self.heads, "n_layer": layers, "vocab_size": vocab}
+        ends = {"bos_token_id": vocab - 1, "eos_token_id": vocab - 1}
         no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        return GPT2LMHeadModel(GPT2Config(n_embd=self.hidden, n_head=self.heads, n_layer=layers, vocab_size=vocab, **no_dropout))
+        return GPT2LMHeadModel(GPT2Config(**shape, **ends, **no_dropout))
 
     def batches(self) -> Iterator[dict[str, torch.Tensor]]:
         """One global batch per step, equal on all ranks: stretches of the text, a byte a token."""
@@ -138,15 +141,21 @@ def be_quiet() -> None:
 
 
 def read_text(paths: list[str]) -> bytes:
-    """The file that was named, or the licence of this repository, or else this script."""
+    """The file that was named, or the licence of this repository."""
     root = Path(__file__).resolve().parents[1]
-    found = [Path(path) for path in paths] or [path for path in (root / "LICENSE", root / "README.md") if path.is_file()]
+    path = next((Path(path) for path in paths), root / "LICENSE")
     try:
-        return (found or [Path(__file__)])[0].read_bytes()
+        text = path.read_bytes()
     except OSError as error:
-        sys.exit(f"quickstart: {found[0]}: {error.strerror}; give the path of a text file")
+        sys.exit(f"quickstart: {path}: {error.strerror}; give the path of a text file")
+    if len(text) < 1000:
+        sys.exit(f"quickstart: {path}: only {len(text)} bytes; give a text of at least 1000")
+    return text
 
 
 if __name__ == "__main__":
     be_quiet()
-    main(Settings(read_text(sys.argv[1:2])))
+    try:
+        main(Settings(read_text(sys.argv[1:2])))
+    except AutoparError as error:
+        sys.exit(f"quickstart: {error}")

@@ -12,7 +12,7 @@ from tests.harness import mesh_of
 from tests.programs import STEPS, RandomModel
 from tests.whole import ModelCase
 
-PLANS_PER_MODEL = 3
+PLANS_PER_MODEL = 5
 MESHES: tuple[Mesh, ...] = tuple(mesh_of(*sizes) for sizes in ((2,), (3,), (4,), (2, 2), (2, 3), (3, 2), (2, 2, 2)))
 
 

@@ -90,7 +90,7 @@ class ModelCase:
         dtype = getattr(torch, value.meta.dtype)
         if not dtype.is_floating_point:
             return torch.zeros(value.meta.shape, dtype=dtype)
-        x = 0.3 * torch.randn(value.meta.shape, generator=self.gen, dtype=torch.float64)
+        x = 0.2 * torch.randn(value.meta.shape, generator=self.gen, dtype=torch.float64)
         if "var" in value.source[0]:
             x = x.abs() + 0.5
         return (x + 1.0 if len(value.meta.shape) == 1 and "bias" not in value.source[0] else x).to(dtype)

@@ -115,18 +115,23 @@ def _train(job: "Job", plan: Plan, show) -> list[float]:  # noqa: ANN001 - show(
 
 
 def _print_training(job: "Job", plan: Plan, expected: list[float] | None, notes: list[str]) -> list[float]:
+    """The losses, printed as they come; nothing before the first, so that a run that cannot start leaves stdout empty."""
     from autopar.cli.training import difference
 
     page = output()
     ranks = plan.mesh.num_ranks
-    data = "random numbers" if job.text is None else f"bytes of a text of {len(job.text)}"
-    page.print(f"{job.model} as {plan.summary()} on {ranks} processes, batch {job.batch} of {data}, AdamW {job.lr:g}", style="bold")
-    for note in notes:
-        page.print(f"note: {note}")
-    names = f"{ranks} process{'es' * (ranks > 1)}"
-    page.print(f"{'step':>5}  {names:>12}" + (f"  {'one process':>12}  {'difference':>10}" if expected else ""))
+    data = "random numbers" if job.text is None else f"a text of {len(job.text)} bytes"
+
+    def head() -> None:
+        page.print(f"{job.model} as {plan.summary()} on {ranks} processes, batch {job.batch} of {data}, AdamW {job.lr:g}", style="bold")
+        for note in notes:
+            page.print(f"note: {note}")
+        names = f"{ranks} process{'es' * (ranks > 1)}"
+        page.print(f"{'step':>5}  {names:>12}" + (f"  {'one process':>12}  {'difference':>10}" if expected else ""))
 
     def row(step: int, loss: float) -> None:
+        if step == 1:
+            head()
         beside = f"  {expected[step - 1]:12.6f}  {difference(loss, expected[step - 1]):10.1e}" if expected else ""
         page.print(f"{step:5d}  {loss:12.6f}{beside}")
 

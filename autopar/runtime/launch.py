@@ -194,9 +194,13 @@ def _how_it_ended(code: int) -> str:
 
 
 def _error(failures: Sequence[_Failure], num_processes: int) -> AutoparError:
-    """The failure that caused the others: not one that only saw a peer go, if there is another."""
+    """The failure that caused the others: not one that only saw a peer go, if there is another, and else a rank without a word."""
     cause = min(failures, key=lambda failure: failure.lost_peer)
     error = cause.error or RankFailure(f"rank {cause.rank} of {num_processes} {cause.text}")
+    silent = sorted(set(range(num_processes)) - {failure.rank for failure in failures})
+    if cause.lost_peer and silent:
+        names = f"rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent))} of {num_processes}"
+        error = RankFailure(f"{names} did not come to where the others waited (rank {cause.rank} {cause.text})")
     if cause.details:
         error.add_note(cause.details)
     return error

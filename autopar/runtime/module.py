@@ -129,7 +129,8 @@ class ParallelModule(nn.Module):
                 continue
             parameter = self._dtensors[v]
             if parameter.grad is None:
-                parameter.grad = as_dtensor(grad, self._program.storage[v], self._device_mesh, self._program.graph.values[v].meta.shape)
+                # The constructor that FSDP uses (torch 2.13): from_local takes 80 us, this 8, and there is one a parameter and step.
+                parameter.grad = DTensor(grad, parameter._spec, requires_grad=False)
             else:
                 with torch.no_grad():
                     parameter.grad.to_local().add_(grad)

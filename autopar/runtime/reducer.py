@@ -12,6 +12,12 @@ from autopar.runtime.rank import Rank
 BUCKET_BYTES = 25 << 20
 """Large enough that latency does not count, small enough that most of a backward can hide it (the size DDP uses)."""
 
+MIN_BUCKET_BYTES = 1 << 20
+"""Smaller ones would be all latency."""
+
+MIN_BUCKETS = 4
+"""Gradients that would fill fewer buckets are cut into about this many, so that a small model hides its reduction too."""
+
 
 @dataclass
 class Slot:
@@ -101,6 +107,11 @@ def _grad_or_zeros(leaf: torch.Tensor) -> torch.Tensor:
 
 def _buckets(slots: Sequence[Slot]) -> list[Bucket]:
     """Slots in reverse order of use, split by axes, dtype and size."""
+    totals: dict[tuple[str, torch.dtype], int] = {}
+    for slot in slots:
+        if slot.axes and slot.leaf.requires_grad:
+            key = (slot.axes, slot.leaf.dtype)
+            totals[key] = totals.get(key, 0) + slot.leaf.numel() * slot.leaf.element_size()
     open_: dict[tuple[str, torch.dtype], Bucket] = {}
     sizes: dict[int, int] = {}
     found: list[Bucket] = []
@@ -111,7 +122,8 @@ def _buckets(slots: Sequence[Slot]) -> list[Bucket]:
         key = (slot.axes, slot.leaf.dtype)
         size = slot.leaf.numel() * slot.leaf.element_size()
         bucket = open_.get(key)
-        if bucket is None or sizes[id(bucket)] + size > BUCKET_BYTES:
+        full = min(BUCKET_BYTES, max(MIN_BUCKET_BYTES, totals[key] // MIN_BUCKETS))
+        if bucket is None or sizes[id(bucket)] + size > full:
             bucket = Bucket(slot.axes, [])
             open_[key] = bucket
             sizes[id(bucket)] = 0
