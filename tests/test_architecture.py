@@ -23,7 +23,7 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
     "autopar.models": ({"torch", "transformers"}, CORE),
     "autopar.verification": ({"torch"}, PLANNING | {"autopar.planner", "autopar.trace", "autopar.rewrite", "autopar.runtime"}),
     "autopar.api": ({"torch"}, PLANNING | {"autopar.planner", "autopar.trace", "autopar.rewrite", "autopar.runtime", "autopar.verification"}),
-    "autopar.cli": ({"typer", "rich", "torch"}, PLANNING | {"autopar.planner", "autopar.api", "autopar.verification", "autopar.models", "autopar.runtime"}),
+    "autopar.cli": ({"typer", "rich", "torch"}, PLANNING | {"autopar", "autopar.planner", "autopar.api", "autopar.verification", "autopar.models", "autopar.runtime"}),
     "autopar.__main__": (set(), {"autopar.cli"}),
     "autopar": (set(), CORE | {"autopar.api", "autopar.verification"}),
 }

@@ -1,0 +1,154 @@
+"""What commands print when they succeed: JSON for programs, a page for people, and exit codes."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autopar.cli import plan_command
+from autopar.cli.layout import axis_uses, parameter_groups
+from autopar.core.cluster import Cluster
+from autopar.core.plan import Plan
+from autopar.models import catalog
+from autopar.verification import VerifyReport
+from tests.cli.calling import Call, Called
+from tests.cli.conftest import PLANNED
+
+
+def content(called: Called, code: int = 0) -> dict[str, Any]:
+    """The one JSON object on stdout, beside nothing on stderr."""
+    assert (called.code, called.err) == (code, "")
+    found = json.loads(called.out, parse_constant=pytest.fail)
+    assert found["schema_version"] == 1
+    return found
+
+
+def test_plan_json(call: Call, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    found = content(call("plan", *PLANNED, "--json", "-o", path))
+    assert {"plan", "predicted", "proof", "seconds", "model", "cluster", "layout", "notes"} <= set(found)
+    assert {"step_time_s", "peak_memory_bytes", "tokens_per_s", "mfu"} <= set(found["predicted"])
+    assert {"objective", "bound", "gap"} <= set(found["proof"])
+    assert set(found["seconds"]) == {"trace", "search"}
+    assert found["layout"] == "dp2 x tp2" and found["model"] == "mlp-tiny"
+    assert found["plan"] == json.loads(path.read_text())
+    plan = Plan.from_json(json.dumps(found["plan"]))
+    assert plan == Plan.load(path) and plan.predicted.step_time_s == found["predicted"]["step_time_s"] > 0
+
+
+def test_the_same_command_gives_the_same_plan(call: Call, plan_text: str, tmp_path: Path) -> None:
+    path = tmp_path / "again.json"
+    assert call("plan", *PLANNED, "-o", path).code == 0
+    assert path.read_text() == plan_text
+
+
+def test_plan_page(call: Call, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    called = call("plan", "gpt2-tiny", "--cluster", "local:4", "--pin", "dp=2", "--pin", "tp=2", "-o", path)
+    assert (called.code, called.err) == (0, "")
+    lines = called.out.splitlines()
+    assert lines[0].startswith("dp2 x tp2  for gpt2-tiny on local:4: ")
+    assert "\x1b" not in called.out
+    stored = {line.split()[0]: line.split()[1:] for line in lines if line.startswith("transformer.h.*.")}
+    assert stored["transformer.h.*.mlp.c_fc.weight"] == ["tp=S1", "x2"]
+    assert any(line.startswith("proof") and "faster" in line for line in lines)
+    assert lines[-1] == f"next: autopar verify gpt2-tiny --cluster local:4 --plan {path}"
+
+
+@pytest.mark.parametrize(
+    "arguments,following",
+    [
+        (("mlp-tiny", "-c", "local:2"), "next: autopar verify mlp-tiny --cluster local:2"),
+        (("mlp-tiny", "-c", "a10g:1x2", "--pin", "dp=2", "-o", "p.json"), "next: autopar verify mlp-tiny --cluster a10g:1x2 --pin dp=2"),
+        (("llama-2-7b", "-c", "h100-sxm:1x2", "--pin", "tp=2", "--seq", "128"), "--pin tp=2 -o plan.json"),
+        (("llama-2-7b", "-c", "h100-sxm:1x2", "--pin", "tp=2", "--seq", "128", "-o", "p.json"), "next: autopar verify llama-tiny --cluster local:4"),
+    ],
+)
+def test_next_command(
+    arguments: tuple[str, ...], following: str, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan_text: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = Plan.from_json(plan_text)
+    monkeypatch.setattr(plan_command, "search", lambda *_, **__: (found, {"trace": 0.0, "search": 0.0}))
+    assert call("plan", *arguments).out.splitlines()[-1].endswith(following)
+
+
+@pytest.mark.parametrize("option,code", [((), 4), (("--allow-gap",), 0)])
+def test_exit_code_when_the_time_was_over(option: tuple[str, ...], code: int, call: Call, monkeypatch: pytest.MonkeyPatch, plan_text: str) -> None:
+    found = Plan.from_json(plan_text)
+    proof = replace(found.proof, bound=found.proof.objective / 2, gap=0.5, status="budget over 1 mesh")
+    monkeypatch.setattr(plan_command, "search", lambda *_, **__: (replace(found, proof=proof), {"trace": 0.0, "search": 0.0}))
+    called = call("plan", "mlp-tiny", "-c", "local:4", *option)
+    assert called.code == code and "50.00% more" in called.out
+
+
+@pytest.mark.parametrize("options", [("--plan",), ("--pin", "tp=4")])
+def test_verify_json(options: tuple[str, ...], call: Call, plan_file: Path) -> None:
+    given = ("--plan", plan_file) if options == ("--plan",) else options
+    found = content(call("verify", "mlp-tiny", "-c", "local:4", *given, "--steps", 2, "--json"))
+    assert found["equal"] is True and found["num_ranks"] == 4 and found["steps"] == 2
+    for key in ("loss_rel_err", "grad_rel_err_max", "grad_norm_rel_err", "param_rel_err_max"):
+        assert 0 <= found[key] < 1e-9, key
+    assert found["bytes_predicted"] == found["bytes_counted"] > 0
+    assert found["ops_without_rule"] == []
+
+
+def test_verify_page(call: Call) -> None:
+    called = call("verify", "mlp-tiny", "-c", "local:2", "--pin", "tp=2", "--steps", 1, "--dtype", "float32")
+    assert called.code == 0
+    assert called.out.startswith("equal: mlp-tiny as tp2 on 2 simulated ranks and in one process, float32, 1 step\n")
+
+
+def test_verify_says_when_it_is_not_equal(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = VerifyReport(
+        equal=False, dtype="float64", num_ranks=2, steps=1, loss_rel_err=float("nan"), grad_rel_err_max=0.5, grad_norm_rel_err=0.1, param_rel_err_max=0.2,
+        worst_parameter="head.weight", bytes_predicted=8, bytes_counted=16, ops_without_rule=("sort",), failures=("gradient differs by 5.0e-01",),
+    )  # fmt: skip
+    monkeypatch.setattr("autopar.api.verify", lambda *_, **__: report)
+    found = content(call("verify", "mlp-tiny", "-c", "local:2", "--pin", "tp=2", "--json"), code=5)
+    assert found["equal"] is False and found["loss_rel_err"] is None
+    called = call("verify", "mlp-tiny", "-c", "local:2", "--pin", "tp=2")
+    assert called.code == 5 and called.out.startswith("NOT EQUAL") and "gradient differs" in called.out and "sort" in called.out
+
+
+def test_models(call: Call) -> None:
+    found = content(call("models", "--json"))["models"]
+    assert [row["name"] for row in found] == list(catalog.names())
+    page = call("models").out
+    assert all(row["name"] in page for row in found)
+
+
+def test_clusters(call: Call) -> None:
+    found = content(call("clusters", "--json"))["clusters"]
+    assert [row["name"] for row in found] == list(Cluster.preset_names())
+    assert all(row["memory_bytes"] > 1e9 and row["intra_node"]["bandwidth_bytes_per_s"] > 0 for row in found)
+    page = call("clusters").out
+    assert all(row["name"] in page for row in found) and "local:N" in page
+
+
+
+def layouts(*params: tuple[str, str], ops: tuple[tuple[str, str], ...] = (), text: str) -> Plan:
+    """A plan with other parameters and operators on dp2 x tp2."""
+    data = json.loads(text) | {"params": dict(params), "ops": dict(ops)}
+    return Plan.from_json(json.dumps(data))
+
+
+def test_layers_are_counted_together(plan_text: str) -> None:
+    plan = layouts(("h.0.w", "I,S1"), ("h.1.w", "I,S1"), ("h.2.w", "S0,S1"), ("0.h.11.w.3", "I,I"), ("h.0.w2", "I,S0/3"), text=plan_text)
+    found = [(group.pattern, group.layout, group.count, group.whole) for group in parameter_groups(plan)]
+    assert found == [
+        ("h.*.w", "tp=S1", 2, False),
+        ("h.*.w", "dp=S0 tp=S1", 1, False),
+        ("*.h.*.w.*", "whole", 1, True),
+        ("h.*.w2", "tp=S0/3", 1, False),
+    ]
+
+
+def test_axes_say_what_they_cut_and_where_they_talk(plan_text: str) -> None:
+    ops = (("addmm", "dp:m,tp:k"), ("addmm_1", "dp:m,tp:n"), ("addmm_2", "dp:m,tp:n"), ("view", "dp:f0,tp:f1"), ("sum_default_1", "dp:I,tp:I"))
+    plan = layouts(("w", "I,I"), ops=ops, text=plan_text)
+    outer, inner = axis_uses(plan, Cluster.preset("h100-sxm", nodes=2, devices_per_node=2))
+    assert (outer.name, outer.size, outer.cuts, outer.link) == ("dp", 2, "addmm m x3", "InfiniBand")
+    assert (inner.name, inner.size, inner.cuts) == ("tp", 2, "addmm n x2, k") and inner.link.startswith("NVLink")
