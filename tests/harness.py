@@ -211,6 +211,8 @@ def check_route(route: Route, meta: TensorMeta, mesh: Mesh, gen: torch.Generator
     (outs,) = lockstep.run([local])
     got = collect([out.detach() for out in outs], route[-1], mesh, meta.shape)
     outcome = Outcome(value=relative_error(got.whole, x), replicas=got.replicas)
+    if math.isnan(outcome.value):
+        return outcome
     if meta.requires_grad:
         cotangent = torch.randn(meta.shape, generator=gen, dtype=torch.float64)
         pulled = distribute(cotangent, gradient_layout(route[-1]), mesh, gen)

@@ -63,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = app(None if arguments is None else list(arguments), prog_name="autopar", standalone_mode=False, obj=session)
         sys.stdout.flush()
+        if code == INTERRUPTED:  # how typer reports Ctrl-C, without a word
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except AutoparError as error:
         return _fail(session, error, str(error), error.exit_code)
@@ -70,7 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(session, error, f"{error.format_message()} (see autopar --help)", AutoparError.exit_code)
     except (KeyboardInterrupt, typer.Abort) as error:
         return _fail(session, error, "interrupted", INTERRUPTED)
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit) as error:
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):  # typer makes the one of the other
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush of Python has somewhere to go
         return 0  # who reads the output had enough of it
     except Exception as error:  # noqa: BLE001 - the one place that sees the errors nobody foresaw, and says so in one line

@@ -1,5 +1,6 @@
 """`autopar run`: a short training on processes of this machine, beside the same training in one process."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -49,7 +50,7 @@ def run(
     checked_share("--lr", lr, 1e6)
     pins = checked_pins(pin, machines)
     given = None if plan is None else read_plan(plan, machines, pins)
-    content = None if text is None else _read(text)
+    corpus = None if text is None else _read(text)
     with working("loading torch") as progress:
         from autopar.cli.plan_command import search
         from autopar.cli.training import Job, draws_random_numbers, on_one_process, token_input
@@ -57,14 +58,15 @@ def run(
 
         size = global_batch(batch, machines)
         shapes = load_model(model, batch=size, seq=seq)
-        if token_input(shapes) is None and content is not None:
+        reads = token_input(shapes) is not None
+        if corpus is not None and not reads:
             raise UsageError(f"--text {text}: {model} does not read text; leave it out to train on random numbers")
         dice_off = compare and draws_random_numbers(shapes.module)
         shapes.module.train(not dice_off)
         found = given or search(shapes, machines, pins, progress=progress)[0]
         job = Job(
             model=model, cluster=cluster, plan=found.to_json(), batch=size, seq=seq, steps=steps, lr=lr, seed=seed,
-            train=not dice_off, text=(_manual() if content is None else content) if token_input(shapes) else None,
+            train=not dice_off, text=None if not reads else _manual() if corpus is None else corpus,
         )  # fmt: skip
         next(job.batches(shapes))  # a text that is too short is refused before anything is trained
         expected = on_one_process(job, progress) if compare else None
@@ -72,12 +74,12 @@ def run(
             progress("starting processes")
             losses = _train(job, found, lambda step, loss: progress(f"step {step} of {steps}, loss {loss:.4f}"))
     if not json:
-        notes = ["dropout is off, so that both runs can be compared; --no-compare trains with it"] if dice_off else []
-        losses = _print_training(job, found, expected, notes)
+        losses = _print_training(job, found, expected)
     worst = _worst(losses, expected)
     if json:
-        content = {"model": model, "cluster": machines.name, "layout": found.summary(), "losses": losses, "one_process": expected}
-        print_json({**content, "max_difference": worst})
+        print_json(
+            {"model": model, "cluster": machines.name, "layout": found.summary(), "losses": losses, "one_process": expected, "max_difference": worst}
+        )
     return VerificationError.exit_code if worst is not None and worst > LOSS_TOLERANCE else 0
 
 
@@ -96,8 +98,8 @@ def _manual() -> bytes:
     return "\n".join(topics[name] for name in sorted(topics)).encode()
 
 
-def _train(job: "Job", plan: Plan, show) -> list[float]:  # noqa: ANN001 - show(step, loss)
-    """The losses of the parallel run, each shown as it arrives."""
+def _train(job: "Job", plan: Plan, show: Callable[[int, float], None]) -> list[float]:
+    """The losses of the parallel run; `show(step, loss)` as each arrives."""
     from autopar.cli.training import PRELOAD, on_rank
     from autopar.runtime.launch import launch
 
@@ -114,7 +116,7 @@ def _train(job: "Job", plan: Plan, show) -> list[float]:  # noqa: ANN001 - show(
     return losses
 
 
-def _print_training(job: "Job", plan: Plan, expected: list[float] | None, notes: list[str]) -> list[float]:
+def _print_training(job: "Job", plan: Plan, expected: list[float] | None) -> list[float]:
     """The losses, printed as they come; nothing before the first, so that a run that cannot start leaves stdout empty."""
     from autopar.cli.training import difference
 
@@ -124,8 +126,8 @@ def _print_training(job: "Job", plan: Plan, expected: list[float] | None, notes:
 
     def head() -> None:
         page.print(f"{job.model} as {plan.summary()} on {ranks} processes, batch {job.batch} of {data}, AdamW {job.lr:g}", style="bold")
-        for note in notes:
-            page.print(f"note: {note}")
+        if not job.train:
+            page.print("note: dropout is off, so that both runs can be compared; --no-compare trains with it")
         names = f"{ranks} process{'es' * (ranks > 1)}"
         page.print(f"{'step':>5}  {names:>12}" + (f"  {'one process':>12}  {'difference':>10}" if expected else ""))
 

@@ -18,8 +18,8 @@ from autopar.models.load import LoadedModel, load_model
 from autopar.runtime.launch import Worker
 
 TOKEN_INPUTS = ("input_ids", "inputs")
-PRELOAD = ("autopar.api", "transformers.modeling_utils")
-"""What every rank imports, once for all."""
+PRELOAD = ("autopar.api", "torch._export.non_strict_utils", "transformers.modeling_utils")
+"""What every rank imports before its first step, once for all: half of a short run is imports."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +46,12 @@ class Job:
         name = token_input(loaded)
         for step in range(self.steps):
             if self.text is None or name is None:
-                yield loaded.kwargs
+                yield dict(loaded.kwargs)
                 continue
-            rows, length = loaded.kwargs[name].shape
+            rows, length = _shape(loaded, name)
             window = _windows(self.text, rows, length + 1, self.seed + step) % vocabulary(loaded)
-            yield loaded.kwargs | {name: window[:, :-1], "labels": window[:, 1:] if name == "inputs" else window[:, :-1]}
+            ids, following = window[:, :-1].contiguous(), window[:, 1:].contiguous()
+            yield loaded.kwargs | {name: ids, "labels": following if name == "inputs" else ids.clone()}
 
     def optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=self.lr)
@@ -58,17 +59,20 @@ class Job:
 
 def token_input(loaded: LoadedModel) -> str | None:
     """The argument that takes token ids beside labels of the same shape; None where the model reads no text."""
-    labels = loaded.kwargs.get("labels")
-    if loaded.labels_kind != "token" or not isinstance(labels, torch.Tensor):
+    if loaded.labels_kind != "token":
         return None
-    return next((name for name in TOKEN_INPUTS if name in loaded.kwargs and loaded.kwargs[name].shape == labels.shape), None)
+    return next((name for name in TOKEN_INPUTS if len(_shape(loaded, name)) == 2 and _shape(loaded, name) == _shape(loaded, "labels")), None)
+
+
+def _shape(loaded: LoadedModel, name: str) -> tuple[int, ...]:
+    value = loaded.kwargs.get(name)
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
 
 
 def vocabulary(loaded: LoadedModel) -> int:
-    """How many token ids there are; a byte beyond them is folded back into them."""
-    if hasattr(loaded.module, "get_input_embeddings"):
-        return min(256, loaded.module.get_input_embeddings().num_embeddings)
-    return min(256, loaded.module.vocab)
+    """How many token ids a byte can become; one beyond the vocabulary is folded back into it."""
+    size = next(m.num_embeddings for m in loaded.module.modules() if isinstance(m, nn.Embedding))
+    return min(256, size)
 
 
 def _windows(text: bytes, rows: int, length: int, seed: int) -> torch.Tensor:

@@ -52,9 +52,10 @@ def verify(
         from autopar.cli.plan_command import search
         from autopar.models.load import load_model
 
-        shape = {"batch": global_batch(batch, machines), "seq": seq}
-        _check_size(model, load_model(model, **shape).module.parameters(), machines.num_devices)
-        loaded = load_model(model, **shape, device="cpu", dtype="float32", seed=seed)
+        samples = global_batch(batch, machines)
+        shapes = load_model(model, batch=samples, seq=seq)
+        _check_size(model, sum(p.numel() for p in shapes.module.parameters()), machines.num_devices)
+        loaded = load_model(model, batch=samples, seq=seq, device="cpu", dtype="float32", seed=seed)
         found = given or search(loaded, machines, pins, progress=progress)[0]
         try:
             report = compare(loaded.module, found, loaded.kwargs, steps=steps, dtype=dtype, progress=progress)
@@ -78,8 +79,7 @@ def too_large(elements: int, num_ranks: int) -> str:
     return f"{num_ranks} ranks and one process need up to {size(needed)}, this machine has {size(present)}" if needed > MEMORY_SHARE * present else ""
 
 
-def _check_size(model: str, parameters, num_ranks: int) -> None:  # noqa: ANN001 - an iterator of tensors, and torch is not imported here
-    elements = sum(p.numel() for p in parameters)
+def _check_size(model: str, elements: int, num_ranks: int) -> None:
     reason = too_large(elements, num_ranks)
     if reason:
         raise UsageError(

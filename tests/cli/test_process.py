@@ -48,8 +48,11 @@ def test_version(call: Call) -> None:
     assert call("--version").out == "0.1.0\n"
 
 
-def test_reader_that_closes_early() -> None:
-    process = subprocess.Popen([*COMMAND, "models"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+@pytest.mark.parametrize("unbuffered", ["", "1"])  # the pipe breaks at the last flush, or in the middle of the command
+@pytest.mark.parametrize("arguments", [["models"], ["models", "--json"]])
+def test_reader_that_closes_early(arguments: list[str], unbuffered: str) -> None:
+    environment = ENVIRONMENT | {"PYTHONUNBUFFERED": unbuffered}
+    process = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
     assert process.stderr.read() == ""

@@ -17,7 +17,7 @@ TEXT = b"To be, or not to be, that is the question: whether 'tis nobler in the m
 def test_text_on_four_processes(call: Call, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_bytes(TEXT)
-    called = call("run", "gpt2-tiny", "-c", "local:4", "--pin", "dp=2", "--pin", "tp=2", "--steps", 4, "--text", text, "--lr", 3e-3, "--json")
+    called = call("run", "transformer-tiny", "-c", "local:4", "--pin", "dp=2", "--pin", "tp=2", "--steps", 4, "--text", text, "--lr", 3e-3, "--json")
     assert (called.code, called.err) == (0, "")
     found = json.loads(called.out)
     assert found["schema_version"] == 1 and found["layout"] == "dp2 x tp2"
@@ -27,7 +27,7 @@ def test_text_on_four_processes(call: Call, tmp_path: Path) -> None:
 
 
 @pytest.mark.gloo
-def test_page_of_a_model_with_dropout(call: Call, plan_file: Path) -> None:
+def test_page_of_a_model_with_dropout(call: Call) -> None:
     called = call("run", "alexnet-tiny", "-c", "local:2", "--pin", "dp=2", "--steps", 2)
     assert (called.code, called.err) == (0, "")
     lines = called.out.splitlines()
