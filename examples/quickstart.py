@@ -42,10 +42,11 @@ class Settings:
     def model(self, *, layers: int, vocab: int) -> GPT2LMHeadModel:
         """The same weights wherever it is called; on the meta device shapes only."""
         torch.manual_seed(0)
-        shape = {"n_embd": self.hidden, "n_head": self.heads, "n_layer": layers, "vocab_size": vocab}
-        ends = {"bos_token_id": vocab - 1, "eos_token_id": vocab - 1}
-        no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        return GPT2LMHeadModel(GPT2Config(**shape, **ends, **no_dropout))
+        config = GPT2Config(
+            n_embd=self.hidden, n_head=self.heads, n_layer=layers, vocab_size=vocab, bos_token_id=vocab - 1, eos_token_id=vocab - 1,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        )  # fmt: skip
+        return GPT2LMHeadModel(config)
 
     def batches(self) -> Iterator[dict[str, torch.Tensor]]:
         """One global batch per step, equal on all ranks: stretches of the text, a byte a token."""
@@ -85,9 +86,9 @@ def prove(settings: Settings) -> None:
 def train(worker: Worker, settings: Settings, plan: str) -> None:
     """What one rank does: ordinary PyTorch, but for the one line that makes the model parallel."""
     be_quiet()
-    model = settings.model(layers=settings.layers, vocab=settings.vocab)
+    whole = settings.model(layers=settings.layers, vocab=settings.vocab)
     cluster = autopar.Cluster.local(settings.processes)
-    model = autopar.parallelize(model, cluster, next(settings.batches()), plan=autopar.Plan.from_json(plan))
+    model = autopar.parallelize(whole, cluster, next(settings.batches()), plan=autopar.Plan.from_json(plan))
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr)
     for batch in settings.batches():
         start = time.perf_counter()

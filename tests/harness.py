@@ -68,7 +68,8 @@ def addends(x: torch.Tensor, count: int, gen: torch.Generator) -> list[torch.Ten
     else:
         scale = float(x.abs().mean()) + 1.0
         weights = [0.6, -0.35, 0.85, -0.7, 0.45, -0.15, 0.3]
-        parts = [x * weights[k % 7] + scale * torch.randn(x.shape, generator=gen, dtype=torch.float64).to(x.dtype) for k in range(count - 1)]
+        noise = [scale * torch.randn(x.shape, generator=gen, dtype=torch.float64).to(x.dtype) for _ in range(count - 1)]
+        parts = [x * weights[k % 7] + offset for k, offset in enumerate(noise)]
     rest = x
     for part in parts:
         rest = rest - part
@@ -222,8 +223,8 @@ def check_route(route: Route, meta: TensorMeta, mesh: Mesh, gen: torch.Generator
         ahead = pairing([out.detach() for out in outs], pulled, route[-1], mesh)
         behind = pairing([part.detach() for part in local], grads, route[0], mesh)
         adjoint = abs(ahead - behind) / (float(x.norm() * cotangent.norm()) * mesh.num_ranks)
-        error = relative_error(back.whole, cotangent)
-        outcome = outcome.worse(Outcome(gradient=max(error, adjoint) if error == error else error, replicas=back.replicas))
+        outcome = outcome.worse(Outcome(gradient=relative_error(back.whole, cotangent), replicas=back.replicas))
+        outcome = outcome.worse(Outcome(gradient=adjoint))
     return outcome.worse(Outcome(ledger=lockstep.counted(program.ledger)))
 
 

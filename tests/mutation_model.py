@@ -19,7 +19,7 @@ from tests.whole import ModelCase
 
 PLANS = tuple((mesh_of(*sizes), seed) for sizes in ((2,), (3,), (2, 2)) for seed in range(4))
 
-transform: Callable[[Program], Program] = lambda program: program  # noqa: E731 - replaced by mistakes
+transform: Callable[[Program], Program] = lambda program: program
 edit = ""
 
 
@@ -116,4 +116,28 @@ def _share_across_gradients(graph: Graph) -> None:
             seen[key] = node
 
 
-EDITS: dict[str, Callable[[Graph], None]] = {"detach a second use": _detach_second_use, "share across gradients": _share_across_gradients}
+def scaled_count(count: torch.Tensor, mine: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """The count of all targets if every rank ignored as many as this one."""
+    return count * (whole.numel() // mine.numel())
+
+
+def _mean_of_local_means(graph: Graph) -> None:
+    """Every rank divides by its own number of targets, and the ranks' means are averaged."""
+    rows = next(n for n in graph.nodes if n.op == "call_function" and n.name.startswith(("token_cross_entropy", "cross_entropy_rows")))
+    kept = next(n for n in graph.nodes if n.target is torch.ops.aten.ne.Scalar)
+    count, whole, mine = next(iter(kept.users)), kept.args[0], rows.args[1]
+    kept.replace_input_with(whole, mine)
+    for node in (kept, count):
+        rows.append(node)
+    with graph.inserting_after(count):
+        scaled = graph.call_function(scaled_count, (count, mine, whole))
+    count.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
+    rows.append(count)
+    rows.append(kept)
+
+
+EDITS: dict[str, Callable[[Graph], None]] = {
+    "detach a second use": _detach_second_use,
+    "share across gradients": _share_across_gradients,
+    "mean of local means": _mean_of_local_means,
+}

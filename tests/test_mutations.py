@@ -7,24 +7,25 @@ Most of the list are silent wrong gradients: training would run, and the loss wo
 import dataclasses
 import math
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import pytest
 import torch
 
-from autopar.core.graph import TensorMeta
-from autopar.core.layout import I, Layout, P, R, S
-from autopar.core.mesh import Mesh
+from autopar.core.layout import I, P, R
 from autopar.core.rule import OpRule
+from autopar.errors import VerificationError
 from autopar.program import Program
 from autopar.rewrite import lower
+from autopar.rewrite.check import check_emitted
+from autopar.rewrite.emit import emit
 from autopar.runtime import kernels, moves, simulate
 from autopar.runtime.rank import Rank
-from tests.harness import TOLERANCE, Outcome, check_route, mesh_of
-from tests.mutation_model import model_outcome
-from tests.rules.call import OpCase, Sample
-from tests.rules.draws import INT, TARGET, X, call
+from tests.harness import CPU, TOLERANCE, Outcome
+from tests.mutation_checks import ROUTES, SAMPLES, op_outcome, outcome_of
+from tests.mutation_model import EDITS, small
+from tests.rules.call import OpCase
+from tests.rules.draws import X, call
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 
@@ -49,56 +50,6 @@ def mistake(row: int, check: str, sees: str) -> Callable[[Patch], Patch]:
         return patch
 
     return register
-
-
-# --- the fixed checks ------------------------------------------------------------------------------------------------
-
-ROUTES: dict[str, tuple[Mesh, tuple[Layout, ...]]] = {
-    "R from I": (mesh_of(2), ((I,), (R,))),
-    "R from S": (mesh_of(3), ((S(0),), (R,))),
-    "S from S": (mesh_of(2), ((S(0),), (S(1),))),
-    "S from I": (mesh_of(3), ((I,), (S(0),))),
-    "S from P": (mesh_of(3), ((P,), (S(1),))),
-    "P from S": (mesh_of(2), ((S(0),), (P,))),
-    "P from I": (mesh_of(2), ((I,), (P,))),
-    "I from P": (mesh_of(2), ((P,), (I,))),
-    "strided": (mesh_of(2), ((I,), (S(0, 3),))),
-    "two axes": (mesh_of(2, 3), ((S(0), S(0)), (S(0), S(1)), (S(0), R))),
-}
-
-SAMPLES: dict[str, Sample] = {
-    "linear": call("linear", X(4, 12), X(12, 12), X(12)),
-    "layer norm": call("layer_norm", X(4, 12, 6), [6], X(6), X(6)),
-    "batch norm": call("autopar.batch_norm", X(12, 6), X(6), X(6), 1e-5),
-    "mean": call("mean.dim", X(4, 12), [1]),
-    "embedding": call("embedding", X(12, 4), INT(12, 24), 3),
-    "dropout": call("autopar.dropout", X(4, 12), 0.4, 1),
-    "cross entropy": call("autopar.token_cross_entropy", X(4, 12), TARGET(12, 4), -100, 0.1),
-    "gelu": call("gelu", X(4, 12)),
-    "attention": call("autopar.attention", X(4, 4, 6, 3), X(4, 4, 6, 3), X(4, 4, 6, 3), None, 0.3, False, None, False, 3),
-}
-
-
-@lru_cache(maxsize=None)
-def case_of(name: str) -> OpCase:
-    case = OpCase(SAMPLES[name])
-    assert case.reference
-    return case
-
-
-def op_outcome(case: OpCase) -> Outcome:
-    worst = Outcome()
-    for mesh in (mesh_of(2), mesh_of(2, 2)):
-        for strategy in case.strategies(mesh):
-            worst = worst.worse(case.check(mesh, strategy))
-    return worst
-
-
-def outcome_of(check: str) -> Outcome:
-    if check in ROUTES:
-        mesh, route = ROUTES[check]
-        return check_route(route, TensorMeta((12, 12), "float64", True), mesh, torch.Generator().manual_seed(5))
-    return model_outcome() if check == "model" else op_outcome(case_of(check))
 
 
 @pytest.mark.parametrize("check", [*ROUTES, *SAMPLES, "model"])
@@ -126,12 +77,16 @@ def _backward(monkeypatch: pytest.MonkeyPatch, pair: tuple[str, str], instead: s
 
 def _exchange(monkeypatch: pytest.MonkeyPatch, primitive: str, change: Callable[[list[Any], list[Any]], list[Any]]) -> None:
     right = simulate._exchange
-    monkeypatch.setattr(simulate, "_exchange", lambda prim, sent, op: change(right(prim, sent, op), sent) if prim == primitive else right(prim, sent, op))
+    monkeypatch.setattr(
+        simulate, "_exchange", lambda prim, sent, op: change(right(prim, sent, op), sent) if prim == primitive else right(prim, sent, op)
+    )
 
 
 def _local(monkeypatch: pytest.MonkeyPatch, primitive: str, change: Callable[..., torch.Tensor]) -> None:
     right = moves.local
-    monkeypatch.setattr(simulate, "local", lambda move, x, size, index: (change if move.forward == primitive else right)(move, x, size, index))
+    monkeypatch.setattr(
+        simulate, "local", lambda move, x, size, index: (change if move.forward == primitive else right)(move, x, size, index)
+    )
 
 
 @mistake(1, "R from I", "gradient")
@@ -289,7 +244,9 @@ def largest_logit_not_reduced(mp: pytest.MonkeyPatch) -> None:
 def target_logit_not_masked(mp: pytest.MonkeyPatch) -> None:
     right = kernels.cross_entropy_parts
 
-    def parts(logits: torch.Tensor, target: torch.Tensor, largest: torch.Tensor, mesh: Rank, axes: list[str], smoothing: float) -> torch.Tensor:
+    def parts(
+        logits: torch.Tensor, target: torch.Tensor, largest: torch.Tensor, mesh: Rank, axes: list[str], smoothing: float
+    ) -> torch.Tensor:
         found = right(logits, target, largest, mesh, axes, smoothing)
         here = (target - kernels.shard_start(mesh, axes, logits.shape[-1])).clamp(0, logits.shape[-1] - 1)
         picked = (logits - largest.unsqueeze(-1)).gather(-1, here.unsqueeze(-1)).squeeze(-1)
@@ -306,7 +263,8 @@ def sum_of_exponentials_not_reduced(mp: pytest.MonkeyPatch) -> None:
 @mistake(8, "cross entropy", "value")
 def smoothing_over_local_classes(mp: pytest.MonkeyPatch) -> None:
     right = kernels.cross_entropy_rows
-    mp.setattr(kernels, "cross_entropy_rows", _named(lambda parts, target, ignore, smoothing, classes: right(parts, target, ignore, smoothing, classes // 2)))
+    wrong = _named(lambda parts, target, ignore, smoothing, classes: right(parts, target, ignore, smoothing, classes // 2))
+    mp.setattr(kernels, "cross_entropy_rows", wrong)
 
 
 @mistake(0, "cross entropy", "ledger")
@@ -324,8 +282,7 @@ def statistics_of_the_local_batch(mp: pytest.MonkeyPatch) -> None:
 
 @mistake(2, "model", "gradient")
 def tokens_counted_per_rank(mp: pytest.MonkeyPatch) -> None:
-    """The count of targets is taken to be the same on all ranks."""
-    _exchange(mp, "all_reduce", lambda got, sent: got if got[0].is_floating_point() else [x * len(sent) for x in sent])
+    mp.setattr("tests.mutation_model.edit", "mean of local means")
 
 
 @mistake(9, "model", "gradient")
@@ -371,6 +328,22 @@ def test_a_cut_along_a_normalised_dimension_is_seen() -> None:
     case = OpCase(call("softmax.int", X(4, 12), 1))
     case.rule = dataclasses.replace(case.rule, factors=("a", "b"), sizes=(4, 12), operands=(((0,), (1,)),), results=(((0,), (1,)),))
     assert is_wrong(op_outcome(case), "value")
+
+
+def test_the_static_check_refuses_shared_moves() -> None:
+    """A program that lost a move is refused before it runs."""
+    case, programs = small()
+    refused = 0
+    for program in programs:
+        emitted = emit(program, case.traced.gm, case.traced.node_of, CPU)
+        check_emitted(program, emitted.graph)
+        before = len(emitted.graph.nodes)
+        EDITS["share across gradients"](emitted.graph)
+        if len(emitted.graph.nodes) < before:
+            with pytest.raises(VerificationError, match="move"):
+                check_emitted(program, emitted.graph)
+            refused += 1
+    assert refused
 
 
 def test_there_are_enough_mistakes() -> None:

@@ -1,8 +1,8 @@
 """Whole models under random plans: traced, cut at random, run on a simulated mesh and compared with one process."""
 
 import random
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ from torch import nn
 
 from autopar.core.cluster import Cluster
 from autopar.core.mesh import Mesh
+from autopar.core.plan import Plan, Prediction, Proof
+from autopar.planner.bind import decisions
 from autopar.planner.decode import decode
 from autopar.planner.problem import Ports, ProblemBuilder
 from autopar.planner.roles import Constraints, Pins, batch_factors
@@ -29,6 +31,15 @@ which is 1e-16 of the whole; a gradient that is wrong is wrong by its own size."
 SEED = 7
 
 
+def plan_of(program: Program) -> Plan:
+    """The plan that names the program's decisions, with no prediction."""
+    nothing = Prediction(**{f.name: 0 for f in fields(Prediction)})
+    proof = Proof(0.0, 0.0, 0.0, "random", "none")
+    return Plan(
+        program.graph.digest, program.graph.name, "none", program.mesh, **decisions(program, program.mesh), predicted=nothing, proof=proof
+    )
+
+
 class _StatesOnly(ProblemBuilder):
     """A random plan needs to know the states of every node, not what the edges cost."""
 
@@ -36,7 +47,7 @@ class _StatesOnly(ProblemBuilder):
         pass
 
 
-@lru_cache(maxsize=None)
+@cache
 def pricing_of(mesh: Mesh) -> Pricing:
     """One cache of routes per mesh."""
     return Pricing(Cluster.local(mesh.num_ranks), mesh)
@@ -118,7 +129,9 @@ class ModelCase:
         lockstep = Lockstep(built.module, mesh, SEED)
         columns = {}
         for x, v in zip(self.whole.values, (v for v, value in enumerate(self.graph.values) if value.role != "op")):
-            parts = distribute(x, program.storage[v], mesh, self.gen) if v in program.storage else [x.clone() for _ in range(mesh.num_ranks)]
+            parts = (
+                distribute(x, program.storage[v], mesh, self.gen) if v in program.storage else [x.clone() for _ in range(mesh.num_ranks)]
+            )
             columns[v] = [part.requires_grad_(self.graph.values[v].meta.requires_grad) for part in parts]
         outs, updates = lockstep.run_all([columns[v] for v in built.inputs])
         outcome = self._check_outputs(program, outs, updates)
@@ -143,9 +156,13 @@ class ModelCase:
             if not self.graph.values[v].meta.requires_grad:
                 continue
             parts = _summed(gradients(columns[v]), program.deferred[v] if v in self.graph.differentiated else (), mesh, ranks)
-            want = torch.zeros_like(collect(parts, program.storage[v], mesh, self.graph.values[v].meta.shape).whole) if want is None else want
+            want = (
+                torch.zeros_like(collect(parts, program.storage[v], mesh, self.graph.values[v].meta.shape).whole) if want is None else want
+            )
             got = collect(parts, program.storage[v], mesh, tuple(want.shape))
-            outcome = outcome.worse(Outcome(gradient=relative_error(got.whole, want, NEGLIGIBLE * total), replicas=got.replicas / max(total, 1.0)))
+            outcome = outcome.worse(
+                Outcome(gradient=relative_error(got.whole, want, NEGLIGIBLE * total), replicas=got.replicas / max(total, 1.0))
+            )
         return outcome
 
 

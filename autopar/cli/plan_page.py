@@ -24,12 +24,17 @@ def print_plan(page: Console, plan: Plan, cluster: Cluster, *, tokens: bool, nex
     page.print(LEGEND, style="dim")
     page.print()
     rate = f"; {count(p.tokens_per_s)} {'tokens' if tokens else 'samples'}/s" if p.tokens_per_s else ""
-    page.print(f"time           {duration(p.step_time_s)} = {duration(p.compute_s)} compute + {duration(p.communication_s)} communication{rate}; MFU {p.mfu:.1%}")
-    page.print(f"memory         {size(p.peak_memory_bytes)} = {size(p.state_bytes)} parameters, gradients and optimizer + {size(p.activation_bytes)} activations")
-    page.print(f"communication  {size(p.communicated_bytes)} into collectives per device and step")
-    page.print(f"proof          {_proof(plan)}")
-    for note in _notes(plan):
-        page.print(f"note           {note}")
+    time = f"{duration(p.step_time_s)} = {duration(p.compute_s)} compute + {duration(p.communication_s)} communication"
+    memory = f"{size(p.peak_memory_bytes)} = {size(p.state_bytes)} parameters, gradients and optimizer"
+    lines = [
+        ("time", f"{time}{rate}; MFU {p.mfu:.1%}"),
+        ("memory", f"{memory} + {size(p.activation_bytes)} activations"),
+        ("communication", f"{size(p.communicated_bytes)} into collectives per device and step"),
+        ("proof", _proof(plan)),
+        *(("note", note) for note in _notes(plan)),
+    ]
+    for name, text in lines:
+        page.print(f"{name:<15}{text}")
     page.print()
     page.print(f"next: {next_command}")
 
@@ -66,8 +71,6 @@ def _proof(plan: Plan) -> str:
 
 def _notes(plan: Plan) -> list[str]:
     idle = [axis for axis in plan.mesh.axes if axis.name.startswith("idle") and axis.size > 1]
-    found = [
-        f"the ranks of axis {axis.name} all compute the same: cutting costs more than it saves here; use {plan.mesh.num_ranks // axis.size} devices, or more work per step"
-        for axis in idle
-    ]
+    advice = "all compute the same, cutting costs more than it saves here; use"
+    found = [f"the ranks of axis {axis.name} {advice} {plan.mesh.num_ranks // axis.size} devices, or more work per step" for axis in idle]
     return [*found, *plan.notes]

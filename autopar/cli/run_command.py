@@ -1,5 +1,6 @@
 """`autopar run`: a short training on processes of this machine, beside the same training in one process."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -47,6 +48,8 @@ def run(
     machines = Cluster.parse(cluster)
     if not machines.name.startswith("local:"):
         raise UsageError(f"--cluster {cluster}: run starts processes on this machine; use local:N, or torchrun with autopar.parallelize elsewhere")
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        raise UsageError("run starts its processes itself; call it without torchrun")
     checked_share("--lr", lr, 1e6)
     pins = checked_pins(pin, machines)
     given = None if plan is None else read_plan(plan, machines, pins)

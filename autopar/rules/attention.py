@@ -48,7 +48,8 @@ def token_cross_entropy(call: Call) -> OpRule:
     if target is None or len(call.shape("input")) != 2:
         raise NoRule
     numbers = 4 if call.args["label_smoothing"] else 3
-    return call.rule({"input": ["n", "v"], "target": ["n"]}, [["n"]], saves=["input", "input"], inner=[("v", "all_reduce", ["n"], numbers, 0)])
+    inner = [("v", "all_reduce", ["n"], numbers, 0)]
+    return call.rule({"input": ["n", "v"], "target": ["n"]}, [["n"]], saves=["input", "input"], inner=inner)
 
 
 @rule("aten.mse_loss.default", "aten.l1_loss.default", "aten.smooth_l1_loss.default", "aten.huber_loss.default", "aten.kl_div.default",

@@ -11,7 +11,7 @@ def constant(call: Call) -> OpRule:
     return call.rule({}, [names])
 
 
-@rule("aten.arange.default", "aten.arange.start", "aten.arange.start_step", "aten.scalar_tensor.default", "aten.eye.default", "aten.eye.m", "aten.linspace.default",
-      "aten.tril_indices.default", "aten.triu_indices.default")  # fmt: skip
+@rule("aten.arange.default", "aten.arange.start", "aten.arange.start_step", "aten.scalar_tensor.default", "aten.eye.default", "aten.eye.m",
+      "aten.linspace.default", "aten.tril_indices.default", "aten.triu_indices.default")  # fmt: skip
 def sequence(call: Call) -> OpRule:
     return call.rule({}, [[None] * len(out.shape) for out in call.outs])

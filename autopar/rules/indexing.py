@@ -23,7 +23,8 @@ def index_select(call: Call) -> OpRule:
     d = call.dim("dim", len(shape))
     names = [f"d{i}" if n > 1 and i != d else None for i, n in enumerate(shape)]
     picked = "picked" if call.outs[0].shape[d] > 1 else None
-    return call.rule({"self": names, "index": [picked] * len(call.shape("index"))}, [[*names[:d], picked, *names[d + 1 :]]], linear=[["self"]], saves=["index"])
+    result = [*names[:d], picked, *names[d + 1 :]]
+    return call.rule({"self": names, "index": [picked] * len(call.shape("index"))}, [result], linear=[["self"]], saves=["index"])
 
 
 @rule("aten.index.Tensor")

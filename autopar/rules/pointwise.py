@@ -6,7 +6,8 @@ from autopar.core.rule import OpRule
 from autopar.rules.registry import Call, rule
 
 
-def pointwise(call: Call, *, only: Sequence[str] = (), linear: Sequence[Sequence[str]] = (), saves: Sequence[str] = (), saves_results: Sequence[int] = (), cost: str = "pointwise") -> OpRule:
+def pointwise(call: Call, *, only: Sequence[str] = (), linear: Sequence[Sequence[str]] = (), saves: Sequence[str] = (),
+              saves_results: Sequence[int] = (), cost: str = "pointwise") -> OpRule:  # fmt: skip
     """Broadcasting elementwise rule over all tensor operands, or those in `only`."""
     out = call.outs[0].shape
     names = [f"d{i}" if size > 1 else None for i, size in enumerate(out)]
@@ -60,19 +61,22 @@ def div(call: Call) -> OpRule:
 
 
 SAVES_RESULT = ("exp", "exp2", "tanh", "sigmoid", "relu", "rsqrt", "sqrt", "reciprocal")
-SAVES_OPERAND = ("gelu", "silu", "log", "log1p", "log2", "sin", "cos", "abs", "erf", "softplus", "leaky_relu", "hardtanh", "hardswish", "hardsigmoid", "elu",
-                 "mish", "log_sigmoid", "clamp", "clamp_min", "clamp_max", "relu6", "selu", "celu", "square", "expm1", "hardshrink", "softshrink", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh",
-                 "atanh", "erfc", "erfinv", "log10", "logit", "sinc", "frac", "trunc", "sgn")  # fmt: skip
-NO_GRADIENT = ("sign", "floor", "ceil", "round", "logical_not", "bitwise_not", "isnan", "isinf", "isfinite", "ones_like", "zeros_like", "full_like", "empty_like")
+SAVES_OPERAND = ("gelu", "silu", "log", "log1p", "log2", "sin", "cos", "abs", "erf", "softplus", "leaky_relu", "hardtanh", "hardswish",
+                 "hardsigmoid", "elu", "mish", "log_sigmoid", "clamp", "clamp_min", "clamp_max", "relu6", "selu", "celu", "square",
+                 "expm1", "hardshrink", "softshrink", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "erfc",
+                 "erfinv", "log10", "logit", "sinc", "frac", "trunc", "sgn")  # fmt: skip
+NO_GRADIENT = ("sign", "floor", "ceil", "round", "logical_not", "bitwise_not", "isnan", "isinf", "isfinite", "ones_like", "zeros_like",
+               "full_like", "empty_like")
 POWERS = ("aten.pow.Tensor_Scalar", "aten.pow.Tensor_Tensor", "aten.pow.Scalar", "aten.square.default")
 COMPARISONS = tuple(f"aten.{n}.{o}" for n in ("eq", "ne", "lt", "le", "gt", "ge") for o in ("Tensor", "Scalar"))
 LOGIC = tuple(f"aten.{n}.{o}" for n in ("__and__", "__or__", "__xor__", "bitwise_and", "bitwise_or", "bitwise_xor", "__lshift__", "__rshift__")
               for o in ("Tensor", "Scalar"))  # fmt: skip
-BINARY = ("aten.max.other", "aten.min.other", "aten.maximum.default", "aten.minimum.default", "aten.logical_and.default", "aten.logical_or.default", "aten.logical_xor.default", "aten.fmod.Scalar",
-          "aten.fmod.Tensor", "aten.remainder.Scalar", "aten.remainder.Tensor", "aten.floor_divide.default", "aten.div.Tensor_mode", "aten.div.Scalar_mode",
-          "aten.atan2.default", "aten.addcmul.default", "aten.addcdiv.default", "aten.lerp.Scalar", "aten.lerp.Tensor",
-          "aten.clamp.Tensor", "aten.nan_to_num.default", "aten.logaddexp.default", "aten.xlogy.Tensor", "aten.hypot.default", "aten.copysign.Tensor", "aten.fmax.default",
-          "aten.fmin.default", "aten.threshold.default")  # fmt: skip
+BINARY = ("aten.max.other", "aten.min.other", "aten.maximum.default", "aten.minimum.default", "aten.logical_and.default",
+          "aten.logical_or.default", "aten.logical_xor.default", "aten.fmod.Scalar", "aten.fmod.Tensor", "aten.remainder.Scalar",
+          "aten.remainder.Tensor", "aten.floor_divide.default", "aten.div.Tensor_mode", "aten.div.Scalar_mode", "aten.atan2.default",
+          "aten.addcmul.default", "aten.addcdiv.default", "aten.lerp.Scalar", "aten.lerp.Tensor", "aten.clamp.Tensor",
+          "aten.nan_to_num.default", "aten.logaddexp.default", "aten.xlogy.Tensor", "aten.hypot.default", "aten.copysign.Tensor",
+          "aten.fmax.default", "aten.fmin.default", "aten.threshold.default")  # fmt: skip
 
 
 @rule(*(f"aten.{name}.default" for name in SAVES_RESULT))
@@ -101,7 +105,8 @@ def prelu(call: Call) -> OpRule:
     shape = call.shape("self")
     names = [f"d{i}" if size > 1 else None for i, size in enumerate(shape)]
     per_channel = call.meta("weight").numel > 1
-    return call.rule({"self": names, "weight": [names[1] if per_channel else None] * len(call.shape("weight"))}, [names], saves=["self", "weight"])
+    slopes = [names[1] if per_channel else None] * len(call.shape("weight"))
+    return call.rule({"self": names, "weight": slopes}, [names], saves=["self", "weight"])
 
 
 @rule("aten.bucketize.Tensor")

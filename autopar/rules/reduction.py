@@ -28,17 +28,19 @@ def linear_reduction(call: Call) -> OpRule:
     return call.rule({"self": names}, [result], linear=[["self"]])
 
 
-@rule("aten.amax.default", "aten.amin.default", "aten.max.dim", "aten.min.dim", "aten.max.default", "aten.min.default", "aten.argmax.default", "aten.argmin.default",
-      "aten.any.default", "aten.any.dim", "aten.any.dims", "aten.all.default", "aten.all.dim", "aten.prod.dim_int", "aten.prod.default", "aten.var.dim", "aten.var.correction",
-      "aten.std.dim", "aten.std.correction", "aten.logsumexp.default", "aten.linalg_vector_norm.default", "aten.norm.ScalarOpt_dim", "aten.var_mean.correction", "aten.std_mean.correction",
-      "aten.median.dim", "aten.kthvalue.default", "aten.mode.default")  # fmt: skip
+@rule("aten.amax.default", "aten.amin.default", "aten.max.dim", "aten.min.dim", "aten.max.default", "aten.min.default", "aten.argmax.default",
+      "aten.argmin.default", "aten.any.default", "aten.any.dim", "aten.any.dims", "aten.all.default", "aten.all.dim",
+      "aten.prod.dim_int", "aten.prod.default", "aten.var.dim", "aten.var.correction", "aten.std.dim", "aten.std.correction",
+      "aten.logsumexp.default", "aten.linalg_vector_norm.default", "aten.norm.ScalarOpt_dim", "aten.var_mean.correction",
+      "aten.std_mean.correction", "aten.median.dim", "aten.kthvalue.default", "aten.mode.default")  # fmt: skip
 def whole_reduction(call: Call) -> OpRule:
     names, result, along = _reduced(call)
     return call.rule({"self": names}, [result] * len(call.outs), whole=along, saves=["self"], saves_results=[0])
 
 
 @rule("aten.softmax.int", "aten._softmax.default", "aten.log_softmax.int", "aten._log_softmax.default", "aten.cumsum.default", "aten.cumprod.default",
-      "aten.sort.default", "aten.argsort.default", "aten.glu.default", "aten.logcumsumexp.default", "aten.cummax.default", "aten.cummin.default", "aten.diff.default")  # fmt: skip
+      "aten.sort.default", "aten.argsort.default", "aten.glu.default", "aten.logcumsumexp.default", "aten.cummax.default",
+      "aten.cummin.default", "aten.diff.default")  # fmt: skip
 def along_one_dim(call: Call) -> OpRule:
     shape = call.shape("self")
     d = call.dim("dim", len(shape))
@@ -46,7 +48,8 @@ def along_one_dim(call: Call) -> OpRule:
     is_softmax = "softmax" in call.op.kind
     linear = [["self"]] if call.op.kind == "aten.cumsum.default" else ()
     beside = {name: names for name in ("prepend", "append") if call.has(name)}
-    return call.rule({"self": names, **beside}, [names] * len(call.outs), linear=linear, saves=() if is_softmax else ["self"], saves_results=[0] if is_softmax else ())
+    saved = {"saves_results": [0]} if is_softmax else {"saves": ["self"]}
+    return call.rule({"self": names, **beside}, [names] * len(call.outs), linear=linear, **saved)
 
 
 @rule("aten.topk.default")
@@ -113,8 +116,9 @@ def batch_norm(call: Call) -> OpRule:
     )
 
 
-@rule("aten.max_pool2d.default", "aten.max_pool2d_with_indices.default", "aten.avg_pool2d.default", "aten.adaptive_avg_pool2d.default", "aten.max_pool1d.default",
-      "aten.avg_pool1d.default", "aten.adaptive_avg_pool1d.default", "aten.adaptive_max_pool2d.default", "aten.max_pool3d.default")  # fmt: skip
+@rule("aten.max_pool2d.default", "aten.max_pool2d_with_indices.default", "aten.avg_pool2d.default", "aten.adaptive_avg_pool2d.default",
+      "aten.max_pool1d.default", "aten.avg_pool1d.default", "aten.adaptive_avg_pool1d.default", "aten.adaptive_max_pool2d.default",
+      "aten.max_pool3d.default")  # fmt: skip
 def pooling(call: Call) -> OpRule:
     name = "self" if call.has("self") else "input"
     shape = call.shape(name)

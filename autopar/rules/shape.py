@@ -129,8 +129,8 @@ def select(call: Call) -> OpRule:
 
 
 @rule("aten.slice.Tensor", "aten.narrow.default", "aten.constant_pad_nd.default", "aten.pad.default", "aten.roll.default", "aten.flip.default",
-      "aten.triu.default", "aten.tril.default", "aten.upsample_nearest2d.vec", "aten.upsample_bicubic2d.vec", "aten.upsample_bilinear2d.vec",
-      "aten.pixel_shuffle.default", "aten.pixel_unshuffle.default")  # fmt: skip
+      "aten.triu.default", "aten.tril.default", "aten.upsample_nearest2d.vec", "aten.upsample_bicubic2d.vec",
+      "aten.upsample_bilinear2d.vec", "aten.pixel_shuffle.default", "aten.pixel_unshuffle.default")  # fmt: skip
 def keeps_other_dims(call: Call) -> OpRule:
     """Dimensions that the operator leaves alone pass through; those it works along stay whole."""
     name = "self" if call.has("self") else "input"

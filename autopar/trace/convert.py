@@ -18,7 +18,7 @@ NOT_DIFFERENTIABLE = frozenset((
 ))  # fmt: skip
 """ATen operators with floating results that no gradient passes through."""
 
-RESULT_PER_OPERAND = frozenset(("broadcast_tensors", "meshgrid"))
+RESULT_PER_OPERAND = frozenset(("broadcast_tensors", "meshgrid", "type_as", "expand_as"))
 """ATen operators whose k-th result is made of the k-th operand alone, and carries a gradient if that does."""
 
 
@@ -90,7 +90,8 @@ class _Builder:
     def _results(self, node: Node, grads: bool | list[bool]) -> tuple[int, ...]:
         val = node.meta["val"]
         if isinstance(val, torch.Tensor):
-            return (self.add_value(node.name, _meta(val, bool(grads) and val.is_floating_point())),)
+            first = grads[0] if isinstance(grads, list) else grads
+            return (self.add_value(node.name, _meta(val, first and val.is_floating_point())),)
         found = []
         users = {u.args[1]: u.name for u in node.users if u.target is operator.getitem}
         for k, item in enumerate(val):

@@ -18,7 +18,8 @@ from tests.cli import ranks
 pytestmark = pytest.mark.gloo
 
 ROOT = Path(__file__).parents[2]
-LAUNCHER = "from autopar.runtime.launch import launch; from tests.cli import ranks; launch(ranks.wait_for_ever, 3, on_message=lambda pid: print(pid, flush=True))"
+IMPORTS = "from autopar.runtime.launch import launch; from tests.cli import ranks"
+LAUNCHER = f"{IMPORTS}; launch(ranks.wait_for_ever, 3, on_message=lambda pid: print(pid, flush=True))"
 TORN_DOWN_S = 10.0
 
 
@@ -81,7 +82,7 @@ def test_no_process_outlives_the_parent(end: signal.Signals) -> None:
 
 
 def test_under_torchrun_the_function_runs_here() -> None:
-    code = "from autopar.runtime.launch import launch; from tests.cli import ranks; launch(ranks.count, 9, 7, on_message=print)"
+    code = f"{IMPORTS}; launch(ranks.count, 9, 7, on_message=print)"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=60)
     assert done.stdout == "(0, 7.0, 1)\n", done.stderr

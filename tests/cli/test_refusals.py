@@ -143,7 +143,7 @@ def test_plan_path(name: str, word: str, call: Call, tmp_path: Path) -> None:
     assert_refused(call(*VERIFY, "--plan", tmp_path / name), 2, (word,))
 
 
-@pytest.mark.parametrize("arguments", [("verify", "gpt2-tiny", *LOCAL), (*VERIFY, "--batch", "16"), ("run", "mlp-tiny", *LOCAL, "--batch", "12")])
+@pytest.mark.parametrize("arguments", [("verify", "gpt2-tiny", *LOCAL), (*VERIFY, "--batch", "16")])
 def test_plan_of_another_model_or_shape(arguments: tuple[str, ...], call: Call, plan_file: Path) -> None:
     assert_refused(call(*arguments, "--plan", plan_file), 2, ("plan again",))
 

@@ -8,7 +8,7 @@ import torch
 
 from autopar.cli.training import Job, difference, draws_random_numbers, token_input
 from autopar.models.load import load_model
-from tests.cli.calling import Call
+from tests.cli.calling import Call, assert_refused
 
 TEXT = b"To be, or not to be, that is the question: whether 'tis nobler in the mind to suffer. " * 20
 
@@ -42,6 +42,12 @@ def test_plan_file_without_comparison(call: Call, plan_file: Path) -> None:
     assert (called.code, called.err) == (0, "")
     found = json.loads(called.out)
     assert len(found["losses"]) == 2 and found["one_process"] is None and found["max_difference"] is None
+
+
+def test_torchrun_is_one_launcher_too_many(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert_refused(call("run", "gpt2-tiny", "-c", "local:2"), 2, ("without torchrun",))
 
 
 def job(model: str, text: bytes | None = TEXT) -> Job:

@@ -7,7 +7,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autopar.core.layout import I, Layout, P, Placement, R, S, cut_of_dim, format_layout, local_outer, local_shape, parse_placement, shard_index
+from autopar.core.layout import (
+    I,
+    Layout,
+    P,
+    Placement,
+    R,
+    S,
+    cut_of_dim,
+    format_layout,
+    local_outer,
+    local_shape,
+    parse_placement,
+    shard_index,
+)
 from autopar.core.mesh import Mesh
 from autopar.core.redistribute import layout_space
 from autopar.core.rule import nest
@@ -103,7 +116,9 @@ def test_other_text_is_refused(text: str) -> None:
         assert placement.kind in "SIRP" and parse_placement(str(placement)) == placement
 
 
-@pytest.mark.parametrize("text", ["", "S", "X", "S0/0", "S0/00", "S-1", "S\u00b2", "S\u0663", "S1/\u00b2", "S1/2/3", "RR", "s0", "S 0", "S0/", "S" + "9" * 40])
+@pytest.mark.parametrize(
+    "text", ["", "S", "X", "S0/0", "S0/00", "S-1", "S\u00b2", "S\u0663", "S1/\u00b2", "S1/2/3", "RR", "s0", "S 0", "S0/", "S" + "9" * 40]
+)
 def test_near_misses_are_refused(text: str) -> None:
     with pytest.raises(LayoutError, match="is not one of"):
         parse_placement(text)

@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule
 
-import autopar.rules.families  # noqa: F401 - registers every rule
+import autopar.rules.families
 import autopar.trace.operators  # noqa: F401 - defines autopar's own operators
 from autopar.core.graph import OpGraph
 from autopar.core.layout import Layout
@@ -72,6 +72,31 @@ class Sample:
         return getattr(getattr(getattr(torch.ops, namespace), name), overload)
 
 
+def with_frozen(sample: Sample) -> Iterator[Sample]:
+    """The sample with every single one of its differentiable tensors frozen, and with all but one."""
+    number = sum(_draws(sample.args))
+    chosen = {frozenset({i}) for i in range(number)} | {frozenset(range(number)) - {i} for i in range(number)}
+    for frozen in sorted(chosen, key=sorted) if number > 1 else ():
+        count = iter(range(number))
+        yield replace(sample, args=tuple(_freeze(a, frozen, count) for a in sample.args), note=f"{sample.note} without {sorted(frozen)}")
+
+
+def _draws(value: Any) -> Iterator[bool]:
+    if isinstance(value, (tuple, list)):
+        for v in value:
+            yield from _draws(v)
+    elif isinstance(value, Draw) and value.grad:
+        yield True
+
+
+def _freeze(value: Any, frozen: frozenset[int], count: Iterator[int]) -> Any:
+    if isinstance(value, (tuple, list)):
+        return [_freeze(v, frozen, count) for v in value]
+    if isinstance(value, Draw) and value.grad and next(count) in frozen:
+        return value.frozen()
+    return value
+
+
 class OpCase:
     """A sample with its graph, its rule, its whole inputs and the whole results and gradients they must give."""
 
@@ -117,7 +142,9 @@ class OpCase:
         leaves = [x.detach().clone().requires_grad_(x.requires_grad) for x in self.inputs]
         found = self._whole([x.view_as(x) for x in leaves])  # views, for operators that refuse leaves
         results = (found,) if isinstance(found, torch.Tensor) else tuple(found)
-        cotangents = tuple(torch.randn(y.shape, generator=self.gen, dtype=torch.float64).to(y.dtype) + 0.1 if y.requires_grad else None for y in results)
+        cotangents = tuple(
+            torch.randn(y.shape, generator=self.gen, dtype=torch.float64).to(y.dtype) + 0.1 if y.requires_grad else None for y in results
+        )
         run_backward(results, [torch.zeros(()) if g is None else g for g in cotangents])
         return tuple(y.detach() for y in results), cotangents, tuple(x.grad for x in leaves)
 
@@ -207,4 +234,3 @@ def combinations(case: OpCase, *, sampled: int | None = 12) -> list[tuple[Mesh, 
             legal = random.Random(f"{case.sample}{mesh}").sample(legal, sampled)
         found += [(mesh, s) for s in legal]
     return found
-

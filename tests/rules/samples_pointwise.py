@@ -54,6 +54,7 @@ COPIES = [
     call("to.device", X(12, 8), "cpu", F64),
     call("type_as", X(12, 8), X(12, 8).frozen()),
     call("type_as", X(12, 8), X(5, 3, 2).frozen(), note="other shape"),
+    call("type_as", X(12, 8).frozen(), X(12, 8), note="frozen"),
     call("type_as", INT(50, 12, 8), X(7).frozen(), note="from integers"),
 ]
 
@@ -100,7 +101,10 @@ BINARY = [
 LOGICAL = [
     *(call(f"{name}.Tensor", INT(3, 4, 12), INT(3, 12)) for name in ("eq", "ne", "lt", "le", "gt", "ge")),
     *(call(f"{name}.Scalar", X(4, 12), 0.1) for name in ("eq", "ne", "lt", "le", "gt", "ge")),
-    *(call(f"{name}.Tensor", BOOL(4, 12), BOOL(12)) for name in ("__and__", "__or__", "__xor__", "bitwise_and", "bitwise_or", "bitwise_xor")),
+    *(
+        call(f"{name}.Tensor", BOOL(4, 12), BOOL(12))
+        for name in ("__and__", "__or__", "__xor__", "bitwise_and", "bitwise_or", "bitwise_xor")
+    ),
     *(call(f"{name}.Scalar", INT(9, 4, 12), 5) for name in ("__and__", "__or__", "__xor__", "bitwise_and", "bitwise_or", "bitwise_xor")),
     *(call(f"{name}.Tensor", INT(9, 4, 12), INT(3, 12)) for name in ("__lshift__", "__rshift__")),
     *(call(f"{name}.Scalar", INT(9, 4, 12), 2) for name in ("__lshift__", "__rshift__")),

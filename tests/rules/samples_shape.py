@@ -51,6 +51,7 @@ BROADCASTS = [
     call("broadcast_tensors", [X(4, 12, 6), X(12, 1)]),
     call("broadcast_tensors", [X(12, 1), X(4, 1, 12).frozen(), X(1)], note="one frozen"),
     call("expand_as", X(12, 1), X(4, 12, 6).frozen()),
+    call("expand_as", X(12, 1).frozen(), X(4, 12, 6), note="frozen"),
 ]
 
 SPLITS = [
@@ -145,4 +146,3 @@ MADE = [
 ]
 
 SAMPLES = [*VIEWS, *PERMUTATIONS, *BROADCASTS, *SPLITS, *PADS, *JOINS, *MADE]
-

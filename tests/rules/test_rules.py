@@ -1,6 +1,6 @@
 """Every rule, every strategy: the operator cut on a simulated mesh against the whole operator, forward and backward."""
 
-from functools import lru_cache
+from functools import cache
 
 import pytest
 
@@ -8,7 +8,7 @@ from autopar.core.rule import replicated_rule
 from autopar.rules.registry import registered
 from tests.harness import Outcome
 from tests.rules import samples_contraction, samples_pointwise, samples_reduction, samples_shape
-from tests.rules.call import ONE_AXIS, TWO_AXES, OpCase, Sample, combinations
+from tests.rules.call import ONE_AXIS, TWO_AXES, OpCase, Sample, combinations, with_frozen
 
 SAMPLES: tuple[Sample, ...] = (*samples_pointwise.SAMPLES, *samples_shape.SAMPLES, *samples_reduction.SAMPLES, *samples_contraction.SAMPLES)
 FEWEST = 10_000
@@ -16,7 +16,7 @@ FEWEST = 10_000
 each_sample = pytest.mark.parametrize("sample", SAMPLES, ids=str)
 
 
-@lru_cache(maxsize=None)
+@cache
 def case_of(sample_number: int) -> OpCase:
     return OpCase(SAMPLES[sample_number])
 
@@ -53,6 +53,17 @@ def test_every_strategy_equals_the_whole(sample: Sample, long: bool) -> None:
             failed.append(f"{mesh}: {one.rule.describe(strategy, mesh)}: {outcome}")
     assert not failed, "\n".join(failed[:10])
     assert worst.equal
+
+
+@each_sample
+def test_frozen_operands_take_no_gradient(sample: Sample) -> None:
+    """With some operands frozen the others still get their whole gradients, and no bytes move for those that are."""
+    for partly in with_frozen(sample):
+        one = OpCase(partly)
+        assert one.gradient_marks_agree()
+        for strategy in one.strategies(ONE_AXIS[0]):
+            outcome = one.check(ONE_AXIS[0], strategy)
+            assert outcome.equal, f"{partly}: {one.rule.describe(strategy, ONE_AXIS[0])}: {outcome}"
 
 
 @each_sample
