@@ -84,8 +84,11 @@ def parallelize(
     program = bind(plan, traced.graph)
     device = device or (torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() and dist.get_backend() == "nccl" else torch.device("cpu"))
     built = build(program, traced, device)
-    rank = connect(program.mesh, program.deferred.values(), device, seed=seed)
-    module = ParallelModule(program, built.module, built.inputs, traced, Weights(model, seed=seed), rank, device_mesh(program.mesh, device))
+    rank = connect(program.mesh, program.groups, device, seed=seed)
+    rank.offload = program.residency.offload
+    mesh = device_mesh(program.mesh, device)
+    stored_mesh = device_mesh(program.mesh, torch.device("cpu")) if rank.offload else mesh
+    module = ParallelModule(program, built.module, built.inputs, built.positions, traced, Weights(model, seed=seed), rank, mesh, stored_mesh)
     return module.train(model.training)
 
 

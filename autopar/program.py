@@ -3,6 +3,7 @@
 The predicted ledger, the static check and the rewriter all read this one object, so they cannot disagree.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,9 @@ from autopar.core.layout import I, Layout, R, local_shape
 from autopar.core.ledger import Ledger, LedgerKey
 from autopar.core.mesh import Mesh
 from autopar.core.moves import COLLECTIVES, Step, step_input_bytes
+from autopar.core.residency import Residency
 from autopar.core.rule import OpRule, Strategy
+from autopar.core.zero import zero_layout
 
 Route = tuple[Layout, ...]
 """The layouts a value goes through, first to last; one entry where nothing moves."""
@@ -63,6 +66,46 @@ class Program:
     routes: Mapping[tuple[int, int], Route]
     output_routes: tuple[Route, ...]
     update_routes: tuple[Route, ...]
+    residency: Residency[int] = Residency()
+
+    @cached_property
+    def stored(self) -> Mapping[int, Layout]:
+        """The layout of every parameter between steps: `storage`, and what ZeRO cuts of it."""
+        zero, values = self.residency.zero, self.graph.values
+        return {v: zero_layout(values[v].meta.shape, x, zero[v].axes, self.mesh) if v in zero else x for v, x in self.storage.items()}
+
+    @cached_property
+    def gathered(self) -> tuple[tuple[int, ...], ...]:
+        """For every segment of the graph the ZeRO-3 parameters that it takes in, in order of use. A parameter that moves on its
+        way comes in once, where its first move is made; a direct user takes it in itself."""
+        found = []
+        moved: set[int] = set()
+        for segment in self.graph.segments:
+            taken: dict[int, None] = {}
+            for i in segment.ops:
+                for k, v in enumerate(self.graph.ops[i].operands):
+                    if self.residency.stage(v) < 3:
+                        continue
+                    moves = len(self.full_route(v, self.routes[i, k])) > 1
+                    if not moves or v not in moved:
+                        taken.setdefault(v)
+                    if moves:
+                        moved.add(v)
+            found.append(tuple(taken))
+        return tuple(found)
+
+    @property
+    def groups(self) -> frozenset[tuple[int, ...]]:
+        """Sets of mesh axes that gradients are summed or parameters gathered over."""
+        zero = {v: z.axes for v, z in self.residency.zero.items()}
+        rest = {tuple(a for a in axes if a not in zero.get(v, ())) for v, axes in self.deferred.items()}
+        return frozenset({*rest, *zero.values()} - {()})
+
+    @cached_property
+    def backward_segments(self) -> tuple[bool, ...]:
+        """Whether a backward runs through each segment."""
+        live, ops = self.graph.differentiated, self.graph.ops
+        return tuple(any(v in live for i in segment.ops for v in ops[i].results) for segment in self.graph.segments)
 
     def needed(self, op: int, k: int) -> Layout:
         """Layout in which operand k of an op is used."""
@@ -119,18 +162,44 @@ class Program:
         return primitive, "+".join(self.mesh.axes[a].name for a in axes), size
 
     def _entries(self) -> Iterator[tuple[LedgerKey, int]]:
-        live = self.graph.differentiated
+        live, times = self.graph.differentiated, self.residency.micro_batches
         for move in self.moves:
-            size = self.local_bytes(move.value, move.src)
+            size = self.local_bytes(move.value, move.src) * times
             step = move.step
             if step.forward in COLLECTIVES:
                 yield self.key(step.forward, (step.axis,)), size
             if step.backward in COLLECTIVES and move.live:
                 yield self.key(step.backward, (step.axis,)), round(step_input_bytes(step.backward, step, self.mesh, size, backward=True))
-        for value, axes in self.deferred.items():
-            if axes and value in live:
-                yield self.key("all_reduce", axes), self.local_bytes(value, self.storage[value])
-        yield from self._inner_entries(live)
+        for key, size in self._inner_entries(live):
+            yield key, size * times
+        for value in self.graph.params:
+            yield from self._state_entries(value, value in live, times)
+
+    def _state_entries(self, v: int, live: bool, times: int) -> Iterator[tuple[LedgerKey, int]]:
+        """What ZeRO gathers of a parameter and what is summed of its gradient, in one step."""
+        dtype, zero = self.graph.values[v].meta.dtype, self.residency.zero.get(v)
+        width, reduced = DTYPE_BYTES[dtype], DTYPE_BYTES[self.residency.precision.reduced(dtype)]
+        part = math.prod(self.local_shape(v, self.stored[v]))
+        cut = zero is not None and self.stored[v] != self.storage[v]
+        rest, gathers, sums = self.deferred[v], 1, 1
+        if zero is not None and cut:
+            ranks = math.prod(self.mesh.sizes[a] for a in zero.axes)
+            rest = tuple(a for a in rest if a not in zero.axes)
+            uses = sum(v in taken for taken in self.gathered)
+            again = sum(v in taken and back for taken, back in zip(self.gathered, self.backward_segments))
+            gathers = 1 if zero.stage < 3 else times * (uses + again)
+            scatters = 1 if zero.stage == 1 else times * (uses if zero.stage == 3 else 1)
+            yield self.key("all_gather", zero.axes), part * width * gathers
+            if live:
+                yield self.key("reduce_scatter", zero.axes), part * ranks * reduced * scatters
+            sums = uses if zero.stage == 3 else 1
+        if rest and live:
+            yield self.key("all_reduce", rest), part * reduced * sums
+        if self.residency.offload:
+            stored = DTYPE_BYTES[self.residency.precision.stored(dtype)]
+            yield ("to_device", "host", 1), part * stored * (gathers)
+            if live:
+                yield ("to_host", "host", 1), part * (reduced if rest or cut else width) * sums
 
     def _inner_entries(self, live: frozenset[int]) -> Iterator[tuple[LedgerKey, int]]:
         for op, rule, strategy in zip(self.graph.ops, self.rules, self.strategies):

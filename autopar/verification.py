@@ -1,29 +1,33 @@
 """The proof that the parallel training is the same training: the emitted program on a simulated mesh against one process."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from autopar.core.graph import OpGraph, Value
 from autopar.core.ledger import Ledger
 from autopar.core.plan import Plan
+from autopar.core.residency import Precision
 from autopar.errors import VerificationError
 from autopar.planner.bind import bind
 from autopar.program import Program
 from autopar.rewrite.build import Built, build
-from autopar.runtime.rank import Rank, Stream
+from autopar.runtime.microbatches import Batch, loss_weights, split_batch
+from autopar.runtime.rank import Stream
 from autopar.runtime.reference import Reference
-from autopar.runtime.simulate import Simulation, simulated_ranks
+from autopar.runtime.simulated_module import MakeOptimizer, SimulatedModule
 from autopar.runtime.weights import Weights, shard, unshard
 from autopar.trace.capture import Traced, trace
 
-TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
-"""Relative Frobenius error that still counts as equal (DESIGN: 1e-12 on own models, 1e-9 where a model hard-codes float32)."""
+TOLERANCE = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 3e-2}
+"""Relative Frobenius error that still counts as equal (DESIGN: 1e-12 on own models, 1e-9 where a model hard-codes float32). A
+bfloat16 carries 8 bits (4e-3), and sums in another order differ by a few of the last."""
 
-NEGLIGIBLE = {"float64": 1e-6, "float32": 1e-4}
+NEGLIGIBLE = {"float64": 1e-6, "float32": 1e-4, "bfloat16": 5e-2}
 """A gradient below this share of the whole gradient norm is compared on that scale: some are zero but for rounding
 (a key bias under softmax), and a relative error of rounding noise says nothing."""
 
@@ -63,107 +67,60 @@ class VerifyReport:
         )
 
 
-class _OneProcess:
-    """The unsharded run: whole tensors through the traced graph."""
+@dataclass(frozen=True)
+class _Piece:
+    """What one process computes at a time: a traced graph, its inputs and its share in the loss."""
 
-    def __init__(self, traced: Traced, values: dict[int, torch.Tensor], inputs: Sequence[torch.Tensor], seed: int, make: "Optimizer") -> None:
-        self.traced, self.inputs, self.stream = traced, inputs, Stream(seed)
-        graph = traced.graph
-        self.values = {v: x.clone().requires_grad_(graph.values[v].meta.requires_grad) for v, x in values.items()}
-        self.params = [self.values[v] for v in graph.params]
+    traced: Traced
+    inputs: Sequence[torch.Tensor]
+    weight: float
+
+
+class _OneProcess:
+    """The unsharded run: whole tensors through the traced graph. `values` by parameter or buffer name, in the dtype they are kept in."""
+
+    def __init__(self, pieces: Sequence[_Piece], values: Mapping[str, torch.Tensor], precision: Precision, seed: int, make: MakeOptimizer) -> None:
+        self.pieces, self.stream = pieces, Stream(seed)
+        graph = pieces[0].traced.graph
+        self.names = [graph.values[v].source[0] for v in graph.params]
+        self.dtypes = {graph.values[v].source[0]: graph.values[v].meta.dtype for v in graph.params}
+        trains = {graph.values[v].source[0]: graph.values[v].meta.requires_grad for v in graph.params}
+        self.values = {n: x.clone() for n, x in values.items()}
+        for n in self.names:
+            self.values[n] = self.values[n].to(getattr(torch, precision.stored(self.dtypes[n]))).requires_grad_(trains[n])
+        self.params = [self.values[n] for n in self.names]
         self.optimizer = make([p for p in self.params if p.requires_grad])
 
-    def step(self, cotangents: Sequence[torch.Tensor] | None) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-        """(outputs, gradients of all parameters) of one step; the parameters are then updated."""
-        graph = self.traced.graph
-        given = iter(self.inputs)
-        flat = [self.values[v] if v in self.values else next(given) for v, x in enumerate(graph.values) if x.role != "op"]
-        results = Reference(self.traced.gm, self.stream).run(*flat)
-        updates, outputs = results[: len(graph.updates)], list(results[len(graph.updates) :])
+    def step(self, cotangents: Sequence[torch.Tensor] | None) -> tuple[list[list[torch.Tensor]], list[torch.Tensor | None]]:
+        """(outputs of every piece, gradients of all parameters) of one step; the parameters are then updated."""
         self.optimizer.zero_grad()
-        _backward(outputs, graph, cotangents)
+        found = []
+        for n, piece in enumerate(self.pieces):
+            self.stream.microbatch = n
+            found.append(self._run(piece, cotangents))
+        self.stream.microbatch = 0
         grads = [None if p.grad is None else p.grad.clone() for p in self.params]
         self.optimizer.step()
+        self.stream.step += 1
+        return found, grads
+
+    def _run(self, piece: _Piece, cotangents: Sequence[torch.Tensor] | None) -> list[torch.Tensor]:
+        graph, given = piece.traced.graph, iter(piece.inputs)
+        flat = [next(given) if x.role == "input" else self._value(x) for x in graph.values if x.role != "op"]
+        results = Reference(piece.traced.gm, self.stream).run(*flat)
+        updates, outputs = results[: len(graph.updates)], list(results[len(graph.updates) :])
+        seeds = [outputs[graph.outputs.index(v)] for v in graph.seeds]
+        if seeds:
+            torch.autograd.backward(seeds, [piece.weight * (torch.ones_like(t) if cotangents is None else cotangents[n]) for n, t in enumerate(seeds)])
         with torch.no_grad():
             for (buffer, _), new in zip(graph.updates, updates):
-                self.values[buffer].copy_(new)
-        self.stream.step += 1
-        return outputs, grads
+                self.values[graph.values[buffer].source[0]].copy_(new)
+        return [x.detach() for x in outputs]
 
-
-Optimizer = Callable[[list[torch.Tensor]], torch.optim.Optimizer]
-
-
-def _backward(outputs: Sequence[torch.Tensor], graph: Any, cotangents: Sequence[torch.Tensor] | None) -> None:
-    seeds = [graph.outputs.index(v) for v in graph.seeds]
-    tensors = [outputs[i] for i in seeds]
-    if tensors:
-        torch.autograd.backward(tensors, [torch.ones_like(t) if c is None else c for t, c in zip(tensors, cotangents or [None] * len(tensors))])
-
-
-class _Mesh:
-    """The sharded run: every rank's local tensors through the emitted program, in lockstep."""
-
-    def __init__(self, program: Program, built: Built, values: dict[int, torch.Tensor], inputs: Sequence[torch.Tensor], seed: int, make: Optimizer) -> None:
-        self.program, self.built, self.inputs = program, built, inputs
-        self.ranks: list[Rank] = simulated_ranks(program.mesh, seed=seed)
-        self.local: list[dict[int, torch.Tensor]] = []
-        graph = program.graph
-        for r in range(program.mesh.num_ranks):
-            point = program.mesh.coordinates(r)
-            mine = {v: shard(x, program.storage[v], program.mesh, point) if v in program.storage else x.clone() for v, x in values.items()}
-            self.local.append({v: x.requires_grad_(graph.values[v].meta.requires_grad) for v, x in mine.items()})
-        trained = [v for v in graph.params if graph.values[v].meta.requires_grad]
-        self.optimizers = [make([mine[v] for v in trained]) for mine in self.local]
-
-    def step(self, cotangents: Sequence[torch.Tensor] | None) -> tuple[list[list[torch.Tensor]], list[list[torch.Tensor | None]]]:
-        """(outputs of every rank, complete local gradients of every rank) of one step; the parameters are then updated."""
-        graph, module = self.program.graph, self.built.module
-        rows = []
-        for mine in self.local:
-            given = iter(self.inputs)
-            rows.append([mine[v] if v in mine else next(given) for v in self.built.inputs])
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
-        results = Simulation(self.ranks).run(module, rows)
-        self._backward_all([out for out, _ in results], cotangents)
-        self._reduce()
-        grads = [[mine[v].grad for v in graph.params] for mine in self.local]
-        grads = [[None if g is None else g.clone() for g in row] for row in grads]
-        for optimizer in self.optimizers:
-            optimizer.step()
-        for mine, (_, updates) in zip(self.local, results):
-            with torch.no_grad():
-                for (buffer, _), new in zip(graph.updates, updates):
-                    mine[buffer].copy_(new)
-        self.ranks[0].stream.step += 1
-        return [list(out) for out, _ in results], grads
-
-    def _backward_all(self, outputs: Sequence[Sequence[torch.Tensor]], cotangents: Sequence[torch.Tensor] | None) -> None:
-        """One backward through all ranks; every output is whole on each rank, and so is its gradient."""
-        graph = self.program.graph
-        tensors, grads = [], []
-        for out in outputs:
-            for n, v in enumerate(graph.seeds):
-                t = out[graph.outputs.index(v)]
-                tensors.append(t)
-                grads.append(torch.ones_like(t) if cotangents is None else cotangents[n])
-        if tensors:
-            torch.autograd.backward(tensors, grads)
-
-    def _reduce(self) -> None:
-        """The once-per-step sum of gradients over deferred axes."""
-        mesh = self.program.mesh
-        for v, axes in self.program.deferred.items():
-            if not axes or v not in self.program.graph.differentiated:
-                continue
-            name = "+".join(mesh.names[a] for a in axes)
-            for group in mesh.groups(axes):
-                leaves = [self.local[r][v] for r in group]
-                total = sum(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves)
-                for r, leaf in zip(group, leaves):
-                    self.ranks[r].count("all_reduce", name, leaf)
-                    leaf.grad = total.clone()
+    def _value(self, value: Value) -> torch.Tensor:
+        """A parameter as it is computed with: a differentiable cast where a wider copy is kept."""
+        kept = self.values[value.source[0]]
+        return kept.to(getattr(torch, value.meta.dtype)) if value.role == "param" else kept
 
 
 def verify(
@@ -171,15 +128,17 @@ def verify(
 ) -> VerifyReport:
     """Train `steps` steps both ways from the same weights and compare loss, every gradient, its norm and every parameter.
 
-    `dtype` is float64 or float32. Runs in this process, for any mesh. Raises VerificationError if the emitted program is
-    malformed, PlanMismatchError if the plan is for another model.
+    `example_inputs` are one global batch, whatever the plan's number of microbatches. `dtype` is float64, float32, or that of a
+    bfloat16 model. Runs in this process, for any mesh. Raises VerificationError if the emitted program is malformed,
+    PlanMismatchError if the plan is for another model.
     """
-    args, kwargs = as_call(example_inputs)
     if dtype not in TOLERANCE:
-        raise VerificationError(f"dtype {dtype!r}: verify in float64 or float32")
+        raise VerificationError(f"dtype {dtype!r}: verify in {', '.join(TOLERANCE)}")
     progress("tracing")
     wide = dtype == "float64"
-    traced = trace(model, args, kwargs, name=plan.model, float64=wide)
+    batch = example_inputs if isinstance(example_inputs, dict) else as_call(example_inputs)[0]
+    pieces = split_batch(batch, plan.residency.micro_batches)
+    traced = trace(model, *_call(pieces[0]), name=plan.model, float64=wide)
     program = bind(plan, traced.graph)
     elements = traced.graph.num_params
     if elements > MAX_ELEMENTS:
@@ -189,10 +148,28 @@ def verify(
     weights = Weights(model, seed=seed)
     values = {v: _wider(weights.get(x.source[0]), wide) for v, x in enumerate(traced.graph.values) if x.role in ("param", "buffer")}
     values |= {v: _wider(traced.constants[x.source[0]], wide) for v, x in enumerate(traced.graph.values) if x.role == "constant"}
-    inputs = [_wider(x, wide) for x in traced.flat_inputs(args, kwargs)]
-    if any(x.is_meta for x in inputs):
+    cut = [_Piece(traced, _tensors(traced, piece, wide), weight) for piece, weight in zip(pieces, loss_weights(traced, pieces))]
+    if any(x.is_meta for piece in cut for x in piece.inputs):
         raise VerificationError("example inputs are on the meta device; give real tensors to verify")
-    return _compare(program, traced, built, values, inputs, steps, dtype, seed, progress)
+    whole = cut
+    if len(cut) > 1 and not _draws(traced.graph):  # one pass over the whole batch is the harder question
+        once = trace(model, *_call(batch), name=plan.model, float64=wide)
+        whole = [_Piece(once, _tensors(once, batch, wide), 1.0)]
+    return _compare(program, built, whole, cut, values, steps, dtype, seed, progress)
+
+
+def _call(batch: Batch) -> tuple[tuple, dict[str, Any]]:
+    return ((), dict(batch)) if isinstance(batch, dict) else (batch, {})
+
+
+def _tensors(traced: Traced, batch: Batch, wide: bool) -> list[torch.Tensor]:
+    return [_wider(x, wide) for x in traced.flat_inputs(*_call(batch))]
+
+
+def _draws(graph: OpGraph) -> bool:
+    """Whether the graph draws random numbers (dropout), which differ from microbatch to microbatch."""
+    found = {"autopar.dropout.default": "p", "autopar.attention.default": "dropout_p"}
+    return any(dict(op.args)[found[op.kind]] > 0 for op in graph.ops if op.kind in found)
 
 
 def _wider(x: torch.Tensor, wide: bool) -> torch.Tensor:
@@ -208,7 +185,7 @@ def as_call(example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
     return (example_inputs,), {}
 
 
-def _make_optimizer(dtype: str) -> Optimizer:
+def _make_optimizer(dtype: str) -> MakeOptimizer:
     """AdamW in float64, with an eps that keeps it well conditioned: it divides by gradients, and where those are zero but for
     rounding two correct runs differ by lr / eps times the rounding. In float32 plain momentum for the same reason."""
     if dtype == "float64":
@@ -217,24 +194,29 @@ def _make_optimizer(dtype: str) -> Optimizer:
 
 
 def _compare(
-    program: Program, traced: Traced, built: Built, values: dict[int, torch.Tensor], inputs: Sequence[torch.Tensor], steps: int, dtype: str, seed: int,
+    program: Program, built: Built, whole: Sequence[_Piece], cut: Sequence[_Piece], values: dict[int, torch.Tensor], steps: int, dtype: str, seed: int,
     progress: Callable[[str], None],
 ) -> VerifyReport:  # fmt: skip
     graph = program.graph
     make = _make_optimizer(dtype)
-    one, mesh = _OneProcess(traced, values, inputs, seed, make), _Mesh(program, built, values, inputs, seed, make)
+    one = _OneProcess(whole, {graph.values[v].source[0]: x for v, x in values.items()}, program.residency.precision, seed, make)
+    mesh = SimulatedModule(program, built.module, built.inputs, built.positions, values, make, seed)
     cotangents = _cotangents(graph, dtype, seed)
     worst = _Worst(NEGLIGIBLE[dtype])
     for step in range(max(steps, 1)):
         progress(f"step {step + 1} of {steps}")
         expected, expected_grads = one.step(cotangents)
-        outputs, grads = mesh.step(cotangents)
+        outputs, grads = mesh.step([piece.inputs for piece in cut], [piece.weight for piece in cut], cotangents)
         if step == 0:
             counted = [rank.counter.ledger for rank in mesh.ranks]
-        worst.outputs(program, expected, outputs)
+        if len(whole) == len(cut):
+            for n, out in enumerate(expected):
+                worst.outputs(program, out, [row[n * len(out) : (n + 1) * len(out)] for row in outputs])
+        else:
+            worst.loss_of_pieces(program, expected[0], outputs, [piece.weight for piece in cut])
         worst.gradients(program, expected_grads, grads)
         if step in (0, steps - 1):
-            worst.parameters(program, one.values, mesh.local)
+            worst.parameters(program, one.values, [stored | fixed for stored, fixed in zip(mesh.stored, mesh.fixed)])
     return worst.report(program, counted, dtype, steps)
 
 
@@ -262,6 +244,14 @@ class _Worst:
             replicas = max(relative(out[n].detach(), shard(whole, layout, program.mesh, program.mesh.coordinates(r))) for r, out in enumerate(found))
             self.loss = max(self.loss, error, replicas)
 
+    def loss_of_pieces(self, program: Program, expected: Sequence[torch.Tensor], found: Sequence[Sequence[torch.Tensor]], weights: Sequence[float]) -> None:
+        """The loss of a batch against the weighted losses of its microbatches (other outputs have other shapes)."""
+        for v in program.graph.seeds:
+            n, width = program.graph.outputs.index(v), len(program.graph.outputs)
+            for row in found:
+                total = sum(w * row[k * width + n] for k, w in enumerate(weights))
+                self.loss = max(self.loss, relative(torch.as_tensor(total), expected[n]))
+
     def gradients(self, program: Program, expected: Sequence[torch.Tensor | None], found: Sequence[Sequence[torch.Tensor | None]]) -> None:
         total = math.sqrt(sum(float(g.norm()) ** 2 for g in expected if g is not None))
         squares = 0.0
@@ -270,8 +260,8 @@ class _Worst:
             parts = [row[n] for row in found]
             if want is None and all(p is None or not p.any() for p in parts):
                 continue
-            shape, layout = program.graph.values[v].meta.shape, program.storage[v]
-            filled = [torch.zeros(program.local_shape(v, layout), dtype=(parts[0] if want is None else want).dtype) if p is None else p for p in parts]
+            shape, layout = program.graph.values[v].meta.shape, program.stored[v]
+            filled = [p if p is not None else shard(torch.zeros(shape, dtype=want.dtype), layout, program.mesh, program.mesh.coordinates(r)) for r, p in enumerate(parts)] if want is not None else [p for p in parts if p is not None]
             whole = unshard(filled, layout, program.mesh, shape)
             replicas = max(float((p - shard(whole, layout, program.mesh, program.mesh.coordinates(r))).norm()) for r, p in enumerate(filled))
             want = torch.zeros_like(whole) if want is None else want
@@ -282,16 +272,17 @@ class _Worst:
                 self.grad, self.name = error, program.graph.values[v].source[0]
         self.norm = max(self.norm, abs(math.sqrt(squares) - total) / max(total, 1e-300))
 
-    def parameters(self, program: Program, expected: dict[int, torch.Tensor], found: Sequence[dict[int, torch.Tensor]]) -> None:
-        params = [expected[v].detach() for v in program.graph.params]
+    def parameters(self, program: Program, expected: Mapping[str, torch.Tensor], found: Sequence[Mapping[int, torch.Tensor]]) -> None:
+        values = program.graph.values
+        params = [expected[values[v].source[0]].detach() for v in program.graph.params]
         rms = math.sqrt(sum(float(p.norm()) ** 2 for p in params) / max(sum(p.numel() for p in params), 1))
         for v, value in enumerate(program.graph.values):
-            if value.role not in ("param", "buffer") or not value.meta.dtype.startswith("float"):
+            if value.role not in ("param", "buffer") or "float" not in value.meta.dtype:
                 continue
             floor = SMALL_PARAMETER * rms * math.sqrt(value.meta.numel)
-            layout = program.storage.get(v, program.produced[v])
+            layout = program.stored.get(v, program.produced[v])
             whole = unshard([row[v].detach() for row in found], layout, program.mesh, value.meta.shape)
-            self.param = max(self.param, relative(whole, expected[v].detach(), floor))
+            self.param = max(self.param, relative(whole, expected[value.source[0]].detach(), floor))
 
     def report(self, program: Program, counted: Sequence[Ledger], dtype: str, steps: int) -> VerifyReport:
         predicted = program.ledger

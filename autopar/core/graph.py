@@ -63,6 +63,23 @@ class Op:
     source: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Consecutive ops of one block; `block` is its module path, empty between blocks."""
+
+    block: str
+    ops: range
+
+
+def block_of(path: str) -> str:
+    """The repeated block an operator belongs to: its module path up to the first list index."""
+    parts = path.split(".")
+    for n, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[: n + 1])
+    return ""
+
+
 @dataclass(frozen=True)
 class OpGraph:
     """Values and the ops between them, ops in topological order.
@@ -132,6 +149,17 @@ class OpGraph:
         lines += [f"{op.kind}{op.operands}{op.results}{op.args}" for op in self.ops]
         text = "\n".join([*lines, f"{self.outputs}{self.updates}"]).replace("float64", "float32")
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @cached_property
+    def segments(self) -> tuple["Segment", ...]:
+        """Maximal runs of ops that belong to the same repeated block: the units that are emitted, gathered and recomputed."""
+        runs: list[list[Any]] = []
+        for i, op in enumerate(self.ops):
+            block = block_of(op.module_path)
+            if not runs or runs[-1][0] != block:
+                runs.append([block, i, i])
+            runs[-1][2] = i + 1
+        return tuple(Segment(block, range(first, last)) for block, first, last in runs)
 
     def text(self) -> str:
         """One line per op, for people."""

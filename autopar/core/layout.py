@@ -16,6 +16,9 @@ sees it. For a tensor that carries no gradient the two are the same.
 
 ``S(d, outer=k)`` views dimension d as (k, n/k) and cuts the second part: how a fused QKV projection is cut by
 heads. Axes on the same (dim, outer) nest in mesh order.
+
+A fifth, ``U(d)``, only says how a parameter is *stored* where no even cut fits: dimension d in pieces of ceil(n / ranks),
+the last ones shorter or empty (`torch.chunk`, and what DTensor means by Shard). No operator computes on it.
 """
 
 import math
@@ -35,9 +38,9 @@ class Placement(NamedTuple):
     outer: int = 1
 
     def __str__(self) -> str:
-        if self.kind != "S":
+        if self.kind not in "SU":
             return self.kind
-        return f"S{self.dim}" if self.outer == 1 else f"S{self.dim}/{self.outer}"
+        return f"{self.kind}{self.dim}" if self.outer == 1 else f"S{self.dim}/{self.outer}"
 
     __repr__ = __str__
 
@@ -45,6 +48,11 @@ class Placement(NamedTuple):
 def S(dim: int, outer: int = 1) -> Placement:  # noqa: N802, E743 - the field's own letters
     """Cut along `dim` (viewed as (outer, n/outer), the second part is cut)."""
     return Placement("S", dim, outer)
+
+
+def U(dim: int) -> Placement:  # noqa: N802 - like S
+    """Stored in pieces of ceil(n / ranks) along `dim`."""
+    return Placement("U", dim)
 
 
 R = Placement("R")
@@ -70,9 +78,11 @@ def format_layout(layout: Layout, mesh: Mesh) -> str:
 
 
 def local_shape(shape: Sequence[int], layout: Layout, mesh: Mesh) -> tuple[int, ...]:
-    """Shape of one rank's part; raises LayoutError where a cut does not divide."""
+    """Shape of one rank's part (the largest where pieces are uneven); raises LayoutError where an even cut does not divide."""
     local = list(shape)
     for axis, placement in zip(mesh.axes, layout):
+        if placement.kind == "U":
+            local[placement.dim] = -(-local[placement.dim] // axis.size)
         if placement.kind != "S":
             continue
         size = local[placement.dim]
@@ -119,4 +129,8 @@ def shard_index(layout: Layout, mesh: Mesh, coordinates: Sequence[int], shape: S
                 raise LayoutError(f"axis {mesh.axes[i].name} does not divide dimension {dim} of {tuple(shape)}")
             first = coordinates[i] * part
             indices[dim] = [indices[dim][b * row + first + k] for b in range(blocks) for k in range(part)]
+    for i, p in enumerate(layout):
+        if p.kind == "U":
+            part = -(-len(indices[p.dim]) // mesh.axes[i].size)
+            indices[p.dim] = indices[p.dim][coordinates[i] * part : (coordinates[i] + 1) * part]
     return tuple(indices)

@@ -10,6 +10,9 @@ from typing import NamedTuple
 from autopar.core.layout import Layout, Placement
 from autopar.core.mesh import Mesh
 
+TRANSFERS = ("to_host", "to_device")
+"""Copies between a rank's device and its host."""
+
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 
 PRIMITIVES: dict[tuple[str, str], tuple[str, str]] = {
@@ -70,6 +73,8 @@ def legal_step(layout: Layout, step: Step) -> bool:
 def moved_bytes(primitive: str, group_size: int, local_bytes: float) -> float:
     """Bytes one rank receives, for a primitive whose input on a rank has `local_bytes` (ring or pairwise algorithms)."""
     n = group_size
+    if primitive in TRANSFERS:
+        return local_bytes
     if n <= 1:
         return 0.0
     if primitive == "all_reduce":

@@ -7,9 +7,11 @@ from typing import Any
 
 from autopar.core.layout import Layout, parse_placement
 from autopar.core.mesh import Mesh, MeshAxis
-from autopar.errors import FileFormatError, LayoutError, PlanMismatchError
+from autopar.core.residency import Precision, Residency
+from autopar.core.zero import Zero
+from autopar.errors import FileFormatError, LayoutError, PlanMismatchError, UsageError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MAX_FILE_BYTES = 64 << 20
 MAX_RANKS = 1 << 24
 
@@ -58,6 +60,7 @@ class Plan:
     routes: tuple[tuple[str, tuple[Layout, ...]], ...]
     predicted: Prediction
     proof: Proof
+    residency: Residency[str] = Residency()
     notes: tuple[str, ...] = ()
     schema_version: int = field(default=SCHEMA_VERSION)
 
@@ -72,6 +75,7 @@ class Plan:
             "predicted": asdict(self.predicted),
             "proof": asdict(self.proof),
             "notes": list(self.notes),
+            "residency": _residency_data(self.residency, self.mesh),
             "params": {name: _text(layout) for name, layout in self.params},
             "ops": dict(self.ops),
             "relays": {name: _route_text(route) for name, route in self.relays},
@@ -107,7 +111,7 @@ class Plan:
             raise FileFormatError(f"{where}: schema_version {found!r}, this autopar reads {SCHEMA_VERSION}; plan again with `autopar plan`")
         try:
             return cls._from_dict(data)
-        except (KeyError, TypeError, ValueError, AttributeError, LayoutError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, LayoutError, UsageError) as error:
             what = f"missing {error}" if isinstance(error, KeyError) else str(error)[:160]
             raise FileFormatError(f"{where}: not a valid plan ({what}); plan again with `autopar plan`") from error
 
@@ -128,6 +132,7 @@ class Plan:
             routes=tuple((_str(k), _route(v, n)) for k, v in data["routes"].items()),
             predicted=Prediction(**_numbers(data["predicted"], Prediction)),
             proof=Proof(**_numbers(data["proof"], Proof)),
+            residency=_residency(data["residency"], mesh),
             notes=tuple(_str(x) for x in data["notes"]),
         )
 
@@ -140,8 +145,15 @@ class Plan:
             )
 
     def summary(self) -> str:
-        """The layout as people say it: `dp2 x tp2`."""
-        return str(self.mesh)
+        """The layout as people say it: `dp4(zero3) x tp2, recompute 8/32, 2 microbatches`."""
+        stages = {a: max(z.stage for z in self.residency.zero.values() if a in z.axes) for z in self.residency.zero.values() for a in z.axes}
+        axes = [f"{axis.name}{axis.size}" + (f"(zero{stages[a]})" if a in stages else "") for a, axis in enumerate(self.mesh.axes)]
+        extras = [f"recompute {list(self.residency.recompute.values()).count(mode)} {mode}" for mode in sorted(set(self.residency.recompute.values()))]
+        if self.residency.micro_batches > 1:
+            extras.append(f"{self.residency.micro_batches} microbatches")
+        if self.residency.offload:
+            extras.append("optimizer state on the host")
+        return ", ".join([" x ".join(axes) or "1", *extras])
 
     def __str__(self) -> str:
         p = self.predicted
@@ -149,6 +161,30 @@ class Plan:
             f"{self.model} on {self.cluster}: {self.summary()}, predicted {p.step_time_s * 1e3:.1f} ms/step, "
             f"{p.peak_memory_bytes / 2**30:.2f} GiB, gap {self.proof.gap:.2%} ({self.proof.status})"
         )
+
+
+def _residency_data(residency: Residency[str], mesh: Mesh) -> dict[str, Any]:
+    return {
+        "zero": {name: f"{z.stage} {'+'.join(mesh.names[a] for a in z.axes)}" for name, z in residency.zero.items()},
+        "recompute": dict(residency.recompute),
+        "micro_batches": residency.micro_batches,
+        "precision": asdict(residency.precision),
+        "offload": residency.offload,
+    }
+
+
+def _residency(data: dict[str, Any], mesh: Mesh) -> Residency[str]:
+    zero = {}
+    for name, text in data["zero"].items():
+        stage, _, axes = _str(text).partition(" ")
+        if stage not in ("1", "2", "3") or any(a not in mesh.names for a in axes.split("+")):
+            raise ValueError(f"zero {text!r} of {name!r} is not STAGE AXIS+AXIS")
+        zero[_str(name)] = Zero(int(stage), tuple(sorted(mesh.names.index(a) for a in axes.split("+"))))
+    if not isinstance(data["offload"], bool):
+        raise ValueError(f"offload is {str(data['offload'])[:60]!r}")
+    precision = Precision(**{_str(k): None if v is None else _str(v) for k, v in data["precision"].items()})
+    recompute = {_str(k): _str(v) for k, v in data["recompute"].items()}
+    return Residency(zero=zero, recompute=recompute, micro_batches=_count(data["micro_batches"]), precision=precision, offload=data["offload"])
 
 
 def _text(layout: Layout) -> str:

@@ -1,6 +1,7 @@
 """Between a `Program` and the `Plan` that names its decisions; both ways."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from autopar.core.graph import OpGraph
@@ -8,10 +9,23 @@ from autopar.core.layout import I, Layout, R
 from autopar.core.mesh import Mesh
 from autopar.core.moves import legal_step
 from autopar.core.plan import Plan
+from autopar.core.residency import Residency
 from autopar.core.rule import OpRule
 from autopar.errors import LayoutError, PlanMismatchError
 from autopar.planner.rulebook import rules_of
 from autopar.program import Program, Route, route_steps, without_r
+
+
+def shardable(program: Program, v: int) -> tuple[int, ...]:
+    """Mesh axes over which a parameter's state can be cut by ZeRO: each rank has an addend of its gradient, or it has none."""
+    if program.graph.values[v].meta.requires_grad:
+        return program.deferred[v]
+    return tuple(a for a, p in enumerate(program.storage[v]) if p == I and program.mesh.sizes[a] > 1)
+
+
+def named(residency: Residency[int], graph: OpGraph) -> Residency[str]:
+    """With parameters by name."""
+    return replace(residency, zero={graph.values[v].source[0]: z for v, z in residency.zero.items()})
 
 
 def decisions(program: Program, mesh: Mesh) -> dict[str, Any]:
@@ -23,7 +37,7 @@ def decisions(program: Program, mesh: Mesh) -> dict[str, Any]:
     routes = [(f"{graph.ops[i].name}.{k}", route) for (i, k), route in program.routes.items()]
     routes += [(f"output.{n}", route) for n, route in enumerate(program.output_routes)]
     routes += [(f"update.{n}", route) for n, route in enumerate(program.update_routes)]
-    return {"ops": ops, "params": params, "relays": relays, "routes": tuple((name, route) for name, route in routes if len(route) > 1)}
+    return {"residency": named(program.residency, graph), "ops": ops, "params": params, "relays": relays, "routes": tuple((name, route) for name, route in routes if len(route) > 1)}
 
 
 class _Binder:
@@ -56,7 +70,20 @@ class _Binder:
         }
         outputs = tuple(self._route(f"output.{n}", v, start[v], None) for n, v in enumerate(self.graph.outputs))
         updates = tuple(self._route(f"update.{n}", v, start[v], whole) for n, (_, v) in enumerate(self.graph.updates))
-        return Program(self.graph, self.mesh, tuple(self.rules), strategies, storage, deferred, tuple(produced), relay, routes, outputs, updates)
+        draft = Program(self.graph, self.mesh, tuple(self.rules), strategies, storage, deferred, tuple(produced), relay, routes, outputs, updates)
+        return replace(draft, residency=self._residency(draft))
+
+    def _residency(self, draft: Program) -> Residency[int]:
+        """The plan's, with parameters by value number; refuses what the program cannot do."""
+        known, given = {self.graph.values[v].source[0]: v for v in self.graph.params}, self.plan.residency
+        zero = {}
+        for name, z in given.zero.items():
+            if name not in known:
+                raise PlanMismatchError(f"the plan shards parameter {name}, which the model does not have; plan again")
+            if not set(z.axes) <= set(shardable(draft, known[name])) or (z.stage == 3 and known[name] in self.graph.outputs):
+                raise PlanMismatchError(f"parameter {name} cannot be sharded by ZeRO stage {z.stage} over axes {z.axes} of {self.mesh}; plan again")
+            zero[known[name]] = z
+        return replace(given, zero=zero)
 
     def _strategy(self, i: int):  # noqa: ANN202
         op, rule = self.graph.ops[i], self.rules[i]

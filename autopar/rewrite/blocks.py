@@ -1,26 +1,40 @@
-"""Splits a flat emitted graph into one `GraphModule` per block; equal blocks share one module."""
+"""Splits a flat emitted graph into one `GraphModule` per segment; equal segments share one module.
 
-from collections.abc import Sequence
+A segment whose weights are gathered for it, or which is computed again in the backward, is called through `run_block`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
+from autopar.program import Program
 from autopar.rewrite.emit import Emitted
+from autopar.runtime.block import run_block
 
 Segment = list[Node]
 
 
+@dataclass(frozen=True)
+class Split:
+    """The top module, and for every segment with gathered weights where they stand among its arguments: value -> position."""
+
+    module: GraphModule
+    positions: Mapping[int, Mapping[int, int]]
+
+
 def _segments(graph: Graph) -> list[Segment]:
-    """Maximal runs of consecutive nodes with the same block tag."""
-    runs: list[tuple[str, Segment]] = []
+    """The nodes of every segment, in order."""
+    runs: list[tuple[int, Segment]] = []
     for node in graph.nodes:
         if node.op in ("placeholder", "output"):
             continue
-        block = node.meta.get("block", "")
-        if not runs or runs[-1][0] != block:
-            runs.append((block, []))
+        segment = node.meta["segment"]
+        if not runs or runs[-1][0] != segment:
+            runs.append((segment, []))
         runs[-1][1].append(node)
     return [nodes for _, nodes in runs]
 
@@ -50,14 +64,17 @@ def _name_of(node: Node, block: str) -> str:
 
 
 class _Splitter:
-    def __init__(self, emitted: Emitted) -> None:
-        self.flat = emitted.graph
+    def __init__(self, emitted: Emitted, program: Program) -> None:
+        self.flat, self.program = emitted.graph, program
+        placeholders = [n for n in self.flat.nodes if n.op == "placeholder"]
+        self.value_of = dict(zip(placeholders[1:], emitted.inputs))
         self.top = Graph()
         self.modules = nn.Module()
         self.known: dict[str, str] = {}
         self.mapped: dict[Node, Node] = {}
+        self.positions: dict[int, dict[int, int]] = {}
 
-    def split(self) -> GraphModule:
+    def split(self) -> Split:
         for node in self.flat.nodes:
             if node.op == "placeholder":
                 self.mapped[node] = self.top.placeholder(node.name)
@@ -65,28 +82,41 @@ class _Splitter:
             self._add(segment)
         result = next(n for n in self.flat.nodes if n.op == "output")
         self.top.output(torch.fx.map_arg(result.args[0], lambda n: self.mapped[n]))
-        return GraphModule(self.modules, self.top, "Program")
+        return Split(GraphModule(self.modules, self.top, "Program"), self.positions)
 
-    def _add(self, segment: Segment) -> None:
-        inputs, outputs = _inputs(segment), _outputs(segment)
+    def _add(self, nodes: Segment) -> None:
+        inputs, outputs = _inputs(nodes), _outputs(nodes)
         if not outputs:
             return
-        block = segment[0].meta.get("block", "")
-        graph, sites = self._copy(segment, inputs, outputs, block)
+        number, segments = nodes[0].meta["segment"], self.program.graph.segments
+        block = segments[number].block if number < len(segments) else ""
+        graph, sites = self._copy(nodes, inputs, outputs, block)
         code = graph.python_code("self").src
         name = self.known.get(code)
         if name is None:
             name = f"block_{len(self.known)}"
             self.known[code] = name
             self.modules.add_module(name, GraphModule(nn.Module(), graph, f"Block{len(self.known) - 1}"))
-        args = (*(self.mapped[n] for n in inputs), *sites)
-        call = self.top.call_module(name, args)
-        call.meta["block"] = block
+        call = self._call(name, number, block, inputs, sites)
         if len(outputs) == 1:
             self.mapped[outputs[0]] = call
             return
         for k, node in enumerate(outputs):
             self.mapped[node] = self.top.call_function(_pick, (call, k))
+
+    def _call(self, name: str, number: int, block: str, inputs: Sequence[Node], sites: Sequence[int]) -> Node:
+        args = (*(self.mapped[n] for n in inputs), *sites)
+        gathered = self.program.gathered[number] if number < len(self.program.gathered) else ()
+        recompute = self.program.residency.recompute.get(block, "none")
+        if not gathered and recompute == "none":
+            return self.top.call_module(name, args)
+        position = {self.value_of[n]: p for p, n in enumerate(inputs) if n in self.value_of}
+        kwargs: dict[str, Any] = {"recompute": recompute} if recompute != "none" else {}
+        if gathered:
+            self.positions[number] = {v: position[v] for v in gathered}
+            kwargs["gather"] = number
+        mesh = next(n for n in self.top.nodes if n.op == "placeholder")
+        return self.top.call_function(run_block, (mesh, self.top.get_attr(name), *args), kwargs)
 
     def _copy(self, segment: Segment, inputs: Sequence[Node], outputs: Sequence[Node], block: str) -> tuple[Graph, list[int]]:
         """The segment as a graph of its own, with names that do not depend on where it stands; random sites become inputs."""
@@ -122,6 +152,6 @@ def _pick(values: tuple, k: int) -> Any:
     return values[k]
 
 
-def split_into_blocks(emitted: Emitted) -> GraphModule:
-    """A top module that calls one module per block; blocks that print the same share one."""
-    return _Splitter(emitted).split()
+def split_into_blocks(emitted: Emitted, program: Program) -> Split:
+    """A top module that calls one module per segment; segments that print the same share one."""
+    return _Splitter(emitted, program).split()

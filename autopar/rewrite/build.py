@@ -1,5 +1,6 @@
 """Program to runnable modules: emit, check, split."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +15,11 @@ from autopar.rewrite.emit import emit
 
 @dataclass(frozen=True)
 class Built:
-    """The emitted module and the value ids of its placeholders (after `mesh`)."""
+    """The emitted module, the value ids of its placeholders (after `mesh`), and by segment the positions of gathered parameters."""
 
     module: GraphModule
     inputs: tuple[int, ...]
+    positions: Mapping[int, Mapping[int, int]]
 
 
 def build(program: Program, traced: Any, device: torch.device | None = None) -> Built:
@@ -25,4 +27,5 @@ def build(program: Program, traced: Any, device: torch.device | None = None) -> 
     check_program(program)
     emitted = emit(program, traced.gm, traced.node_of, device or torch.device("cpu"))
     check_emitted(program, emitted.graph)
-    return Built(split_into_blocks(emitted), emitted.inputs)
+    split = split_into_blocks(emitted, program)
+    return Built(split.module, emitted.inputs, split.positions)

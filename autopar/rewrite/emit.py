@@ -31,7 +31,7 @@ class _Emitter:
         self.source = {n.name: n for n in source.graph.nodes}
         self.node_of = node_of
         self.graph = Graph()
-        self.block = ""
+        self.segment = 0
         self.mesh = self.graph.placeholder("mesh")
         self.nodes: dict[tuple[int, Route], Node] = {}
         self.inputs: list[int] = []
@@ -44,10 +44,10 @@ class _Emitter:
                 node = self.graph.placeholder("".join(c if c.isalnum() else "_" for c in name))
                 self.nodes[v, (self.program.produced[v],)] = node
                 self.inputs.append(v)
-        for i, op in enumerate(graph.ops):
-            self.block = _block_of(op.module_path)
-            self._op(i)
-        self.block = ""
+        for self.segment, segment in enumerate(graph.segments):
+            for i in segment.ops:
+                self._op(i)
+        self.segment = len(graph.segments)
         outs = [self._moved(v, route) for v, route in zip(graph.outputs, self.program.output_routes)]
         updates = [self._moved(v, route) for (_, v), route in zip(graph.updates, self.program.update_routes)]
         self.graph.output((tuple(outs), tuple(updates)))
@@ -71,7 +71,7 @@ class _Emitter:
         if isinstance(node.meta["val"], torch.Tensor):
             return result
         item = self.graph.call_function(operator.getitem, (result, j))
-        item.meta["block"] = self.block
+        item.meta["segment"] = self.segment
         return item
 
     def _moved(self, v: int, tail: Route) -> Node:
@@ -96,7 +96,7 @@ class _Emitter:
 
     def _tag(self, first: Node, path: str) -> None:
         for node in _after(first):
-            node.meta.setdefault("block", self.block)
+            node.meta.setdefault("segment", self.segment)
             node.meta.setdefault("module_path", path)
 
 
@@ -113,15 +113,6 @@ def _replace(value: Any, moved: Iterator[Node]) -> Any:
     if isinstance(value, (tuple, list)):
         return [_replace(v, moved) for v in value]
     return value
-
-
-def _block_of(path: str) -> str:
-    """The repeated block an operator belongs to: its module path up to the first list index."""
-    parts = path.split(".")
-    for n, part in enumerate(parts):
-        if part.isdigit():
-            return ".".join(parts[: n + 1])
-    return ""
 
 
 def emit(program: Program, source: GraphModule, node_of: Sequence[str], device: torch.device) -> Emitted:

@@ -11,6 +11,10 @@ from autopar.core.mesh import Mesh
 from autopar.errors import PlanMismatchError, UsageError
 from autopar.runtime.rank import Rank, Stream
 
+# torch 2.13 renamed them and warns about the old names.
+ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
@@ -35,6 +39,20 @@ class GroupExchange:
         result = torch.empty_like(pieces[0])
         dist.reduce_scatter(result, pieces, group=self.group)
         return result
+
+    def start_all_gather(self, row: torch.Tensor) -> tuple[torch.Tensor, dist.Work]:
+        """(rows of all members, the work to wait for)."""
+        rows = row.new_empty((self.size, row.numel()))
+        return rows, ALL_GATHER(rows.view(-1), row, group=self.group, async_op=True)
+
+    def start_reduce_scatter(self, rows: torch.Tensor) -> tuple[torch.Tensor, dist.Work]:
+        """(this member's row summed over all members, the work to wait for)."""
+        row = rows.new_empty(rows.shape[1])
+        return row, REDUCE_SCATTER(row, rows.view(-1), group=self.group, async_op=True)
+
+    def start_all_reduce(self, x: torch.Tensor) -> tuple[torch.Tensor, dist.Work]:
+        """Sum in place."""
+        return x, dist.all_reduce(x, group=self.group, async_op=True)
 
     def all_to_all(self, pieces: list[torch.Tensor]) -> list[torch.Tensor]:
         sent = torch.stack(pieces)

@@ -1,6 +1,6 @@
 """The module a user trains: parameters as DTensors in their storage layout, forward through the emitted program."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,36 +8,15 @@ import torch
 import torch.utils._pytree as pytree  # the public alias lacks unflatten by spec in torch 2.13
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor import Placement as TorchPlacement
-from torch.distributed.tensor.placement_types import _StridedShard  # private; the only DTensor form of a fused projection's cut (torch 2.13)
+from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule
 
-from autopar.core.layout import Layout
-from autopar.errors import LayoutError
 from autopar.program import Program
+from autopar.runtime.microbatches import loss_weights, split_batch
 from autopar.runtime.rank import Rank
-from autopar.runtime.reducer import Reducer, Slot
-from autopar.runtime.weights import Weights, shard
-
-
-def torch_placements(layout: Layout) -> list[TorchPlacement]:
-    """A storage or output layout (S and I only) in torch's terms."""
-    found: list[TorchPlacement] = []
-    for p in layout:
-        if p.kind == "S":
-            found.append(Shard(p.dim) if p.outer == 1 else _StridedShard(p.dim, split_factor=p.outer))
-        elif p.kind == "I":
-            found.append(Replicate())
-        else:
-            raise LayoutError(f"{layout} is not a layout that a tensor can be stored in")
-    return found
-
-
-def as_dtensor(local: torch.Tensor, layout: Layout, mesh: DeviceMesh, shape: Sequence[int]) -> DTensor:
-    """A local part as the DTensor it is part of."""
-    stride = torch.empty(tuple(shape), device="meta").stride()
-    return DTensor.from_local(local, mesh, torch_placements(layout), run_check=False, shape=torch.Size(shape), stride=stride)
+from autopar.runtime.reducer import Bucket, Reducer
+from autopar.runtime.store import Store, as_dtensor
+from autopar.runtime.weights import Weights
 
 
 class _Holder(nn.Module):
@@ -51,33 +30,27 @@ class ParallelModule(nn.Module):
     except that beside a scalar loss the others stay cut and come as DTensors.
     """
 
-    def __init__(self, program: Program, emitted: GraphModule, inputs: Sequence[int], traced: Any, weights: Weights, rank: Rank, mesh: DeviceMesh) -> None:
+    def __init__(
+        self, program: Program, emitted: GraphModule, inputs: Sequence[int], positions: Mapping[int, Mapping[int, int]], traced: Any, weights: Weights, rank: Rank,
+        mesh: DeviceMesh, stored_mesh: DeviceMesh,
+    ) -> None:  # fmt: skip
+        """`mesh` is that of the computation, `stored_mesh` that of the parameters (the host's under offload)."""
         super().__init__()
         self._program, self._rank, self._device_mesh, self._traced = program, rank, mesh, traced
         self._emitted = (emitted,)  # in a tuple: its submodules are code, not part of the module tree
         self._inputs = tuple(inputs)
-        self._leaves: dict[int, torch.Tensor] = {}
-        self._dtensors: dict[int, nn.Parameter] = {}
+        self._store = Store(program, weights, rank, stored_mesh)
         self._buffer_values: dict[int, torch.Tensor] = {}
-        self._add_parameters(weights)
+        self._add_parameters()
         self._add_buffers(weights)
-        order = [v for v in self._inputs if v in self._leaves]
-        names = program.mesh.names
-        slots = [Slot(self._leaves[v], "+".join(names[a] for a in program.deferred[v] if program.mesh.sizes[a] > 1)) for v in order]
-        self._reducer = Reducer(slots, rank, self._deliver)
-        self._order = order
+        rank.units, sharded = self._store.units(positions, lambda bucket, grads: self._reducer.scatter(bucket, grads))
+        buckets: list[Bucket] = [*sharded, *self._store.buckets()]
+        leaves = {v: x for v, x in self._store.leaves.items() if program.residency.stage(v) < 3 or self._store.kind(v).stage < 3}
+        self._reducer = Reducer(buckets, leaves, rank, self._deliver)
 
-    def _add_parameters(self, weights: Weights) -> None:
-        point = self._program.mesh.coordinates(self._rank.rank)
-        for v in self._program.graph.params:
-            value = self._program.graph.values[v]
-            layout = self._program.storage[v]
-            local = shard(weights.get(value.source[0]), layout, self._program.mesh, point).to(self._rank.device)
-            parameter = nn.Parameter(as_dtensor(local, layout, self._device_mesh, value.meta.shape), requires_grad=value.meta.requires_grad)
-            with torch.no_grad():
-                self._leaves[v] = parameter.to_local().detach().requires_grad_(value.meta.requires_grad)
-            self._dtensors[v] = parameter
-            for name in value.source:
+    def _add_parameters(self) -> None:
+        for v, parameter in self._store.parameters.items():
+            for name in self._program.graph.values[v].source:
                 holder, leaf = self._holder(name)
                 holder.register_parameter(leaf, parameter)
 
@@ -100,16 +73,18 @@ class ParallelModule(nn.Module):
         return module, leaf
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's outputs for a global batch."""
+        """The model's outputs for a global batch (of one microbatch, where the plan has several)."""
         given = iter(self._traced.flat_inputs(args, kwargs))
+        if self._rank.stream.microbatch == 0:  # within a step nobody changes parameters
+            self._store.refresh()
         values = [self._rank]
         for v in self._inputs:
-            value = self._leaves.get(v)
+            value = self._store.leaves.get(v)
             value = self._buffer_values.get(v) if value is None else value
             values.append(next(given).to(self._rank.device) if value is None else value)
         outputs, updates = self._emitted[0](*values)
         if self.training:
-            self._rank.stream.step += 1
+            self._rank.stream.advance(last=self._reducer.enabled)
         with torch.no_grad():
             for (buffer, _), new in zip(self._program.graph.updates, updates):
                 self._buffer_values[buffer].copy_(new)
@@ -122,22 +97,21 @@ class ParallelModule(nn.Module):
             return x
         return as_dtensor(x, layout, self._device_mesh, self._program.graph.values[v].meta.shape)
 
-    def _deliver(self, grads: Sequence[torch.Tensor | None]) -> None:
-        """Hand complete local gradients to the parameters, added to what is there."""
-        for v, grad in zip(self._order, grads):
-            if grad is None:
-                continue
-            parameter = self._dtensors[v]
-            if parameter.grad is None:
-                # The constructor that FSDP uses (torch 2.13): from_local takes 60 us, this 4, once a parameter and step.
-                parameter.grad = DTensor(grad, parameter._spec, requires_grad=False)
-            else:
-                with torch.no_grad():
-                    parameter.grad.to_local().add_(grad)
+    def _deliver(self, v: int, grad: torch.Tensor) -> None:
+        """Hand a complete gradient to its parameter, added to what is there."""
+        parameter = self._store.parameters[v]
+        grad = grad.to(parameter.dtype)
+        if parameter.grad is None:
+            # The constructor that FSDP uses (torch 2.13): from_local takes 60 us, this 4, once a parameter and step.
+            parameter.grad = DTensor(grad, parameter._spec, requires_grad=False)
+        else:
+            with torch.no_grad():
+                parameter.grad.to_local().add_(grad)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Backwards in this block only add up locally; the next one outside reduces the sum, once."""
+        """Backwards in this block only add up; the next one outside completes the sum, with one reduction where the ZeRO stage
+        of a parameter is 0 or 1 (2 and 3 reduce-scatter in every backward: they keep no whole gradient)."""
         before, self._reducer.enabled = self._reducer.enabled, False
         try:
             yield
@@ -146,15 +120,31 @@ class ParallelModule(nn.Module):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
-        for leaf in self._leaves.values():
+        for leaf in self._store.leaves.values():
             leaf.grad = None
 
     def train_step(self, batch: dict[str, Any] | tuple) -> torch.Tensor:
-        """Forward and backward of one global batch; returns the loss. The optimizer step is the caller's."""
+        """Forward and backward of one global batch, in the plan's number of microbatches; returns the loss of the whole batch.
+
+        Microbatches count by what their loss is a mean over (tokens), so that unequal ones add up to the gradient of the batch.
+        The optimizer step is the caller's.
+        """
+        pieces = split_batch(batch, self._program.residency.micro_batches)
+        weights = loss_weights(self._traced, pieces)
+        total = torch.zeros(())
+        for n, (piece, weight) in enumerate(zip(pieces, weights)):
+            if n + 1 < len(pieces):
+                with self.no_sync():
+                    total = total + self._micro_step(piece, weight)
+            else:
+                total = total + self._micro_step(piece, weight)
+        return total
+
+    def _micro_step(self, batch: dict[str, Any] | tuple, weight: float) -> torch.Tensor:
         out = self(**batch) if isinstance(batch, dict) else self(*batch)
         flat, _ = pytree.tree_flatten(out)
         position = self._program.graph.outputs.index(self._program.graph.seeds[0])
-        loss = flat[position]
+        loss = flat[position] if weight == 1.0 else flat[position] * weight
         loss.backward()
         return loss.detach()
 

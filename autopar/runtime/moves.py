@@ -13,6 +13,7 @@ import torch
 from autopar.core.moves import PRIMITIVES
 from autopar.runtime.pieces import cut, embed, join
 from autopar.runtime.rank import Rank
+from autopar.runtime.residence import taped
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,10 @@ def perform(move: Move, x: torch.Tensor, rank: Rank) -> torch.Tensor:
     """Run the forward primitive of a move on a real rank."""
     if move.forward not in EXCHANGES:
         return local(move, x, rank.sizes[move.axis], rank.coordinates[move.axis])
+    return taped(rank, lambda: [_exchange(move, x, rank)])[0]
+
+
+def _exchange(move: Move, x: torch.Tensor, rank: Rank) -> torch.Tensor:
     rank.count(move.forward, move.axis, x)
     sent = before(move, x, rank.sizes[move.axis])
     exchange = rank.exchanges[move.axis]
@@ -103,9 +108,12 @@ PAIR_OF: dict[Callable[..., torch.Tensor], tuple[str, str]] = {function: pair fo
 
 def all_reduce_max(x: torch.Tensor, mesh: Rank, axis: str) -> torch.Tensor:
     """Elementwise maximum over an axis; carries no gradient."""
-    x = x.detach()
-    mesh.count("all_reduce", axis, x)
-    return mesh.exchanges[axis].all_reduce(x.contiguous(), "max")
+
+    def largest() -> list[torch.Tensor]:
+        mesh.count("all_reduce", axis, x)
+        return [mesh.exchanges[axis].all_reduce(x.detach().contiguous(), "max")]
+
+    return taped(mesh, largest)[0]
 
 
 # The emitted code calls moves by name, so that it reads as a list of collectives.

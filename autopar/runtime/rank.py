@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -48,10 +48,17 @@ class Stream:
     step: int = 0
     microbatch: int = 0
 
+    def advance(self, *, last: bool) -> None:
+        """To the next microbatch, or after the last one to the next step."""
+        self.step, self.microbatch = (self.step + 1, 0) if last else (self.step, self.microbatch + 1)
+
 
 @dataclass
 class Rank:
-    """One rank of a mesh. `exchanges` maps axis names joined by '+' to the communication of that group (absent when simulated)."""
+    """One rank of a mesh. `exchanges` maps axis names joined by '+' to the communication of that group (absent when simulated).
+
+    `units`: what is gathered for each segment of the program; `tape`: where a block that is computed again keeps the results of its
+    collectives."""
 
     mesh: Mesh
     rank: int
@@ -59,6 +66,10 @@ class Rank:
     exchanges: Mapping[str, Exchange] = field(default_factory=dict)
     stream: Stream = field(default_factory=Stream)
     counter: Counter = field(default_factory=Counter)
+    units: Mapping[int, Any] = field(default_factory=dict)
+    offload: bool = False
+    tape: Any = None
+    replaying: bool = False
 
     def __post_init__(self) -> None:
         self.coordinates = dict(zip(self.mesh.names, self.mesh.coordinates(self.rank)))
@@ -69,6 +80,20 @@ class Rank:
         for name in axis.split("+"):
             size *= self.sizes[name]
         self.counter.add(primitive, axis, size, x.numel() * x.element_size())
+
+    def on_device(self, x: torch.Tensor) -> torch.Tensor:
+        """A stored tensor where it is computed with; under offload a counted copy, also where host and device are one."""
+        return self._transfer("to_device", x, self.device)
+
+    def on_host(self, x: torch.Tensor) -> torch.Tensor:
+        """A computed tensor where it is stored."""
+        return self._transfer("to_host", x, torch.device("cpu"))
+
+    def _transfer(self, name: str, x: torch.Tensor, device: torch.device) -> torch.Tensor:
+        if not self.offload:
+            return x
+        self.counter.add(name, "host", 1, x.numel() * x.element_size())
+        return x.to(device, copy=True)
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:

@@ -1,12 +1,17 @@
-"""Gradient reduction over the axes a parameter is replicated on: bucketed, overlapping the backward, once per step."""
+"""Gradient reduction: bucketed, overlapping the backward, and no more often than the ZeRO stage of a parameter asks for.
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+Stage 0 and 1 sum once per step (all-reduce, reduce-scatter), 2 and 3 reduce-scatter in every backward and keep only the sum of
+their own part.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from autopar.runtime.distributed import GroupExchange
+from autopar.runtime.parts import Parts
 from autopar.runtime.rank import Rank
 
 BUCKET_BYTES = 25 << 20
@@ -15,119 +20,129 @@ BUCKET_BYTES = 25 << 20
 MIN_BUCKET_BYTES = 1 << 20
 """Smaller ones would be all latency."""
 
-MIN_BUCKETS = 4
+MIN_BUCKETS = 2
 """Gradients that would fill fewer buckets are cut into about this many, so that a small model hides its reduction too."""
 
-
-@dataclass
-class Slot:
-    """One parameter: its local leaf tensor and the axes its gradient is summed over ('' for none)."""
-
-    leaf: torch.Tensor
-    axes: str
+Deliver = Callable[[int, torch.Tensor], None]
+"""Takes (parameter, complete gradient of this rank's stored part)."""
 
 
 @dataclass
 class Bucket:
-    """Slots whose gradients travel together."""
+    """Gradients that travel together: reduce-scattered over `scatter`, then summed over `rest` (axes joined by '+', '' for none)."""
 
-    axes: str
-    slots: list[int]
+    stage: int
+    members: tuple[int, ...]
+    parts: Parts
+    scatter: str
+    rest: str
+    dtype: torch.dtype
     waiting: int = 0
-    flat: torch.Tensor | None = None
     work: Any = None
-    ready: list[int] = field(default_factory=list)
+    flat: torch.Tensor | None = None
+    total: torch.Tensor | None = None
 
 
 class Reducer:
-    """Collects gradients of leaves as the backward makes them and sums full buckets while it goes on.
+    """Collects gradients of leaves as the backward makes them, sums full buckets while it goes on, delivers at its end.
 
-    `finish` is called once at the end of a backward with every slot's gradient (None where there is none).
+    `leaves` are those of stage 0 to 2 by parameter; the gradients of stage 3 come through `scatter`.
     """
 
-    def __init__(self, slots: Sequence[Slot], rank: Rank, deliver: Any) -> None:
-        self.slots, self.rank, self.deliver = list(slots), rank, deliver
+    def __init__(self, buckets: Sequence[Bucket], leaves: dict[int, torch.Tensor], rank: Rank, deliver: Deliver) -> None:
+        self.buckets, self.leaves, self.rank, self.deliver = list(buckets), leaves, rank, deliver
         self.enabled = True
-        self.buckets = _buckets(self.slots)
-        self.bucket_of = {i: b for b in self.buckets for i in b.slots}
+        self.bucket_of = {v: b for b in self.buckets for v in b.members}
         self._armed = False
-        for i, slot in enumerate(self.slots):
-            if slot.leaf.requires_grad:
-                slot.leaf.register_post_accumulate_grad_hook(lambda _, i=i: self._arrived(i))
+        for v, leaf in leaves.items():
+            if leaf.requires_grad:
+                leaf.register_post_accumulate_grad_hook(lambda _, v=v: self._arrived(v))
 
-    def _arrived(self, i: int) -> None:
-        if not self.enabled:
+    def scatter(self, bucket: Bucket, grads: Sequence[torch.Tensor]) -> None:
+        """Complete local gradients of a ZeRO-3 bucket."""
+        self._arm()
+        self._launch(bucket, grads)
+
+    def _arm(self) -> None:
+        if self._armed:
             return
-        if not self._armed:
-            self._armed = True
-            # Private but stable since torch 1.x: DDP and FSDP end their backward with the same callback (torch 2.13).
-            torch.autograd.Variable._execution_engine.queue_callback(self._end)
-            for bucket in self.buckets:
-                bucket.waiting, bucket.ready = len(bucket.slots), []
-        bucket = self.bucket_of.get(i)
+        self._armed = True
+        # Private but stable since torch 1.x: DDP and FSDP end their backward with the same callback (torch 2.13).
+        torch.autograd.Variable._execution_engine.queue_callback(self._end)
+        for bucket in self.buckets:
+            bucket.waiting = len(bucket.members)
+
+    def _arrived(self, v: int) -> None:
+        bucket = self.bucket_of.get(v)
+        if not self.enabled and (bucket is None or bucket.stage < 2):
+            return
+        self._arm()
         if bucket is not None:
-            bucket.ready.append(i)
             bucket.waiting -= 1
             if bucket.waiting == 0:
-                self._launch(bucket)
+                self._launch(bucket, self._take(bucket))
 
-    def _launch(self, bucket: Bucket) -> None:
-        """Start the sum of a bucket; members without a gradient on this rank add zeros."""
-        grads = [_grad_or_zeros(self.slots[i].leaf) for i in bucket.slots]
-        for g in grads:
-            self.rank.count("all_reduce", bucket.axes, g)
-        bucket.flat = grads[0].reshape(-1).clone() if len(grads) == 1 else torch.cat([g.reshape(-1) for g in grads])
-        exchange: Any = self.rank.exchanges[bucket.axes]
-        bucket.work = dist.all_reduce(bucket.flat, group=exchange.group, async_op=True)
+    def _take(self, bucket: Bucket) -> list[torch.Tensor]:
+        """The local gradients of a bucket's leaves, which let go of them; a member without one adds zeros."""
+        leaves = [self.leaves[v] for v in bucket.members]
+        grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+        for leaf in leaves:
+            leaf.grad = None
+        return grads
+
+    def _launch(self, bucket: Bucket, grads: Sequence[torch.Tensor]) -> None:
+        if bucket.work is not None:  # a tied parameter's second unit, or a second backward before the end of the first
+            self._collect(bucket)
+        bucket.waiting = 0
+        rows = bucket.parts.pack(grads, bucket.dtype)
+        if bucket.scatter:
+            self.rank.count("reduce_scatter", bucket.scatter, rows)
+            bucket.flat, bucket.work = self._exchange(bucket.scatter).start_reduce_scatter(rows)
+        else:
+            self.rank.count("all_reduce", bucket.rest, rows)
+            bucket.flat, bucket.work = self._exchange(bucket.rest).start_all_reduce(rows.view(-1))
+
+    def _exchange(self, axes: str) -> GroupExchange:
+        exchange = self.rank.exchanges[axes]
+        assert isinstance(exchange, GroupExchange)
+        return exchange
+
+    def _collect(self, bucket: Bucket) -> None:
+        bucket.work.wait()
+        bucket.total = bucket.flat if bucket.total is None else bucket.total.add_(bucket.flat)
+        bucket.work = bucket.flat = None
 
     def _end(self) -> None:
         self._armed = False
         for bucket in self.buckets:
-            if bucket.waiting and bucket.ready:
-                self._launch(bucket)
-        results: list[torch.Tensor | None] = [slot.leaf.grad for slot in self.slots]
+            if 0 < bucket.waiting < len(bucket.members):
+                self._launch(bucket, self._take(bucket))
         for bucket in self.buckets:
-            if bucket.work is None or bucket.flat is None:
-                continue
-            bucket.work.wait()
-            offset = 0
-            for i in bucket.slots:
-                leaf = self.slots[i].leaf
-                results[i] = bucket.flat[offset : offset + leaf.numel()].view(leaf.shape)
-                offset += leaf.numel()
-            bucket.work = bucket.flat = None
-        for slot in self.slots:
-            slot.leaf.grad = None
-        self.deliver(results)
+            if bucket.work is not None:
+                self._collect(bucket)
+        if not self.enabled:
+            return
+        self._sum_over_rest()
+        for bucket in self.buckets:
+            if bucket.total is not None:
+                for v, part in zip(bucket.members, bucket.parts.own(self.rank.on_host(bucket.total))):
+                    self.deliver(v, part)
+                bucket.total = None
+        for v, leaf in self.leaves.items():
+            if leaf.grad is not None:
+                self.deliver(v, self.rank.on_host(leaf.grad))
+                leaf.grad = None
+
+    def _sum_over_rest(self) -> None:
+        works = []
+        for bucket in self.buckets:
+            if bucket.total is not None and bucket.scatter and bucket.rest:
+                self.rank.count("all_reduce", bucket.rest, bucket.total)
+                works.append(self._exchange(bucket.rest).start_all_reduce(bucket.total)[1])
+        for work in works:
+            work.wait()
 
 
-def _grad_or_zeros(leaf: torch.Tensor) -> torch.Tensor:
-    return leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
-
-
-def _buckets(slots: Sequence[Slot]) -> list[Bucket]:
-    """Slots in reverse order of use, split by axes, dtype and size."""
-    totals: dict[tuple[str, torch.dtype], int] = {}
-    for slot in slots:
-        if slot.axes and slot.leaf.requires_grad:
-            key = (slot.axes, slot.leaf.dtype)
-            totals[key] = totals.get(key, 0) + slot.leaf.numel() * slot.leaf.element_size()
-    open_: dict[tuple[str, torch.dtype], Bucket] = {}
-    sizes: dict[int, int] = {}
-    found: list[Bucket] = []
-    for i in range(len(slots) - 1, -1, -1):
-        slot = slots[i]
-        if not slot.axes or not slot.leaf.requires_grad:
-            continue
-        key = (slot.axes, slot.leaf.dtype)
-        size = slot.leaf.numel() * slot.leaf.element_size()
-        bucket = open_.get(key)
-        full = min(BUCKET_BYTES, max(MIN_BUCKET_BYTES, totals[key] // MIN_BUCKETS))
-        if bucket is None or sizes[id(bucket)] + size > full:
-            bucket = Bucket(slot.axes, [])
-            open_[key] = bucket
-            sizes[id(bucket)] = 0
-            found.append(bucket)
-        bucket.slots.append(i)
-        sizes[id(bucket)] += size
-    return found
+def bucket_limit(total_bytes: int) -> int:
+    """The size at which a bucket is full, where its like have `total_bytes` together."""
+    return min(BUCKET_BYTES, max(MIN_BUCKET_BYTES, total_bytes // MIN_BUCKETS))

@@ -3,15 +3,17 @@
 Local operators run once per rank; a move runs for all ranks together, as one autograd node that joins their graphs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from autopar.core.mesh import Mesh
+from autopar.runtime.block import run_block
 from autopar.runtime.moves import EXCHANGES, PAIR_OF, Move, after, all_reduce_max, backward_of, before, local
 from autopar.runtime.rank import Counter, Rank, Stream
+from autopar.runtime.residence import Unit, run, taped
 
 
 def simulated_ranks(mesh: Mesh, *, seed: int = 0, device: str = "cpu") -> list[Rank]:
@@ -48,14 +50,18 @@ def perform_all(move: Move, xs: Sequence[torch.Tensor], ranks: Sequence[Rank], o
     size = ranks[0].sizes[move.axis]
     if move.forward not in EXCHANGES:
         return [local(move, x, size, rank.coordinates[move.axis]) for x, rank in zip(xs, ranks)]
-    results: list[Any] = [None] * len(xs)
-    for x, rank in zip(xs, ranks):
-        rank.count(move.forward, move.axis, x)
-    for group in mesh.groups([mesh.names.index(move.axis)]):
-        received = _exchange(move.forward, [before(move, xs[r], size) for r in group], op)
-        for r, item in zip(group, received):
-            results[r] = after(move, item)
-    return results
+
+    def communicate() -> list[torch.Tensor]:
+        results: list[Any] = [None] * len(xs)
+        for x, rank in zip(xs, ranks):
+            rank.count(move.forward, move.axis, x)
+        for group in mesh.groups([mesh.names.index(move.axis)]):
+            received = _exchange(move.forward, [before(move, xs[r], size) for r in group], op)
+            for r, item in zip(group, received):
+                results[r] = after(move, item)
+        return results
+
+    return taped(ranks[0], communicate)
 
 
 class _PerformAll(torch.autograd.Function):
@@ -79,10 +85,10 @@ def _move_all(function: Callable, args: Sequence[Sequence[Any]], kwargs: dict[st
 
 
 class Simulation:
-    """Runs emitted modules for all ranks of a mesh."""
+    """Runs emitted modules for all ranks of a mesh. `units`: what is gathered for each segment, for all ranks together."""
 
-    def __init__(self, ranks: Sequence[Rank]) -> None:
-        self.ranks = ranks
+    def __init__(self, ranks: Sequence[Rank], units: Mapping[int, Unit] | None = None) -> None:
+        self.ranks, self.units = ranks, units or {}
 
     def run(self, module: GraphModule, inputs: Sequence[Sequence[Any]]) -> list[Any]:
         """`inputs[r]` are the placeholders of rank r (without `mesh`); returns the outputs of every rank."""
@@ -98,6 +104,10 @@ class Simulation:
                 env[node] = [given[r].pop(0) for r in range(n)]
             elif node.op == "output":
                 return self._per_rank(node.args[0], env)
+            elif node.op == "get_attr":
+                env[node] = [module.get_submodule(node.target)] * n
+            elif node.target is run_block:
+                env[node] = self._run_block(node, env)
             elif node.op == "call_module":
                 env[node] = self._run(module.get_submodule(node.target), self._per_rank(node.args, env))
             else:
@@ -105,6 +115,17 @@ class Simulation:
             for dead in last_use.get(node, ()):
                 env.pop(dead, None)
         return []
+
+    def _run_block(self, node: Node, env: dict[Node, list[Any]]) -> list[Any]:
+        """`run_block` of all ranks at once: their arguments stand side by side."""
+        rows = self._per_rank(node.args[2:], env)
+        block, width = env[node.args[1]][0], len(node.args) - 2
+
+        def together(*args: Any) -> list[Any]:
+            return self._run(block, [args[r * width : (r + 1) * width] for r in range(len(self.ranks))])
+
+        unit = self.units.get(node.kwargs.get("gather"))
+        return run(together, [x for row in rows for x in row], self.ranks, unit, node.kwargs.get("recompute", "none"))
 
     def _call(self, node: Node, env: dict[Node, list[Any]]) -> list[Any]:
         args = self._per_rank(node.args, env)

@@ -1,0 +1,147 @@
+"""How a block is run when not everything stays: weights gathered for it and dropped after, activations computed again.
+
+The same code drives one rank and, with all ranks' arguments side by side, a simulated mesh.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
+
+import torch
+import torch.utils._pytree as pytree  # the public alias lacks tree_map over tuples of mixed leaves in torch 2.11
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from autopar.runtime.rank import Rank
+
+aten = torch.ops.aten
+KEPT_BY_SELECTIVE = frozenset((aten.mm.default, aten.addmm.default, aten.convolution.default, aten._convolution.default, aten.linear.default))
+"""Results that selective recomputation keeps: contractions with weights. Attention and everything elementwise is computed again."""
+
+
+class Unit(Protocol):
+    """ZeRO-3 parameters that are gathered for one block."""
+
+    def gather(self, args: Sequence[Any]) -> tuple[list[Any], list[torch.Tensor]]:
+        """(the arguments with whole weights in place of stored parts, those weights)."""
+        ...
+
+    def again(self) -> list[torch.Tensor]:
+        """The weights once more, for the backward."""
+        ...
+
+
+class Tape:
+    """Results of collectives, kept while a block runs forward and played back when it is computed again."""
+
+    def __init__(self, ranks: Sequence[Rank]) -> None:
+        self.ranks = ranks
+        self.results: list[Any] = []
+        self.place = (ranks[0].stream.step, ranks[0].stream.microbatch)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        with self._active(replaying=False):
+            yield
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        stream = self.ranks[0].stream
+        before = (stream.step, stream.microbatch)
+        stream.step, stream.microbatch = self.place
+        try:
+            with self._active(replaying=True):
+                yield
+        finally:
+            stream.step, stream.microbatch = before
+
+    @contextmanager
+    def _active(self, *, replaying: bool) -> Iterator[None]:
+        rank = self.ranks[0]
+        before = (rank.tape, rank.replaying)
+        rank.tape, rank.replaying = self, replaying
+        try:
+            yield
+        finally:
+            rank.tape, rank.replaying = before
+
+
+def taped(rank: Rank, communicate: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
+    """Run a collective, or play its results back."""
+    if rank.tape is None:
+        return communicate()
+    if rank.replaying:
+        return [x.detach() for x in rank.tape.results.pop(0)]
+    results = communicate()
+    rank.tape.results.append([x.detach() for x in results])
+    return results
+
+
+def run(function: Callable, args: Sequence[Any], ranks: Sequence[Rank], unit: Unit | None, recompute: str) -> Any:
+    """A block under a mode of recomputation, with the weights of `unit` gathered where they are stored in parts."""
+    if recompute != "none":
+        tape = Tape(ranks)
+        whole = function if unit is None else lambda *given: function(*unit.gather(given)[0])
+        return checkpoint(whole, *args, use_reentrant=False, preserve_rng_state=False, determinism_check="none", context_fn=lambda: _contexts(tape, recompute))
+    if unit is None:
+        return function(*args)
+    given, weights = unit.gather(args)
+    if not torch.is_grad_enabled():
+        return function(*given)
+    with _dropping(weights, unit):
+        results = function(*given)
+    return _ask_again(results, unit)
+
+
+def _contexts(tape: Tape, recompute: str) -> tuple[Any, Any]:
+    if recompute == "full":
+        return tape.recording(), tape.replaying()
+    forward, again = create_selective_checkpoint_contexts(lambda ctx, op, *a, **k: CheckpointPolicy.MUST_SAVE if op in KEPT_BY_SELECTIVE else CheckpointPolicy.PREFER_RECOMPUTE)
+    return _both(tape.recording(), forward), _both(tape.replaying(), again)
+
+
+@contextmanager
+def _both(first: Any, second: Any) -> Iterator[None]:
+    with ExitStack() as stack:
+        stack.enter_context(first)
+        stack.enter_context(second)
+        yield
+
+
+def _dropping(weights: Sequence[torch.Tensor], unit: Unit) -> Any:
+    """Saved tensors that are gathered weights, or views of them, are not kept: the backward gathers them again."""
+    index = {w.untyped_storage().data_ptr(): i for i, w in enumerate(weights) if w.numel()}
+
+    def pack(t: torch.Tensor) -> Any:
+        i = index.get(t.untyped_storage().data_ptr())
+        return t if i is None else (i, t.size(), t.stride(), t.storage_offset())
+
+    def unpack(saved: Any) -> torch.Tensor:
+        if isinstance(saved, torch.Tensor):
+            return saved
+        i, size, stride, offset = saved
+        return unit.again()[i].as_strided(size, stride, offset)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+class _Ask(torch.autograd.Function):
+    """Identity whose backward, the first of a block, gathers the block's weights."""
+
+    @staticmethod
+    def forward(ctx: Any, unit: Unit, *xs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.unit = unit
+        return tuple(x.view_as(x) for x in xs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+        ctx.unit.again()
+        return (None, *grads)
+
+
+def _ask_again(results: Any, unit: Unit) -> Any:
+    flat, spec = pytree.tree_flatten(results)
+    where = [i for i, x in enumerate(flat) if isinstance(x, torch.Tensor) and x.requires_grad]
+    if where:
+        for i, x in zip(where, _Ask.apply(unit, *(flat[i] for i in where))):
+            flat[i] = x
+    return pytree.tree_unflatten(flat, spec)
