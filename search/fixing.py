@@ -48,7 +48,8 @@ def restrict(prepared: Prepared, multiplier: float, slack_s: float) -> Shrunk | 
     graph = prepared.graph(Price(1.0, multiplier))
     store = TableStore()
     forward = eliminate_forward(store, graph, steps)
-    work = {key: math.prod([graph.sizes[n] for n in (step.node, *step.neighbours)]) for key, step in zip(forward.keys, steps, strict=True)}
+    sizes = graph.sizes
+    work = {key: math.prod([sizes[n] for n in (step.node, *step.neighbours)]) for key, step in zip(forward.keys, steps, strict=True)}
     if sum(work.values()) > MAX_WORK:
         return None
     slack_s += MARGIN * abs(math.fsum(forward.constants))

@@ -189,24 +189,23 @@ class ProblemBuilder:
         """A parameter's gradient over axes where it is stored whole and used as R is summed once a step, in one go."""
         lifted = [tuple(R if p == I and meta.requires_grad else p for p in x) for x in src]
         red = self.pricing.redistribution(meta, (*src, *dst, *lifted), grad=meta.requires_grad)
+        end = np.array([red.index[used] for used in dst])
+        partial = np.array([[p == R for p in used] for used in dst])
         table = np.empty((len(src), len(dst)))
-        for s, stored in enumerate(src):
-            local = _local_bytes(meta, stored, self.mesh)
-            for d, used in enumerate(dst):
-                axes = deferred_axes(stored, used) if meta.requires_grad else ()
-                start = lift(stored, axes)
-                table[s, d] = red.seconds[red.index[start], red.index[used]]
-                if grad:
-                    table[s, d] += self.pricing.gradient_reduction(axes, local)
+        for group in np.unique(partial, axis=0):  # of the layout a parameter is used in, only its R axes say what is deferred
+            columns = np.flatnonzero((partial == group).all(axis=1))
+            for s, stored in enumerate(src):
+                axes = deferred_axes(stored, dst[columns[0]]) if meta.requires_grad else ()
+                reduction = self.pricing.gradient_reduction(axes, _local_bytes(meta, stored, self.mesh)) if grad else 0.0
+                table[s, columns] = red.seconds[red.index[lift(stored, axes)], end[columns]] + reduction
         return table
 
     def _moved_memory(self, meta: TensorMeta, src: Sequence[Layout], dst: Sequence[Layout]) -> np.ndarray:
-        table = np.zeros((len(src), len(dst)))
-        for d, used in enumerate(dst):
-            size = _local_bytes(meta, used, self.mesh)
-            for s, here in enumerate(src):
-                table[s, d] = 0.0 if without_r(here) == without_r(used) else size
-        return table
+        """Bytes of the copy that the backward keeps: none where the value lies as it was produced."""
+        known: dict[Layout, int] = {}
+        here, there = (np.array([known.setdefault(without_r(x), len(known)) for x in layouts]) for layouts in (src, dst))
+        size = np.array([_local_bytes(meta, used, self.mesh) for used in dst])
+        return np.where(here[:, None] == there, 0.0, size)
 
 
 def deferred_axes(stored: Layout, used: Layout) -> tuple[int, ...]:

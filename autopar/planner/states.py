@@ -52,6 +52,7 @@ class Pricing:
     cluster: Cluster
     mesh: Mesh
     _steps: dict[tuple[str, int, float], float] = field(default_factory=dict)
+    _reductions: dict[tuple[tuple[int, ...], float], float] = field(default_factory=dict)
     _spaces: dict[tuple, Redistribution] = field(default_factory=dict)
 
     def step(self, primitive: str, axis: int, local_bytes: float) -> float:
@@ -69,7 +70,10 @@ class Pricing:
 
     def gradient_reduction(self, axes: tuple[int, ...], local_bytes: float) -> float:
         """Seconds of the once-per-step all-reduce of a gradient over several axes at once."""
-        return self._step("all_reduce", axes, local_bytes) if axes else 0.0
+        key = axes, local_bytes
+        if key not in self._reductions:
+            self._reductions[key] = self._step("all_reduce", axes, local_bytes) if axes else 0.0
+        return self._reductions[key]
 
     def redistribution(self, meta: TensorMeta, layouts: Sequence[Layout], *, grad: bool) -> Redistribution:
         """All-pairs routes of a tensor between (at least) the given layouts."""
