@@ -32,6 +32,10 @@ class Price:
     second: float = 1.0
     byte: float = 0.0
 
+    def of_plan(self, cost_s: float, memory_bytes: float, base_memory_bytes: float) -> float:
+        """The number for a plan; its base memory, which no choice changes, is left out."""
+        return self.second * cost_s + self.byte * (memory_bytes - base_memory_bytes)
+
 
 SECONDS = Price(1.0, 0.0)
 BYTES = Price(0.0, 1.0)
@@ -71,6 +75,12 @@ class Shrunk:
     def restore(self, choices: Sequence[int]) -> tuple[int, ...]:
         """Choices of the smaller problem in the numbering of the original."""
         return tuple(int(states[choice]) for states, choice in zip(self.kept, choices, strict=True))
+
+
+def whole(problem: SearchProblem) -> Shrunk:
+    """A problem from which nothing was dropped."""
+    states: dict[int, np.ndarray] = {}
+    return Shrunk(problem, tuple(states.setdefault(node.num_states, np.arange(node.num_states)) for node in problem.nodes))
 
 
 def canonical(problem: SearchProblem) -> SearchProblem:
