@@ -57,8 +57,13 @@ def eliminate(
     if multiplier_s_per_byte and limit is None:
         raise UsageError("a price of memory needs a memory limit that the bound can refer to")
     best = minimise(problem, Price(1.0, multiplier_s_per_byte), max_table_entries=max_table_entries)
+    return assignment(problem, best, multiplier_s_per_byte)
+
+
+def assignment(problem: SearchProblem, best: Minimum, multiplier_s_per_byte: float = 0.0) -> Assignment:
+    """The minimum under a price of memory as a plan with its bound; the multiplier is 0 where there is no limit."""
     cost_s, memory_bytes = evaluate(problem, best.choices)
-    room = limit - problem.base_memory_bytes if limit is not None and multiplier_s_per_byte else 0.0
+    room = problem.limit_bytes - problem.base_memory_bytes if multiplier_s_per_byte else 0.0
     bound_s = best.bound - multiplier_s_per_byte * room
     if best.exact and not multiplier_s_per_byte:
         bound_s = cost_s
