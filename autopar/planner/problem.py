@@ -49,6 +49,9 @@ class ProblemBuilder:
         self._node_cache: dict[int, Node] = {}
         self._edge_cache: dict[tuple, tuple[np.ndarray, np.ndarray | None]] = {}
         self._layout_cache: dict[tuple, States] = {}
+        self._cuts_cache: dict[tuple[int, ...], frozenset[tuple[int, int]]] = {}
+        metas: dict[TensorMeta, int] = {}
+        self._meta: list[int] = [metas.setdefault(value.meta, len(metas)) for value in self.graph.values]  # a number hashes faster
         self.ops: dict[int, int] = {}
         self.op_of: dict[int, int] = {}
         self.saved = _saved_values(self.graph, self.rules)
@@ -95,13 +98,12 @@ class ProblemBuilder:
 
     def _add_op(self, i: int) -> int:
         op, rule = self.graph.ops[i], self.rules[i]
-        operands = tuple(self.graph.values[v].meta for v in op.operands)
-        results = tuple(self.graph.values[v].meta for v in op.results)
         saved = frozenset(j for j, v in enumerate(op.results) if v in self.saved)
         allowed, prefer, words = self.constraints.allowed(op, rule, self.batch[i])
         color = self.batch[i] if self.constraints.strict else frozenset()
-        key = (op.kind, op.args, operands, results, saved, words, color)
+        key = (op.kind, op.args, tuple([self._meta[v] for v in op.operands]), tuple([self._meta[v] for v in op.results]), saved, words, color)
         if key not in self._op_cache:
+            operands, results = (tuple(self.graph.values[v].meta for v in values) for values in (op.operands, op.results))
             self._op_cache[key] = op_states(rule, operands, results, self.pricing, allowed, prefer, saved=saved)
         states = self._op_cache[key]
         if not states.strategies:
@@ -113,8 +115,8 @@ class ProblemBuilder:
         value = self.graph.values[v]
         cuts = self._consumer_cuts(v)
         if not self.constraints.strict:
-            cuts |= {(0, 1)} if value.meta.shape else set()
-        key = ("param", value.meta, tuple(sorted(cuts)), value.source if self.constraints.pins.named else ())
+            cuts |= {(0, 1)} if value.meta.shape else frozenset()
+        key = ("param", self._meta[v], cuts, value.source if self.constraints.pins.named else ())
         if key not in self._layout_cache:
             space = layout_space(value.meta.shape, self.mesh, sorted(cuts), grad=False, partial=False)
             space = tuple(x for x in space if all(self._storage_allowed(a, p) for a, p in enumerate(x)))
@@ -125,9 +127,12 @@ class ProblemBuilder:
     def _storage_allowed(self, axis: int, placement) -> bool:  # noqa: ANN001
         return not (self.constraints.strict and self.mesh.names[axis] == "dp" and placement.kind == "S")
 
-    def _consumer_cuts(self, v: int) -> set[tuple[int, int]]:
-        layouts = (x for i, k in self.graph.consumers[v] for x in self.states[self.ops[i]].operand_layouts[k])
-        return {(p.dim, p.outer) for layout in layouts for p in layout if p.kind == "S"}
+    def _consumer_cuts(self, v: int) -> frozenset[tuple[int, int]]:
+        layouts = [self.states[self.ops[i]].operand_layouts[k] for i, k in self.graph.consumers[v]]
+        key = tuple(map(id, layouts))
+        if key not in self._cuts_cache:
+            self._cuts_cache[key] = frozenset((p.dim, p.outer) for found in layouts for layout in found for p in layout if p.kind == "S")
+        return self._cuts_cache[key]
 
     def _add_output(self, n: int, v: int) -> int:
         """A scalar or an update is wanted whole; other outputs may stay cut where a scalar loss exists."""
@@ -165,12 +170,12 @@ class ProblemBuilder:
         return self._add(f"{self.graph.values[v].name}.relay", self._layout_cache[key])
 
     def _connect(self, v: int, u: int, port: int, w: int, k: int, *, from_param: bool) -> None:
-        meta = self.graph.values[v].meta
         src, dst = self.states[u].result_layouts[port], self.states[w].operand_layouts[k]
         grad = v in self.graph.differentiated
         saves = grad and self._saves(w, k)
-        key = (id(src), id(dst), meta, grad, saves, from_param)
+        key = (id(src), id(dst), self._meta[v], grad, saves, from_param)
         if key not in self._edge_cache:
+            meta = self.graph.values[v].meta
             seconds = self._param_edge(meta, src, dst, grad) if from_param else self._edge(meta, src, dst)
             memory = self._moved_memory(meta, src, dst) if saves else None
             self._edge_cache[key] = (seconds, memory)
