@@ -10,7 +10,6 @@ where the best bound is close enough to it. Five eliminations are typical, those
 What is left is the duality gap: plans that fit come from repairing, mixing and improving the plans met on the way.
 """
 
-import math
 from dataclasses import dataclass
 
 from autopar.core.problem import Assignment, SearchProblem, evaluate
@@ -77,13 +76,6 @@ def price_memory(
             break
     best = _improved(small, over, within or leanest(small, max_table_entries))
     return _assignment(problem, prepared.shrunk.restore(best.choices), bound_s, multiplier)
-
-
-def memory_floor_bytes(problem: SearchProblem) -> float:
-    """No plan holds less, whatever its neighbours choose: every node and edge at its least. Takes no search."""
-    least = {id(table): float(table.min()) for item in (*problem.nodes, *problem.edges) if (table := item.memory_bytes) is not None}
-    held = [least[id(item.memory_bytes)] for item in (*problem.nodes, *problem.edges) if item.memory_bytes is not None]
-    return math.fsum([problem.base_memory_bytes, *held])
 
 
 def leanest(problem: SearchProblem, max_table_entries: int = MAX_TABLE_ENTRIES) -> Point:

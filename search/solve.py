@@ -11,7 +11,7 @@ from autopar.errors import UsageError
 from autopar.search.elimination import MAX_TABLE_ENTRIES, TOLERANCE, assignment, prepare
 from autopar.search.fixing import restrict
 from autopar.search.ilp import solve_ilp
-from autopar.search.lagrange import leanest, memory_floor_bytes, price_memory
+from autopar.search.lagrange import leanest, price_memory
 from autopar.search.simplify import BYTES, SECONDS, Shrunk, canonical, shrink
 
 GAP_TARGET = 1e-2  # the cost model is off by percents: a smaller gap is not worth a solver's seconds
@@ -39,9 +39,9 @@ def solve(
     """
     if use_ilp not in ("auto", "always", "never"):
         raise UsageError(f"use_ilp is {use_ilp!r}; it is auto, always or never")
-    if not problem.fits(memory_floor_bytes(problem)):
-        leanest(problem, max_table_entries)  # raises
     prepared = prepare(problem, (SECONDS, BYTES), max_table_entries=max_table_entries)
+    if not problem.fits(prepared.terms.least_bytes):
+        leanest(problem, max_table_entries)  # raises, and says how much is missing
     cheapest = prepared.minimise(SECONDS)
     plan = assignment(problem, replace(cheapest, choices=prepared.shrunk.restore(cheapest.choices)))
     target = 0.0 if use_ilp == "always" else FINE_GAP

@@ -6,6 +6,7 @@ Nodes that share their tables are read with one numpy index, and so are edges. S
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -39,6 +40,12 @@ class Terms:
             if item.memory_bytes is not None:
                 terms[1, members] = item.memory_bytes[pairs]
         return terms
+
+    @cached_property
+    def least_bytes(self) -> float:
+        """No plan holds less: every node and edge at its own least, whatever its neighbours do. Takes no search."""
+        tables = [(item.memory_bytes, len(members)) for item, members in (*self._nodes, *self._edges)]
+        return math.fsum([self.base_memory_bytes, *[table.min() * n for table, n in tables if table is not None]])
 
     def of_plan(self, choices: Sequence[int]) -> tuple[float, float]:
         """(seconds, bytes) of a plan, as `evaluate` gives them."""

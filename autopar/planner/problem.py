@@ -46,7 +46,6 @@ class ProblemBuilder:
         self.edges: list[Edge] = []
         self.states: list[States] = []
         self._op_cache: dict[tuple, States] = {}
-        self._node_cache: dict[int, Node] = {}
         self._edge_cache: dict[tuple, tuple[np.ndarray, np.ndarray | None]] = {}
         self._layout_cache: dict[tuple, States] = {}
         self._cuts_cache: dict[tuple[int, ...], frozenset[tuple[int, int]]] = {}
@@ -57,17 +56,20 @@ class ProblemBuilder:
         self.saved = _saved_values(self.graph, self.rules)
 
     def build(self, memory_limit_bytes: float | None) -> tuple[SearchProblem, Ports]:
-        searched = self.graph.searched
+        searched, finals = self.graph.searched, self._finals()
         for i, op in enumerate(self.graph.ops):
-            if any(v in searched for v in op.operands):
+            if not searched.isdisjoint(op.operands):
                 self.ops[i] = self._add_op(i)
                 self.op_of[self.ops[i]] = i
         ops = self.ops
-        outputs = {n: self._add_output(n, v) for n, v in enumerate(self._finals()) if v in searched}
+        outputs = {n: self._add_output(n, v) for n, v in enumerate(finals) if v in searched}
+        ends: dict[int, list[tuple[int, int]]] = {}
+        for n, node in outputs.items():
+            ends.setdefault(finals[n], []).append((node, 0))
         params = {v: self._add_param(v) for v in self.graph.params}
         relays: dict[int, int] = {}
         for v in sorted(searched):
-            uses = self._uses(v, ops, outputs)
+            uses = [(ops[i], k) for i, k in self.graph.consumers[v]] + ends.get(v, [])
             source = params.get(v) if v in params else ops[self.graph.producer[v][0]]
             if not uses:
                 continue
@@ -84,27 +86,20 @@ class ProblemBuilder:
     def _finals(self) -> tuple[int, ...]:
         return (*self.graph.outputs, *(v for _, v in self.graph.updates))
 
-    def _uses(self, v: int, ops: dict[int, int], outputs: dict[int, int]) -> list[tuple[int, int]]:
-        uses = [(ops[i], k) for i, k in self.graph.consumers[v]]
-        return uses + [(outputs[n], 0) for n, final in enumerate(self._finals()) if final == v]
-
     def _add(self, name: str, states: States) -> int:
-        if id(states) not in self._node_cache:
-            self._node_cache[id(states)] = Node(name, states.seconds, states.memory_bytes)
-        shared = self._node_cache[id(states)]
-        self.nodes.append(Node(name, shared.cost_s, shared.memory_bytes))
+        self.nodes.append(Node(name, states.seconds, states.memory_bytes))
         self.states.append(states)
         return len(self.nodes) - 1
 
     def _add_op(self, i: int) -> int:
         op, rule = self.graph.ops[i], self.rules[i]
-        saved = frozenset(j for j, v in enumerate(op.results) if v in self.saved)
+        saved = tuple([j for j, v in enumerate(op.results) if v in self.saved])
         allowed, prefer, words = self.constraints.allowed(op, rule, self.batch[i])
         color = self.batch[i] if self.constraints.strict else frozenset()
-        key = (op.kind, op.args, tuple([self._meta[v] for v in op.operands]), tuple([self._meta[v] for v in op.results]), saved, words, color)
+        key = (id(rule), saved, words, color)  # operators of one rule object are of one kind and size
         if key not in self._op_cache:
             operands, results = (tuple(self.graph.values[v].meta for v in values) for values in (op.operands, op.results))
-            self._op_cache[key] = op_states(rule, operands, results, self.pricing, allowed, prefer, saved=saved)
+            self._op_cache[key] = op_states(rule, operands, results, self.pricing, allowed, prefer, saved=frozenset(saved))
         states = self._op_cache[key]
         if not states.strategies:
             pins = [p.text for _, found in self.constraints.for_op(op, rule, self.batch[i]).values() for p in found]
@@ -157,16 +152,11 @@ class ProblemBuilder:
 
     def _add_relay(self, v: int, uses: Sequence[tuple[int, int]], source: int, port: int) -> int:
         """Where a value is handed to several users: any layout that it is produced or used in."""
-        meta = self.graph.values[v].meta
-        found: dict[Layout, None] = {}
-        for layout in self.states[source].result_layouts[port]:
-            found.setdefault(layout)
-        for node, k in uses:
-            for layout in self.states[node].operand_layouts[k]:
-                found.setdefault(layout if meta.requires_grad else without_r(layout))
-        key = ("relay", tuple(found))
+        around = [self.states[source].result_layouts[port], *(self.states[node].operand_layouts[k] for node, k in uses)]
+        key = ("relay", *map(id, around))
         if key not in self._layout_cache:
-            self._layout_cache[key] = layout_states(tuple(found))
+            found = tuple(dict.fromkeys(layout for layouts in around for layout in layouts))
+            self._layout_cache[key] = self._layout_cache.setdefault(("layouts", found), layout_states(found))
         return self._add(f"{self.graph.values[v].name}.relay", self._layout_cache[key])
 
     def _connect(self, v: int, u: int, port: int, w: int, k: int, *, from_param: bool) -> None:
@@ -236,7 +226,7 @@ def _saved_values(graph: OpGraph, rules: Sequence[OpRule]) -> frozenset[int]:
     params = set(graph.params)
     found: set[int] = set()
     for op, rule in zip(graph.ops, rules):
-        if any(v in live for v in op.results):
-            found.update(op.operands[k] for k in rule.saved_operands if op.operands[k] not in params)
-            found.update(op.results[j] for j in rule.saved_results)
+        if (rule.saved_operands or rule.saved_results) and not live.isdisjoint(op.results):
+            found.update([op.operands[k] for k in rule.saved_operands if op.operands[k] not in params])
+            found.update([op.results[j] for j in rule.saved_results])
     return frozenset(found)
