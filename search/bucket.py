@@ -3,6 +3,9 @@
 Node x with neighbours N meets in the tables that mention x; minimising their sum over the states of x leaves one table
 over N (for |N| = 1 a fold into the neighbour, for |N| = 2 MindSpore's operator elimination, beyond that bucket
 elimination along a tree decomposition). Going back, every node takes its best state given its neighbours' states.
+
+What meets where does not depend on the numbers in the tables. `write_recipe` finds it out once, and equal blocks share
+their eliminations in it; `follow` computes the eliminations for the tables of one price.
 """
 
 import math
@@ -40,51 +43,102 @@ class CostGraph:
         return find_order(self.sizes, pairs, self.classes, limit_entries=limit_entries, reluctance=reluctance)
 
 
+Input = tuple[int, tuple[int, ...]]  # number of a table, roles of its axes
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """The eliminations along an order: `eliminations[kinds[i]]` is that of step i, as the tables that meet in it.
+
+    Roles are 0 for the node that goes and 1, 2, ... for its neighbours. Tables are numbered: first the `num_tables` given
+    ones, then the results of the eliminations in their order.
+    """
+
+    steps: tuple[Step, ...]
+    kinds: tuple[int, ...]
+    eliminations: tuple[tuple[Input, ...], ...]
+    num_tables: int
+
+
+def write_recipe(unary: Sequence[int], pairs: Sequence[tuple[int, int, int]], steps: Sequence[Step]) -> Recipe:
+    """The recipe for table `unary[i]` at node i and the tables of `pairs` (u, v, table), all of whose nodes are among the steps."""
+    num_tables = max([*unary, *[table for _, _, table in pairs]], default=-1) + 1
+    first = {step.node: position for position, step in enumerate(steps)}
+    buckets: list[list[Entry]] = [[(unary[step.node], (step.node,))] for step in steps]  # a table waits for the first of its nodes
+    for u, v, table in pairs:
+        buckets[min(first[u], first[v])].append((table, (u, v)))
+    known: dict[tuple[Input, ...], int] = {}
+    kinds = []
+    for step, bucket in zip(steps, buckets, strict=True):
+        around = step.neighbours
+        kind = known.setdefault(key_of(bucket, step.node, around), len(known))
+        kinds.append(kind)
+        if around:
+            buckets[min([first[other] for other in around])].append((num_tables + kind, around))
+    return Recipe(tuple(steps), tuple(kinds), tuple(known), num_tables)
+
+
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """What eliminating along some steps left behind: per step its key, the number of its table, and the minimum taken off it."""
+    """What following a recipe left behind, per elimination: its key, the number of its table, and the minimum taken off it."""
 
+    recipe: Recipe
     keys: tuple[Key, ...]
     tables: tuple[int, ...]
     constants: tuple[float, ...]
 
+    @property
+    def value(self) -> float:
+        """The optimum: the sum of the constants of all steps, inf if nothing is allowed."""
+        return math.fsum([self.constants[kind] for kind in self.recipe.kinds])
 
-def eliminate_forward(store: TableStore, graph: CostGraph, steps: Sequence[Step]) -> Forward:
-    """Eliminate the nodes of a graph one after the other; the optimum is the sum of the constants, inf if nothing is allowed."""
-    tables_at = tables_by_node(store, graph)
-    keys, tables, constants = [], [], []
-    for step in steps:
-        node, around = step.node, step.neighbours
-        key = key_of(tables_at[node], node, around)
+    def choices(self, store: TableStore) -> tuple[int, ...]:
+        """The optimal choices, the lowest states of equals; the optimum is finite."""
+        choices = [0] * len(self.recipe.steps)
+        known: dict[tuple[int, ...], int] = {}
+        for step, kind in zip(reversed(self.recipe.steps), reversed(self.recipe.kinds), strict=True):
+            around = [choices[other] for other in step.neighbours]
+            place = (kind, *around)
+            state = known.get(place)
+            if state is None:
+                state = known[place] = store.best_state(self.keys[kind], tuple(around))
+            choices[step.node] = state
+        return tuple(choices)
+
+
+def follow(store: TableStore, recipe: Recipe, tables: Sequence[np.ndarray]) -> Forward:
+    """Do the eliminations of a recipe with these tables."""
+    numbers = [store.add(table) for table in tables]
+    keys, constants = [], []
+    for inputs in recipe.eliminations:
+        key = tuple(sorted([(numbers[table], roles) for table, roles in inputs]))
         number, lowest = store.eliminate(key)
-        for other in around:
-            tables_at[other] = [entry for entry in tables_at[other] if node not in entry[1]]
-            tables_at[other].append((number, around))
+        numbers.append(number)
         keys.append(key)
-        tables.append(number)
         constants.append(lowest)
-    return Forward(tuple(keys), tuple(tables), tuple(constants))
+    return Forward(recipe, tuple(keys), tuple(numbers[recipe.num_tables :]), tuple(constants))
 
 
 def run_steps(store: TableStore, graph: CostGraph, steps: Sequence[Step]) -> tuple[tuple[int, ...], float]:
     """(optimal choices, optimal value) of a graph whose nodes are all among the steps; the value is inf if nothing is allowed."""
-    forward = eliminate_forward(store, graph, steps)
-    choices = [0] * len(graph.unary)
-    if not all(map(math.isfinite, forward.constants)):
-        return tuple(choices), math.inf
-    for step, key in zip(reversed(steps), reversed(forward.keys), strict=True):
-        choices[step.node] = store.best_state(key, tuple([choices[other] for other in step.neighbours]))
-    return tuple(choices), math.fsum(forward.constants)
+    tables, unary, pairs = number_tables(graph)
+    forward = follow(store, write_recipe(unary, pairs, steps), tables)
+    value = forward.value
+    return (forward.choices(store) if math.isfinite(value) else (0,) * len(unary)), value
 
 
-def tables_by_node(store: TableStore, graph: CostGraph) -> list[list[Entry]]:
-    """For each node the tables that mention it, with the nodes of their axes."""
-    tables_at: list[list[Entry]] = [[(store.add(table), (i,))] for i, table in enumerate(graph.unary)]
-    for u, v, table in graph.pairs:
-        entry = store.add(table), (u, v)
-        tables_at[u].append(entry)
-        tables_at[v].append(entry)
-    return tables_at
+def number_tables(graph: CostGraph) -> tuple[list[np.ndarray], list[int], list[tuple[int, int, int]]]:
+    """(the distinct tables of a graph, the table of each node, (u, v, table) of each pair)."""
+    tables: list[np.ndarray] = []
+    known: dict[int, int] = {}
+
+    def number(table: np.ndarray) -> int:
+        found = known.setdefault(id(table), len(tables))
+        if found == len(tables):
+            tables.append(table)
+        return found
+
+    return tables, [number(table) for table in graph.unary], [(u, v, number(table)) for u, v, table in graph.pairs]
 
 
 def key_of(entries: Sequence[Entry], node: int, around: Sequence[int]) -> Key:

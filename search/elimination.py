@@ -1,9 +1,10 @@
 """Exact minimum of a problem, or of seconds + price * bytes, by eliminating one operator after the other.
 
-The work is exponential only in the width of the graph, which is 2 to 3 for traced models. `prepare` and `minimise` run
-the whole path: one object per table (`simplify.canonical`), useless states out (`simplify.shrink`), an order
-(`order.find_order`), the eliminations (`bucket`, memoised in `tables`). Where the order would need a table beyond
-`max_table_entries`, `minibucket` gives a lower bound and a good plan instead of an optimum.
+The work is exponential only in the width of the graph, which is 2 to 3 for traced models. `prepare` does once what no price
+changes: one object per table (`simplify.canonical`), an order (`order.find_order`), and which tables meet where
+(`bucket.write_recipe`); `Prepared.minimise` computes the eliminations under one price (`bucket.follow`, memoised in `tables`).
+Where the order would need a table beyond `max_table_entries`, useless states are dropped (`simplify.shrink`), and if that does
+not help `minibucket` gives a lower bound and a good plan instead of an optimum.
 
 References: Bertele and Brioschi 1972 (nonserial dynamic programming); Dechter 1999 (bucket elimination).
 """
@@ -11,13 +12,16 @@ References: Bertele and Brioschi 1972 (nonserial dynamic programming); Dechter 1
 import math
 from dataclasses import dataclass, replace
 
-from autopar.core.problem import Assignment, SearchProblem, evaluate
+import numpy as np
+
+from autopar.core.problem import Assignment, Edge, Node, SearchProblem, evaluate
 from autopar.errors import InfeasibleError, UsageError
-from autopar.search.bucket import CostGraph, run_steps
+from autopar.search.bucket import CostGraph, Recipe, follow, write_recipe
 from autopar.search.minibucket import bounded_minimum
 from autopar.search.order import Order, find_order
-from autopar.search.simplify import SECONDS, Price, PriceList, Shrunk, canonical, node_classes, shrink
+from autopar.search.simplify import SECONDS, Price, PriceList, Shrunk, canonical, node_classes, shrink, whole
 from autopar.search.tables import TableStore
+from autopar.search.terms import Terms
 
 MAX_TABLE_ENTRIES = 30_000_000  # 240 MB of float64
 TOLERANCE = 1e-9  # a relative gap below this is rounding
@@ -53,8 +57,13 @@ def eliminate(
     if multiplier_s_per_byte and limit is None:
         raise UsageError("a price of memory needs a memory limit that the bound can refer to")
     best = minimise(problem, Price(1.0, multiplier_s_per_byte), max_table_entries=max_table_entries)
+    return assignment(problem, best, multiplier_s_per_byte)
+
+
+def assignment(problem: SearchProblem, best: Minimum, multiplier_s_per_byte: float = 0.0) -> Assignment:
+    """The minimum under a price of memory as a plan with its bound; the multiplier is 0 where there is no limit."""
     cost_s, memory_bytes = evaluate(problem, best.choices)
-    room = limit - problem.base_memory_bytes if limit is not None and multiplier_s_per_byte else 0.0
+    room = problem.limit_bytes - problem.base_memory_bytes if multiplier_s_per_byte else 0.0
     bound_s = best.bound - multiplier_s_per_byte * room
     if best.exact and not multiplier_s_per_byte:
         bound_s = cost_s
@@ -81,25 +90,31 @@ def minimise(problem: SearchProblem, price: Price = SECONDS, *, max_table_entrie
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """A problem made small and put in order once, to be minimised under several prices."""
+    """A problem put in order once, to be minimised under several prices.
+
+    Choices are in the states of `shrunk.problem`; `shrunk.restore` translates. `priced` holds one node or edge for each
+    distinct table, in the numbering of `recipe` (None: the tables would be too large).
+    """
 
     shrunk: Shrunk
+    terms: Terms
     classes: tuple[int, ...]
     order: Order
+    priced: tuple[Node | Edge, ...]
+    recipe: Recipe | None
     max_table_entries: int
 
     def minimise(self, price: Price) -> Minimum:
-        """As the function of the same name; choices are in the states that are left (`shrunk.restore` translates)."""
-        graph = self.graph(price)
+        """As the function of the same name, but for the numbering of states."""
         store = TableStore()
-        if self.order.max_table_entries <= self.max_table_entries:
-            choices, value = run_steps(store, graph, self.order.steps)
-            if not math.isfinite(value):
-                raise InfeasibleError("every combination of states contains a forbidden pair; allow more states or pairs")
-            value = bound = graph.value(choices)
+        if self.recipe is None:
+            choices, bound = bounded_minimum(store, self.graph(price), self.order, self.max_table_entries)
         else:
-            choices, bound = bounded_minimum(store, graph, self.order, self.max_table_entries)
-            value = graph.value(choices)
+            forward = follow(store, self.recipe, self.tables(price))
+            if not math.isfinite(forward.value):
+                raise InfeasibleError("every combination of states contains a forbidden pair; allow more states or pairs")
+            choices, bound = forward.choices(store), math.inf
+        value = price.of_plan(*self.terms.of_plan(choices), self.shrunk.problem.base_memory_bytes)
         return Minimum(
             choices=choices,
             value=value,
@@ -108,18 +123,43 @@ class Prepared:
             num_distinct=store.num_eliminations,
         )
 
+    def tables(self, price: Price) -> list[np.ndarray]:
+        """The distinct tables under one price."""
+        prices = PriceList(price)
+        return [prices.of(item) for item in self.priced]
+
     def graph(self, price: Price) -> CostGraph:
-        """The tables under one price, over the states that are left."""
+        """All tables under one price, at their nodes and edges."""
         prices = PriceList(price)
         unary = tuple(prices.of(node) for node in self.shrunk.problem.nodes)
         pairs = tuple((edge.u, edge.v, prices.of(edge)) for edge in self.shrunk.problem.edges)
         return CostGraph(unary, pairs, self.classes)
 
 
-def prepare(problem: SearchProblem, prices: tuple[Price, ...], *, max_table_entries: int = MAX_TABLE_ENTRIES) -> Prepared:
-    """Drop the states that are useless under every price that is a mix of `prices`, and choose the order."""
-    shrunk = shrink(canonical(problem), prices)
-    sizes = [node.num_states for node in shrunk.problem.nodes]
-    pairs = [(edge.u, edge.v) for edge in shrunk.problem.edges]
-    classes = tuple(node_classes(shrunk.problem))
-    return Prepared(shrunk=shrunk, classes=classes, order=find_order(sizes, pairs, classes), max_table_entries=max_table_entries)
+def prepare(problem: SearchProblem, prices: tuple[Price, ...], *, max_table_entries: int = MAX_TABLE_ENTRIES, shrunk: Shrunk | None = None) -> Prepared:
+    """Choose the order and write the recipe; minima under every price that is a mix of `prices` stay what they are.
+
+    `shrunk` may be handed in where states were dropped already.
+    """
+    part = shrunk or whole(canonical(problem))
+    nodes, edges = part.problem.nodes, part.problem.edges
+    sizes = [node.num_states for node in nodes]
+    classes = tuple(node_classes(part.problem))
+    order = find_order(sizes, [(edge.u, edge.v) for edge in edges], classes)
+    fits = order.max_table_entries <= max_table_entries
+    if not fits and shrunk is None:
+        return prepare(problem, prices, max_table_entries=max_table_entries, shrunk=shrink(part.problem, prices))
+    priced: list[Node | Edge] = []
+    known: dict[tuple[int, int], int] = {}
+
+    def number(item: Node | Edge) -> int:
+        found = known.setdefault((id(item.cost_s), id(item.memory_bytes)), len(priced))
+        if found == len(priced):
+            priced.append(item)
+        return found
+
+    unary, pairs = [number(node) for node in nodes], [(edge.u, edge.v, number(edge)) for edge in edges]
+    recipe = write_recipe(unary, pairs, order.steps) if fits else None
+    return Prepared(
+        shrunk=part, terms=Terms(part.problem), classes=classes, order=order, priced=tuple(priced), recipe=recipe, max_table_entries=max_table_entries
+    )

@@ -17,9 +17,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from autopar.core.problem import Edge, Node
-from autopar.search.bucket import CostGraph, Forward, eliminate_forward
+from autopar.search.bucket import CostGraph, Forward, follow
 from autopar.search.elimination import Prepared
-from autopar.search.order import Step
 from autopar.search.simplify import Price, Shrunk
 from autopar.search.tables import Key, TableStore
 
@@ -43,16 +42,17 @@ def restrict(prepared: Prepared, multiplier: float, slack_s: float) -> Shrunk | 
     None where the tables of the backward pass would be too large. Pairs that go become forbidden.
     """
     steps = prepared.order.steps
-    if prepared.order.max_table_entries > prepared.max_table_entries:
+    if prepared.recipe is None:
         return None
     graph = prepared.graph(Price(1.0, multiplier))
-    store = TableStore()
-    forward = eliminate_forward(store, graph, steps)
-    work = {key: math.prod([graph.sizes[n] for n in (step.node, *step.neighbours)]) for key, step in zip(forward.keys, steps, strict=True)}
+    sizes = graph.sizes
+    work = {kind: math.prod([sizes[n] for n in (step.node, *step.neighbours)]) for kind, step in zip(prepared.recipe.kinds, steps, strict=True)}
     if sum(work.values()) > MAX_WORK:
         return None
-    slack_s += MARGIN * abs(math.fsum(forward.constants))
-    regrets = find_regrets(store, graph, steps, forward)
+    store = TableStore()
+    forward = follow(store, prepared.recipe, prepared.tables(Price(1.0, multiplier)))
+    slack_s += MARGIN * abs(forward.value)
+    regrets = find_regrets(store, graph, forward)
     kept = [np.flatnonzero(regret <= slack_s) for regret in regrets.at_nodes]
     source = prepared.shrunk
     nodes = tuple(Node(n.name, n.cost_s[k], n.memory_bytes[k]) for n, k in zip(source.problem.nodes, kept, strict=True))
@@ -65,16 +65,17 @@ def restrict(prepared: Prepared, multiplier: float, slack_s: float) -> Shrunk | 
     return Shrunk(problem, tuple(states[k] for states, k in zip(source.kept, kept, strict=True)))
 
 
-def find_regrets(store: TableStore, graph: CostGraph, steps: Sequence[Step], forward: Forward) -> Regrets:
+def find_regrets(store: TableStore, graph: CostGraph, forward: Forward) -> Regrets:
     """How much more than the optimum the best plan with a given state, or pair of states, costs."""
-    return _Backward(store, graph, steps, forward).run()
+    return _Backward(store, graph, forward).run()
 
 
 class _Backward:
     """One pass over the steps in reverse. `outside[i]` is the table over the neighbours of step i of all that is not below it."""
 
-    def __init__(self, store: TableStore, graph: CostGraph, steps: Sequence[Step], forward: Forward) -> None:
-        self.store, self.graph, self.steps, self.forward = store, graph, steps, forward
+    def __init__(self, store: TableStore, graph: CostGraph, forward: Forward) -> None:
+        self.store, self.graph, self.forward = store, graph, forward
+        self.steps = steps = forward.recipe.steps
         self.position = {step.node: i for i, step in enumerate(steps)}
         self.children: list[list[int]] = [[] for _ in steps]
         for i, step in enumerate(steps):
@@ -99,14 +100,14 @@ class _Backward:
             if not step.neighbours:
                 self.outside[i] = nothing
             role = {node: r for r, node in enumerate((step.node, *step.neighbours))}
-            frame = _Frame(self.store, self.forward.keys[i], self.outside[i], len(role), self.known)
+            frame = _Frame(self.store, self.forward.keys[self.forward.recipe.kinds[i]], self.outside[i], len(role), self.known)
             at_nodes[step.node] = self.store.arrays[frame.marginal((0,), -1)]
             for e in self.edges[i]:
                 u, v, _ = self.graph.pairs[e]
                 at_pairs[e] = self.store.arrays[frame.marginal((role[u], role[v]), -1)]
             for child in self.children[i]:
                 roles = tuple(role[node] for node in self.steps[child].neighbours)
-                self.outside[child] = frame.marginal(roles, self.forward.tables[child])
+                self.outside[child] = frame.marginal(roles, self.forward.tables[self.forward.recipe.kinds[child]])
         return Regrets(tuple(at_nodes), tuple(at_pairs))
 
 

@@ -7,35 +7,92 @@ the best plan within the limit is usually a mix of their parts ("recompute in 8 
 is connected, `splice` takes one plan up to some node and the other from there on.
 """
 
+import heapq
 import math
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 
 from autopar.core.problem import SearchProblem, evaluate
+from autopar.search.simplify import node_classes
+from autopar.search.terms import Terms
 
 RELATIVE_GAIN = 1e-12  # a smaller gain is rounding, and taking it could go round in circles
 
 
+class Situation:
+    """A node in its state, with its neighbours in theirs: seconds and bytes [k] that each other state would add.
+
+    Copies of a node whose neighbours do the same in every copy are in one situation.
+    """
+
+    def __init__(self, cost_s: np.ndarray, memory_bytes: np.ndarray) -> None:
+        self.cost_s, self.memory_bytes = cost_s, memory_bytes
+
+    @cached_property
+    def relief(self) -> tuple[float, int]:
+        """(seconds per byte freed, state) of the switch that frees memory at the fewest seconds per byte; inf where none frees any."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            score = np.where(self.memory_bytes < 0, self.cost_s / -self.memory_bytes, np.inf)
+        return _least(score)
+
+    def finish(self, excess_bytes: float) -> tuple[float, int]:
+        """(seconds, state) of the cheapest switch that frees at least so many bytes; inf where none does."""
+        if self._most_freed < excess_bytes:
+            return math.inf, 0
+        return _least(np.where(-self.memory_bytes >= excess_bytes, self.cost_s, np.inf))
+
+    @cached_property
+    def _most_freed(self) -> float:
+        return float(-self.memory_bytes.min())
+
+    @cached_property
+    def gains(self) -> tuple[tuple[float, float, int], ...]:
+        """(score, bytes, state) of the switches that save seconds, best first.
+
+        One that also frees memory is ranked by seconds alone, before any that needs memory: those by seconds per byte.
+        """
+        states = np.flatnonzero(self.cost_s < 0)
+        seconds, held = self.cost_s[states], self.memory_bytes[states]
+        scores = np.where(held > 0, seconds / np.maximum(held, 1.0), seconds)
+        return tuple(sorted(zip(scores.tolist(), held.tolist(), states.tolist(), strict=True)))
+
+    def gain(self, room_bytes: float, least_s: float) -> tuple[float, int]:
+        """(score, state) of the best switch that saves more than `least_s` and adds at most `room_bytes`; inf where none does."""
+        return next(((score, state) for score, held, state in self.gains if held <= room_bytes and self.cost_s[state] < -least_s), (math.inf, 0))
+
+
+def _least(score: np.ndarray) -> tuple[float, int]:
+    state = int(score.argmin())
+    return float(score[state]), state
+
+
 class Neighbourhood:
-    """What switching one node costs from where the plan stands: arrays [n, K] of seconds and bytes, padded with inf and 0."""
+    """Where a plan stands: the situation of every node, kept up to date as nodes switch."""
 
     def __init__(self, problem: SearchProblem, choices: Sequence[int]) -> None:
         self.problem = problem
         self.choices = list(choices)
         self.cost_s, self.memory_bytes = evaluate(problem, choices)
+        self.classes = node_classes(problem)
         self.ends: list[list[tuple[int, np.ndarray, np.ndarray | None]]] = [[] for _ in problem.nodes]
         for edge in problem.edges:
             memory = edge.memory_bytes
             self.ends[edge.u].append((edge.v, edge.cost_s, memory))
             self.ends[edge.v].append((edge.u, edge.cost_s.T, None if memory is None else memory.T))
-        width = max((node.num_states for node in problem.nodes), default=1)
-        self.delta_cost_s = np.full((len(problem.nodes), width), np.inf)
-        self.delta_memory_bytes = np.zeros((len(problem.nodes), width))
-        for node in range(len(problem.nodes)):
-            self._refresh(node)
+        self.known: dict[tuple[int, ...], Situation] = {}
+        self.members: dict[Situation, set[int]] = {}
+        self.at: list[Situation] = [self._enter(node) for node in range(len(problem.nodes))]
 
-    def _refresh(self, node: int) -> None:
+    def _enter(self, node: int) -> Situation:
+        key = (self.classes[node], self.choices[node], *[self.choices[other] for other, _, _ in self.ends[node]])
+        if key not in self.known:
+            self.known[key] = self._find(node)
+        self.members.setdefault(self.known[key], set()).add(node)
+        return self.known[key]
+
+    def _find(self, node: int) -> Situation:
         item = self.problem.nodes[node]
         seconds, held = item.cost_s, item.memory_bytes
         for other, cost_s, memory_bytes in self.ends[node]:
@@ -43,22 +100,26 @@ class Neighbourhood:
             if memory_bytes is not None:
                 held = held + memory_bytes[:, self.choices[other]]
         here = self.choices[node]
-        self.delta_cost_s[node, : len(seconds)] = seconds - seconds[here]
-        self.delta_memory_bytes[node, : len(held)] = held - held[here]
+        return Situation(seconds - seconds[here], held - held[here])
 
     def switch(self, node: int, state: int) -> None:
         """Give one node another state."""
-        self.cost_s += float(self.delta_cost_s[node, state])
-        self.memory_bytes += float(self.delta_memory_bytes[node, state])
+        self.cost_s += float(self.at[node].cost_s[state])
+        self.memory_bytes += float(self.at[node].memory_bytes[state])
         self.choices[node] = state
-        self._refresh(node)
-        for other, _, _ in self.ends[node]:
-            self._refresh(other)
+        for touched in {node, *[other for other, _, _ in self.ends[node]]}:
+            left = self.members[self.at[touched]]
+            left.discard(touched)
+            if not left:
+                del self.members[self.at[touched]]
+            self.at[touched] = self._enter(touched)
 
-    def best(self, score: np.ndarray) -> tuple[int, int] | None:
-        """(node, state) of the least finite score, the first of equals."""
-        node, state = divmod(int(score.argmin()), score.shape[1])
-        return (node, state) if math.isfinite(score[node, state]) else None
+    def best(self, scores: dict[Situation, float]) -> Situation | None:
+        """The situation of least finite score; of equals the one with the lowest node."""
+        least = min(scores.values(), default=math.inf)
+        if not math.isfinite(least):
+            return None
+        return min((s for s, score in scores.items() if score == least), key=lambda s: min(self.members[s]))
 
 
 def repair(problem: SearchProblem, choices: Sequence[int]) -> tuple[int, ...] | None:
@@ -66,21 +127,19 @@ def repair(problem: SearchProblem, choices: Sequence[int]) -> tuple[int, ...] | 
 
     On the way every switch that would fit at once is a candidate; the cheapest candidate is returned.
     """
-    limit = problem.limit_bytes
     here = Neighbourhood(problem, choices)
     best_cost, best = math.inf, None
     while not problem.fits(here.memory_bytes):
-        freed = -here.delta_memory_bytes
-        finishing = np.where(freed >= here.memory_bytes - limit, here.delta_cost_s, np.inf)
-        last = here.best(finishing)
-        if last and here.cost_s + finishing[last] < best_cost:
-            best_cost = here.cost_s + float(finishing[last])
-            best = [*here.choices[: last[0]], last[1], *here.choices[last[0] + 1 :]]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            step = here.best(np.where(freed > 0, here.delta_cost_s / freed, np.inf))
-        if step is None:
+        excess = here.memory_bytes - problem.limit_bytes
+        last = here.best({s: s.finish(excess)[0] for s in here.members})
+        if last and here.cost_s + last.finish(excess)[0] < best_cost:
+            best_cost = here.cost_s + last.finish(excess)[0]
+            best = list(here.choices)
+            best[min(here.members[last])] = last.finish(excess)[1]
+        relief = here.best({s: s.relief[0] for s in here.members})
+        if relief is None:
             break
-        here.switch(*step)
+        here.switch(min(here.members[relief]), relief.relief[1])
     else:
         if here.cost_s < best_cost:
             best = here.choices
@@ -90,15 +149,12 @@ def repair(problem: SearchProblem, choices: Sequence[int]) -> tuple[int, ...] | 
 def spend(problem: SearchProblem, choices: Sequence[int]) -> tuple[int, ...]:
     """A plan that no single switch within the limit improves; starts from one within the limit."""
     here = Neighbourhood(problem, choices)
-    limit = problem.limit_bytes
     while True:
-        grown = here.delta_memory_bytes
-        gains = (here.delta_cost_s < -RELATIVE_GAIN * here.cost_s) & (grown <= limit - here.memory_bytes)
-        # a switch that also frees memory is ranked by seconds alone, before any that needs memory
-        step = here.best(np.where(gains, np.where(grown > 0, here.delta_cost_s / np.maximum(grown, 1.0), here.delta_cost_s * 1.0), np.inf))
+        room, least = problem.limit_bytes - here.memory_bytes, RELATIVE_GAIN * here.cost_s
+        step = here.best({s: s.gain(room, least)[0] for s in here.members})
         if step is None:
             return tuple(here.choices)
-        here.switch(*step)
+        here.switch(min(here.members[step]), step.gain(room, least)[1])
 
 
 def relink(problem: SearchProblem, over: Sequence[int], within: Sequence[int]) -> tuple[int, ...]:
@@ -106,23 +162,22 @@ def relink(problem: SearchProblem, over: Sequence[int], within: Sequence[int]) -
 
     Starts from `within` and gives back the parts of `over` that save most seconds per byte while they fit.
     """
-    parts = _parts(problem, over, within)
-    cost_s, memory_bytes = evaluate(problem, within)
-    offers = []
-    for part in parts:
-        trial = list(within)
-        for node in part:
-            trial[node] = over[node]
-        part_cost_s, part_memory_bytes = evaluate(problem, trial)
-        offers.append((part_cost_s - cost_s, part_memory_bytes - memory_bytes, part))
-    offers.sort(key=lambda offer: (offer[0] / max(offer[1], 1.0), offer[2]))
-    mixed = list(within)
-    for gain, grown, part in offers:
-        if gain < 0 and problem.fits(memory_bytes + grown):
-            memory_bytes += grown
-            for node in part:
-                mixed[node] = over[node]
-    return tuple(mixed) if problem.fits(evaluate(problem, mixed)[1]) else tuple(within)
+    terms, left, right = Terms(problem), np.asarray(over, dtype=int), np.asarray(within, dtype=int)
+    part = _parts(terms, left != right)
+    nodes = terms.of_nodes(left) - terms.of_nodes(right)
+    edges = terms.of_edges(left[terms.u], left[terms.v]) - terms.of_edges(right[terms.u], right[terms.v])
+    of_edge = np.maximum(part[terms.u], part[terms.v])  # where both ends differ they are in one part
+    numbers = np.concatenate([part, of_edge]) + 1
+    seconds, held = (np.bincount(numbers, weights=np.concatenate([nodes[row], edges[row]]))[1:] for row in (0, 1))
+    offers = sorted((seconds[p] / max(held[p], 1.0), p) for p in range(len(seconds)))
+    memory_bytes = terms.of_plan(within)[1]
+    taken = []
+    for _, p in offers:
+        if seconds[p] < 0 and problem.fits(memory_bytes + held[p]):
+            memory_bytes += held[p]
+            taken.append(p)
+    mixed = tuple(np.where(np.isin(part, taken), left, right).tolist())
+    return mixed if problem.fits(terms.of_plan(mixed)[1]) else tuple(within)
 
 
 def splice(problem: SearchProblem, head: Sequence[int], tail: Sequence[int]) -> tuple[int, ...] | None:
@@ -130,40 +185,35 @@ def splice(problem: SearchProblem, head: Sequence[int], tail: Sequence[int]) -> 
 
     Nodes come in program order, so this turns "every layer one way or every layer the other" into "the first i layers".
     """
+    terms, left, right = Terms(problem), np.asarray(head, dtype=int), np.asarray(tail, dtype=int)
     n = len(problem.nodes)
+    forward = terms.u < terms.v
+    between = np.where(forward, left[terms.u], right[terms.u]), np.where(forward, right[terms.v], left[terms.v])
+    ends = [_finite(terms.of_edges(*states)) for states in ((right[terms.u], right[terms.v]), between, (left[terms.u], left[terms.v]))]
     steps = np.zeros((3, n + 1))  # change from cut i - 1 to cut i of: seconds, bytes, number of forbidden pairs
-    for i, node in enumerate(problem.nodes):
-        steps[0, i + 1] += node.cost_s[head[i]] - node.cost_s[tail[i]]
-        steps[1, i + 1] += node.memory_bytes[head[i]] - node.memory_bytes[tail[i]]
-    for edge in problem.edges:
-        first, last = sorted((edge.u, edge.v))
-        states = [(plan[edge.u], plan[edge.v]) for plan in (tail, _spliced(head, tail, edge.u, edge.v), head)]
-        seconds = [float(edge.cost_s[pair]) for pair in states]
-        finite = [value if math.isfinite(value) else 0.0 for value in seconds]
-        held = [0.0 if edge.memory_bytes is None else float(edge.memory_bytes[pair]) for pair in states]
-        forbidden = [float(not math.isfinite(value)) for value in seconds]
-        for row, values in enumerate((finite, held, forbidden)):
-            steps[row, first + 1] += values[1] - values[0]
-            steps[row, last + 1] += values[2] - values[1]
-    cost_s, memory_bytes = evaluate(problem, tail)
+    steps[:2, 1:] = terms.of_nodes(left) - terms.of_nodes(right)
+    for row in range(3):
+        np.add.at(steps[row], np.minimum(terms.u, terms.v) + 1, ends[1][row] - ends[0][row])
+        np.add.at(steps[row], np.maximum(terms.u, terms.v) + 1, ends[2][row] - ends[1][row])
+    cost_s, memory_bytes = terms.of_plan(tail)
     seconds_at, bytes_at, forbidden_at = steps.cumsum(axis=1)
-    limit = problem.limit_bytes
-    allowed = (bytes_at + memory_bytes <= limit) & (forbidden_at < 0.5)
+    allowed = (bytes_at + memory_bytes <= problem.limit_bytes) & (forbidden_at < 0.5)
     if not allowed.any():
         return None
     cut = int(np.where(allowed, seconds_at + cost_s, np.inf).argmin())
     plan = (*head[:cut], *tail[cut:])
-    return plan if problem.fits(evaluate(problem, plan)[1]) else None
+    return plan if problem.fits(terms.of_plan(plan)[1]) else None
 
 
-def _spliced(head: Sequence[int], tail: Sequence[int], u: int, v: int) -> dict[int, int]:
-    """The states of two nodes when the cut is between them."""
-    return {u: head[u], v: tail[v]} if u < v else {u: tail[u], v: head[v]}
+def _finite(terms: np.ndarray) -> np.ndarray:
+    """[3, edges]: seconds (0 where forbidden), bytes, 1 where forbidden."""
+    forbidden = np.isinf(terms[0])
+    return np.stack([np.where(forbidden, 0.0, terms[0]), terms[1], forbidden])
 
 
-def _parts(problem: SearchProblem, left: Sequence[int], right: Sequence[int]) -> list[list[int]]:
-    """Connected parts of the nodes in which two plans differ, by their lowest node."""
-    root = list(range(len(problem.nodes)))
+def _parts(terms: Terms, differs: np.ndarray) -> np.ndarray:
+    """Per node the number of its connected part of the nodes that differ, by their lowest node; -1 where none does."""
+    root = list(range(len(differs)))
 
     def find(node: int) -> int:
         while root[node] != node:
@@ -171,12 +221,9 @@ def _parts(problem: SearchProblem, left: Sequence[int], right: Sequence[int]) ->
             node = root[node]
         return node
 
-    for edge in problem.edges:
-        if left[edge.u] != right[edge.u] and left[edge.v] != right[edge.v]:
-            a, b = sorted((find(edge.u), find(edge.v)))
-            root[b] = a
-    parts: dict[int, list[int]] = {}
-    for node, (a, b) in enumerate(zip(left, right, strict=True)):
-        if a != b:
-            parts.setdefault(find(node), []).append(node)
-    return list(parts.values())
+    inside = np.flatnonzero(differs[terms.u] & differs[terms.v])
+    for u, v in zip(terms.u[inside].tolist(), terms.v[inside].tolist(), strict=True):
+        a, b = sorted((find(u), find(v)))
+        root[b] = a
+    numbers: dict[int, int] = {}
+    return np.array([numbers.setdefault(find(node), len(numbers)) if d else -1 for node, d in enumerate(differs.tolist())], dtype=int)

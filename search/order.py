@@ -69,8 +69,10 @@ def find_order(
                 graph[other].update(around)
                 graph[other].discard(other)
         for other in around:
-            work[other] = _work(sizes, graph, other)
-            heapq.heappush(heap, (work[other], classes[other], other))
+            now = _work(sizes, graph, other)
+            if now != work[other]:
+                work[other] = now
+                heapq.heappush(heap, (now, classes[other], other))
         if fits:
             steps.append((node, sorted(around)))
             largest = max(largest, entries // sizes[node])

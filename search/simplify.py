@@ -32,6 +32,10 @@ class Price:
     second: float = 1.0
     byte: float = 0.0
 
+    def of_plan(self, cost_s: float, memory_bytes: float, base_memory_bytes: float) -> float:
+        """The number for a plan; its base memory, which no choice changes, is left out."""
+        return self.second * cost_s + self.byte * (memory_bytes - base_memory_bytes)
+
 
 SECONDS = Price(1.0, 0.0)
 BYTES = Price(0.0, 1.0)
@@ -73,21 +77,20 @@ class Shrunk:
         return tuple(int(states[choice]) for states, choice in zip(self.kept, choices, strict=True))
 
 
+def whole(problem: SearchProblem) -> Shrunk:
+    """A problem from which nothing was dropped."""
+    states: dict[int, np.ndarray] = {}
+    return Shrunk(problem, tuple(states.setdefault(node.num_states, np.arange(node.num_states)) for node in problem.nodes))
+
+
 def canonical(problem: SearchProblem) -> SearchProblem:
     """The same problem with one object per distinct table (float64, contiguous) and one edge u < v per pair of nodes."""
     unique = _UniqueTables()
-    nodes = tuple(Node(n.name, unique.table(n.cost_s), unique.table(n.memory_bytes)) for n in problem.nodes)
-    bundles: dict[tuple[int, int], list[tuple[np.ndarray, np.ndarray | None]]] = {}
+    nodes = tuple([Node(n.name, unique.table(n.cost_s), unique.table(n.memory_bytes)) for n in problem.nodes])
+    bundles: dict[tuple[int, int], list[Edge]] = {}
     for edge in problem.edges:
-        flip = edge.u > edge.v
-        pair = (edge.v, edge.u) if flip else (edge.u, edge.v)
-        memory = None if edge.memory_bytes is None else unique.table(edge.memory_bytes, flip)
-        bundles.setdefault(pair, []).append((unique.table(edge.cost_s, flip), memory))
-    edges = []
-    for (u, v), bundle in sorted(bundles.items(), key=lambda item: item[0]):
-        memories = [m for _, m in bundle if m is not None]
-        edges.append(Edge(u, v, unique.total([c for c, _ in bundle]), unique.total(memories) if memories else None))
-    return replace(problem, nodes=nodes, edges=tuple(edges))
+        bundles.setdefault((edge.u, edge.v) if edge.u < edge.v else (edge.v, edge.u), []).append(edge)
+    return replace(problem, nodes=nodes, edges=tuple([unique.edge(u, v, bundles[u, v]) for u, v in sorted(bundles)]))
 
 
 class _UniqueTables:
@@ -96,6 +99,7 @@ class _UniqueTables:
     def __init__(self) -> None:
         self._by_content: dict[tuple[tuple[int, ...], bytes], np.ndarray] = {}
         self._by_source: dict[tuple[int, ...], tuple[object, np.ndarray]] = {}
+        self._merged: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray | None]] = {}
 
     def table(self, source: np.ndarray, flip: bool = False) -> np.ndarray:
         key = id(source), int(flip)
@@ -104,6 +108,15 @@ class _UniqueTables:
             # the source is kept beside the result: an id is only a name while its object lives
             self._by_source[key] = source, self._by_content.setdefault((array.shape, array.tobytes()), array)
         return self._by_source[key][1]
+
+    def edge(self, u: int, v: int, bundle: list[Edge]) -> Edge:
+        """One edge for all those between two nodes."""
+        key = tuple([number for e in bundle for number in (id(e.cost_s), id(e.memory_bytes), e.u > e.v)])
+        if key not in self._merged:
+            memories = [self.table(e.memory_bytes, e.u > e.v) for e in bundle if e.memory_bytes is not None]
+            costs = [self.table(e.cost_s, e.u > e.v) for e in bundle]
+            self._merged[key] = self.total(costs), self.total(memories) if memories else None
+        return Edge(u, v, *self._merged[key])
 
     def total(self, tables: list[np.ndarray]) -> np.ndarray:
         if len(tables) == 1:

@@ -1,22 +1,27 @@
 """The way from a problem to a plan: exact where memory is slack, priced where it binds, closed by CP-SAT where a gap is left."""
 
 import math
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 
 from autopar.core.problem import Assignment, SearchProblem, evaluate
 from autopar.errors import UsageError
-from autopar.search.elimination import MAX_TABLE_ENTRIES, TOLERANCE, eliminate, prepare
+from autopar.search.elimination import MAX_TABLE_ENTRIES, TOLERANCE, assignment, prepare
 from autopar.search.fixing import restrict
 from autopar.search.ilp import solve_ilp
-from autopar.search.lagrange import price_memory
+from autopar.search.lagrange import leanest, price_memory
 from autopar.search.simplify import BYTES, SECONDS, Shrunk, canonical, shrink
 
-GAP_TARGET = 1e-4  # where the cost model is off by percents, a smaller gap is not worth a solver's seconds
+GAP_TARGET = 1e-2  # the cost model is off by percents: a smaller gap is not worth a solver's seconds
 MAX_COLUMNS = 60_000  # states plus pairs of states: up to here CP-SAT closed gaps within its time limit
 
+FINE_GAP = 1e-4  # what is aimed at, for a short while, where the integer program is small
+FEW_COLUMNS = 2_000  # up to here CP-SAT often takes less than a second
+
 SHARES = (0.25, 0.75)  # of the time limit: a better plan found in the first leaves fewer states for the second
+FINE_SHARE = 0.05
 
 Ilp = Literal["auto", "always", "never"]
 
@@ -27,33 +32,44 @@ def solve(
     """The best plan within the memory limit, with a lower bound on the cost of every such plan.
 
     Elimination, and nothing else where its plan fits. Otherwise the memory limit becomes a price (`price_memory`);
-    a gap above GAP_TARGET is closed by the integer program on the states that can still matter, if those are few
-    ("always": however many, and whatever the gap; "never": not at all). `time_limit_s` is for that last step.
+    a gap above GAP_TARGET is closed by the integer program on the states that can still matter, if those are not too
+    many, a smaller one if they are few ("always": however many, and whatever the gap; "never": not at all).
+    `time_limit_s` is for that last step.
     Raises InfeasibleError, saying by how much, where no plan fits.
     """
     if use_ilp not in ("auto", "always", "never"):
         raise UsageError(f"use_ilp is {use_ilp!r}; it is auto, always or never")
-    plan = eliminate(problem, max_table_entries=max_table_entries)
-    target = GAP_TARGET if use_ilp == "auto" else 0.0
-    max_columns = MAX_COLUMNS if use_ilp == "auto" else math.inf
+    prepared = prepare(problem, (SECONDS, BYTES), max_table_entries=max_table_entries)
+    if not problem.fits(prepared.terms.least_bytes):
+        leanest(problem, max_table_entries)  # raises, and says how much is missing
+    cheapest = prepared.minimise(SECONDS)
+    plan = assignment(problem, replace(cheapest, choices=prepared.shrunk.restore(cheapest.choices)))
+    target = 0.0 if use_ilp == "always" else FINE_GAP
     if problem.fits(plan.memory_bytes):
         if use_ilp == "never" or plan.gap <= max(target, TOLERANCE):
             return plan
         rest = shrink(canonical(problem), (SECONDS,))
-        return _closed(problem, plan, rest, time_limit_s, target) if num_columns(rest.problem) <= max_columns else plan
-    both = prepare(problem, (SECONDS, BYTES), max_table_entries=max_table_entries)
-    plan = price_memory(problem, prepared=both)
+        return _closed(problem, plan, rest, time_limit_s, target) if num_columns(rest.problem) <= _max_columns(plan, use_ilp) else plan
+    plan = price_memory(problem, prepared=prepared, cheapest=cheapest, max_table_entries=max_table_entries)
     priced_bound_s = plan.bound_s
     for share in SHARES if use_ilp != "never" else ():
-        if plan.gap <= max(target, TOLERANCE):
+        max_columns = _max_columns(plan, use_ilp)
+        if plan.gap <= max(target, TOLERANCE) or len(problem.nodes) + len(problem.edges) > max_columns:
             break
-        rest = restrict(both, plan.multiplier_s_per_byte, plan.cost_s - priced_bound_s) or both.shrunk
+        rest = restrict(prepared, plan.multiplier_s_per_byte, plan.cost_s - priced_bound_s) or prepared.shrunk
         if num_columns(rest.problem) > max_columns:
             break
-        plan = _closed(problem, plan, rest, share * time_limit_s, target)
+        plan = _closed(problem, plan, rest, min(share, FINE_SHARE if max_columns == FEW_COLUMNS else 1.0) * time_limit_s, target)
         if plan.proof != "budget":
             break
     return plan
+
+
+def _max_columns(plan: Assignment, use_ilp: Ilp) -> float:
+    """How large an integer program is worth its seconds."""
+    if use_ilp == "always":
+        return math.inf
+    return MAX_COLUMNS if plan.gap > GAP_TARGET else FEW_COLUMNS
 
 
 def num_columns(problem: SearchProblem) -> int:

@@ -1,19 +1,27 @@
 """Shortest redistribution between any two layouts of one tensor, forward and backward priced together."""
 
 import itertools
+import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
-from autopar.core.layout import I, Layout, P, R, S, local_shape
+from autopar.core.layout import I, Layout, P, R, S
 from autopar.core.mesh import Mesh
 from autopar.core.moves import Step, legal_step, step_input_bytes
 from autopar.errors import LayoutError
 
 StepPrice = Callable[[str, int, float], float]
 """(primitive, mesh axis, local input bytes) -> seconds."""
+
+RELATIVE_TIE = 1e-12
+"""Routes whose seconds differ by less than this share are equally good: the difference is rounding."""
+
+TARGETS_AT_ONCE = 96
+"""Columns of the table of distances that are worked on together: with 500 layouts 400 kB, which stays in a second-level cache."""
 
 
 def layout_space(shape: Sequence[int], mesh: Mesh, cuts: Sequence[tuple[int, int]], *, grad: bool, partial: bool = True) -> tuple[Layout, ...]:
@@ -37,6 +45,38 @@ def _fits(shape: Sequence[int], layout: Layout, mesh: Mesh) -> bool:
     return True
 
 
+@dataclass(frozen=True, eq=False)
+class StepGraph:
+    """Every legal step between layouts: `steps[s]` leads from layout `src[s]` to layout `dst[s]`; the steps from one layout are adjacent.
+
+    `after[k, i]` is the k-th step from layout i, or -1. Shapes: src, dst [steps]; after [most steps from one layout, layouts].
+    """
+
+    steps: tuple[Step, ...]
+    src: np.ndarray
+    dst: np.ndarray
+    after: np.ndarray
+
+
+@lru_cache(maxsize=256)
+def step_graph(layouts: tuple[Layout, ...]) -> StepGraph:
+    """The steps among these layouts. They do not depend on sizes, so many tensors and meshes share one graph."""
+    index = {layout: i for i, layout in enumerate(layouts)}
+    states = [sorted({layout[a] for layout in layouts}) for a in range(len(layouts[0]))]
+    found: list[list[tuple[int, Step]]] = []
+    for layout in layouts:
+        options = (Step(a, layout[a], dst) for a, placements in enumerate(states) for dst in placements)
+        found.append([(index[there], step) for step in options if (there := step.apply(layout)) in index and legal_step(layout, step)])
+    after = np.full((max(map(len, found)), len(layouts)), -1)
+    first = 0
+    for i, steps in enumerate(found):
+        after[: len(steps), i] = np.arange(first, first + len(steps))
+        first += len(steps)
+    src = np.repeat(np.arange(len(layouts)), [len(steps) for steps in found])
+    dst = np.array([j for steps in found for j, _ in steps], dtype=int)
+    return StepGraph(tuple(step for steps in found for _, step in steps), src, dst, after)
+
+
 @dataclass(frozen=True)
 class Redistribution:
     """All-pairs shortest paths between the layouts of one tensor. `seconds[i, j]` includes the backward if `grad`."""
@@ -53,61 +93,66 @@ class Redistribution:
         return {layout: i for i, layout in enumerate(self.layouts)}
 
     @cached_property
-    def _local_bytes(self) -> list[float]:
-        sizes = (local_shape(self.shape, layout, self.mesh) for layout in self.layouts)
-        return [float(np.prod(size, dtype=np.float64)) * self.item_bytes for size in sizes]
+    def _step_seconds(self) -> np.ndarray:
+        """Seconds of every step of the graph: one price for all steps of the same kind, axis and local bytes."""
+        total = float(math.prod(self.shape) * self.item_bytes)
+        local = [total / math.prod(axis.size for axis, p in zip(self.mesh.axes, layout) if p.kind == "S") for layout in self.layouts]
+        graph = step_graph(self.layouts)
+        known: dict[tuple[int, str, str, float], float] = {}
+        seconds = np.empty(len(graph.steps))
+        for s, (step, i) in enumerate(zip(graph.steps, graph.src.tolist())):
+            key = step.axis, step.src.kind, step.dst.kind, local[i]
+            if key not in known:
+                known[key] = self._price(step, local[i])
+            seconds[s] = known[key]
+        return seconds
 
-    @cached_property
-    def _solved(self) -> tuple[np.ndarray, np.ndarray]:
-        """Floyd-Warshall over single-axis steps: distances and the first hop of every path."""
-        n = len(self.layouts)
-        dist = np.full((n, n), np.inf)
-        hop = np.full((n, n), -1, dtype=np.int32)
-        np.fill_diagonal(dist, 0.0)
-        for i, j, step in self._steps():
-            dist[i, j] = self._step_seconds(step, self._local_bytes[i])
-            hop[i, j] = j
-        for k in range(n):
-            through = dist[:, k, None] + dist[None, k, :]
-            better = through < dist * (1 - 1e-12)
-            dist = np.where(better, through, dist)
-            hop = np.where(better, hop[:, k, None], hop)
-        return dist, hop
-
-    def _steps(self) -> list[tuple[int, int, Step]]:
-        states = [sorted({layout[a] for layout in self.layouts}) for a in range(len(self.mesh.axes))]
-        found = []
-        for i, layout in enumerate(self.layouts):
-            for axis, options in enumerate(states):
-                for dst in options:
-                    step = Step(axis, layout[axis], dst)
-                    j = self.index.get(step.apply(layout), -1)
-                    if j >= 0 and legal_step(layout, step):
-                        found.append((i, j, step))
-        return found
-
-    def _step_seconds(self, step: Step, src_bytes: float) -> float:
+    def _price(self, step: Step, src_bytes: float) -> float:
         seconds = self.price(step.forward, step.axis, src_bytes)
         if self.grad:
             back = step_input_bytes(step.backward, step, self.mesh, src_bytes, backward=True)
             seconds += self.price(step.backward, step.axis, back)
         return seconds
 
-    @property
+    @cached_property
     def seconds(self) -> np.ndarray:
-        return self._solved[0]
+        """Seconds of the cheapest route from layout i to layout j, [layouts, layouts]; inf where there is none.
+
+        Bellman and Ford's rounds, for many targets at once; the number of rounds is about that of the steps of the longest route.
+        """
+        n, graph = len(self.layouts), step_graph(self.layouts)
+        hops = np.where(graph.after < 0, np.inf, np.append(self._step_seconds, 0.0)[graph.after])[:, :, None]
+        ends = np.append(graph.dst, 0)[graph.after]
+        table = np.full((n, n), np.inf)
+        np.fill_diagonal(table, 0.0)
+        for first in range(0, n, TARGETS_AT_ONCE):
+            best = table[:, first : first + TARGETS_AT_ONCE].copy()
+            before = np.full_like(best, np.inf)
+            while (best < before * (1 - RELATIVE_TIE)).any():
+                before = best.copy()
+                for hop, there in zip(hops, ends):
+                    np.minimum(best, best[there] + hop, out=best)
+            table[:, first : first + TARGETS_AT_ONCE] = best
+        return table
 
     def path(self, src: Layout, dst: Layout) -> tuple[Step, ...]:
-        """Cheapest steps from one layout to another; raises LayoutError where there is none."""
-        i, j = self.index[src], self.index[dst]
-        hops = self._solved[1]
+        """The steps of the cheapest route, the fewest of equals; raises LayoutError where there is none."""
+        start, end = self.index[src], self.index[dst]
+        left, graph = self.seconds[:, end], step_graph(self.layouts)
+        if not math.isfinite(left[start]):
+            raise LayoutError(f"no way from layout {src} to {dst}")
+        on_best = self._step_seconds + left[graph.dst] <= left[graph.src] * (1 + RELATIVE_TIE)
+        came_by: dict[int, int] = {start: -1}
+        queue = deque([start])
+        while end not in came_by:
+            i = queue.popleft()
+            for s in graph.after[:, i].tolist():
+                if s >= 0 and on_best[s] and graph.dst[s] not in came_by:
+                    came_by[int(graph.dst[s])] = s
+                    queue.append(int(graph.dst[s]))
         steps: list[Step] = []
-        while i != j:
-            k = int(hops[i, j])
-            if k < 0:
-                raise LayoutError(f"no way from layout {src} to {dst}")
-            here, there = self.layouts[i], self.layouts[k]
-            axis = next(a for a in range(len(here)) if here[a] != there[a])
-            steps.append(Step(axis, here[axis], there[axis]))
-            i = k
-        return tuple(steps)
+        while end != start:
+            s = came_by[end]
+            steps.append(graph.steps[s])
+            end = int(graph.src[s])
+        return tuple(reversed(steps))

@@ -14,7 +14,7 @@ merged). A *strategy* picks one `Choice` per mesh axis, and from that follow the
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -140,20 +140,21 @@ class OpRule:
 
     def legal(self, strategy: Strategy, mesh: Mesh) -> bool:
         """Whether every cut divides and every cut digit can be reached."""
-        for f, size in enumerate(self.sizes):
-            parts = self.cut_by(f, strategy, mesh)
-            if parts > 1 and (f in self.whole or size % parts):
-                return False
-        tensors = [*self.operands, *self.results]
-        return all(self._reachable(dims, strategy, mesh) for dims in tensors)
+        parts: dict[int, int] = {}
+        for axis, choice in zip(mesh.axes, strategy):
+            if choice.kind == "cut":
+                parts[choice.index] = parts.get(choice.index, 1) * axis.size
+        if any(n > 1 and (f in self.whole or self.sizes[f] % n) for f, n in parts.items()):
+            return False
+        return all(self._reachable(dim, parts) for dims in (*self.operands, *self.results) for dim in dims if len(dim) > 1)
 
-    def _reachable(self, dims: DimFactors, strategy: Strategy, mesh: Mesh) -> bool:
-        for parts in dims:
-            outer = 1
-            for f in parts:
-                if outer > MAX_OUTER and self.cut_by(f, strategy, mesh) > 1:
-                    return False
-                outer *= self.sizes[f] // self.cut_by(f, strategy, mesh)
+    def _reachable(self, dim: tuple[int, ...], parts: Mapping[int, int]) -> bool:
+        outer = 1
+        for f in dim:
+            n = parts.get(f, 1)
+            if outer > MAX_OUTER and n > 1:
+                return False
+            outer *= self.sizes[f] // n
         return True
 
     def describe(self, strategy: Strategy, mesh: Mesh) -> str:
@@ -193,6 +194,8 @@ class OpRule:
 
 def nest(layout: Layout, mesh: Mesh) -> Layout:
     """Canonical form: a cut just behind a digit that earlier axes cut completely is the same as nesting in it."""
+    if not any(p.outer > 1 for p in layout):
+        return layout
     result = list(layout)
     for digit in sorted({p for p in layout if p.kind == "S" and p.outer > 1}, key=lambda p: (p.dim, p.outer)):
         members = [i for i, p in enumerate(layout) if p == digit]

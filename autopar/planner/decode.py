@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from autopar.core.graph import OpGraph
+from autopar.core.graph import OpGraph, TensorMeta
 from autopar.core.layout import I, Layout
 from autopar.core.rule import Choice, OpRule, Strategy
 from autopar.planner.problem import Ports, deferred_axes, lift
@@ -14,6 +14,7 @@ class _Decoder:
     def __init__(self, graph: OpGraph, rules: Sequence[OpRule], pricing: Pricing, ports: Ports, choices: Sequence[int]) -> None:
         self.graph, self.rules, self.pricing, self.ports, self.choices = graph, rules, pricing, ports, choices
         self.mesh = pricing.mesh
+        self.routes: dict[tuple[TensorMeta, Layout, Layout], Route] = {}
         self.whole: Layout = tuple(I for _ in self.mesh.axes)
         self.strategies: list[Strategy] = [tuple(Choice("I") for _ in self.mesh.axes)] * len(graph.ops)
         for i, node in ports.op_node.items():
@@ -23,6 +24,9 @@ class _Decoder:
         return self.ports.states[node].result_layouts[0][self.choices[node]]
 
     def needed(self, i: int, k: int) -> Layout:
+        if i in self.ports.op_node:
+            node = self.ports.op_node[i]
+            return self.ports.states[node].operand_layouts[k][self.choices[node]]
         layout = self.rules[i].operand_layout(k, self.strategies[i], self.mesh)
         return layout if self.graph.values[self.graph.ops[i].operands[k]].meta.requires_grad else without_r(layout)
 
@@ -68,6 +72,10 @@ class _Decoder:
         for v, value in enumerate(self.graph.values):
             if v in self.graph.producer:
                 i, j = self.graph.producer[v]
+                if i in self.ports.op_node:
+                    node = self.ports.op_node[i]
+                    layouts.append(self.ports.states[node].result_layouts[j][self.choices[node]])
+                    continue
                 layout = self.rules[i].result_layout(j, self.strategies[i], self.mesh)
                 layouts.append(layout if value.meta.requires_grad else without_r(layout))
             else:
@@ -78,11 +86,14 @@ class _Decoder:
         if src == dst:
             return (src,)
         meta = self.graph.values[v].meta
-        red = self.pricing.redistribution(meta, (src, dst), grad=meta.requires_grad)
-        route = [src]
-        for step in red.path(src, dst):
-            route.append(step.apply(route[-1]))
-        return tuple(route)
+        key = meta, src, dst
+        if key not in self.routes:
+            red = self.pricing.redistribution(meta, (src, dst), grad=meta.requires_grad)
+            route = [src]
+            for step in red.path(src, dst):
+                route.append(step.apply(route[-1]))
+            self.routes[key] = tuple(route)
+        return self.routes[key]
 
     def program(self) -> Program:
         self.follow_demand()

@@ -46,25 +46,30 @@ class ProblemBuilder:
         self.edges: list[Edge] = []
         self.states: list[States] = []
         self._op_cache: dict[tuple, States] = {}
-        self._node_cache: dict[int, Node] = {}
         self._edge_cache: dict[tuple, tuple[np.ndarray, np.ndarray | None]] = {}
         self._layout_cache: dict[tuple, States] = {}
+        self._cuts_cache: dict[tuple[int, ...], frozenset[tuple[int, int]]] = {}
+        metas: dict[TensorMeta, int] = {}
+        self._meta: list[int] = [metas.setdefault(value.meta, len(metas)) for value in self.graph.values]  # a number hashes faster
         self.ops: dict[int, int] = {}
         self.op_of: dict[int, int] = {}
         self.saved = _saved_values(self.graph, self.rules)
 
     def build(self, memory_limit_bytes: float | None) -> tuple[SearchProblem, Ports]:
-        searched = self.graph.searched
+        searched, finals = self.graph.searched, self._finals()
         for i, op in enumerate(self.graph.ops):
-            if any(v in searched for v in op.operands):
+            if not searched.isdisjoint(op.operands):
                 self.ops[i] = self._add_op(i)
                 self.op_of[self.ops[i]] = i
         ops = self.ops
-        outputs = {n: self._add_output(n, v) for n, v in enumerate(self._finals()) if v in searched}
+        outputs = {n: self._add_output(n, v) for n, v in enumerate(finals) if v in searched}
+        ends: dict[int, list[tuple[int, int]]] = {}
+        for n, node in outputs.items():
+            ends.setdefault(finals[n], []).append((node, 0))
         params = {v: self._add_param(v) for v in self.graph.params}
         relays: dict[int, int] = {}
         for v in sorted(searched):
-            uses = self._uses(v, ops, outputs)
+            uses = [(ops[i], k) for i, k in self.graph.consumers[v]] + ends.get(v, [])
             source = params.get(v) if v in params else ops[self.graph.producer[v][0]]
             if not uses:
                 continue
@@ -81,28 +86,20 @@ class ProblemBuilder:
     def _finals(self) -> tuple[int, ...]:
         return (*self.graph.outputs, *(v for _, v in self.graph.updates))
 
-    def _uses(self, v: int, ops: dict[int, int], outputs: dict[int, int]) -> list[tuple[int, int]]:
-        uses = [(ops[i], k) for i, k in self.graph.consumers[v]]
-        return uses + [(outputs[n], 0) for n, final in enumerate(self._finals()) if final == v]
-
     def _add(self, name: str, states: States) -> int:
-        if id(states) not in self._node_cache:
-            self._node_cache[id(states)] = Node(name, states.seconds, states.memory_bytes)
-        shared = self._node_cache[id(states)]
-        self.nodes.append(Node(name, shared.cost_s, shared.memory_bytes))
+        self.nodes.append(Node(name, states.seconds, states.memory_bytes))
         self.states.append(states)
         return len(self.nodes) - 1
 
     def _add_op(self, i: int) -> int:
         op, rule = self.graph.ops[i], self.rules[i]
-        operands = tuple(self.graph.values[v].meta for v in op.operands)
-        results = tuple(self.graph.values[v].meta for v in op.results)
-        saved = frozenset(j for j, v in enumerate(op.results) if v in self.saved)
+        saved = tuple([j for j, v in enumerate(op.results) if v in self.saved])
         allowed, prefer, words = self.constraints.allowed(op, rule, self.batch[i])
         color = self.batch[i] if self.constraints.strict else frozenset()
-        key = (op.kind, op.args, operands, results, saved, words, color)
+        key = (id(rule), saved, words, color)  # operators of one rule object are of one kind and size
         if key not in self._op_cache:
-            self._op_cache[key] = op_states(rule, operands, results, self.pricing, allowed, prefer, saved=saved)
+            operands, results = (tuple(self.graph.values[v].meta for v in values) for values in (op.operands, op.results))
+            self._op_cache[key] = op_states(rule, operands, results, self.pricing, allowed, prefer, saved=frozenset(saved))
         states = self._op_cache[key]
         if not states.strategies:
             pins = [p.text for _, found in self.constraints.for_op(op, rule, self.batch[i]).values() for p in found]
@@ -113,8 +110,8 @@ class ProblemBuilder:
         value = self.graph.values[v]
         cuts = self._consumer_cuts(v)
         if not self.constraints.strict:
-            cuts |= {(0, 1)} if value.meta.shape else set()
-        key = ("param", value.meta, tuple(sorted(cuts)), value.source if self.constraints.pins.named else ())
+            cuts |= {(0, 1)} if value.meta.shape else frozenset()
+        key = ("param", self._meta[v], cuts, value.source if self.constraints.pins.named else ())
         if key not in self._layout_cache:
             space = layout_space(value.meta.shape, self.mesh, sorted(cuts), grad=False, partial=False)
             space = tuple(x for x in space if all(self._storage_allowed(a, p) for a, p in enumerate(x)))
@@ -125,9 +122,12 @@ class ProblemBuilder:
     def _storage_allowed(self, axis: int, placement) -> bool:  # noqa: ANN001
         return not (self.constraints.strict and self.mesh.names[axis] == "dp" and placement.kind == "S")
 
-    def _consumer_cuts(self, v: int) -> set[tuple[int, int]]:
-        layouts = (x for i, k in self.graph.consumers[v] for x in self.states[self.ops[i]].operand_layouts[k])
-        return {(p.dim, p.outer) for layout in layouts for p in layout if p.kind == "S"}
+    def _consumer_cuts(self, v: int) -> frozenset[tuple[int, int]]:
+        layouts = [self.states[self.ops[i]].operand_layouts[k] for i, k in self.graph.consumers[v]]
+        key = tuple(map(id, layouts))
+        if key not in self._cuts_cache:
+            self._cuts_cache[key] = frozenset((p.dim, p.outer) for found in layouts for layout in found for p in layout if p.kind == "S")
+        return self._cuts_cache[key]
 
     def _add_output(self, n: int, v: int) -> int:
         """A scalar or an update is wanted whole; other outputs may stay cut where a scalar loss exists."""
@@ -152,25 +152,20 @@ class ProblemBuilder:
 
     def _add_relay(self, v: int, uses: Sequence[tuple[int, int]], source: int, port: int) -> int:
         """Where a value is handed to several users: any layout that it is produced or used in."""
-        meta = self.graph.values[v].meta
-        found: dict[Layout, None] = {}
-        for layout in self.states[source].result_layouts[port]:
-            found.setdefault(layout)
-        for node, k in uses:
-            for layout in self.states[node].operand_layouts[k]:
-                found.setdefault(layout if meta.requires_grad else without_r(layout))
-        key = ("relay", tuple(found))
+        around = [self.states[source].result_layouts[port], *(self.states[node].operand_layouts[k] for node, k in uses)]
+        key = ("relay", *map(id, around))
         if key not in self._layout_cache:
-            self._layout_cache[key] = layout_states(tuple(found))
+            found = tuple(dict.fromkeys(layout for layouts in around for layout in layouts))
+            self._layout_cache[key] = self._layout_cache.setdefault(("layouts", found), layout_states(found))
         return self._add(f"{self.graph.values[v].name}.relay", self._layout_cache[key])
 
     def _connect(self, v: int, u: int, port: int, w: int, k: int, *, from_param: bool) -> None:
-        meta = self.graph.values[v].meta
         src, dst = self.states[u].result_layouts[port], self.states[w].operand_layouts[k]
         grad = v in self.graph.differentiated
         saves = grad and self._saves(w, k)
-        key = (id(src), id(dst), meta, grad, saves, from_param)
+        key = (id(src), id(dst), self._meta[v], grad, saves, from_param)
         if key not in self._edge_cache:
+            meta = self.graph.values[v].meta
             seconds = self._param_edge(meta, src, dst, grad) if from_param else self._edge(meta, src, dst)
             memory = self._moved_memory(meta, src, dst) if saves else None
             self._edge_cache[key] = (seconds, memory)
@@ -189,24 +184,23 @@ class ProblemBuilder:
         """A parameter's gradient over axes where it is stored whole and used as R is summed once a step, in one go."""
         lifted = [tuple(R if p == I and meta.requires_grad else p for p in x) for x in src]
         red = self.pricing.redistribution(meta, (*src, *dst, *lifted), grad=meta.requires_grad)
+        end = np.array([red.index[used] for used in dst])
+        partial = np.array([[p == R for p in used] for used in dst])
         table = np.empty((len(src), len(dst)))
-        for s, stored in enumerate(src):
-            local = _local_bytes(meta, stored, self.mesh)
-            for d, used in enumerate(dst):
-                axes = deferred_axes(stored, used) if meta.requires_grad else ()
-                start = lift(stored, axes)
-                table[s, d] = red.seconds[red.index[start], red.index[used]]
-                if grad:
-                    table[s, d] += self.pricing.gradient_reduction(axes, local)
+        for group in np.unique(partial, axis=0):  # of the layout a parameter is used in, only its R axes say what is deferred
+            columns = np.flatnonzero((partial == group).all(axis=1))
+            for s, stored in enumerate(src):
+                axes = deferred_axes(stored, dst[columns[0]]) if meta.requires_grad else ()
+                reduction = self.pricing.gradient_reduction(axes, _local_bytes(meta, stored, self.mesh)) if grad else 0.0
+                table[s, columns] = red.seconds[red.index[lift(stored, axes)], end[columns]] + reduction
         return table
 
     def _moved_memory(self, meta: TensorMeta, src: Sequence[Layout], dst: Sequence[Layout]) -> np.ndarray:
-        table = np.zeros((len(src), len(dst)))
-        for d, used in enumerate(dst):
-            size = _local_bytes(meta, used, self.mesh)
-            for s, here in enumerate(src):
-                table[s, d] = 0.0 if without_r(here) == without_r(used) else size
-        return table
+        """Bytes of the copy that the backward keeps: none where the value lies as it was produced."""
+        known: dict[Layout, int] = {}
+        here, there = (np.array([known.setdefault(without_r(x), len(known)) for x in layouts]) for layouts in (src, dst))
+        size = np.array([_local_bytes(meta, used, self.mesh) for used in dst])
+        return np.where(here[:, None] == there, 0.0, size)
 
 
 def deferred_axes(stored: Layout, used: Layout) -> tuple[int, ...]:
@@ -232,7 +226,7 @@ def _saved_values(graph: OpGraph, rules: Sequence[OpRule]) -> frozenset[int]:
     params = set(graph.params)
     found: set[int] = set()
     for op, rule in zip(graph.ops, rules):
-        if any(v in live for v in op.results):
-            found.update(op.operands[k] for k in rule.saved_operands if op.operands[k] not in params)
-            found.update(op.results[j] for j in rule.saved_results)
+        if (rule.saved_operands or rule.saved_results) and not live.isdisjoint(op.results):
+            found.update([op.operands[k] for k in rule.saved_operands if op.operands[k] not in params])
+            found.update([op.results[j] for j in rule.saved_results])
     return frozenset(found)

@@ -1,18 +1,19 @@
 """What each operator may do on a mesh and what that costs: strategies, their layouts, seconds and bytes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 
 import numpy as np
 
 from autopar.core.cluster import Cluster
 from autopar.core.graph import DTYPE_BYTES, TensorMeta
-from autopar.core.layout import Layout, local_shape
+from autopar.core.layout import Layout, Placement, local_shape
 from autopar.core.mesh import Mesh
 from autopar.core.moves import COLLECTIVES
 from autopar.core.redistribute import Redistribution, layout_space
-from autopar.core.rule import OpRule, Strategy, strategies
+from autopar.core.rule import Choice, OpRule, Strategy, nest, strategies
 from autopar.cost_models.collectives import collective_seconds
 from autopar.cost_models.compute import op_seconds
 from autopar.planner.roles import Allowed
@@ -52,6 +53,7 @@ class Pricing:
     cluster: Cluster
     mesh: Mesh
     _steps: dict[tuple[str, int, float], float] = field(default_factory=dict)
+    _reductions: dict[tuple[tuple[int, ...], float], float] = field(default_factory=dict)
     _spaces: dict[tuple, Redistribution] = field(default_factory=dict)
 
     def step(self, primitive: str, axis: int, local_bytes: float) -> float:
@@ -69,7 +71,10 @@ class Pricing:
 
     def gradient_reduction(self, axes: tuple[int, ...], local_bytes: float) -> float:
         """Seconds of the once-per-step all-reduce of a gradient over several axes at once."""
-        return self._step("all_reduce", axes, local_bytes) if axes else 0.0
+        key = axes, local_bytes
+        if key not in self._reductions:
+            self._reductions[key] = self._step("all_reduce", axes, local_bytes) if axes else 0.0
+        return self._reductions[key]
 
     def redistribution(self, meta: TensorMeta, layouts: Sequence[Layout], *, grad: bool) -> Redistribution:
         """All-pairs routes of a tensor between (at least) the given layouts."""
@@ -91,12 +96,13 @@ def op_states(
     """
     mesh = pricing.mesh
     differentiable = any(m.requires_grad for m in operands) and any(m.requires_grad for m in results)
+    operand_layouts = [_layouts_of(partial(rule.operand_placement, k), m, mesh) for k, m in enumerate(operands)]
+    result_layouts = [_layouts_of(partial(rule.result_placement, j), m, mesh) for j, m in enumerate(results)]
     chosen: dict[tuple, tuple[Strategy, list[Layout], list[Layout]]] = {}
     for strategy in strategies(rule, mesh, differentiable=differentiable):
         if not allowed(strategy) or (rule.cost == "contract" and any(c.kind == "carry" for c in strategy)):
             continue  # a partial sum through a contraction would only delay its reduction past more work
-        ins = [_canonical(rule.operand_layout(k, strategy, mesh), m) for k, m in enumerate(operands)]
-        outs = [_canonical(rule.result_layout(j, strategy, mesh), m) for j, m in enumerate(results)]
+        ins, outs = [layout(strategy) for layout in operand_layouts], [layout(strategy) for layout in result_layouts]
         chosen.setdefault((tuple(ins), tuple(outs), rule.degree(strategy, mesh)), (strategy, ins, outs))
     picked = [c for c in chosen.values() if prefer(c[0])] or list(chosen.values())
     flops = np.array([rule.flops / rule.degree(s, mesh) for s, _, _ in picked])
@@ -139,8 +145,15 @@ def param_states(meta: TensorMeta, layouts: Sequence[Layout], mesh: Mesh, state_
     return States((), (), (tuple(layouts),), np.zeros(len(layouts)), memory)
 
 
-def _canonical(layout: Layout, meta: TensorMeta) -> Layout:
-    return layout if meta.requires_grad else without_r(layout)
+def _layouts_of(placement: Callable[[Choice], Placement], meta: TensorMeta, mesh: Mesh) -> Callable[[Strategy], Layout]:
+    """The layout of one operand or result by strategy; a placement is found once for each choice."""
+    placements = cache(placement)
+
+    def layout(strategy: Strategy) -> Layout:
+        found = nest(tuple([placements(choice) for choice in strategy]), mesh)
+        return found if meta.requires_grad else without_r(found)
+
+    return layout
 
 
 def _local_bytes(metas: Sequence[TensorMeta], layouts: Sequence[Layout], mesh: Mesh) -> float:
