@@ -11,11 +11,14 @@ from torch import nn
 from autopar.core.cluster import Cluster
 from autopar.core.mesh import Mesh
 from autopar.core.plan import Plan
+from autopar.core.residency import Precision
 from autopar.errors import UsageError
 from autopar.planner.bind import bind
+from autopar.planner.pins import parse_pins
 from autopar.planner.plan import MEMORY_SHARE, Options, plan_graph
 from autopar.rewrite.build import build
 from autopar.runtime.distributed import connect, device_mesh
+from autopar.runtime.microbatches import batch_size, split_batch
 from autopar.runtime.module import ParallelModule
 from autopar.runtime.weights import Weights
 from autopar.trace.capture import Traced, trace
@@ -38,49 +41,79 @@ def _inputs_of(model: nn.Module, example_inputs: Any) -> tuple[tuple, dict[str, 
     return as_call(example_inputs)
 
 
-def _trace(model: nn.Module, example_inputs: Any) -> Traced:
+def _trace(model: nn.Module, example_inputs: Any, micro_batches: int = 1) -> Traced:
+    """One microbatch, traced."""
     args, kwargs = _inputs_of(model, example_inputs)
-    return trace(model, args, kwargs)
+    piece = split_batch(kwargs or args, micro_batches)[0]
+    return trace(model, () if kwargs else piece, piece if kwargs else {})
 
 
-def plan_timed(
-    model: nn.Module, cluster: Cluster, example_inputs: Any = None, *, pins: Sequence[str] = (), mesh: Mesh | None = None, tokens: int = 0, time_limit_s: float = 30.0,
-    max_memory: float = MEMORY_SHARE, progress: Progress = _quiet,
-) -> tuple[Plan, dict[str, float]]:  # fmt: skip
+def _micro_batches(model: nn.Module, example_inputs: Any, pins: Sequence[str], given: int) -> int:
+    """The number of microbatches: as given, or from the pinned number of samples per data-parallel rank and microbatch."""
+    parsed = parse_pins(pins)
+    if parsed.micro_batch is None:
+        return given
+    args, kwargs = _inputs_of(model, example_inputs)
+    per_pass = parsed.micro_batch * dict(parsed.degrees).get("dp", 1)
+    batch = batch_size(kwargs or args)
+    if batch % per_pass:
+        raise UsageError(f"pin micro_batch={parsed.micro_batch}: {per_pass} samples a pass over all data-parallel ranks do not divide the batch of {batch}")
+    return batch // per_pass
+
+
+def default_precision(model: nn.Module) -> Precision:
+    """A half-precision model is updated through a float32 master copy."""
+    half = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
+    return Precision(master="float32") if half else Precision()
+
+
+def _options(
+    model: nn.Module, example_inputs: Any, *, pins: Sequence[str] = (), mesh: Mesh | None = None, tokens: int = 0, time_limit_s: float = 30.0,
+    max_memory: float = MEMORY_SHARE, micro_batches: int = 1, precision: Precision | None = None, offload: bool = False,
+) -> Options:  # fmt: skip
+    return Options(
+        pins=tuple(pins), mesh=mesh, memory_share=max_memory, time_limit_s=time_limit_s, tokens=tokens, offload=offload,
+        micro_batches=_micro_batches(model, example_inputs, pins, micro_batches), precision=precision or default_precision(model),
+    )  # fmt: skip
+
+
+def plan_timed(model: nn.Module, cluster: Cluster, example_inputs: Any = None, *, progress: Progress = _quiet, **given: Any) -> tuple[Plan, dict[str, float]]:
     """`plan`, and the wall seconds of its two parts: {"trace", "search"}."""
     start = time.perf_counter()
     progress("tracing")
-    traced = _trace(model, example_inputs)
+    options = _options(model, example_inputs, **given)
+    traced = _trace(model, example_inputs, options.micro_batches)
     middle = time.perf_counter()
-    options = Options(pins=tuple(pins), mesh=mesh, memory_share=max_memory, time_limit_s=time_limit_s, tokens=tokens)
     planned = plan_graph(traced.graph, cluster, options, progress)
     return planned.plan, {"trace": middle - start, "search": time.perf_counter() - middle}
 
 
-def plan(
-    model: nn.Module, cluster: Cluster, example_inputs: Any = None, *, pins: Sequence[str] = (), mesh: Mesh | None = None, tokens: int = 0, time_limit_s: float = 30.0,
-    max_memory: float = MEMORY_SHARE, progress: Progress = _quiet,
-) -> Plan:  # fmt: skip
+def plan(model: nn.Module, cluster: Cluster, example_inputs: Any = None, **options: Any) -> Plan:
     """The best plan found for a model on a cluster. Needs no device and no weights: meta tensors do.
 
-    `example_inputs` are one global batch; `pins` constrain the search (`"tp=2"`, `"*.mlp.*=tp:o"`); `mesh`
-    fixes the mesh, else all of one and two axes are searched; `max_memory` is the
-    share of a device's memory a plan may use. Raises TraceError, UsageError, InfeasibleError.
+    `example_inputs` are one global batch. Options: `pins` constrain the search (`"tp=2"`, `"zero=3"`, `"*.mlp.*=tp:o"`); `mesh` fixes
+    the mesh, else all of one and two axes are searched; `max_memory` is the share of a device's memory a plan may use;
+    `micro_batches` the number of passes that make a step; `precision` the dtypes beside the model's own; `offload` keeps the
+    optimizer's state on the host. Raises TraceError, UsageError, InfeasibleError.
     """
-    return plan_timed(model, cluster, example_inputs, pins=pins, mesh=mesh, tokens=tokens, time_limit_s=time_limit_s, max_memory=max_memory, progress=progress)[0]
+    return plan_timed(model, cluster, example_inputs, **options)[0]
 
 
 def parallelize(
-    model: nn.Module, cluster: Cluster, example_inputs: Any = None, *, plan: Plan | None = None, pins: Sequence[str] = (), seed: int = 0, device: torch.device | None = None
+    model: nn.Module, cluster: Cluster, example_inputs: Any = None, *, plan: Plan | None = None, seed: int = 0, device: torch.device | None = None, **options: Any
 ) -> ParallelModule:
-    """Plan (unless a plan is given), rewrite for this rank and return the module to train; call under torchrun.
+    """Plan (unless a plan is given), rewrite for this rank and return the module to train; call under torchrun. `options`: of `plan`.
 
     Weights come from the model, or, where it is on the meta device, are initialised module by module from `seed`, so that
-    no rank holds the whole model. Every rank calls the module with the same global batch.
+    no rank holds the whole model. Every rank calls the module with the same global batch (one microbatch at a time where the plan has
+    several: `train_step` cuts the batch).
     """
-    traced = _trace(model, example_inputs)
-    if plan is None:
-        plan = _agree(plan_graph(traced.graph, cluster, Options(pins=tuple(pins))).plan)
+    if plan is not None:
+        traced = _trace(model, example_inputs, plan.residency.micro_batches)
+    else:
+        wanted = _options(model, example_inputs, **options)
+        traced = _trace(model, example_inputs, wanted.micro_batches)
+        plan = _agree(plan_graph(traced.graph, cluster, wanted).plan)
     program = bind(plan, traced.graph)
     device = device or (torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() and dist.get_backend() == "nccl" else torch.device("cpu"))
     built = build(program, traced, device)

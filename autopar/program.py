@@ -94,6 +94,11 @@ class Program:
             found.append(tuple(taken))
         return tuple(found)
 
+    def copies(self, v: int) -> int:
+        """Over how many ranks that ZeRO reduce-scatters have the same gradient, not an addend of it."""
+        zero = self.residency.zero.get(v)
+        return math.prod(self.mesh.sizes[a] for a in zero.axes if a not in self.deferred[v]) if zero is not None else 1
+
     @property
     def groups(self) -> frozenset[tuple[int, ...]]:
         """Sets of mesh axes that gradients are summed or parameters gathered over."""

@@ -14,7 +14,8 @@ from autopar.models.load import load_model
 from autopar.models.own import TransformerBlock
 from autopar.planner.plan import Options, Planned, plan_graph
 from autopar.planner.problem import ProblemBuilder
-from autopar.planner.roles import Constraints, Pins, batch_factors
+from autopar.planner.pins import Pins
+from autopar.planner.roles import Constraints, batch_factors
 from autopar.planner.rulebook import rules_of
 from autopar.planner.states import Pricing
 from autopar.search.elimination import minimise

@@ -14,7 +14,9 @@ from autopar.core.plan import Plan, Prediction, Proof
 from autopar.planner.bind import decisions
 from autopar.planner.decode import decode
 from autopar.planner.problem import Ports, ProblemBuilder
-from autopar.planner.roles import Constraints, Pins, batch_factors
+from autopar.planner.keeping import Keeping
+from autopar.planner.pins import Pins
+from autopar.planner.roles import Constraints, batch_factors
 from autopar.planner.rulebook import rules_of
 from autopar.planner.states import Pricing
 from autopar.program import Program
@@ -120,7 +122,7 @@ class ModelCase:
         """A program with a random state at every search node."""
         ports = self.ports(mesh)
         choices = [rng.randrange(len(states.seconds)) for states in ports.states]
-        return decode(self.graph, self.rules, pricing_of(mesh), ports, choices)
+        return decode(self.graph, self.rules, pricing_of(mesh), ports, choices, Keeping())
 
     def run(self, program: Program) -> Outcome:
         """Loss, other outputs, buffer updates, every gradient, replicas and bytes of one step under a program."""

@@ -12,7 +12,7 @@ from autopar.core.cluster import Cluster
 from autopar.core.plan import Plan
 from autopar.errors import PlanMismatchError, UsageError
 from autopar.planner.meshes import forced_mesh
-from autopar.planner.roles import parse_pins
+from autopar.planner.pins import parse_pins
 
 LARGEST_COUNT = 10**9
 SMALLEST_DEFAULT_BATCH = 8

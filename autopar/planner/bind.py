@@ -17,9 +17,7 @@ from autopar.program import Program, Route, route_steps, without_r
 
 
 def shardable(program: Program, v: int) -> tuple[int, ...]:
-    """Mesh axes over which a parameter's state can be cut by ZeRO: each rank has an addend of its gradient, or it has none."""
-    if program.graph.values[v].meta.requires_grad:
-        return program.deferred[v]
+    """Mesh axes over which a parameter's state can be cut by ZeRO: those on which it is stored whole."""
     return tuple(a for a, p in enumerate(program.storage[v]) if p == I and program.mesh.sizes[a] > 1)
 
 

@@ -4,15 +4,18 @@ from collections.abc import Sequence
 
 from autopar.core.graph import OpGraph, TensorMeta
 from autopar.core.layout import I, Layout
+from autopar.core.residency import Residency
 from autopar.core.rule import Choice, OpRule, Strategy
+from autopar.planner.keeping import Keeping
 from autopar.planner.problem import Ports, deferred_axes, lift
 from autopar.planner.states import Pricing
 from autopar.program import Program, Route, without_r
 
 
 class _Decoder:
-    def __init__(self, graph: OpGraph, rules: Sequence[OpRule], pricing: Pricing, ports: Ports, choices: Sequence[int]) -> None:
+    def __init__(self, graph: OpGraph, rules: Sequence[OpRule], pricing: Pricing, ports: Ports, choices: Sequence[int], keeping: Keeping) -> None:
         self.graph, self.rules, self.pricing, self.ports, self.choices = graph, rules, pricing, ports, choices
+        self.keeping = keeping
         self.mesh = pricing.mesh
         self.routes: dict[tuple[TensorMeta, Layout, Layout], Route] = {}
         self.whole: Layout = tuple(I for _ in self.mesh.axes)
@@ -115,7 +118,22 @@ class _Decoder:
         ends = [self.layout_at(self.ports.output_node[n]) if n in self.ports.output_node else self.whole for n in range(len(self._finals()))]
         final = tuple(self.route(v, start[v], end) for v, end in zip(self._finals(), ends))
         n = len(self.graph.outputs)
-        return Program(self.graph, self.mesh, tuple(self.rules), tuple(self.strategies), storage, deferred, tuple(produced), relay, routes, final[:n], final[n:])
+        return Program(
+            self.graph, self.mesh, tuple(self.rules), tuple(self.strategies), storage, deferred, tuple(produced), relay, routes, final[:n], final[n:], self.residency()
+        )  # fmt: skip
+
+    def residency(self) -> Residency[int]:
+        zero, recompute = {}, {}
+        for v, node in self.ports.param_node.items():
+            chosen = self.ports.states[node].zeros[self.choices[node]]
+            if chosen is not None:
+                zero[v] = chosen
+        for block, node in self.ports.block_node.items():
+            mode = self.ports.states[node].modes[self.choices[node]]
+            if mode != "none":
+                recompute[block] = mode
+        given = self.keeping
+        return Residency(zero=zero, recompute=recompute, micro_batches=given.micro_batches, precision=given.precision, offload=given.offload)
 
     def _finals(self) -> tuple[int, ...]:
         return (*self.graph.outputs, *(v for _, v in self.graph.updates))
@@ -129,6 +147,6 @@ class _Decoder:
         return self.whole
 
 
-def decode(graph: OpGraph, rules: Sequence[OpRule], pricing: Pricing, ports: Ports, choices: Sequence[int]) -> Program:
+def decode(graph: OpGraph, rules: Sequence[OpRule], pricing: Pricing, ports: Ports, choices: Sequence[int], keeping: Keeping) -> Program:
     """The program that the chosen states stand for."""
-    return _Decoder(graph, rules, pricing, ports, choices).program()
+    return _Decoder(graph, rules, pricing, ports, choices, keeping).program()

@@ -7,7 +7,7 @@ from autopar.core.cluster import Cluster
 from autopar.core.graph import OpGraph
 from autopar.core.mesh import Mesh, MeshAxis
 from autopar.errors import UsageError
-from autopar.planner.roles import Pins
+from autopar.planner.pins import Pins
 from autopar.program import Program
 
 

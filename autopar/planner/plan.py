@@ -9,13 +9,16 @@ from autopar.core.graph import OpGraph
 from autopar.core.mesh import Mesh, MeshAxis
 from autopar.core.plan import Plan, Prediction, Proof
 from autopar.core.problem import Assignment, SearchProblem
+from autopar.core.residency import Precision
 from autopar.core.rule import OpRule
 from autopar.errors import InfeasibleError
 from autopar.planner.bind import decisions
 from autopar.planner.decode import decode
+from autopar.planner.keeping import Keeping
 from autopar.planner.meshes import candidate_meshes, forced_mesh, role_names, work_flops
 from autopar.planner.problem import Ports, ProblemBuilder
-from autopar.planner.roles import Constraints, Pins, batch_factors, parse_pins
+from autopar.planner.pins import Pins, parse_pins
+from autopar.planner.roles import Constraints, batch_factors
 from autopar.planner.rulebook import rules_of
 from autopar.planner.states import Pricing
 from autopar.program import Program
@@ -28,13 +31,17 @@ MEMORY_SHARE = 0.9
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asks for beside model and cluster. `tokens` per step is for the report only."""
+    """What the user asks for beside model and cluster. `tokens` per step is for the report only; the graph is that of one of
+    `micro_batches`; `offload`: optimizer state lives on the host."""
 
     pins: Sequence[str] = ()
     mesh: Mesh | None = None
     memory_share: float = MEMORY_SHARE
     time_limit_s: float = 30.0
     tokens: int = 0
+    micro_batches: int = 1
+    precision: Precision = Precision()
+    offload: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,12 +86,21 @@ class _Candidate:
 def _search(
     graph: OpGraph, rules: Sequence[OpRule], batch: Sequence[frozenset[int]], cluster: Cluster, mesh: Mesh, pins: Pins, options: Options, *, strict: bool
 ) -> _Candidate:
+    """The best plan on one mesh. What saves memory costs time, so it is only looked at where the plan without it does not fit."""
     pricing = Pricing(cluster, mesh)
-    builder = ProblemBuilder(graph, rules, batch, pricing, Constraints(mesh, pins, strict))
-    problem, ports = builder.build(cluster.device.memory_bytes * options.memory_share)
-    assignment = solve(problem, time_limit_s=options.time_limit_s)
-    program = decode(graph, rules, pricing, ports, assignment.choices)
-    return _Candidate(program, assignment, problem, ports)
+    given = Keeping(micro_batches=options.micro_batches, precision=options.precision, offload=options.offload)
+    limit = cluster.device.memory_bytes * options.memory_share
+
+    def best(keeping: Keeping, limit_bytes: float | None) -> _Candidate:
+        builder = ProblemBuilder(graph, rules, batch, pricing, Constraints(mesh, pins, strict), keeping)
+        problem, ports = builder.build(limit_bytes)
+        assignment = solve(problem, time_limit_s=options.time_limit_s)
+        return _Candidate(decode(graph, rules, pricing, ports, assignment.choices, keeping), assignment, problem, ports)
+
+    fastest = best(given.narrowed(pins), None)
+    if fastest.assignment.memory_bytes <= limit:
+        return fastest
+    return best(given.everything().narrowed(pins), limit)
 
 
 def _finish(graph: OpGraph, cluster: Cluster, best: _Candidate, bound_s: float, batch: Sequence[frozenset[int]], options: Options, num_meshes: int) -> Planned:
@@ -110,9 +126,12 @@ def _finish(graph: OpGraph, cluster: Cluster, best: _Candidate, bound_s: float, 
 
 def _predict(graph: OpGraph, cluster: Cluster, best: _Candidate, program: Program, tokens: int) -> Prediction:
     choices, problem, ports = best.assignment.choices, best.problem, best.ports
+    blocks = set(ports.block_node.values())
     compute = math.fsum(problem.nodes[n].cost_s[choices[n]] for n in ports.op_node.values())
     communication = math.fsum(e.cost_s[choices[e.u], choices[e.v]] for e in problem.edges)
     state = math.fsum(problem.nodes[n].memory_bytes[choices[n]] for n in ports.param_node.values())
+    again = math.fsum(e.cost_s[choices[e.u], choices[e.v]] for e in problem.edges if e.u in blocks)
+    compute, communication = compute + again, communication - again
     step = compute + communication
     dtype = graph.values[graph.params[0]].meta.dtype if graph.params else "float32"
     peaks = dict(cluster.device.peak_flops_per_s)

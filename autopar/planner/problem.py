@@ -1,7 +1,7 @@
 """From a graph on one mesh to a table of numbers for the search: nodes are decisions, edges are redistributions."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,10 +11,10 @@ from autopar.core.mesh import Mesh
 from autopar.core.problem import Edge, Node, SearchProblem
 from autopar.core.redistribute import layout_space
 from autopar.core.rule import OpRule
-from autopar.cost_models.memory import state_bytes
 from autopar.errors import PinConflictError
+from autopar.planner.keeping import Keeping, Sharding, Use, kept_by_selective, recompute_tables, uses
 from autopar.planner.roles import Constraints
-from autopar.planner.states import Pricing, States, layout_states, op_states, param_states
+from autopar.planner.states import Pricing, States, layout_states, op_states, result_bytes
 from autopar.program import without_r
 
 
@@ -26,6 +26,7 @@ class Ports:
     param_node: dict[int, int]
     relay_node: dict[int, int]
     output_node: dict[int, int]
+    block_node: dict[str, int]
     states: tuple[States, ...]
 
 
@@ -38,7 +39,7 @@ class ProblemBuilder:
     batch: Sequence[frozenset[int]]
     pricing: Pricing
     constraints: Constraints
-    state_bytes_per_element: Callable[[str], float] = field(default=lambda dtype: float(state_bytes(1, dtype)))
+    keeping: Keeping = Keeping()
 
     def __post_init__(self) -> None:
         self.mesh: Mesh = self.pricing.mesh
@@ -54,6 +55,11 @@ class ProblemBuilder:
         self.ops: dict[int, int] = {}
         self.op_of: dict[int, int] = {}
         self.saved = _saved_values(self.graph, self.rules)
+        self.uses = uses(self.graph)
+        names = self.mesh.names
+        self.sharding = Sharding(self.pricing, self.keeping, (names.index("dp"),) if self.constraints.strict and "dp" in names else () if self.constraints.strict else None)
+        blocks = {i: segment.block for segment in self.graph.segments for i in segment.ops if segment.block}
+        self.block_of = blocks if self.keeping.recompute != ("none",) else {}
 
     def build(self, memory_limit_bytes: float | None) -> tuple[SearchProblem, Ports]:
         searched, finals = self.graph.searched, self._finals()
@@ -80,8 +86,9 @@ class ProblemBuilder:
                 source, port = relays[v], 0
             for node, k in uses:
                 self._connect(v, source, port, node, k, from_param=v in params and v not in relays)
+        blocks = self._add_modes()
         problem = SearchProblem(tuple(self.nodes), tuple(self.edges), memory_limit_bytes)
-        return problem, Ports(ops, params, relays, outputs, tuple(self.states))
+        return problem, Ports(ops, params, relays, outputs, blocks, tuple(self.states))
 
     def _finals(self) -> tuple[int, ...]:
         return (*self.graph.outputs, *(v for _, v in self.graph.updates))
@@ -93,13 +100,13 @@ class ProblemBuilder:
 
     def _add_op(self, i: int) -> int:
         op, rule = self.graph.ops[i], self.rules[i]
-        saved = tuple([j for j, v in enumerate(op.results) if v in self.saved])
+        saved = tuple([j for j, v in enumerate(op.results) if (v in self.saved if i not in self.block_of else self._leaves_block(i, v))])
         allowed, prefer, words = self.constraints.allowed(op, rule, self.batch[i])
         color = self.batch[i] if self.constraints.strict else frozenset()
         key = (id(rule), saved, words, color)  # operators of one rule object are of one kind and size
         if key not in self._op_cache:
             operands, results = (tuple(self.graph.values[v].meta for v in values) for values in (op.operands, op.results))
-            self._op_cache[key] = op_states(rule, operands, results, self.pricing, allowed, prefer, saved=frozenset(saved))
+            self._op_cache[key] = op_states(rule, operands, results, self.pricing, allowed, prefer, saved=frozenset(saved), times=self.keeping.micro_batches)
         states = self._op_cache[key]
         if not states.strategies:
             pins = [p.text for _, found in self.constraints.for_op(op, rule, self.batch[i]).values() for p in found]
@@ -108,15 +115,15 @@ class ProblemBuilder:
 
     def _add_param(self, v: int) -> int:
         value = self.graph.values[v]
-        cuts = self._consumer_cuts(v)
-        if not self.constraints.strict:
-            cuts |= {(0, 1)} if value.meta.shape else frozenset()
-        key = ("param", self._meta[v], cuts, value.source if self.constraints.pins.named else ())
+        cuts, use = self._consumer_cuts(v), self.uses[v]
+        key = ("param", self._meta[v], cuts, use, value.source if self.constraints.pins.named else ())
         if key not in self._layout_cache:
             space = layout_space(value.meta.shape, self.mesh, sorted(cuts), grad=False, partial=False)
             space = tuple(x for x in space if all(self._storage_allowed(a, p) for a, p in enumerate(x)))
             chosen = self.constraints.for_param(value.source, space)
-            self._layout_cache[key] = param_states(value.meta, chosen, self.mesh, self.state_bytes_per_element(value.meta.dtype))
+            options = self.sharding.options(value.meta, chosen, use)
+            memory = np.array([self.sharding.memory_bytes(value.meta, x, zero, use.live) for x, zero in options])
+            self._layout_cache[key] = States((), (), (tuple(x for x, _ in options),), np.zeros(len(options)), memory, zeros=tuple(zero for _, zero in options))
         return self._add(value.source[0], self._layout_cache[key])
 
     def _storage_allowed(self, axis: int, placement) -> bool:  # noqa: ANN001
@@ -163,10 +170,11 @@ class ProblemBuilder:
         src, dst = self.states[u].result_layouts[port], self.states[w].operand_layouts[k]
         grad = v in self.graph.differentiated
         saves = grad and self._saves(w, k)
-        key = (id(src), id(dst), self._meta[v], grad, saves, from_param)
+        use = self.uses[v] if from_param else None
+        key = (id(src), id(dst), self._meta[v], grad, saves, use)
         if key not in self._edge_cache:
             meta = self.graph.values[v].meta
-            seconds = self._param_edge(meta, src, dst, grad) if from_param else self._edge(meta, src, dst)
+            seconds = self._param_edge(meta, self.states[u], dst, use) if use is not None else self._edge(meta, src, dst)
             memory = self._moved_memory(meta, src, dst) if saves else None
             self._edge_cache[key] = (seconds, memory)
         seconds, memory = self._edge_cache[key]
@@ -178,10 +186,11 @@ class ProblemBuilder:
 
     def _edge(self, meta: TensorMeta, src: Sequence[Layout], dst: Sequence[Layout]) -> np.ndarray:
         red = self.pricing.redistribution(meta, (*src, *dst), grad=meta.requires_grad)
-        return red.seconds[np.ix_([red.index[x] for x in src], [red.index[x] for x in dst])]
+        return self.keeping.micro_batches * red.seconds[np.ix_([red.index[x] for x in src], [red.index[x] for x in dst])]
 
-    def _param_edge(self, meta: TensorMeta, src: Sequence[Layout], dst: Sequence[Layout], grad: bool) -> np.ndarray:
+    def _param_edge(self, meta: TensorMeta, source: States, dst: Sequence[Layout], use: Use) -> np.ndarray:
         """A parameter's gradient over axes where it is stored whole and used as R is summed once a step, in one go."""
+        src = source.result_layouts[0]
         lifted = [tuple(R if p == I and meta.requires_grad else p for p in x) for x in src]
         red = self.pricing.redistribution(meta, (*src, *dst, *lifted), grad=meta.requires_grad)
         end = np.array([red.index[used] for used in dst])
@@ -189,11 +198,45 @@ class ProblemBuilder:
         table = np.empty((len(src), len(dst)))
         for group in np.unique(partial, axis=0):  # of the layout a parameter is used in, only its R axes say what is deferred
             columns = np.flatnonzero((partial == group).all(axis=1))
-            for s, stored in enumerate(src):
+            for s, (stored, zero) in enumerate(zip(src, source.zeros)):
                 axes = deferred_axes(stored, dst[columns[0]]) if meta.requires_grad else ()
-                reduction = self.pricing.gradient_reduction(axes, _local_bytes(meta, stored, self.mesh)) if grad else 0.0
-                table[s, columns] = red.seconds[red.index[lift(stored, axes)], end[columns]] + reduction
+                moves = self.keeping.micro_batches * red.seconds[red.index[lift(stored, axes)], end[columns]]
+                table[s, columns] = moves + self.sharding.seconds(meta, stored, zero, axes, use)
         return table
+
+    def _leaves_block(self, i: int, v: int) -> bool:
+        """Whether a result is used outside the block that makes it; then it is kept, whatever the block recomputes."""
+        ends = (*self.graph.outputs, *(u for _, u in self.graph.updates))
+        return v in ends or any(self.block_of.get(j) != self.block_of[i] for j, _ in self.graph.consumers[v])
+
+    def _add_modes(self) -> dict[str, int]:
+        """A node per block for its mode of recomputation, joined to every operator that it makes cheaper to keep or dearer to run."""
+        modes = self.keeping.recompute
+        found: dict[str, int] = {}
+        states = States((), (), (), np.zeros(len(modes)), np.zeros(len(modes)), modes=modes)
+        live = self.graph.differentiated
+        for i, block in self.block_of.items():
+            if i not in self.ops or live.isdisjoint(self.graph.ops[i].results):
+                continue
+            if block not in found:
+                found[block] = self._add(block, states)
+            seconds, memory = self._mode_tables(i)
+            if seconds.any() or memory.any():
+                self.edges.append(Edge(found[block], self.ops[i], seconds, memory))
+        return found
+
+    def _mode_tables(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        op, states = self.graph.ops[i], self.states[self.ops[i]]
+        metas = [self.graph.values[v].meta for v in op.operands]
+        inner = tuple(j for j, v in enumerate(op.results) if v in self.saved and not self._leaves_block(i, v))
+        key = ("modes", id(states), inner, kept_by_selective(op, metas))
+        if key not in self._edge_cache:
+            assert states.forward_s is not None
+            kept = result_bytes([self.graph.values[v].meta for v in op.results], states.result_layouts, inner, self.mesh)
+            self._edge_cache[key] = recompute_tables(self.keeping.recompute, states.forward_s, kept, kept=key[3], times=self.keeping.micro_batches)
+        seconds, memory = self._edge_cache[key]
+        assert memory is not None
+        return seconds, memory
 
     def _moved_memory(self, meta: TensorMeta, src: Sequence[Layout], dst: Sequence[Layout]) -> np.ndarray:
         """Bytes of the copy that the backward keeps: none where the value lies as it was produced."""

@@ -1,4 +1,4 @@
-"""Which factors are the batch, and what pins allow: `dp=2`, `tp=4`, or a word for a named parameter or operator."""
+"""Which factors are the batch, and which strategies the pins allow."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,78 +10,9 @@ from autopar.core.layout import Layout
 from autopar.core.mesh import Mesh
 from autopar.core.rule import Choice, OpRule, Strategy
 from autopar.errors import PinConflictError, UsageError
-
-DEGREES = ("dp", "tp", "sp", "cp", "ep", "pp", "vpp")
-LATER = ("cp", "ep", "pp", "vpp", "zero", "micro_batch", "recompute")
-"""Pins that name what this version does not search yet; 1 (or 0 for zero) is what it does and is accepted."""
-
+from autopar.planner.pins import Pin, Pins
 
 Allowed = Callable[[Strategy], bool]
-
-
-@dataclass(frozen=True)
-class Pin:
-    """`pattern=axis:word`: a parameter or operator whose name or module path matches must do `word` on `axis`.
-
-    For a parameter the word is a placement (`S0`, `I`), for an operator a factor of its rule, `I` or `R`.
-    """
-
-    pattern: str
-    axis: str
-    word: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Pins:
-    """All user constraints: mesh degrees by role and words for names."""
-
-    degrees: tuple[tuple[str, int], ...] = ()
-    named: tuple[Pin, ...] = ()
-
-    @property
-    def mesh_axes(self) -> tuple[tuple[str, int], ...]:
-        """Degrees that make mesh axes, outermost first: dp, then tp."""
-        given = dict(self.degrees)
-        return tuple((name, given[name]) for name in ("dp", "tp") if name in given)
-
-
-def parse_pins(texts: Sequence[str]) -> Pins:
-    """Read `--pin` values; raises UsageError for an unknown one and PinConflictError for two that contradict."""
-    degrees: dict[str, tuple[int, str]] = {}
-    named: list[Pin] = []
-    for text in (item.strip() for entry in texts for item in _split(entry)):
-        key, equals, value = text.rpartition("=")
-        if not equals or not value:
-            raise UsageError(f"--pin {text!r}: write NAME=NUMBER (dp=2) or PATTERN=AXIS:WORD ('*.mlp.*=tp:o')")
-        if ":" in value:
-            axis, _, word = value.partition(":")
-            named.append(Pin(key, axis, word, text))
-            continue
-        number = _number(key, value, text)
-        if key in degrees and degrees[key][0] != number:
-            raise PinConflictError(f"pins {degrees[key][1]!r} and {text!r} contradict each other; keep one")
-        degrees[key] = (number, text)
-    return Pins(tuple((k, n) for k, (n, _) in degrees.items() if k in ("dp", "tp")), tuple(named))
-
-
-def _split(entry: str) -> list[str]:
-    return entry.split(",") if ":" not in entry else [entry]
-
-
-def _number(key: str, value: str, text: str) -> int:
-    known = (*DEGREES, "zero", "micro_batch", "recompute")
-    if key not in known:
-        raise UsageError(f"--pin {text!r}: unknown name {key!r}; known are {', '.join(known)}, or PATTERN=AXIS:WORD")
-    if not value.isdigit() or len(value) > 6 or (int(value) < 1 and key not in ("zero", "recompute", "sp")):
-        raise UsageError(f"--pin {text!r}: {value!r} is not a positive whole number")
-    number = int(value)
-    neutral = 0 if key in ("zero", "recompute") else 1
-    if key in LATER and number != neutral:
-        raise UsageError(f"--pin {text!r}: {key} is not searched by this version; only {key}={neutral} is possible")
-    if key == "sp" and number > 1:
-        raise UsageError(f"--pin {text!r}: sequence parallelism is found along tp when it is cheaper; pin tp instead")
-    return number
 
 
 def batch_factors(graph: OpGraph, rules: Sequence[OpRule]) -> tuple[frozenset[int], ...]:

@@ -1,7 +1,7 @@
 """What each operator may do on a mesh and what that costs: strategies, their layouts, seconds and bytes."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 
@@ -14,6 +14,7 @@ from autopar.core.mesh import Mesh
 from autopar.core.moves import COLLECTIVES
 from autopar.core.redistribute import Redistribution, layout_space
 from autopar.core.rule import Choice, OpRule, Strategy, nest, strategies
+from autopar.core.zero import Zero
 from autopar.cost_models.collectives import collective_seconds
 from autopar.cost_models.compute import op_seconds
 from autopar.planner.roles import Allowed
@@ -36,7 +37,8 @@ TIE_BREAK_S = 1e-9
 class States:
     """The states of one search node. Compared by identity: equal operators share one object.
 
-    `operand_layouts[k][s]`, `result_layouts[j][s]`: layout under state s. `strategies` is empty for nodes that are no op.
+    `operand_layouts[k][s]`, `result_layouts[j][s]`: layout under state s. `strategies` is empty for nodes that are no op;
+    `forward_s` is their share of `seconds` that a second forward would cost; `zeros`: ZeRO of a parameter; `modes`: of a block.
     """
 
     strategies: tuple[Strategy, ...]
@@ -44,6 +46,9 @@ class States:
     result_layouts: tuple[tuple[Layout, ...], ...]
     seconds: np.ndarray
     memory_bytes: np.ndarray
+    forward_s: np.ndarray | None = None
+    zeros: tuple[Zero | None, ...] = ()
+    modes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -52,16 +57,13 @@ class Pricing:
 
     cluster: Cluster
     mesh: Mesh
-    _steps: dict[tuple[str, int, float], float] = field(default_factory=dict)
+    _steps: dict[tuple[str, tuple[int, ...], float], float] = field(default_factory=dict)
     _reductions: dict[tuple[tuple[int, ...], float], float] = field(default_factory=dict)
     _spaces: dict[tuple, Redistribution] = field(default_factory=dict)
 
     def step(self, primitive: str, axis: int, local_bytes: float) -> float:
         """Seconds of one primitive along one axis with this many local input bytes."""
-        key = (primitive, axis, local_bytes)
-        if key not in self._steps:
-            self._steps[key] = TIE_BREAK_S + self._step(primitive, (axis,), local_bytes)
-        return self._steps[key]
+        return self.collective(primitive, (axis,), local_bytes)
 
     def _step(self, primitive: str, axes: tuple[int, ...], local_bytes: float) -> float:
         if primitive in COLLECTIVES:
@@ -76,6 +78,13 @@ class Pricing:
             self._reductions[key] = self._step("all_reduce", axes, local_bytes) if axes else 0.0
         return self._reductions[key]
 
+    def collective(self, primitive: str, axes: tuple[int, ...], local_bytes: float) -> float:
+        """Seconds of one collective over several axes at once."""
+        key = (primitive, axes, local_bytes)
+        if key not in self._steps:
+            self._steps[key] = TIE_BREAK_S + self._step(primitive, axes, local_bytes)
+        return self._steps[key]
+
     def redistribution(self, meta: TensorMeta, layouts: Sequence[Layout], *, grad: bool) -> Redistribution:
         """All-pairs routes of a tensor between (at least) the given layouts."""
         cuts = tuple(sorted({(p.dim, p.outer) for layout in layouts for p in layout if p.kind == "S"}))
@@ -88,11 +97,12 @@ class Pricing:
 
 
 def op_states(
-    rule: OpRule, operands: Sequence[TensorMeta], results: Sequence[TensorMeta], pricing: Pricing, allowed: Allowed, prefer: Allowed, *, saved: frozenset[int]
-) -> States:
+    rule: OpRule, operands: Sequence[TensorMeta], results: Sequence[TensorMeta], pricing: Pricing, allowed: Allowed, prefer: Allowed, *, saved: frozenset[int],
+    times: int = 1,
+) -> States:  # fmt: skip
     """States of one operator: legal strategies that `allowed` admits (those that `prefer` does, if any), one per set of layouts.
 
-    Seconds: forward plus backward. Memory: results in `saved` that the backward keeps.
+    Seconds: forward plus backward of `times` microbatches. Memory: results in `saved` that the backward keeps.
     """
     mesh = pricing.mesh
     differentiable = any(m.requires_grad for m in operands) and any(m.requires_grad for m in results)
@@ -110,17 +120,22 @@ def op_states(
     dtype = results[0].dtype if results else "float32"
     priced = dtype if dtype in PRICED_DTYPES else "float32"
     work = 1.0 + (BACKWARD_WORK[rule.cost] if differentiable else 0.0)
-    seconds = work * np.asarray(op_seconds(pricing.cluster.device, flops, moved, priced, rule.cost), dtype=float)
-    keep = [m if j in saved else TensorMeta((0,), m.dtype) for j, m in enumerate(results)]
-    memory = np.array([sum(_local_bytes([m], [out], mesh) for m, out in zip(keep, outs) if m.numel) for _, _, outs in picked], dtype=float)
-    seconds = seconds + _inner_seconds(rule, [s for s, _, _ in picked], pricing, dtype, differentiable=differentiable)
+    forward_s = np.asarray(op_seconds(pricing.cluster.device, flops, moved, priced, rule.cost), dtype=float)
+    seconds = work * forward_s + _inner_seconds(rule, [s for s, _, _ in picked], pricing, dtype, differentiable=differentiable)
+    made = tuple(tuple(outs[j] for _, _, outs in picked) for j in range(len(results)))
     return States(
         strategies=tuple(s for s, _, _ in picked),
         operand_layouts=tuple(tuple(ins[k] for _, ins, _ in picked) for k in range(len(operands))),
-        result_layouts=tuple(tuple(outs[j] for _, _, outs in picked) for j in range(len(results))),
-        seconds=seconds,
-        memory_bytes=memory,
+        result_layouts=made,
+        seconds=times * seconds,
+        memory_bytes=result_bytes(results, made, saved, mesh) if picked else np.zeros(0),
+        forward_s=forward_s,
     )
+
+
+def result_bytes(results: Sequence[TensorMeta], layouts: Sequence[Sequence[Layout]], saved: Collection[int], mesh: Mesh) -> np.ndarray:
+    """Bytes of the results `saved` on one rank, by state."""
+    return np.array([sum(_local_bytes([results[j]], [row[j]], mesh) for j in saved) for row in zip(*layouts)], dtype=float)
 
 
 def _inner_seconds(rule: OpRule, chosen: Sequence[Strategy], pricing: Pricing, dtype: str, *, differentiable: bool) -> np.ndarray:
@@ -137,12 +152,6 @@ def layout_states(layouts: Sequence[Layout]) -> States:
     """States of a node that only holds a value: a relay or an output."""
     zeros = np.zeros(len(layouts))
     return States((), (tuple(layouts),), (tuple(layouts),), zeros, zeros)
-
-
-def param_states(meta: TensorMeta, layouts: Sequence[Layout], mesh: Mesh, state_bytes_per_element: float) -> States:
-    """Storage layouts of a parameter with the bytes of its states on one rank."""
-    memory = np.array([math.prod(local_shape(meta.shape, layout, mesh)) * state_bytes_per_element for layout in layouts], dtype=float)
-    return States((), (), (tuple(layouts),), np.zeros(len(layouts)), memory)
 
 
 def _layouts_of(placement: Callable[[Choice], Placement], meta: TensorMeta, mesh: Mesh) -> Callable[[Strategy], Layout]:

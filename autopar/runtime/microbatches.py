@@ -20,11 +20,16 @@ def split_batch(batch: Batch, pieces: int) -> list[Batch]:
     if pieces == 1:
         return [batch]
     flat, spec = pytree.tree_flatten(batch)
-    size = next((x.shape[0] for x in flat if isinstance(x, torch.Tensor) and x.dim()), 0)
+    size = batch_size(batch)
     if size == 0 or size % pieces:
         raise UsageError(f"a batch of {size} does not divide into {pieces} microbatches; change the batch or micro_batches")
     cut = [x.chunk(pieces) if isinstance(x, torch.Tensor) and x.dim() and x.shape[0] == size else [x] * pieces for x in flat]
     return [pytree.tree_unflatten([column[n] for column in cut], spec) for n in range(pieces)]
+
+
+def batch_size(batch: Batch) -> int:
+    """The first dimension of the first tensor; 0 where there is none."""
+    return next((x.shape[0] for x in pytree.tree_leaves(batch) if isinstance(x, torch.Tensor) and x.dim()), 0)
 
 
 def loss_weights(traced: Any, pieces: Sequence[Batch]) -> list[float]:

@@ -29,7 +29,10 @@ Deliver = Callable[[int, torch.Tensor], None]
 
 @dataclass
 class Bucket:
-    """Gradients that travel together: reduce-scattered over `scatter`, then summed over `rest` (axes joined by '+', '' for none)."""
+    """Gradients that travel together: reduce-scattered over `scatter`, then summed over `rest` (axes joined by '+', '' for none).
+
+    Of the ranks in `scatter`, `copies` have the same gradient each, which must count once.
+    """
 
     stage: int
     members: tuple[int, ...]
@@ -37,6 +40,7 @@ class Bucket:
     scatter: str
     rest: str
     dtype: torch.dtype
+    copies: int = 1
     waiting: int = 0
     work: Any = None
     flat: torch.Tensor | None = None
@@ -95,6 +99,8 @@ class Reducer:
             self._collect(bucket)
         bucket.waiting = 0
         rows = bucket.parts.pack(grads, bucket.dtype)
+        if bucket.copies > 1:
+            rows.div_(bucket.copies)
         if bucket.scatter:
             self.rank.count("reduce_scatter", bucket.scatter, rows)
             bucket.flat, bucket.work = self._exchange(bucket.scatter).start_reduce_scatter(rows)

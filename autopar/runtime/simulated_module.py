@@ -96,7 +96,7 @@ class SimulatedModule:
         axes = program.residency.zero[v].axes
         found: list[torch.Tensor] = [grads[0]] * len(grads)
         for group in program.mesh.groups(axes):
-            rows = [self.cut(v, r).split(grads[r].to(dtype)) for r in group]
+            rows = [self.cut(v, r).split(grads[r].to(dtype) / program.copies(v)) for r in group]
             for place, r in enumerate(group):
                 cut = self.cut(v, r)
                 self.ranks[r].counter.add("reduce_scatter", *_key(program, axes), cut.padded * len(group) * rows[0][0].element_size())

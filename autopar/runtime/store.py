@@ -58,6 +58,7 @@ class Kind:
     dtype: torch.dtype
     stored: torch.dtype
     trained: bool
+    copies: int
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class Store:
         rest = tuple(a for a in self.program.deferred[v] if a not in axes)
         dtype, stored = getattr(torch, meta.dtype), getattr(torch, residency.precision.stored(meta.dtype))
         stage = zero.stage if zero is not None and cut else 0
-        return Kind(stage, segment if stage == 3 else -1, axes, rest, dtype, stored, v in self.program.graph.differentiated)
+        return Kind(stage, segment if stage == 3 else -1, axes, rest, dtype, stored, v in self.program.graph.differentiated, self.program.copies(v) if stage else 1)
 
     def _bytes(self, v: int) -> int:
         return self.program.local_bytes(v, self.program.storage[v])
@@ -192,7 +193,7 @@ class Store:
 
     def _bucket(self, kind: Kind, members: Sequence[int], parts: Parts) -> Bucket:
         dtype = getattr(torch, self.program.residency.precision.reduced(str(kind.dtype).removeprefix("torch.")))
-        return Bucket(kind.stage, tuple(members), parts, self.names(kind.axes), self.names(kind.rest), dtype)
+        return Bucket(kind.stage, tuple(members), parts, self.names(kind.axes), self.names(kind.rest), dtype, kind.copies)
 
     def units(self, positions: Mapping[int, Mapping[int, int]], scatter: Callable[[Bucket, Sequence[torch.Tensor]], None]) -> tuple[dict[int, Units], list[Bucket]]:
         """What is gathered for every segment, and how the gradients of that travel (`scatter` is told with which bucket)."""

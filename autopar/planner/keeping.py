@@ -1,0 +1,136 @@
+"""What may be done about memory, and its price: ZeRO for a parameter, recomputation for a block."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from autopar.core.graph import Op, OpGraph, TensorMeta
+from autopar.core.layout import I, Layout, local_shape
+from autopar.core.mesh import Mesh
+from autopar.core.residency import RECOMPUTE, Precision
+from autopar.core.zero import Zero, zero_layout
+from autopar.cost_models.memory import adam
+from autopar.planner.pins import Pins
+from autopar.planner.states import TIE_BREAK_S, Pricing
+
+WEIGHT_CONTRACTIONS = ("aten.linear.default", "aten.mm.default", "aten.addmm.default", "aten.convolution.default")
+"""Operators whose results selective recomputation keeps (`runtime/residence.py` keeps the same)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keeping:
+    """What the search may choose (`stages` of ZeRO, modes of recomputation) and what is given (the rest)."""
+
+    stages: tuple[int, ...] = (0,)
+    recompute: tuple[str, ...] = ("none",)
+    micro_batches: int = 1
+    precision: Precision = Precision()
+    offload: bool = False
+
+    def narrowed(self, pins: Pins) -> "Keeping":
+        """With what the pins fix."""
+        stages = self.stages if pins.zero is None else (pins.zero,)
+        recompute = self.recompute if pins.recompute is None else (pins.recompute,)
+        return Keeping(stages=stages, recompute=recompute, micro_batches=self.micro_batches, precision=self.precision, offload=self.offload)
+
+    def everything(self) -> "Keeping":
+        return Keeping(stages=(0, 1, 2, 3), recompute=RECOMPUTE, micro_batches=self.micro_batches, precision=self.precision, offload=self.offload)
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """How a parameter is used: by how many segments (`forward`), of which `backward` take part in the backward; `live`: it is trained."""
+
+    forward: int
+    backward: int
+    live: bool
+    returned: bool = False
+
+
+def uses(graph: OpGraph) -> dict[int, Use]:
+    """The use of every parameter."""
+    live = graph.differentiated
+    found: dict[int, list[bool]] = {v: [] for v in graph.params}
+    for segment in graph.segments:
+        back = any(v in live for i in segment.ops for v in graph.ops[i].results)
+        taken = {v for i in segment.ops for v in graph.ops[i].operands if v in found}
+        for v in taken:
+            found[v].append(back)
+    ends = {*graph.outputs, *(v for _, v in graph.updates)}
+    return {v: Use(len(segments), sum(segments), v in live, v in ends) for v, segments in found.items()}
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """ZeRO on one mesh."""
+
+    pricing: Pricing
+    keeping: Keeping
+    axes: tuple[int, ...] | None = None
+    """The axes that pinned degrees leave for state sharding; None: any."""
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.pricing.mesh
+
+    def options(self, meta: TensorMeta, layouts: Sequence[Layout], use: Use) -> tuple[tuple[Layout, Zero | None], ...]:
+        """(layout in use, ZeRO) for every allowed stage; a parameter that cannot be cut has stage 0, whatever is allowed."""
+        found: list[tuple[Layout, Zero | None]] = []
+        for layout in layouts:
+            cut = [Zero(stage, axes) for stage in self.keeping.stages if stage and not (stage == 3 and use.returned) for axes in self._axes(meta, layout)]
+            if 0 in self.keeping.stages or not cut:
+                found.append((layout, None))
+            found += [(layout, zero) for zero in cut]
+        return tuple(found)
+
+    def _axes(self, meta: TensorMeta, layout: Layout) -> list[tuple[int, ...]]:
+        free = tuple(a for a, p in enumerate(layout) if p == I and self.mesh.sizes[a] > 1 and (self.axes is None or a in self.axes))
+        sets = [free, *((a,) for a in free if self.axes is None)] if len(free) > 1 else [free] if free else []
+        return [axes for axes in sets if zero_layout(meta.shape, layout, axes, self.mesh) != layout]
+
+    def _elements(self, meta: TensorMeta, layout: Layout, zero: Zero | None) -> tuple[int, int]:
+        """Elements of a rank (in use, stored)."""
+        stored = layout if zero is None else zero_layout(meta.shape, layout, zero.axes, self.mesh)
+        return math.prod(local_shape(meta.shape, layout, self.mesh)), math.prod(local_shape(meta.shape, stored, self.mesh))
+
+    def memory_bytes(self, meta: TensorMeta, layout: Layout, zero: Zero | None, live: bool) -> float:
+        """Bytes of parameter, gradient and optimizer state that stay on a rank's device."""
+        used, part = self._elements(meta, layout, zero)
+        policy = adam(meta.dtype, master=self.keeping.precision.master)
+        stage = zero.stage if zero is not None else 0
+        total = policy.parameter_bytes * (part if stage == 3 else used)
+        if live:
+            total += policy.gradient_bytes * (part if stage >= 2 else used)
+            total += 0 if self.keeping.offload else policy.optimizer_bytes * (part if stage >= 1 else used)
+        return float(total)
+
+    def seconds(self, meta: TensorMeta, layout: Layout, zero: Zero | None, deferred: tuple[int, ...], use: Use) -> float:
+        """What gathering a parameter and summing its gradient costs in one step, where the gradient is summed over `deferred`."""
+        used, part = self._elements(meta, layout, zero)
+        width = meta.num_bytes / max(meta.numel, 1)
+        if zero is None:
+            return self.pricing.gradient_reduction(deferred, used * width) if use.live else 0.0
+        times = self.keeping.micro_batches
+        gathers = times * (use.forward + use.backward) if zero.stage == 3 else 1
+        scatters = 1 if zero.stage == 1 else times * (use.forward if zero.stage == 3 else 1)
+        total = zero.stage * TIE_BREAK_S + gathers * self.pricing.collective("all_gather", zero.axes, part * width)
+        if use.live:
+            rest = tuple(a for a in deferred if a not in zero.axes)
+            total += scatters * self.pricing.collective("reduce_scatter", zero.axes, used * width)
+            total += self.pricing.gradient_reduction(rest, part * width) * (use.forward if zero.stage == 3 else 1)
+        return total
+
+
+def kept_by_selective(op: Op, operands: Sequence[TensorMeta]) -> bool:
+    """Whether selective recomputation keeps an operator's result: a contraction with a weight."""
+    return op.kind in WEIGHT_CONTRACTIONS or (op.kind == "aten.matmul.default" and len(operands[1].shape) <= 2)
+
+
+def recompute_tables(modes: Sequence[str], forward_s: np.ndarray, inner_bytes: np.ndarray, *, kept: bool, times: int) -> tuple[np.ndarray, np.ndarray]:
+    """(extra seconds, bytes kept inside the block) of one operator: rows are modes, columns its states."""
+    again = {"none": False, "selective": not kept, "full": True}
+    seconds = np.stack([times * forward_s if again[mode] else np.zeros_like(forward_s) for mode in modes])
+    memory = np.stack([np.zeros_like(inner_bytes) if again[mode] else inner_bytes for mode in modes])
+    return seconds, memory

@@ -1,0 +1,96 @@
+"""State sharding, recomputation, master copies, accumulation and offload: the same training, and the bytes that were predicted.
+
+Every case trains on a simulated mesh beside one process; accumulation is compared with one pass over the whole batch.
+"""
+
+import itertools
+from functools import lru_cache
+
+import pytest
+import torch
+
+import autopar
+from autopar.models.load import LoadedModel, load_model
+
+MESHES = {"(2)": ("dp=2",), "(4)": ("dp=4",), "(2, 2)": ("dp=2", "tp=2")}
+STAGES, MODES, DTYPES, PIECES, MODELS = (0, 1, 2, 3), ("none", "selective", "full"), ("float64", "bfloat16"), (1, 3), ("gpt2-tiny", "llama-tiny", "mlp-tiny")
+EVERYTHING = list(itertools.product(MODELS, MESHES, STAGES, MODES, DTYPES, PIECES))
+SPREAD = EVERYTHING[:: len(EVERYTHING) // 36 | 1]
+"""A stride that is odd and divides no dimension of the product visits all values of each."""
+
+
+@lru_cache(maxsize=16)
+def load(name: str, pieces: int, dtype: str) -> LoadedModel:
+    return load_model(name, batch=4 * pieces, seq=12, device="cpu", dtype="bfloat16" if dtype == "bfloat16" else "float32")
+
+
+def check(name: str, mesh: str, stage: int, mode: str, dtype: str, pieces: int, **options: object) -> None:
+    loaded = load(name, pieces, dtype)
+    pins = (*MESHES[mesh], f"zero={stage}", f"recompute={mode}")
+    cluster = autopar.Cluster.local(4 if "4" in mesh or "," in mesh else 2)
+    plan = autopar.plan(loaded.module, cluster, loaded.kwargs, pins=pins, micro_batches=pieces, **options)
+    assert len(plan.residency.zero) == (len(plan.params) if stage else 0)
+    assert autopar.Plan.from_json(plan.to_json()) == plan
+    report = autopar.verify(loaded.module, plan, loaded.kwargs, steps=2, dtype=dtype)
+    assert report.equal, str(report)
+
+
+@pytest.mark.parametrize("case", SPREAD, ids=str)
+def test_equal(case: tuple) -> None:
+    check(*case)
+
+
+@pytest.mark.parametrize("case", [case for case in EVERYTHING if case not in SPREAD], ids=str)
+def test_equal_everywhere(case: tuple, long: bool) -> None:
+    if not long:
+        pytest.skip("the whole matrix runs with --long")
+    check(*case)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_optimizer_state_on_the_host(stage: int) -> None:
+    check("gpt2-tiny", "(2, 2)", stage, "none", "bfloat16", 1, offload=True)
+    check("mlp-tiny", "(2)", stage, "full", "float64", 3, offload=True)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_dropout_draws_the_same_when_computed_again(mode: str) -> None:
+    loaded = load_model("gpt2-tiny", batch=8, seq=12, device="cpu", overrides={"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1})
+    loaded.module.train()
+    plan = autopar.plan(loaded.module, autopar.Cluster.local(4), loaded.kwargs, pins=("dp=2", "tp=2", "zero=3", f"recompute={mode}"), micro_batches=2)
+    report = autopar.verify(loaded.module, plan, loaded.kwargs, steps=2)
+    assert report.equal, str(report)
+
+
+@pytest.mark.parametrize("ranks", (2, 3))
+def test_parameters_that_no_even_cut_fits_are_sharded_too(ranks: int) -> None:
+    """Prime widths: nothing divides by 2 or 3."""
+    model = torch.nn.Sequential(torch.nn.Linear(7, 11), torch.nn.Tanh(), torch.nn.Linear(11, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1))
+    batch = (torch.randn(6 * ranks, 7),)
+    for stage in STAGES:
+        plan = autopar.plan(model, autopar.Cluster.local(ranks), batch, pins=(f"dp={ranks}", f"zero={stage}"))
+        sharded = sum(p.numel() for n, p in model.named_parameters() if n in plan.residency.zero)
+        assert stage == 0 or sharded >= 0.99 * sum(p.numel() for p in model.parameters())
+        report = autopar.verify(model, plan, batch, steps=2)
+        assert report.equal, str(report)
+
+
+def test_unequal_token_counts_are_one_batch() -> None:
+    """Half of the targets of one microbatch are ignored: its loss counts for less."""
+    loaded = load("gpt2-tiny", 3, "float64")
+    labels = loaded.kwargs["labels"].clone()
+    labels[:4, 3:] = -100
+    batch = loaded.kwargs | {"labels": labels}
+    plan = autopar.plan(loaded.module, autopar.Cluster.local(2), batch, pins=("dp=2", "zero=2"), micro_batches=3)
+    report = autopar.verify(loaded.module, plan, batch, steps=2)
+    assert report.equal, str(report)
+
+
+def test_frozen_parameters_are_sharded_and_not_trained() -> None:
+    loaded = load_model("gpt2-tiny", batch=4, seq=12, device="cpu")
+    for name, p in loaded.module.named_parameters():
+        p.requires_grad_("ln_" in name)
+    plan = autopar.plan(loaded.module, autopar.Cluster.local(2), loaded.kwargs, pins=("dp=2", "zero=3"))
+    assert len(plan.residency.zero) == len(plan.params)
+    report = autopar.verify(loaded.module, plan, loaded.kwargs, steps=2)
+    assert report.equal, str(report)
