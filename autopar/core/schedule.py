@@ -38,7 +38,7 @@ MAX_COUNT = 1 << 20  # stages, ranks or microbatches: more can only be an attack
 class Kind(StrEnum):
     F = "F"
     B = "B"
-    I = "I"  # noqa: E741  the field's name of the input-gradient half
+    I = "I"
     W = "W"
     SEND_F = "SEND_F"
     RECV_F = "RECV_F"

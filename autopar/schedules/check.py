@@ -6,7 +6,7 @@
 2. completeness  every stage has its forward and its backward (whole, or both halves) for every microbatch, every edge its
                  transfers, every group its TIE; nothing is there twice;
 3. dependence    what an action reads was written before it on the same rank;
-4. parameters    computations run between GATHER and FREE where there are any; nothing of a stage after its STEP;
+4. parameters    computations run between GATHER and FREE where there are any; gradients are reduced, then tied, then used by a STEP;
 5. messages      the sends from one rank to another are received in the same order;
 6. progress      the lists run to their end. "blocking": a send and its receive happen together (rendezvous, also how
                  collectives of NCCL behave when a message is large). "buffered": a send never waits.
@@ -17,12 +17,14 @@ is taken. So one run decides for all runs (a marked graph): the lists get stuck 
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Literal, NoReturn
 
 from autopar.core.schedule import COMPUTE, RECEIVES, SENDS, TRANSFERS, Action, Kind, Schedule
 from autopar.errors import ScheduleError
 from autopar.schedules.flow import Flow, Value
 
+UPDATED = COMPUTE | {Kind.REDUCE, Kind.TIE}  # what an optimizer step must wait for
 Semantics = Literal["blocking", "buffered"]
 
 
@@ -127,29 +129,30 @@ def _check_dependence(schedule: Schedule) -> None:
 
 def _check_parameters(schedule: Schedule) -> None:
     gathers = {action.stage for _, action in _actions(schedule) if action.kind is Kind.GATHER}
+    groups = {group[0]: frozenset(group) for group in schedule.tied}
     for rank, actions in enumerate(schedule.ranks):
         whole: set[int] = set()
+        summed: set[int] = set()
         stepped: set[int] = set()
         for action in actions:
             stage, kind = action.stage, action.kind
-
-            def refuse(reason: str, rank: int = rank, action: Action = action) -> NoReturn:
-                raise ScheduleError(schedule.name, rank, str(action), reason)
-
+            stages = groups[action.peer] if kind is Kind.TIE and action.peer is not None else frozenset({stage})
+            reason = None
             if kind is Kind.GATHER and stage in whole:
-                refuse(f"the parameters of stage {stage} are gathered already")
-            if kind is Kind.FREE and stage not in whole:
-                refuse(f"the parameters of stage {stage} are not gathered")
-            if kind in COMPUTE and stage in gathers and stage not in whole:
-                refuse(f"the parameters of stage {stage} are not gathered; other uses of it gather them")
-            if stage in stepped and kind not in (Kind.GATHER, Kind.FREE) and kind not in TRANSFERS:
-                refuse(f"comes after the optimizer step of stage {stage}")
-            if kind is Kind.TIE and action.peer is not None:
-                late = stepped & {s for group in schedule.tied if group[0] == action.peer for s in group}
-                if late:
-                    refuse(f"comes after the optimizer step of stage {min(late)}, which shares the weight")
+                reason = f"the parameters of stage {stage} are gathered already"
+            elif kind is Kind.FREE and stage not in whole:
+                reason = f"the parameters of stage {stage} are not gathered"
+            elif kind in COMPUTE and stage in gathers and stage not in whole:
+                reason = f"the parameters of stage {stage} are not gathered; other uses of it gather them"
+            elif kind in UPDATED and stages & stepped:
+                reason = f"comes after the optimizer step of stage {min(stages & stepped)}"
+            elif kind is Kind.REDUCE and stage in summed:
+                reason = f"comes after the sum over the stages that share a weight with stage {stage}; reduce first"
+            if reason is not None:
+                raise ScheduleError(schedule.name, rank, str(action), reason)
             whole = whole | {stage} if kind is Kind.GATHER else whole - {stage} if kind is Kind.FREE else whole
-            stepped = stepped | {stage} if kind is Kind.STEP else stepped
+            summed |= stages if kind is Kind.TIE else set()
+            stepped |= stages if kind is Kind.STEP else set()
         if whole:
             raise ScheduleError(schedule.name, rank, f"{min(whole)}GATHER", f"the parameters of stage {min(whole)} are gathered and never freed")
 
@@ -216,5 +219,5 @@ def _explain_deadlock(schedule: Schedule, heads: list[Action | None], semantics:
         else:
             chain.append(schedule.placement[action.peer])
     circle = chain[chain.index(chain[-1]) :]
-    waits = ", ".join(f"rank {a} at {heads[a]} waits for rank {b}" for a, b in zip(circle, circle[1:], strict=False))
+    waits = ", ".join(f"rank {a} at {heads[a]} waits for rank {b}" for a, b in pairwise(circle))
     raise ScheduleError(schedule.name, circle[0], str(heads[circle[0]]), f"deadlock with {semantics} messages: {waits}")

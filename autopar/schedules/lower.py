@@ -115,12 +115,12 @@ def _with_updates(actions: Sequence[Action], zero_stage: int | None, step: bool)
     gathered: set[int] = set()
     for i, action in enumerate(actions):
         stage, computes = action.stage, action.kind in COMPUTE
-        if computes:
+        if computes or action.kind is Kind.TIE:
             result += due
             due = []
-            if zero_stage == 3 or (zero_stage in (1, 2) and stage not in gathered):
-                result.append(Action(Kind.GATHER, stage))
-                gathered.add(stage)
+        if computes and (zero_stage == 3 or (zero_stage in (1, 2) and stage not in gathered)):
+            result.append(Action(Kind.GATHER, stage))
+            gathered.add(stage)
         result.append(action)
         if computes and (zero_stage == 3 or (zero_stage in (1, 2) and i == last_use[stage])):
             result.append(Action(Kind.FREE, stage))
