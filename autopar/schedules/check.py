@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Literal, NoReturn
 
-from autopar.core.schedule import COMPUTE, RECEIVES, SENDS, TRANSFERS, Action, Kind, Schedule
+from autopar.core.schedule import COMPUTE, RECEIVES, SENDS, TRANSFERS, Action, Edge, Kind, Schedule
 from autopar.errors import ScheduleError
 from autopar.schedules.flow import Flow, Value
 
@@ -45,7 +45,7 @@ def _actions(schedule: Schedule) -> Iterator[tuple[int, Action]]:
 
 
 def _check_places(schedule: Schedule) -> None:
-    edges = {(e.source, e.target): e for e in schedule.edges}
+    edges: dict[tuple[int | None, int | None], Edge] = {(e.source, e.target): e for e in schedule.edges}
     firsts = {group[0]: group for group in schedule.tied}
     for rank, action in _actions(schedule):
 

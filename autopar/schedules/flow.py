@@ -31,7 +31,7 @@ class Flow:
         self._sources = [tuple(e.source for e in edges if e.target == stage) for stage in stages]
         self._readers = [tuple(e.target for e in edges if e.source == stage and e.has_gradient) for stage in stages]
         homes = {group[0]: {placement[stage]: [s for s in group if placement[s] == placement[stage]] for stage in group} for group in tied}
-        self._tied = {(first, stage): here for first, by_rank in homes.items() for here in by_rank.values() for stage in here}
+        self._tied: dict[tuple[int | None, int], list[int]] = {(first, stage): here for first, by_rank in homes.items() for here in by_rank.values() for stage in here}
 
     def reads(self, action: Action) -> tuple[Value, ...]:
         """Values that must be on the rank before the action runs."""

@@ -2,7 +2,6 @@
 
 import importlib
 from dataclasses import replace
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Protocol
