@@ -37,6 +37,15 @@ class InfeasibleError(AutoparError):
     exit_code = 3
 
 
+class ScheduleError(AutoparError):
+    """A pipeline schedule that is incomplete, out of order or stuck; says which rank and which of its actions."""
+
+    def __init__(self, schedule: str, rank: int | None, action: str | None, reason: str) -> None:
+        place = "" if rank is None else f", rank {rank}" + ("" if action is None else f", {action}")
+        super().__init__(f"schedule {schedule}{place}: {reason}")
+        self.rank, self.action, self.reason = rank, action, reason
+
+
 class VerificationError(AutoparError):
     """The emitted program is malformed or does not compute what the model computes."""
 

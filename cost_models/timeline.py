@@ -1,0 +1,242 @@
+"""How long a step of a pipeline takes and what each rank holds: the schedule's own lists, run against a clock.
+
+Lanes. A rank computes one thing at a time, sends one message, receives one, and takes part in one collective; the four go on side
+by side. A rank walks its list. A computation starts when the one before it has ended and what it reads is there. A send is
+ready when the computation before it in the list has ended, and starts once the sender's send lane and the receiver's receive lane
+are free; messages that want the same lane go in the order in which they became ready. A collective is ready like a send;
+computations wait for the GATHER of their stage, steps for the REDUCE and TIE.
+
+"buffered" is the overlapped runtime: receives are posted early enough, and only the computation that needs a message waits for it.
+"blocking" is the runtime without overlap: a message or a collective stops the lists of all ranks it concerns.
+
+Held bytes of a rank: the state of its stages; what a microbatch needs of a stage from its forward to the end of its backward (with a
+split backward, a part of it to the end of W); messages from where they are ready at the sender to their end, and at
+the receiver from the start of the transfer to the end of the computation that reads them; gathered parameters.
+
+What is left out: messages and collectives do not slow each other down, nor computations; replicas finish together.
+"""
+
+import heapq
+from collections import defaultdict
+from typing import Literal
+
+from autopar.core.schedule import COMPUTE, RECEIVES, SENDS, Action, Kind, Schedule
+from autopar.core.timeline import Level, Span, Timeline
+from autopar.cost_models.pipeline import PipelineCost, Prices
+from autopar.errors import ScheduleError
+
+Semantics = Literal["buffered", "blocking"]
+
+
+def simulate(schedule: Schedule, cost: PipelineCost, semantics: Semantics = "buffered") -> Timeline:
+    """The timeline of one step. Raises ScheduleError where a rank waits for ever; `schedules.check` says why."""
+    simulation = (_Blocking if semantics == "blocking" else _Buffered)(schedule, cost)
+    simulation.run()
+    simulation.spans.sort(key=lambda span: (span.start_s, span.end_s, span.rank))
+    return Timeline(schedule.name, schedule.num_ranks, tuple(simulation.spans), simulation.held.levels())
+
+
+class _Held:
+    """What the ranks hold, as changes over time."""
+
+    def __init__(self, schedule: Schedule, prices: Prices) -> None:
+        self._training = schedule.training
+        self._prices = prices
+        self._changes: list[tuple[float, int, int, int]] = []
+        for stage, rank in enumerate(schedule.placement):
+            self.change(0.0, rank, prices.stages[stage].state_bytes)
+
+    def change(self, time_s: float, rank: int, num_bytes: int, in_flight: int = 0) -> None:
+        self._changes.append((time_s, rank, num_bytes, in_flight))
+
+    def compute(self, rank: int, action: Action, start_s: float, end_s: float) -> None:
+        stage = self._prices.stages[action.stage]
+        if action.kind is Kind.F:
+            self.change(start_s, rank, stage.activation_bytes, 1)
+            if not self._training:
+                self.change(end_s, rank, -stage.activation_bytes, -1)
+        elif action.kind is Kind.B:
+            self.change(end_s, rank, -stage.activation_bytes, -1)
+        elif action.kind is Kind.I:
+            self.change(end_s, rank, stage.weight_activation_bytes - stage.activation_bytes)
+        elif action.kind is Kind.W:
+            self.change(end_s, rank, -stage.weight_activation_bytes, -1)
+
+    def levels(self) -> tuple[Level, ...]:
+        """One level per rank and moment: what is released at a moment is gone before what is taken then."""
+        found = []
+        totals: dict[int, tuple[int, int]] = defaultdict(lambda: (0, 0))
+        by_moment: dict[tuple[float, int], tuple[int, int]] = defaultdict(lambda: (0, 0))
+        for time_s, rank, num_bytes, in_flight in self._changes:
+            before = by_moment[time_s, rank]
+            by_moment[time_s, rank] = before[0] + num_bytes, before[1] + in_flight
+        for (time_s, rank), (num_bytes, in_flight) in sorted(by_moment.items()):
+            totals[rank] = totals[rank][0] + num_bytes, totals[rank][1] + in_flight
+            found.append(Level(rank, time_s, *totals[rank]))
+        return tuple(found)
+
+
+class _Buffered:
+    """Events are (time, rank): the rank goes on with its list. They are handled in order of time, so that lanes are too."""
+
+    def __init__(self, schedule: Schedule, cost: PipelineCost) -> None:
+        self.schedule, self.prices = schedule, Prices(schedule, cost)
+        self.held = _Held(schedule, self.prices)
+        self.spans: list[Span] = []
+        self.events = [(0.0, rank) for rank in range(schedule.num_ranks)]
+        self.position = [0] * schedule.num_ranks
+        self.lane_free: dict[tuple[int, str], float] = defaultdict(float)
+        self.arrived: dict[Action, float] = {}
+        self.usable: dict[int, float] = defaultdict(float)
+        """When the parameters of a stage are gathered."""
+        self.updated: dict[int, float] = defaultdict(float)
+        """When the gradients of a stage are reduced and summed with those of tied weights."""
+        self.parked: dict[Action, int] = {}
+        """Receives and TIEs with the rank that waits for them."""
+        self.groups = {group[0]: sorted({schedule.placement[stage] for stage in group}) for group in schedule.tied}
+        self.joined: dict[int, list[tuple[int, Action]]] = defaultdict(list)
+        self.needed: dict[tuple[bool, int, int | None], list[Action]] = defaultdict(list)
+        """Receives by (forward?, stage, microbatch) of the computation that reads them."""
+        for action in (action for actions in schedule.ranks for action in actions if action.kind in RECEIVES):
+            self.needed[action.kind is Kind.RECV_F, action.stage, action.microbatch].append(action)
+
+    def run(self) -> None:
+        while self.events:
+            time_s, rank = heapq.heappop(self.events)
+            actions = self.schedule.ranks[rank]
+            while self.position[rank] < len(actions) and self.advance(time_s, rank, actions[self.position[rank]]):
+                self.position[rank] += 1
+        for rank, actions in enumerate(self.schedule.ranks):
+            if self.position[rank] < len(actions):
+                raise ScheduleError(self.schedule.name, rank, str(actions[self.position[rank]]), "waits for ever")
+
+    def resume(self, time_s: float, rank: int) -> None:
+        heapq.heappush(self.events, (time_s, rank))
+
+    def advance(self, time_s: float, rank: int, action: Action) -> bool:
+        """Do the action if it can be done; whether the rank goes straight on with the next one at the same time."""
+        if action.kind in COMPUTE or action.kind is Kind.STEP:
+            return self.compute(time_s, rank, action)
+        if action.kind in SENDS:
+            self.send(time_s, rank, action)
+        elif action.kind is Kind.TIE:
+            self.join(time_s, rank, action)
+        elif action.kind is Kind.FREE:
+            self.held.change(time_s, rank, -self.prices.stages[action.stage].gathered_bytes)
+        elif action.kind in (Kind.GATHER, Kind.REDUCE):
+            self.collective(time_s, rank, action)
+        return True
+
+    def compute(self, time_s: float, rank: int, action: Action) -> bool:
+        """A computation or optimizer step, when all it waits for is there; the rank goes on at its end."""
+        start = max(time_s, self.usable[action.stage])
+        receives: list[Action] = []
+        if action.kind is Kind.STEP:
+            start = max(start, self.updated[action.stage])
+        elif action.kind is not Kind.W:
+            receives = self.needed[action.kind is Kind.F, action.stage, action.microbatch]
+        for event in (*receives, *self.ties_before(action)):
+            if event not in self.arrived:
+                self.parked[event] = rank
+                return False
+            start = max(start, self.arrived[event])
+        end = start + self.prices.seconds(action)
+        self.spans.append(Span(rank, "compute", action, start, end))
+        self.held.compute(rank, action, start, end)
+        for receive in receives:
+            self.held.change(end, rank, -self.prices.message(receive.partner)[1])
+        self.position[rank] += 1
+        self.resume(end, rank)
+        return False
+
+    def ties_before(self, action: Action) -> list[Action]:
+        if action.kind is not Kind.STEP:
+            return []
+        return [Action(Kind.TIE, group[0], None, group[0]) for group in self.schedule.tied if action.stage in group]
+
+    def send(self, time_s: float, rank: int, send: Action) -> None:
+        receive, peer = send.partner, self.schedule.placement[send.partner.stage]
+        seconds, num_bytes = self.prices.message(send)
+        lanes = (rank, "send"), (peer, "receive")
+        start = max(time_s, *(self.lane_free[lane] for lane in lanes))
+        self.exchange(send, rank, peer, start, start + seconds)
+        self.held.change(time_s, rank, num_bytes)
+        for lane in lanes:
+            self.lane_free[lane] = start + seconds
+        self.arrive(time_s, receive, start + seconds)
+
+    def exchange(self, send: Action, rank: int, peer: int, start: float, end: float) -> None:
+        """Record a message from `rank` to `peer`."""
+        num_bytes = self.prices.message(send)[1]
+        self.spans += [Span(rank, "send", send, start, end), Span(peer, "receive", send.partner, start, end)]
+        self.held.change(end, rank, -num_bytes)
+        self.held.change(start, peer, num_bytes)
+
+    def arrive(self, now_s: float, event: Action, time_s: float) -> None:
+        self.arrived[event] = time_s
+        if event in self.parked:
+            self.resume(now_s, self.parked.pop(event))
+
+    def join(self, time_s: float, rank: int, tie: Action) -> None:
+        """The sum over a tied group begins when its last rank is there."""
+        assert tie.peer is not None, f"{tie} has no group"
+        members = self.joined[tie.peer]
+        members.append((rank, tie))
+        if len(members) < len(self.groups[tie.peer]):
+            return
+        start = max(time_s, *(self.lane_free[other, "collective"] for other, _ in members))
+        end = start + self.prices.seconds(tie)
+        for other, action in members:
+            self.spans.append(Span(other, "collective", action, start, end))
+            self.lane_free[other, "collective"] = end
+        self.arrive(time_s, Action(Kind.TIE, tie.peer, None, tie.peer), end)
+
+    def collective(self, time_s: float, rank: int, action: Action) -> float:
+        """GATHER or REDUCE among replicas, which all come to it together; its end."""
+        start = max(time_s, self.lane_free[rank, "collective"])
+        end = start + self.prices.seconds(action)
+        self.spans.append(Span(rank, "collective", action, start, end))
+        self.lane_free[rank, "collective"] = end
+        if action.kind is Kind.GATHER:
+            self.usable[action.stage] = end
+            self.held.change(time_s, rank, self.prices.stages[action.stage].gathered_bytes)
+        else:
+            self.updated[action.stage] = end
+        return end
+
+
+class _Blocking(_Buffered):
+    """Messages and collectives stop the lists of the ranks they concern."""
+
+    def advance(self, time_s: float, rank: int, action: Action) -> bool:
+        if action.kind in SENDS or action.kind in RECEIVES:
+            return self.meet(time_s, rank, action)
+        if action.kind in (Kind.GATHER, Kind.REDUCE):
+            self.position[rank] += 1
+            self.resume(self.collective(time_s, rank, action), rank)
+            return False
+        if action.kind is Kind.TIE:
+            self.join(time_s, rank, action)
+            tied = Action(Kind.TIE, action.peer if action.peer is not None else 0, None, action.peer)
+            self.position[rank] += 1
+            if tied in self.arrived:
+                for other, _ in self.joined[tied.stage]:
+                    self.resume(self.arrived[tied], other)
+            return False
+        return super().advance(time_s, rank, action)
+
+    def meet(self, time_s: float, rank: int, action: Action) -> bool:
+        """A send and its receive happen when both ranks are there, and both go on at its end."""
+        peer = self.schedule.placement[action.partner.stage]
+        if self.parked.pop(action.partner, None) is None:
+            self.parked[action] = rank
+            return False
+        send, source, target = (action, rank, peer) if action.kind in SENDS else (action.partner, peer, rank)
+        end = time_s + self.prices.message(send)[0]
+        self.exchange(send, source, target, time_s, end)
+        self.held.change(time_s, source, self.prices.message(send)[1])
+        self.arrived[send.partner] = end
+        for other in (rank, peer):
+            self.position[other] += 1
+            self.resume(end, other)
+        return False

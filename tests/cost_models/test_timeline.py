@@ -1,0 +1,218 @@
+"""The simulator against hand-made timelines, published bubbles and laws; nothing here computes a bubble by formula first."""
+
+import itertools
+import json
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autopar.core.schedule import Action, Edge, Kind, Schedule, chain
+from autopar.core.timeline import Timeline
+from autopar.cost_models.pipeline import EdgeCost, PipelineCost, StageCost, received_bytes
+from autopar.cost_models.timeline import simulate
+from autopar.errors import ScheduleError, UsageError
+from autopar.schedules.check import check
+from autopar.schedules.lower import add_updates, make_schedule
+
+PUBLISHED = {
+    (4, 4): 0.429, (4, 8): 0.273, (4, 16): 0.158, (4, 32): 0.086, (4, 64): 0.045, (4, 100): 0.029,
+    (8, 16): 0.304, (16, 32): 0.319, (32, 64): 0.326, (8, 32): 0.179, (16, 64): 0.190,
+}  # fmt: skip
+"""(stages, microbatches) -> idle share of the total for GPipe, to three digits (Huang et al. 2019; lecture tables)."""
+
+
+@pytest.mark.parametrize("name", ["gpipe", "1f1b"])
+@pytest.mark.parametrize("shape", PUBLISHED, ids=str)
+def test_published_bubbles(name: str, shape: tuple[int, int]) -> None:
+    schedule = make_schedule(name, *shape)
+    cost = PipelineCost.uniform(shape[0])
+    timeline = simulate(schedule, cost)
+    assert f"{timeline.bubble_fraction:.3f}" == f"{PUBLISHED[shape]:.3f}"
+    assert timeline.bubble_fraction == pytest.approx(Fraction(shape[0] - 1, shape[1] + shape[0] - 1), abs=1e-12)
+    assert timeline.bubble_ratio == pytest.approx(Fraction(shape[0] - 1, shape[1]), abs=1e-12)
+
+
+@pytest.mark.parametrize(("ranks", "microbatches"), [(1, 3), (2, 1), (3, 2), (4, 8), (6, 12)])
+@pytest.mark.parametrize(("forward_s", "input_s", "weight_s"), [(1.0, 1.0, 1.0), (0.5, 0.75, 0.25)])
+def test_idle_time_of_each_schedule(ranks: int, microbatches: int, forward_s: float, input_s: float, weight_s: float) -> None:
+    """Step time minus computed time of a rank. Naive, GPipe, 1F1B; interleaved by v = 3; ZB-H1 with I not shorter than W."""
+    whole = forward_s + input_s + weight_s
+
+    def idle(name: str, virtual: int = 1) -> float:
+        cost = PipelineCost.uniform(ranks * virtual, forward_s=forward_s / virtual, input_gradient_s=input_s / virtual, weight_gradient_s=weight_s / virtual)
+        return simulate(make_schedule(name, ranks, microbatches, virtual), cost).step_time_s - microbatches * whole
+
+    assert idle("naive") == pytest.approx((ranks - 1) * microbatches * whole)
+    assert idle("gpipe") == pytest.approx((ranks - 1) * whole)
+    assert idle("1f1b") == pytest.approx((ranks - 1) * whole)
+    if microbatches % ranks == 0:
+        assert idle("interleaved", 3) == pytest.approx((ranks - 1) * whole / 3)
+    if microbatches >= ranks and forward_s == input_s == weight_s:
+        assert idle("zero-bubble") == pytest.approx((ranks - 1) * (forward_s + input_s - weight_s))
+    assert idle("zero-bubble") <= idle("1f1b") + 1e-12
+
+
+def test_microbatches_in_flight() -> None:
+    def peaks(name: str, ranks: int, microbatches: int) -> list[int]:
+        timeline = simulate(make_schedule(name, ranks, microbatches), PipelineCost.uniform(ranks))
+        return [timeline.peak_in_flight(rank) for rank in range(ranks)]
+
+    for ranks, microbatches in itertools.product(range(1, 7), range(1, 11)):
+        assert peaks("naive", ranks, microbatches) == [1] * ranks
+        assert peaks("gpipe", ranks, microbatches) == [microbatches] * ranks
+        assert peaks("1f1b", ranks, microbatches) == [min(ranks - i, microbatches) for i in range(ranks)]
+        assert max(peaks("zero-bubble", ranks, microbatches)) <= min(ranks, microbatches)
+
+
+def test_interleaved_holds_no_more_than_megatrons_bound() -> None:
+    """Warm-up of rank 0 plus one: 2 (n-1) + (v-1) n + 1 chunks, each 1/v of a rank's layers."""
+    for ranks, virtual in itertools.product(range(2, 6), range(2, 4)):
+        schedule = make_schedule("interleaved", ranks, 3 * ranks, virtual)
+        assert simulate(schedule, PipelineCost.uniform(ranks * virtual)).peak_in_flight(0) == 2 * (ranks - 1) + (virtual - 1) * ranks + 1
+
+
+def spans(timeline: Timeline, lane: str) -> list[tuple[str, float, float]]:
+    return [(str(s.action), s.start_s, s.end_s) for s in timeline.spans if s.lane == lane]
+
+
+TWO = PipelineCost(
+    (
+        StageCost(forward_s=2, input_gradient_s=2, weight_gradient_s=1, activation_bytes=100, weight_activation_bytes=40, state_bytes=1000, step_s=1, reduce_s=4),
+        StageCost(forward_s=1, input_gradient_s=1, weight_gradient_s=1, activation_bytes=10, weight_activation_bytes=4, state_bytes=2000, step_s=1, reduce_s=1),
+    ),
+    (EdgeCost(activation_s=0.5, gradient_s=0.25, activation_bytes=8, gradient_bytes=6),),
+)
+
+
+def test_two_ranks_by_hand() -> None:
+    schedule = add_updates(make_schedule("1f1b", 2, 2), replicas=2)
+    check(schedule)
+    timeline = simulate(schedule, TWO)
+    assert spans(timeline, "compute") == [
+        ("0F0", 0, 2), ("0F1", 2, 4), ("1F0", 2.5, 3.5), ("1B0", 3.5, 5.5), ("1F1", 5.5, 6.5), ("0B0", 5.75, 8.75), ("1B1", 6.5, 8.5), ("0B1", 8.75, 11.75), ("1STEP", 9.5, 10.5), ("0STEP", 15.75, 16.75),
+    ]  # fmt: skip
+    assert spans(timeline, "send") == [("0SEND_F0>1", 2, 2.5), ("0SEND_F1>1", 4, 4.5), ("1SEND_B0>0", 5.5, 5.75), ("1SEND_B1>0", 8.5, 8.75)]
+    assert spans(timeline, "collective") == [("1REDUCE", 8.5, 9.5), ("0REDUCE", 11.75, 15.75)]
+    assert timeline.step_time_s == 16.75
+    assert (timeline.busy_s(0), timeline.busy_s(1), timeline.busy_s(0, "collective")) == (11, 7, 4)
+    assert timeline.bubble_fraction == pytest.approx(1 - 18 / 33.5)
+    assert timeline.bubble_ratio == pytest.approx(33.5 / 18 - 1)
+
+
+def test_two_ranks_by_hand_without_overlap() -> None:
+    timeline = simulate(make_schedule("1f1b", 2, 2), TWO, "blocking")
+    assert spans(timeline, "compute") == [("0F0", 0, 2), ("1F0", 2.5, 3.5), ("0F1", 2.5, 4.5), ("1B0", 5, 7), ("1F1", 7.25, 8.25), ("0B0", 7.25, 10.25), ("1B1", 8.25, 10.25), ("0B1", 10.5, 13.5)]
+    assert spans(timeline, "send") == [("0SEND_F0>1", 2, 2.5), ("0SEND_F1>1", 4.5, 5), ("1SEND_B0>0", 7, 7.25), ("1SEND_B1>0", 10.25, 10.5)]
+
+
+def test_held_bytes_by_hand() -> None:
+    """Rank 0: state, activations of F0 and F1, a message out; then gradients in. With B split a part stays until W."""
+    timeline = simulate(make_schedule("1f1b", 2, 2), TWO)
+    held = [(level.time_s, level.held_bytes) for level in timeline.levels if level.rank == 0]
+    assert held == [(0, 1100), (2, 1208), (2.5, 1200), (4, 1208), (4.5, 1200), (5.5, 1206), (8.5, 1212), (8.75, 1106), (11.75, 1000)]
+    split = simulate(make_schedule("zero-bubble", 1, 1), PipelineCost((TWO.stages[0],)))
+    assert [(level.time_s, level.held_bytes, level.in_flight) for level in split.levels] == [(0, 1100, 1), (4, 1040, 1), (5, 1000, 0)]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Schedule, PipelineCost]:
+    name = draw(st.sampled_from(["naive", "gpipe", "1f1b", "zero-bubble", "interleaved", "forward"]))
+    ranks = draw(st.integers(1, 4))
+    virtual = 2 if name == "interleaved" else 1
+    microbatches = ranks * draw(st.integers(1, 2)) if virtual == 2 else draw(st.integers(1, 6))
+    stages = ranks * virtual
+    edges = (*chain(stages), *([Edge(0, stages - 1)] if stages > 2 and draw(st.booleans()) else []))
+    schedule = make_schedule(name, ranks, microbatches, virtual, edges=edges, tied=[(0, stages - 1)] if stages > 1 else [])
+    if schedule.training:
+        schedule = add_updates(schedule, replicas=2, zero_stage=draw(st.integers(0, 3)))
+    seconds = st.integers(0, 8).map(lambda n: n / 4)
+    size = st.integers(0, 100)
+
+    def stage() -> StageCost:
+        whole = draw(size)
+        return StageCost(
+            forward_s=draw(seconds), input_gradient_s=draw(seconds), weight_gradient_s=draw(seconds), activation_bytes=whole, weight_activation_bytes=draw(st.integers(0, whole)),
+            state_bytes=draw(size), gathered_bytes=draw(size), gather_s=draw(seconds), reduce_s=draw(seconds), step_s=draw(seconds),
+        )  # fmt: skip
+
+    def edge() -> EdgeCost:
+        return EdgeCost(activation_s=draw(seconds), gradient_s=draw(seconds), activation_bytes=draw(size), gradient_bytes=draw(size))
+
+    cost = PipelineCost(tuple(stage() for _ in range(stages)), tuple(edge() for _ in edges), tuple(draw(seconds) for _ in schedule.tied))
+    return schedule, cost
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases(), st.sampled_from(["buffered", "blocking"]))
+def test_laws_of_every_timeline(case: tuple[Schedule, PipelineCost], semantics: str) -> None:
+    schedule, cost = case
+    timeline = simulate(schedule, cost, semantics)
+    for rank in range(schedule.num_ranks):
+        for lane in ("compute", "send", "receive", "collective"):
+            own = [s for s in timeline.spans if s.rank == rank and s.lane == lane]
+            assert all(a.end_s <= b.start_s for a, b in itertools.pairwise(own)), "a lane does two things at once"
+        computed = [s.action for s in timeline.spans if s.rank == rank and s.lane == "compute"]
+        listed = [a for a in schedule.ranks[rank] if a.kind in (Kind.F, Kind.B, Kind.I, Kind.W, Kind.STEP)]
+        assert sorted(computed, key=str) == sorted(listed, key=str)
+        last = [level for level in timeline.levels if level.rank == rank][-1]
+        assert (last.held_bytes, last.in_flight) == (sum(cost.stages[s].state_bytes for s in schedule.stages_of(rank)), 0), "something is never released"
+        assert all(level.held_bytes >= last.held_bytes and level.in_flight >= 0 for level in timeline.levels if level.rank == rank)
+    ends = {s.action: s.end_s for s in timeline.spans}
+    starts = {s.action: s.start_s for s in timeline.spans if s.lane == "compute"}
+    for action, start in starts.items():
+        for edge in schedule.edges:
+            if action.kind is Kind.F and edge.target == action.stage:
+                assert ends[Action(Kind.F, edge.source, action.microbatch)] <= start
+                assert ends.get(Action(Kind.RECV_F, action.stage, action.microbatch, edge.source), 0) <= start
+            if action.kind in (Kind.B, Kind.I) and edge.source == action.stage:
+                assert ends[Action(action.kind, edge.target, action.microbatch)] <= start
+                assert ends.get(Action(Kind.RECV_B, action.stage, action.microbatch, edge.target), 0) <= start
+    busiest = max(timeline.busy_s(rank) for rank in range(schedule.num_ranks))
+    assert busiest <= timeline.step_time_s
+
+
+@settings(max_examples=50, deadline=None)
+@given(cases())
+def test_overlap_never_costs_time_where_lanes_do_not_conflict(case: tuple[Schedule, PipelineCost]) -> None:
+    """With one message at a time per pair of ranks (a chain without skips), running ahead can only help."""
+    schedule, cost = case
+    if len(schedule.edges) != schedule.num_stages - 1 or schedule.num_stages != schedule.num_ranks:
+        return
+    assert simulate(schedule, cost, "buffered").step_time_s <= simulate(schedule, cost, "blocking").step_time_s + 1e-9
+
+
+def test_messages_are_counted_at_the_receiver() -> None:
+    """b x s x h x dtype per boundary and microbatch each way, and twice that with two virtual stages per rank."""
+    size = 4 * 128 * 64 * 2
+    edge = EdgeCost(activation_bytes=size, gradient_bytes=size)
+
+    def received(name: str, virtual: int) -> tuple[int, ...]:
+        stages = 4 * virtual
+        return received_bytes(make_schedule(name, 4, 8, virtual), PipelineCost(PipelineCost.uniform(stages).stages, (edge,) * (stages - 1)))
+
+    assert received("1f1b", 1) == (8 * size, 16 * size, 16 * size, 8 * size)
+    assert received("interleaved", 2) == (24 * size, 32 * size, 32 * size, 24 * size)
+    assert received("forward", 1) == (0, 8 * size, 8 * size, 8 * size)
+
+
+def test_trace_file(tmp_path) -> None:
+    timeline = simulate(add_updates(make_schedule("zero-bubble", 2, 2), replicas=2, zero_stage=3), TWO)
+    timeline.save_trace(tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    boxes = [e for e in events if e["ph"] == "X"]
+    assert len(boxes) == len(timeline.spans)
+    assert max(e["ts"] + e["dur"] for e in boxes) == pytest.approx(timeline.step_time_s * 1e6)
+    assert {e["args"]["name"] for e in events if e["ph"] == "M" and e["name"] == "process_name"} == {"rank 0", "rank 1"}
+    arrows = {ph: sorted(e["id"] for e in events if e["ph"] == ph) for ph in "sf"}
+    assert arrows["s"] == arrows["f"] == ["0SEND_F0>1", "0SEND_F1>1", "1SEND_B0>0", "1SEND_B1>0"]
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    schedule = make_schedule("1f1b", 2, 2)
+    with pytest.raises(UsageError, match="costs of 3 stages for schedule 1f1b with 2"):
+        simulate(schedule, PipelineCost.uniform(3))
+    stuck = Schedule(schedule.name, 2, (0, 1), schedule.edges, (schedule.ranks[0], schedule.ranks[1][:-1]))
+    with pytest.raises(ScheduleError, match="waits for ever"):
+        simulate(stuck, PipelineCost.uniform(2))
