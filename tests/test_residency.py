@@ -15,7 +15,7 @@ from autopar.models.load import LoadedModel, load_model
 MESHES = {"(2)": ("dp=2",), "(4)": ("dp=4",), "(2, 2)": ("dp=2", "tp=2")}
 STAGES, MODES, DTYPES, PIECES, MODELS = (0, 1, 2, 3), ("none", "selective", "full"), ("float64", "bfloat16"), (1, 3), ("gpt2-tiny", "llama-tiny", "mlp-tiny")
 EVERYTHING = list(itertools.product(MODELS, MESHES, STAGES, MODES, DTYPES, PIECES))
-SPREAD = EVERYTHING[:: len(EVERYTHING) // 36 | 1]
+SPREAD = EVERYTHING[:: len(EVERYTHING) // 16 | 1]
 """A stride that is odd and divides no dimension of the product visits all values of each."""
 
 

@@ -189,7 +189,7 @@ class SimulatedModule:
             self._all_reduce(v, tuple(a for a in self.program.deferred[v] if a not in done))
             for rank, mine in zip(self.ranks, self.stored):
                 if mine[v].grad is not None and rank.offload:
-                    rank.counter.add("to_host", "host", 1, self._padded(v, rank.rank) * self._reduction(v).itemsize)
+                    rank.counter.add("to_host", "host", 1, self._sums(v) * self._padded(v, rank.rank) * self._reduction(v).itemsize)
 
     def _all_reduce(self, v: int, axes: tuple[int, ...]) -> None:
         if not axes:
@@ -198,8 +198,12 @@ class SimulatedModule:
             parts = [self._grad(self.stored[r][v]).to(self._reduction(v)) for r in group]
             total = sum(parts[1:]) + parts[0]
             for r in group:
-                self.ranks[r].counter.add("all_reduce", *_key(self.program, axes), self._padded(v, r) * total.element_size())
+                self.ranks[r].counter.add("all_reduce", *_key(self.program, axes), self._sums(v) * self._padded(v, r) * total.element_size())
                 self.stored[r][v].grad = total.to(self.stored[r][v].dtype).clone()
+
+    def _sums(self, v: int) -> int:
+        """In how many pieces a gradient is completed: every unit that gathers a parameter completes its own."""
+        return sum(v in taken for taken in self.program.gathered) if self.stage(v) == 3 else 1
 
     def _padded(self, v: int, rank: int) -> int:
         """Elements that travel for a stored part."""
