@@ -23,7 +23,7 @@ from autopar.search.simplify import SECONDS, Price, PriceList, Shrunk, canonical
 from autopar.search.tables import TableStore
 from autopar.search.terms import Terms
 
-MAX_TABLE_ENTRIES = 30_000_000  # 240 MB of float64
+MAX_TABLE_ENTRIES = 2_000_000  # of float64; a step of 200 states that leaves such a table takes half a second
 TOLERANCE = 1e-9  # a relative gap below this is rounding
 
 

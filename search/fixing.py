@@ -25,7 +25,7 @@ from autopar.search.tables import Key, TableStore
 Marginal = tuple[Key, int, tuple[int, ...], int]  # what a marginal depends on: tables, outside, roles kept, table taken off
 
 MARGIN = 1e-9  # relative to the optimum: sums here are rounded, and nothing optimal may be dropped
-MAX_WORK = 500_000_000  # table entries of all steps that differ; a few seconds
+MAX_WORK = 60_000_000  # table entries of all steps that differ; two seconds or so
 
 
 @dataclass(frozen=True, slots=True, eq=False)
