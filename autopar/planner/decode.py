@@ -1,6 +1,7 @@
 """From the states a search chose to a `Program`: operators outside the search follow what the searched ones ask for."""
 
 from collections.abc import Sequence
+from itertools import chain
 
 from autopar.core.graph import OpGraph, TensorMeta
 from autopar.core.layout import I, Layout
@@ -17,7 +18,7 @@ class _Decoder:
         self.graph, self.rules, self.pricing, self.ports, self.choices = graph, rules, pricing, ports, choices
         self.keeping = keeping
         self.mesh = pricing.mesh
-        self.routes: dict[tuple[TensorMeta, Layout, Layout], Route] = {}
+        self.routes: dict[tuple[TensorMeta | Layout | int, ...], Route] = {}
         self.whole: Layout = tuple(I for _ in self.mesh.axes)
         self.strategies: list[Strategy] = [tuple(Choice("I") for _ in self.mesh.axes)] * len(graph.ops)
         for i, node in ports.op_node.items():
@@ -85,18 +86,30 @@ class _Decoder:
                 layouts.append(self.whole)
         return tuple(layouts)
 
-    def route(self, v: int, src: Layout, dst: Layout) -> Route:
+    def route(self, v: int, src: Layout, dst: Layout, node: int | None, k: int = 0, *, relayed: bool = True) -> Route:
+        """The cheapest route to port k of a node, among all the layouts that the search had for it: what it priced is what is run."""
         if src == dst:
             return (src,)
         meta = self.graph.values[v].meta
-        key = meta, src, dst
+        ends = (self._source(v, relayed=relayed), self.ports.states[node].operand_layouts[k]) if node is not None else ()
+        key = meta, src, dst, *map(id, ends)
         if key not in self.routes:
-            red = self.pricing.redistribution(meta, (src, dst), grad=meta.requires_grad)
+            red = self.pricing.redistribution(meta, (src, dst, *chain(*ends)), grad=meta.requires_grad)
             route = [src]
             for step in red.path(src, dst):
                 route.append(step.apply(route[-1]))
             self.routes[key] = tuple(route)
         return self.routes[key]
+
+    def _source(self, v: int, *, relayed: bool) -> tuple[Layout, ...]:
+        """The layouts that a value had to choose from where it comes from: its relay, its parameter or its operator."""
+        ports = self.ports
+        if relayed and v in ports.relay_node:
+            return ports.states[ports.relay_node[v]].result_layouts[0]
+        if v in ports.param_node:
+            return ports.states[ports.param_node[v]].result_layouts[0]
+        i, j = self.graph.producer.get(v, (-1, 0))
+        return ports.states[ports.op_node[i]].result_layouts[j] if i in ports.op_node else ()
 
     def program(self) -> Program:
         self.follow_demand()
@@ -112,11 +125,15 @@ class _Decoder:
         for v, node in self.ports.relay_node.items():
             there = self.layout_at(node)
             if there != produced[v]:
-                relay[v] = self.route(v, produced[v], there)
+                relay[v] = self.route(v, produced[v], there, node, relayed=False)
         start = [relay[v][-1] if v in relay else produced[v] for v in range(len(self.graph.values))]
-        routes = {(i, k): self.route(v, start[v], self.needed(i, k)) for i, op in enumerate(self.graph.ops) for k, v in enumerate(op.operands)}
-        ends = [self.layout_at(self.ports.output_node[n]) if n in self.ports.output_node else self.whole for n in range(len(self._finals()))]
-        final = tuple(self.route(v, start[v], end) for v, end in zip(self._finals(), ends))
+        nodes = self.ports.op_node
+        routes = {
+            (i, k): self.route(v, start[v], self.needed(i, k), nodes.get(i), k) for i, op in enumerate(self.graph.ops) for k, v in enumerate(op.operands)
+        }
+        nodes = self.ports.output_node
+        ends = [self.layout_at(nodes[n]) if n in nodes else self.whole for n in range(len(self._finals()))]
+        final = tuple(self.route(v, start[v], end, nodes.get(n)) for n, (v, end) in enumerate(zip(self._finals(), ends)))
         n = len(self.graph.outputs)
         return Program(
             self.graph, self.mesh, tuple(self.rules), tuple(self.strategies), storage, deferred, tuple(produced), relay, routes, final[:n], final[n:], self.residency()

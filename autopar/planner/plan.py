@@ -1,7 +1,9 @@
 """How a plan is made, step by step."""
 
+import gc
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from autopar.core.cluster import Cluster
@@ -54,7 +56,23 @@ class Planned:
 
 def plan_graph(graph: OpGraph, cluster: Cluster, options: Options | None = None, progress: Progress = lambda text: None) -> Planned:
     """The best plan found over all candidate meshes, with its bound; raises InfeasibleError where none fits."""
-    options = options or Options()
+    with _collector_paused():
+        return _plan_graph(graph, cluster, options or Options(), progress)
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Planning makes many small objects and no cycles; a full collection walks all of torch's objects, up to half a second each."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _plan_graph(graph: OpGraph, cluster: Cluster, options: Options, progress: Progress) -> Planned:
     pins = parse_pins(options.pins)
     rules = rules_of(graph)
     batch = batch_factors(graph, rules)

@@ -273,3 +273,28 @@ def test_strided_layouts_reach_each_other(sizes: tuple[int, ...]) -> None:
         src, dst = rng.sample(space, 2)
         outcome = check_route(route_of(red, src, dst), TensorMeta(shape, "float64", True), mesh, gen)
         assert outcome.equal, (src, dst, outcome)
+
+
+def test_free_steps_make_no_circles_and_the_fewest_are_taken() -> None:
+    """Where steps cost nothing every route is as cheap as any other; the one with the fewest steps is taken."""
+    mesh = mesh_of(2, 2, 2)
+    space = layout_space(SHAPE, mesh, CUTS, grad=True)
+    free = Redistribution(SHAPE, ITEM_BYTES, mesh, space, True, lambda primitive, axis, n: 0.0)
+    counted = Redistribution(SHAPE, ITEM_BYTES, mesh, space, False, lambda primitive, axis, n: 1.0)
+    rng = random.Random(0)
+    for _ in range(300):
+        src, dst = rng.choice(space), rng.choice(space)
+        assert free.seconds[free.index[src], free.index[dst]] == 0
+        assert len(free.path(src, dst)) == counted.seconds[counted.index[src], counted.index[dst]], (src, dst)
+
+
+def test_seconds_are_those_of_the_steps_of_the_path() -> None:
+    mesh = mesh_of(2, 3, 4)
+    red = redistribution(mesh, grad=True)
+    rng = random.Random(1)
+    for _ in range(300):
+        src, dst = rng.choice(red.layouts), rng.choice(red.layouts)
+        route = route_of(red, src, dst)
+        steps = len(red.path(src, dst))
+        expected = route_bytes(route, mesh, grad=True) + 2 * TIE * steps
+        assert red.seconds[red.index[src], red.index[dst]] == pytest.approx(expected, rel=1e-9, abs=1e-9), (src, dst)
