@@ -4,7 +4,7 @@ Stage 0 and 1 sum once per step (all-reduce, reduce-scatter), 2 and 3 reduce-sca
 their own part.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,6 +138,28 @@ class Reducer:
             if leaf.grad is not None:
                 self.deliver(v, self.rank.on_host(leaf.grad))
                 leaf.grad = None
+
+    def addends(self) -> Iterator[tuple[int, torch.Tensor, bool]]:
+        """(parameter, this rank's addend of its gradient, whether that is of the stored part) between the backwards of a step.
+
+        A tied parameter of stage 3 has one for each of its buckets.
+        """
+        for v, leaf in self.leaves.items():
+            if leaf.grad is not None:
+                yield v, leaf.grad, False
+        for bucket in self.buckets:
+            if bucket.total is not None:
+                yield from ((v, part, True) for v, part in zip(bucket.members, bucket.parts.own(bucket.total)))
+
+    def restart(self, members: Container[int]) -> None:
+        """Zeros as the addends of these parameters, and of those that share a bucket with one; none for others."""
+        for bucket in self.buckets:
+            keep = bucket.stage >= 2 and any(v in members for v in bucket.members)
+            bucket.total = torch.zeros(bucket.parts.total, dtype=bucket.dtype, device=self.rank.device) if keep else None
+        for v, leaf in self.leaves.items():
+            bucket_of = self.bucket_of.get(v)
+            apart = bucket_of is None or bucket_of.stage < 2
+            leaf.grad = torch.zeros_like(leaf, requires_grad=False) if apart and v in members else None
 
     def _sum_over_rest(self) -> None:
         works = []

@@ -1,0 +1,202 @@
+"""Everything a training run has to remember, as one tree, and the way back into a module and an optimizer.
+
+    parameters, buffers, gradients, unreduced    {name: tensor}; tied names share one tensor
+    optimizer    {groups, group_of: {name: number}, like_parameter: {name: {key: tensor}}, other: {name: {key: value}}}
+    stream       the random stream of the emitted program: seed, step, microbatch
+    state        what the caller adds
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from autopar.checkpoint.held import Held, Place, hold, hold_addend, place
+from autopar.checkpoint.peers import Peers
+from autopar.checkpoint.reader import Reader, dtype_name
+from autopar.checkpoint.tree import Encoder, Ref, decode
+from autopar.errors import CheckpointError, FileFormatError
+from autopar.runtime.module import ParallelModule
+
+Tree = Mapping[str, Any]
+
+
+class TrainingState:
+    """A view of a module and its optimizer; nothing is copied."""
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer | None, peers: Peers) -> None:
+        self._module, self._optimizer, self._peers = module, optimizer, peers
+        self._everyone = ranks_of(module, peers)
+        self._parameters = dict(module.named_parameters(remove_duplicate=False))
+        self._buffers = dict(module.named_buffers(remove_duplicate=False))
+        self._names: dict[nn.Parameter, list[str]] = {}
+        for name, parameter in self._parameters.items():
+            self._names.setdefault(parameter, []).append(name)
+        self._held = {x: hold(x, self._everyone) for x in (*self._names, *self._buffers.values())}
+
+    def encode(self, state: Any) -> tuple[Any, dict[str, Held]]:
+        """(JSON, tensors by key) of this rank. `state` is the same on all ranks; rank 0's is kept."""
+        encoder = Encoder(lambda x: hold(x.detach().clone(), Place(self._peers.rank, self._peers.num_ranks)))
+        tree = {
+            "parameters": {name: self._held[x] for name, x in self._parameters.items()},
+            "buffers": {name: self._held[x] for name, x in self._buffers.items()},
+            "gradients": {names[0]: hold(x.grad, self._everyone) for x, names in self._names.items() if x.grad is not None},
+            "unreduced": {name: held for name, held, _ in self._unreduced() if held is not None},
+            "stream": asdict(self._module.stream) if isinstance(self._module, ParallelModule) else {},
+            "optimizer": self._optimizer_tree(self._optimizer) if self._optimizer else {},
+        }
+        values = {key: encoder.encode(item, key) for key, item in tree.items()}
+        return values | {"state": encoder.encode(state, "state")}, encoder.tensors
+
+    def _optimizer_tree(self, optimizer: torch.optim.Optimizer) -> Tree:
+        like: dict[str, Any] = {}
+        other: dict[str, Any] = {}
+        for parameter, entries in optimizer.state.items():
+            name = self._name(parameter)
+            like[name], other[name] = {}, {}
+            for key, value in entries.items():
+                if _is_like(key, value, parameter):
+                    like[name][key] = hold(value, self._everyone)
+                elif isinstance(value, DTensor):
+                    raise CheckpointError(f"{key} of {name} has shape {tuple(value.shape)}, unlike its parameter; only plain tensors may, use another optimizer")
+                else:
+                    other[name][key] = hold(value.clone(), self._everyone) if isinstance(value, torch.Tensor) else value
+        groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        group_of = {self._name(p): n for n, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        return {"groups": groups, "group_of": group_of, "like_parameter": like, "other": other}
+
+    def _name(self, parameter: nn.Parameter) -> str:
+        if parameter not in self._names:
+            raise CheckpointError("the optimizer has a parameter that is not the module's; make it from module.parameters()")
+        return self._names[parameter][0]
+
+    def _unreduced(self) -> Iterator[tuple[str, Held | None, torch.Tensor]]:
+        """(name, sum of the backwards in `no_sync` so far or None, the leaf it belongs to) of every parameter of a parallel module."""
+        if isinstance(self._module, ParallelModule):
+            for parameter, leaf, axes in self._module.leaves():
+                yield self._name(parameter), None if leaf.grad is None else hold_addend(parameter, leaf.grad, axes), leaf
+
+    # --- the way back ----------------------------------------------------------------------------------------------------
+
+    def check(self, values: Tree, reader: Reader) -> None:
+        """Raise CheckpointError unless what was saved is a state of this module and optimizer; nothing is changed."""
+        saved = _refs(values, "parameters")
+        for name, x in self._parameters.items():
+            if name not in saved:
+                raise CheckpointError(f"the checkpoint has no parameter {name}; load it into the model it was saved from")
+            self._check_tensor(name, saved[name], x, reader)
+        for name, ref in _refs(values, "buffers").items():
+            if name in self._buffers:
+                self._check_tensor(name, ref, self._buffers[name], reader)
+        if self._optimizer is not None:
+            self._check_groups(self._optimizer, values.get("optimizer"))
+
+    def unused(self, values: Tree) -> set[str]:
+        """Parameters that were saved and that this rank does not have."""
+        return set(_refs(values, "parameters")) - set(self._parameters)
+
+    def _check_tensor(self, name: str, ref: Ref, x: torch.Tensor, reader: Reader) -> None:
+        entry = reader.entry(ref.key)
+        if (entry.shape, entry.dtype) != (tuple(x.shape), dtype_name(x.dtype)):
+            raise CheckpointError(f"{name} was saved as {entry.dtype}{list(entry.shape)} and is {dtype_name(x.dtype)}{list(x.shape)} here; load it into the model it was saved from")
+
+    def _check_groups(self, optimizer: torch.optim.Optimizer, saved: Any) -> None:
+        if not saved:
+            raise CheckpointError("the checkpoint has no optimizer state; load it without an optimizer, or save it with one")
+        if not isinstance(saved.get("groups"), list) or not isinstance(saved.get("group_of"), dict):
+            raise FileFormatError("the optimizer in the checkpoint has no groups")
+        if len(saved["groups"]) != len(optimizer.param_groups):
+            raise CheckpointError(f"the optimizer was saved with {len(saved['groups'])} parameter groups and has {len(optimizer.param_groups)}; make it as before")
+        for number, group in enumerate(optimizer.param_groups):
+            for parameter in group["params"]:
+                before = _by_any_name(saved["group_of"], self._names[parameter]) if parameter in self._names else None
+                if before != number:
+                    raise CheckpointError(f"{self._name(parameter)} was saved in parameter group {before} and is in {number}; make the optimizer as before")
+
+    def restore(self, values: Tree, reader: Reader) -> Any:
+        """Overwrite module and optimizer with what was saved, each rank its part; returns the caller's state, tensors whole."""
+        for name, ref in _refs(values, "parameters").items():
+            if name in self._parameters:
+                reader.read_held(ref.key, self._held[self._parameters[name]])
+        for name, ref in _refs(values, "buffers").items():
+            if name in self._buffers:
+                reader.read_held(ref.key, self._held[self._buffers[name]])
+        gradients = _refs(values, "gradients")
+        for parameter, names in self._names.items():
+            ref = _by_any_name(gradients, names)
+            parameter.grad = None if ref is None else self._read_like(parameter, ref, reader)
+        self._restore_unreduced(_refs(values, "unreduced"), reader)
+        if isinstance(self._module, ParallelModule):
+            for field in fields(self._module.stream):
+                setattr(self._module.stream, field.name, int(values["stream"].get(field.name, 0)))
+        if self._optimizer is not None:
+            self._restore_optimizer(self._optimizer, values["optimizer"], reader)
+        return decode(values["state"], lambda ref: reader.read(ref.key))
+
+    def _read_like(self, parameter: nn.Parameter, ref: Ref, reader: Reader) -> torch.Tensor:
+        """A tensor that lies as the parameter does."""
+        x = torch.empty_like(parameter.detach(), dtype=reader.dtype(ref.key))
+        reader.read_held(ref.key, hold(x, self._everyone))
+        return x
+
+    def _restore_unreduced(self, saved: Mapping[str, Ref], reader: Reader) -> None:
+        """Sums that wait for their reduction. On a mesh with another number of addends the first gets the sum of all, the others zero."""
+        if not isinstance(self._module, ParallelModule):
+            return
+        for parameter, leaf, axes in self._module.leaves():
+            ref = _by_any_name(saved, self._names[parameter])
+            leaf.grad = None
+            if ref is None:
+                continue
+            grad = torch.zeros_like(leaf, requires_grad=False)
+            held = hold_addend(parameter, grad, axes)
+            num_saved, own = reader.entry(ref.key).shape[0], held.part[0][0]
+            chosen = [own.start] if num_saved == held.shape[0] else range(num_saved) if own.start == 0 else []
+            for n in chosen:
+                addend = torch.empty_like(held.local)
+                reader.read_into(ref.key, addend, ((own._replace(start=n),), *held.part[1:]))
+                grad += addend[0]
+            leaf.grad = grad
+
+    def _restore_optimizer(self, optimizer: torch.optim.Optimizer, saved: Tree, reader: Reader) -> None:
+        for group, values in zip(optimizer.param_groups, saved["groups"], strict=True):
+            group.update(decode(values, lambda ref: reader.read(ref.key)))
+        optimizer.state.clear()
+        for group in optimizer.param_groups:
+            on_device = group.get("capturable") or group.get("fused")  # where torch keeps a step count
+            for parameter in group["params"]:
+                names = self._names[parameter]
+                like, other = _by_any_name(saved["like_parameter"], names), _by_any_name(saved["other"], names)
+                if like is None or other is None:
+                    continue
+                device = parameter.device if on_device else torch.device("cpu")
+                entries = decode(other, lambda ref, device=device: reader.read(ref.key).to(device))
+                entries |= {key: self._read_like(parameter, ref, reader) for key, ref in decode(like).items()}
+                optimizer.state[parameter] = entries
+
+
+def ranks_of(module: nn.Module, peers: Peers) -> Place:
+    """This rank among those that hold the module's plain tensors."""
+    if isinstance(module, ParallelModule):
+        return place(module.device_mesh, range(module.device_mesh.ndim))
+    return Place(peers.rank, peers.num_ranks)
+
+
+def _is_like(key: str, value: Any, parameter: nn.Parameter) -> bool:
+    """Whether a tensor of an optimizer is laid out like its parameter. `step` never is, not even beside a parameter without dimensions."""
+    return isinstance(value, torch.Tensor) and key != "step" and value.shape == parameter.shape
+
+
+def _refs(values: Tree, key: str) -> dict[str, Ref]:
+    found = decode(values.get(key))
+    if not isinstance(found, dict) or not all(isinstance(ref, Ref) for ref in found.values()):
+        raise FileFormatError(f"{key} in the checkpoint are not tensors by name")
+    return found
+
+
+def _by_any_name(table: Mapping[str, Any], names: list[str]) -> Any:
+    """The entry of a tensor that may have been saved under another of its tied names; None if there is none."""
+    return next((table[name] for name in names if name in table), None)
