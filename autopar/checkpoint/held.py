@@ -38,17 +38,19 @@ def hold(x: torch.Tensor, replicas: Place) -> Held:
         return Held(x.detach(), tuple(x.shape), whole(x.shape), replicas)
     mesh, layout = mesh_of(x.device_mesh), layout_of(x.placements)
     part = stored_part(layout, mesh, coordinates(x.device_mesh), tuple(x.shape))
-    local = x.detach().to_local()
+    local = x.to_local().detach()
     if part_shape(part) != tuple(local.shape):
         raise LayoutError(f"a rank holds {tuple(local.shape)} of a tensor of shape {tuple(x.shape)} in {layout}, where {part_shape(part)} was expected")
     return Held(local, tuple(x.shape), part, place(x.device_mesh, [a for a, p in enumerate(layout) if p.kind == "I"]))
 
 
-def hold_addend(x: DTensor, local: torch.Tensor, axes: Sequence[int]) -> Held:
-    """`local`, laid out like this rank's part of x, as one of the addends along `axes` that sum to the whole.
+def hold_addend(x: torch.Tensor, local: torch.Tensor, axes: Sequence[int]) -> Held:
+    """`local`, laid out like this rank's part of the DTensor x, as one of the addends along `axes` that sum to the whole.
 
     The whole has them along a new first dimension: shape (number of addends, *x.shape).
     """
+    if not isinstance(x, DTensor):
+        raise LayoutError("a plain tensor has no mesh that its addends could lie along")
     like, addends = hold(x, Place(0, 1)), place(x.device_mesh, axes)
     others = [a for a, p in enumerate(layout_of(x.placements)) if p.kind == "I" and a not in axes]
     part = ((Run(addends.number, 1),), *like.part)

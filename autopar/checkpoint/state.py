@@ -8,6 +8,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class TrainingState:
         self._everyone = ranks_of(module, peers)
         self._parameters = dict(module.named_parameters(remove_duplicate=False))
         self._buffers = dict(module.named_buffers(remove_duplicate=False))
-        self._names: dict[nn.Parameter, list[str]] = {}
+        self._names: dict[torch.Tensor, list[str]] = {}
         for name, parameter in self._parameters.items():
             self._names.setdefault(parameter, []).append(name)
         self._held = {x: hold(x, self._everyone) for x in (*self._names, *self._buffers.values())}
@@ -68,7 +69,7 @@ class TrainingState:
         group_of = {self._name(p): n for n, group in enumerate(optimizer.param_groups) for p in group["params"]}
         return {"groups": groups, "group_of": group_of, "like_parameter": like, "other": other}
 
-    def _name(self, parameter: nn.Parameter) -> str:
+    def _name(self, parameter: torch.Tensor) -> str:
         if parameter not in self._names:
             raise CheckpointError("the optimizer has a parameter that is not the module's; make it from module.parameters()")
         return self._names[parameter][0]
@@ -136,7 +137,7 @@ class TrainingState:
             self._restore_optimizer(self._optimizer, values["optimizer"], reader)
         return decode(values["state"], lambda ref: reader.read(ref.key))
 
-    def _read_like(self, parameter: nn.Parameter, ref: Ref, reader: Reader) -> torch.Tensor:
+    def _read_like(self, parameter: torch.Tensor, ref: Ref, reader: Reader) -> torch.Tensor:
         """A tensor that lies as the parameter does."""
         x = torch.empty_like(parameter.detach(), dtype=reader.dtype(ref.key))
         reader.read_held(ref.key, hold(x, self._everyone))
@@ -173,7 +174,7 @@ class TrainingState:
                 if like is None or other is None:
                     continue
                 device = parameter.device if on_device else torch.device("cpu")
-                entries = decode(other, lambda ref, device=device: reader.read(ref.key).to(device))
+                entries = decode(other, partial(_read_whole, reader, device))
                 entries |= {key: self._read_like(parameter, ref, reader) for key, ref in decode(like).items()}
                 optimizer.state[parameter] = entries
 
@@ -185,9 +186,13 @@ def ranks_of(module: nn.Module, peers: Peers) -> Place:
     return Place(peers.rank, peers.num_ranks)
 
 
-def _is_like(key: str, value: Any, parameter: nn.Parameter) -> bool:
+def _is_like(key: str, value: Any, parameter: torch.Tensor) -> bool:
     """Whether a tensor of an optimizer is laid out like its parameter. `step` never is, not even beside a parameter without dimensions."""
     return isinstance(value, torch.Tensor) and key != "step" and value.shape == parameter.shape
+
+
+def _read_whole(reader: Reader, device: torch.device, ref: Ref) -> torch.Tensor:
+    return reader.read(ref.key).to(device)
 
 
 def _refs(values: Tree, key: str) -> dict[str, Ref]:

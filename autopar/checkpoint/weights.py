@@ -125,7 +125,7 @@ def _match(wanted: Mapping[torch.Tensor, Sequence[str]], tensors: Mapping[str, T
     found: dict[torch.Tensor, str] = {}
     for x, names in wanted.items():
         candidates = [*names, *(name.partition(".")[2] for name in names), *(headless.get(name) for name in names)]
-        key = next((key for key in candidates if key and key in tensors), None)
+        key = next((name for name in candidates if name and name in tensors), None)
         if key is None:
             if isinstance(x, nn.Parameter):
                 raise CheckpointError(f"{folder}: there is no tensor for {names[0]}; give the folder of the same model")
@@ -134,8 +134,8 @@ def _match(wanted: Mapping[torch.Tensor, Sequence[str]], tensors: Mapping[str, T
             raise CheckpointError(f"{folder}: {key} has shape {list(tensors[key].shape)}, {names[0]} of the model {list(x.shape)}; give the folder of the same model")
         found[x] = key
     if len(set(found.values())) < len(found):
-        key = next(key for key in found.values() if list(found.values()).count(key) > 1)
-        raise CheckpointError(f"{folder}: {key} stands for two tensors of the model that are not tied; give the folder of the same model")
+        twice = next(key for key in found.values() if list(found.values()).count(key) > 1)
+        raise CheckpointError(f"{folder}: {twice} stands for two tensors of the model that are not tied; give the folder of the same model")
     return found
 
 
