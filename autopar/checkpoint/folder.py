@@ -11,6 +11,7 @@ that a half-removed folder is never taken for a checkpoint.
 
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -57,16 +58,28 @@ def begin(folder: Path) -> Path:
     return stage
 
 
-def write_rank(stage: Path, rank: int, values: Any, tensors: Mapping[str, Held]) -> None:
-    """What one rank adds: its share of the tensors, replicas taking turns, and a record of it. Flushed to the disk."""
+def write_rank(stage: Path, rank: int, values: Mapping[str, Any], tensors: Mapping[str, Held]) -> None:
+    """What one rank adds: its share of the tensors, each replicated one written by one replica, and a record of it. Flushed to the disk."""
     for key, held in tensors.items():
         if dtype_name(held.local.dtype) not in DTYPES:
             raise UsageError(f"{key} is {held.local.dtype}, which safetensors cannot store; leave it out of the state")
-    mine = {key: held for turn, (key, held) in enumerate(tensors.items()) if turn % held.replicas.count == held.replicas.number and held.local.numel()}
+    writers = _writers(tensors)
+    mine = {key: held for key, held in tensors.items() if writers[key] == held.replicas.number and held.local.numel()}
     name = f"rank-{rank:05d}.safetensors"
     entries = {key: TensorEntry(held.shape, dtype_name(held.local.dtype), ((name, held.part),) if key in mine else ()) for key, held in tensors.items()}
     file = write_tensors(stage / name, {key: held.local for key, held in mine.items()})
     _write_json(_record(stage, rank), Manifest({name: file}, entries, values))
+
+
+def _writers(tensors: Mapping[str, Held]) -> dict[str, int]:
+    """Which replica writes each tensor: the one with the least to write so far. By size of the whole, which is the same on all ranks."""
+    found: dict[str, int] = {}
+    loads: dict[int, list[int]] = {}
+    for key, held in tensors.items():
+        load = loads.setdefault(held.replicas.count, [0] * held.replicas.count)
+        found[key] = load.index(min(load))
+        load[found[key]] += math.prod(held.shape) * held.local.itemsize
+    return found
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> DataFile:

@@ -42,7 +42,7 @@ class Manifest:
 
     files: Mapping[str, DataFile]
     tensors: Mapping[str, TensorEntry]
-    values: Any
+    values: Mapping[str, Any]
 
     @classmethod
     def merge(cls, records: Sequence["Manifest"]) -> "Manifest":
@@ -77,7 +77,7 @@ class Manifest:
             raise FileFormatError(f"{path}: schema_version {str(data.get('schema_version'))[:40]}, this autopar reads {SCHEMA_VERSION}")
         try:
             files = {_matching(name): DataFile(_natural(size), _text(digest)) for name, (size, digest) in data["files"].items()}
-            return cls(files, {key: _entry(item, files) for key, item in data["tensors"].items()}, data["values"])
+            return cls(files, {key: _entry(item, files) for key, item in data["tensors"].items()}, _table(data["values"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FileFormatError(f"{path}: not a valid manifest ({type(error).__name__}: {str(error)[:160]})") from error
 
@@ -111,6 +111,7 @@ def _checked(wanted: Callable[[Any], bool], what: str) -> Callable[[Any], Any]:
     return check
 
 
+_table = _checked(lambda x: isinstance(x, dict), "an object")
 _text = _checked(lambda x: isinstance(x, str) and len(x) <= 100, "a short text")
 _natural = _checked(lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 1 << 62, "a number from 0")
 _matching = _checked(lambda x: isinstance(x, str) and FILE_NAME.fullmatch(x) is not None, "a file name like rank-00000.safetensors")

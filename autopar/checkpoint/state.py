@@ -38,7 +38,7 @@ class TrainingState:
             self._names.setdefault(parameter, []).append(name)
         self._held = {x: hold(x, self._everyone) for x in (*self._names, *self._buffers.values())}
 
-    def encode(self, state: Any) -> tuple[Any, dict[str, Held]]:
+    def encode(self, state: Any) -> tuple[Tree, dict[str, Held]]:
         """(JSON, tensors by key) of this rank. `state` is the same on all ranks; rank 0's is kept."""
         encoder = Encoder(lambda x: hold(x.detach().clone(), Place(self._peers.rank, self._peers.num_ranks)))
         tree = {
@@ -84,6 +84,8 @@ class TrainingState:
 
     def check(self, values: Tree, reader: Reader) -> None:
         """Raise CheckpointError unless what was saved is a state of this module and optimizer; nothing is changed."""
+        if not isinstance(values.get("stream"), dict) or "state" not in values:
+            raise FileFormatError("the checkpoint lacks the random stream or the state of the run")
         saved = _refs(values, "parameters")
         for name, x in self._parameters.items():
             if name not in saved:
@@ -107,7 +109,7 @@ class TrainingState:
     def _check_groups(self, optimizer: torch.optim.Optimizer, saved: Any) -> None:
         if not saved:
             raise CheckpointError("the checkpoint has no optimizer state; load it without an optimizer, or save it with one")
-        if not isinstance(saved.get("groups"), list) or not isinstance(saved.get("group_of"), dict):
+        if not isinstance(saved, dict) or not isinstance(saved.get("groups"), list) or not isinstance(saved.get("group_of"), dict):
             raise FileFormatError("the optimizer in the checkpoint has no groups")
         if len(saved["groups"]) != len(optimizer.param_groups):
             raise CheckpointError(f"the optimizer was saved with {len(saved['groups'])} parameter groups and has {len(optimizer.param_groups)}; make it as before")

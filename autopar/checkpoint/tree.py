@@ -55,7 +55,7 @@ class Encoder:
         plain = all(isinstance(key, str) and not key.startswith("$") for key in value)
         if plain:
             return {key: self.encode(item, *path, key) for key, item in value.items()}
-        return {"$items": [[self.encode(key, *path, "key"), self.encode(item, *path, str(key))] for key, item in value.items()]}
+        return {"$items": [[self.encode(key, *path, f"{n}.key"), self.encode(item, *path, str(n))] for n, (key, item) in enumerate(value.items())]}
 
     def _key(self, value: Held | torch.Tensor, path: Sequence[str]) -> str:
         if id(value) not in self._keys:

@@ -62,7 +62,7 @@ class Killer:
             assert self.run.poll() is None, f"the run ended with {self.run.returncode} after {len(self.completed)} kills"
             if time.monotonic() > deadline:
                 return False
-            time.sleep(0.001)
+            time.sleep(0.002)
         return True
 
     def kill(self, life: int) -> None:
@@ -71,7 +71,7 @@ class Killer:
         assert self.wait(lambda: all(mark.exists() for mark in marks)), f"the ranks did not start for the {life}th time"
         first, saves = newest(self.folder), self.rng.randrange(MAX_SAVES)
         if self.rng.random() < 0.5:
-            self.wait(lambda: newest(self.folder) - first >= saves, self.rng.uniform(0, 3))
+            self.wait(lambda: newest(self.folder) - first >= saves, self.rng.uniform(0, 2))
         else:
             assert self.wait(lambda: newest(self.folder) - first >= saves and saving(self.folder)), "nothing was saved"
             time.sleep(self.rng.uniform(0, 0.01))
@@ -90,7 +90,8 @@ def test_kills_at_random_moments(tmp_path: Path, kills: int, monkeypatch: pytest
     command = [sys.executable, str(ROOT / "tests" / "checkpoint" / "elastic.py"), str(tmp_path / "killed"), str(steps), str(kills + 1)]
     (tmp_path / "killed").mkdir()
     with (tmp_path / "log").open("w") as log:
-        run = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        path = os.pathsep.join(map(str, (ROOT, ROOT / "examples", ROOT / "tests" / "checkpoint")))
+        run = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path})
     try:
         killer = Killer(tmp_path / "killed", run, random.Random(kills))
         for life in range(kills):
