@@ -1,5 +1,6 @@
 """Saved under one layout, loaded under another: every bit comes back, whatever the two cuts are. Ranks are simulated one after the other."""
 
+import json
 import math
 import random
 import tempfile
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from autopar.checkpoint.folder import MANIFEST, begin, checkpoints, commit, write_rank
 from autopar.checkpoint.held import Held, Place
-from autopar.checkpoint.manifest import Manifest
+from autopar.checkpoint.manifest import Manifest, TensorEntry
 from autopar.checkpoint.part import Run, fits, num_elements, overlaps, part_shape, runs_of, stored_part, whole
 from autopar.checkpoint.reader import DTYPES, Reader
 from autopar.checkpoint.tree import Encoder, decode
@@ -144,3 +145,19 @@ def test_empty_parts(tmp_path: Path) -> None:
         assert torch.equal(reader.read("x"), x) and reader.read("nothing").shape == (0, 5)
         assert num_elements(((),)) == 0
         reader.read_into("x", torch.zeros(0, dtype=x.dtype), ((),))
+
+
+def test_only_the_slices_that_are_wanted_are_read(tmp_path: Path) -> None:
+    """A tensor of 64 GiB, on the disk a file of holes: whoever reads more of it than asked for does not come back."""
+    shape, at = (1 << 16, 1 << 18), (40_000, 200_000)
+    header = json.dumps({"x": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 * math.prod(shape)]}}).encode()
+    with (tmp_path / "file").open("wb") as stream:
+        stream.write(len(header).to_bytes(8, "little") + header)
+        stream.seek(8 + len(header) + 4 * (at[0] * shape[1] + at[1]))
+        stream.write(torch.arange(3.0).numpy().tobytes())
+        stream.truncate(8 + len(header) + 4 * math.prod(shape))
+    part = ((Run(at[0], 2), Run(shape[0] - 1, 1)), (Run(at[1] - 1, 3),))
+    local = torch.ones(3, 3)
+    with Reader(tmp_path, {"x": TensorEntry(shape, "float32", (("file", whole(shape)),))}) as reader:
+        reader.read_into("x", local, part)
+    assert local.tolist() == [[0, 0, 1], [0, 0, 0], [0, 0, 0]]
