@@ -9,9 +9,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from autopar.checkpoint.part import Part, Run, part_shape, stored_part, whole
+from autopar.core.layout import Layout
 from autopar.core.mesh import Mesh, MeshAxis
 from autopar.errors import LayoutError
-from autopar.runtime.module import layout_of
+from autopar.runtime.store import layout_of
 
 
 @dataclass(frozen=True)
@@ -34,27 +35,27 @@ class Held:
 
 def hold(x: torch.Tensor, replicas: Place) -> Held:
     """A DTensor by its own mesh; a plain tensor is whole on each of `replicas`."""
-    if not isinstance(x, DTensor):
-        return Held(x.detach(), tuple(x.shape), whole(x.shape), replicas)
-    mesh, layout = mesh_of(x.device_mesh), layout_of(x.placements)
-    part = stored_part(layout, mesh, coordinates(x.device_mesh), tuple(x.shape))
-    local = x.to_local().detach()
+    if isinstance(x, DTensor):
+        return hold_local(x.to_local().detach(), x.shape, layout_of(x), x.device_mesh)
+    return Held(x.detach(), tuple(x.shape), whole(x.shape), replicas)
+
+
+def hold_local(local: torch.Tensor, shape: Sequence[int], layout: Layout, mesh: DeviceMesh) -> Held:
+    """This rank's part of a tensor that lies over a mesh."""
+    part = stored_part(layout, mesh_of(mesh), coordinates(mesh), tuple(shape))
     if part_shape(part) != tuple(local.shape):
-        raise LayoutError(f"a rank holds {tuple(local.shape)} of a tensor of shape {tuple(x.shape)} in {layout}, where {part_shape(part)} was expected")
-    return Held(local, tuple(x.shape), part, place(x.device_mesh, [a for a, p in enumerate(layout) if p.kind == "I"]))
+        raise LayoutError(f"a rank holds {tuple(local.shape)} of a tensor of shape {tuple(shape)} in {layout}, where {part_shape(part)} was expected")
+    return Held(local, tuple(shape), part, place(mesh, [a for a, p in enumerate(layout) if p.kind == "I"]))
 
 
-def hold_addend(x: torch.Tensor, local: torch.Tensor, axes: Sequence[int]) -> Held:
-    """`local`, laid out like this rank's part of the DTensor x, as one of the addends along `axes` that sum to the whole.
+def hold_addend(local: torch.Tensor, shape: Sequence[int], layout: Layout, mesh: DeviceMesh, axes: Sequence[int]) -> Held:
+    """This rank's part of one of the addends along `axes` that sum to a tensor of `shape`.
 
-    The whole has them along a new first dimension: shape (number of addends, *x.shape).
+    The whole has them along a new first dimension: shape (number of addends, *shape).
     """
-    if not isinstance(x, DTensor):
-        raise LayoutError("a plain tensor has no mesh that its addends could lie along")
-    like, addends = hold(x, Place(0, 1)), place(x.device_mesh, axes)
-    others = [a for a, p in enumerate(layout_of(x.placements)) if p.kind == "I" and a not in axes]
-    part = ((Run(addends.number, 1),), *like.part)
-    return Held(local.detach().unsqueeze(0), (addends.count, *like.shape), part, place(x.device_mesh, others))
+    like, addends = hold_local(local, shape, layout, mesh), place(mesh, axes)
+    others = [a for a, p in enumerate(layout) if p.kind == "I" and a not in axes]
+    return Held(local.detach().unsqueeze(0), (addends.count, *like.shape), ((Run(addends.number, 1),), *like.part), place(mesh, others))
 
 
 def place(mesh: DeviceMesh, axes: Sequence[int]) -> Place:

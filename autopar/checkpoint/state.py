@@ -1,12 +1,13 @@
 """Everything a training run has to remember, as one tree, and the way back into a module and an optimizer.
 
-    parameters, buffers, gradients, unreduced    {name: tensor}; tied names share one tensor
+    parameters, buffers, gradients    {name: tensor}; tied names share one tensor
+    addends      {name: [tensor]}: in an accumulation, what the ranks have still to sum
     optimizer    {groups, group_of: {name: number}, like_parameter: {name: {key: tensor}}, other: {name: {key: value}}}
     stream       the random stream of the emitted program: seed, step, microbatch
     state        what the caller adds
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from autopar.checkpoint.held import Held, Place, hold, hold_addend, place
+from autopar.checkpoint.part import Run
 from autopar.checkpoint.peers import Peers
 from autopar.checkpoint.reader import Reader, dtype_name
 from autopar.checkpoint.tree import Encoder, Ref, decode
@@ -45,7 +47,7 @@ class TrainingState:
             "parameters": {name: self._held[x] for name, x in self._parameters.items()},
             "buffers": {name: self._held[x] for name, x in self._buffers.items()},
             "gradients": {names[0]: hold(x.grad, self._everyone) for x, names in self._names.items() if x.grad is not None},
-            "unreduced": {name: held for name, held, _ in self._unreduced() if held is not None},
+            "addends": self._addends(),
             "stream": asdict(self._module.stream) if isinstance(self._module, ParallelModule) else {},
             "optimizer": self._optimizer_tree(self._optimizer) if self._optimizer else {},
         }
@@ -74,18 +76,22 @@ class TrainingState:
             raise CheckpointError("the optimizer has a parameter that is not the module's; make it from module.parameters()")
         return self._names[parameter][0]
 
-    def _unreduced(self) -> Iterator[tuple[str, Held | None, torch.Tensor]]:
-        """(name, sum of the backwards in `no_sync` so far or None, the leaf it belongs to) of every parameter of a parallel module."""
+    def _addends(self) -> dict[str, list[Held]]:
+        """What the backwards of an unfinished step have left on this rank, by parameter."""
+        found: dict[str, list[Held]] = {}
         if isinstance(self._module, ParallelModule):
-            for parameter, leaf, axes in self._module.leaves():
-                yield self._name(parameter), None if leaf.grad is None else hold_addend(parameter, leaf.grad, axes), leaf
+            for parameter, layout, axes, x in self._module.addends():
+                found.setdefault(self._name(parameter), []).append(hold_addend(x, parameter.shape, layout, self._module.device_mesh, axes))
+        return found
 
     # --- the way back ----------------------------------------------------------------------------------------------------
 
     def check(self, values: Tree, reader: Reader) -> None:
         """Raise CheckpointError unless what was saved is a state of this module and optimizer; nothing is changed."""
-        if not isinstance(values.get("stream"), dict) or "state" not in values:
-            raise FileFormatError("the checkpoint lacks the random stream or the state of the run")
+        addends = decode(values.get("addends"))
+        of_tensors = isinstance(addends, dict) and all(isinstance(refs, list) and all(isinstance(ref, Ref) for ref in refs) for refs in addends.values())
+        if not isinstance(values.get("stream"), dict) or not of_tensors or "state" not in values:
+            raise FileFormatError("the checkpoint lacks the random stream, the addends or the state of the run")
         saved = _refs(values, "parameters")
         for name, x in self._parameters.items():
             if name not in saved:
@@ -131,8 +137,8 @@ class TrainingState:
         for parameter, names in self._names.items():
             ref = _by_any_name(gradients, names)
             parameter.grad = None if ref is None else self._read_like(parameter, ref, reader)
-        self._restore_unreduced(_refs(values, "unreduced"), reader)
         if isinstance(self._module, ParallelModule):
+            self._restore_addends(self._module, decode(values["addends"]), reader)
             for field in fields(self._module.stream):
                 setattr(self._module.stream, field.name, int(values["stream"].get(field.name, 0)))
         if self._optimizer is not None:
@@ -145,24 +151,20 @@ class TrainingState:
         reader.read_held(ref.key, hold(x, self._everyone))
         return x
 
-    def _restore_unreduced(self, saved: Mapping[str, Ref], reader: Reader) -> None:
-        """Sums that wait for their reduction. On a mesh with another number of addends the first gets the sum of all, the others zero."""
-        if not isinstance(self._module, ParallelModule):
-            return
-        for parameter, leaf, axes in self._module.leaves():
-            ref = _by_any_name(saved, self._names[parameter])
-            leaf.grad = None
-            if ref is None:
-                continue
-            grad = torch.zeros_like(leaf, requires_grad=False)
-            held = hold_addend(parameter, grad, axes)
-            num_saved, own = reader.entry(ref.key).shape[0], held.part[0][0]
-            chosen = [own.start] if num_saved == held.shape[0] else range(num_saved) if own.start == 0 else []
-            for n in chosen:
-                addend = torch.empty_like(held.local)
-                reader.read_into(ref.key, addend, ((own._replace(start=n),), *held.part[1:]))
-                grad += addend[0]
-            leaf.grad = grad
+    def _restore_addends(self, module: ParallelModule, saved: Mapping[str, list[Ref]], reader: Reader) -> None:
+        """On another plan, where there are others, the first gets the sum of all that were saved."""
+        begun = {parameter: refs for name, refs in saved.items() if (parameter := self._parameters.get(name)) is not None}
+        module.restart(begun)
+        addends = self._addends()
+        for parameter, refs in begun.items():
+            targets = addends[self._name(parameter)]
+            alike = len(refs) == len(targets) and all(reader.entry(ref.key).shape == held.shape for ref, held in zip(refs, targets))
+            if alike:
+                for ref, held in zip(refs, targets):
+                    reader.read_held(ref.key, held)
+            elif targets[0].part[0][0].start == 0:
+                for ref in refs:
+                    _add_all(ref.key, targets[0], reader)
 
     def _restore_optimizer(self, optimizer: torch.optim.Optimizer, saved: Tree, reader: Reader) -> None:
         for group, values in zip(optimizer.param_groups, saved["groups"], strict=True):
@@ -191,6 +193,14 @@ def ranks_of(module: nn.Module, peers: Peers) -> Place:
 def _is_like(key: str, value: Any, parameter: torch.Tensor) -> bool:
     """Whether a tensor of an optimizer is laid out like its parameter. `step` never is, not even beside a parameter without dimensions."""
     return isinstance(value, torch.Tensor) and key != "step" and value.shape == parameter.shape
+
+
+def _add_all(key: str, held: Held, reader: Reader) -> None:
+    """Add the sum of all saved addends to an addend."""
+    for n in range(reader.entry(key).shape[0]):
+        addend = torch.empty_like(held.local)
+        reader.read_into(key, addend, ((Run(n, 1),), *held.part[1:]))
+        held.local.add_(addend)
 
 
 def _read_whole(reader: Reader, device: torch.device, ref: Ref) -> torch.Tensor:

@@ -125,14 +125,14 @@ def _match(wanted: Mapping[torch.Tensor, Sequence[str]], tensors: Mapping[str, T
     found: dict[torch.Tensor, str] = {}
     for x, names in wanted.items():
         candidates = [*names, *(name.partition(".")[2] for name in names), *(headless.get(name) for name in names)]
-        key = next((name for name in candidates if name and name in tensors), None)
-        if key is None:
+        match = next((name for name in candidates if name and name in tensors), None)
+        if match is None:
             if isinstance(x, nn.Parameter):
                 raise CheckpointError(f"{folder}: there is no tensor for {names[0]}; give the folder of the same model")
             continue
-        if tensors[key].shape != tuple(x.shape):
-            raise CheckpointError(f"{folder}: {key} has shape {list(tensors[key].shape)}, {names[0]} of the model {list(x.shape)}; give the folder of the same model")
-        found[x] = key
+        if tensors[match].shape != tuple(x.shape):
+            raise CheckpointError(f"{folder}: {match} has shape {list(tensors[match].shape)}, {names[0]} of the model {list(x.shape)}; give the folder of the same model")
+        found[x] = match
     if len(set(found.values())) < len(found):
         twice = next(key for key in found.values() if list(found.values()).count(key) > 1)
         raise CheckpointError(f"{folder}: {twice} stands for two tensors of the model that are not tied; give the folder of the same model")
