@@ -86,5 +86,5 @@ class Reader:
             if tuple(view.get_shape()) != part_shape(stored):
                 raise FileFormatError(f"{path}: {key[:200]} has shape {view.get_shape()}, the index says {part_shape(stored)}")
             return view[source]
-        except (OSError, SafetensorError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: larger than can be mapped
             raise FileFormatError(f"{path}: {str(error)[:200]}") from error
