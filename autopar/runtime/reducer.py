@@ -15,7 +15,7 @@ BUCKET_BYTES = 25 << 20
 MIN_BUCKET_BYTES = 1 << 20
 """Smaller ones would be all latency."""
 
-MIN_BUCKETS = 4
+MIN_BUCKETS = 2
 """Gradients that would fill fewer buckets are cut into about this many, so that a small model hides its reduction too."""
 
 
@@ -29,14 +29,14 @@ class Slot:
 
 @dataclass
 class Bucket:
-    """Slots whose gradients travel together."""
+    """Slots whose gradients travel together. `missing`: those whose gradient has not arrived in this backward."""
 
     axes: str
     slots: list[int]
-    waiting: int = 0
+    missing: set[int] = field(default_factory=set)
+    views: dict[int, torch.Tensor] = field(default_factory=dict)
     flat: torch.Tensor | None = None
     work: Any = None
-    ready: list[int] = field(default_factory=list)
 
 
 class Reducer:
@@ -63,46 +63,52 @@ class Reducer:
             # Private but stable since torch 1.x: DDP and FSDP end their backward with the same callback (torch 2.13).
             torch.autograd.Variable._execution_engine.queue_callback(self._end)
             for bucket in self.buckets:
-                bucket.waiting, bucket.ready = len(bucket.slots), []
+                bucket.missing = set(bucket.slots)
         bucket = self.bucket_of.get(i)
         if bucket is not None:
-            bucket.ready.append(i)
-            bucket.waiting -= 1
-            if bucket.waiting == 0:
+            self._put(bucket, i)
+            bucket.missing.discard(i)
+            if not bucket.missing:
                 self._launch(bucket)
+
+    def _put(self, bucket: Bucket, i: int) -> None:
+        """Copy a gradient to its place in the bucket and drop it: its memory serves the next one while it is warm."""
+        leaf = self.slots[i].leaf
+        if bucket.flat is None:
+            sizes = [self.slots[k].leaf.numel() for k in bucket.slots]
+            bucket.flat = leaf.detach().new_empty(sum(sizes))
+            bucket.views = {k: part.view(self.slots[k].leaf.shape) for k, part in zip(bucket.slots, bucket.flat.split(sizes))}
+        if leaf.grad is None:
+            bucket.views[i].zero_()
+        else:
+            bucket.views[i].copy_(leaf.grad)
+            leaf.grad = None
 
     def _launch(self, bucket: Bucket) -> None:
         """Start the sum of a bucket; members without a gradient on this rank add zeros."""
-        grads = [_grad_or_zeros(self.slots[i].leaf) for i in bucket.slots]
-        for g in grads:
-            self.rank.count("all_reduce", bucket.axes, g)
-        bucket.flat = grads[0].reshape(-1).clone() if len(grads) == 1 else torch.cat([g.reshape(-1) for g in grads])
+        for i in bucket.missing:
+            self._put(bucket, i)
+        assert bucket.flat is not None
+        self.rank.count("all_reduce", bucket.axes, bucket.flat)
         exchange: Any = self.rank.exchanges[bucket.axes]
         bucket.work = dist.all_reduce(bucket.flat, group=exchange.group, async_op=True)
 
     def _end(self) -> None:
         self._armed = False
         for bucket in self.buckets:
-            if bucket.waiting and bucket.ready:
+            if bucket.flat is not None and bucket.missing:
                 self._launch(bucket)
         results: list[torch.Tensor | None] = [slot.leaf.grad for slot in self.slots]
         for bucket in self.buckets:
-            if bucket.work is None or bucket.flat is None:
+            if bucket.work is None:
                 continue
             bucket.work.wait()
-            offset = 0
-            for i in bucket.slots:
-                leaf = self.slots[i].leaf
-                results[i] = bucket.flat[offset : offset + leaf.numel()].view(leaf.shape)
-                offset += leaf.numel()
-            bucket.work = bucket.flat = None
+            for i, part in bucket.views.items():
+                results[i] = part
+            bucket.work, bucket.flat, bucket.views = None, None, {}
         for slot in self.slots:
             slot.leaf.grad = None
         self.deliver(results)
-
-
-def _grad_or_zeros(leaf: torch.Tensor) -> torch.Tensor:
-    return leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
 
 
 def _buckets(slots: Sequence[Slot]) -> list[Bucket]:
