@@ -120,11 +120,17 @@ class Constraints:
         return check, prefer, (forced, tuple(sorted((axis, tuple(w)) for axis, (w, _) in words.items())))
 
     def forced_axes(self, rule: OpRule, batch: frozenset[int]) -> tuple[int, ...]:
-        """Axes of a forced mesh on which a contraction can be cut in the axis's own way, and then must be."""
-        if not self.strict or rule.cost != "contract":
+        """Axes of a forced mesh on which an operator can be cut in the axis's own way, and then must be.
+
+        Along dp that is every operator of the batch: data parallelism computes nothing twice. Along the others it is
+        the contractions; what is cheap lies between them as the search finds best.
+        """
+        if not self.strict:
             return ()
         found = []
         for axis, size in enumerate(self.mesh.sizes):
+            if rule.cost != "contract" and self.mesh.names[axis] != "dp":
+                continue
             cuts = [Choice("cut", f) for f, n in enumerate(rule.sizes) if f not in rule.whole and n % size == 0]
             if size > 1 and any(self.choice_allowed(axis, c, batch) for c in cuts):
                 found.append(axis)

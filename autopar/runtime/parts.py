@@ -19,17 +19,23 @@ class Parts:
         self.total = sum(self.lengths)
         self.padded = any(not cut.even for cut in self.cuts)
 
-    def pack(self, tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-        """Whole (working) tensors -> rows [ranks, total], in the order in which a reduce-scatter hands them out."""
+    def rows(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Room for the tensors of all members, [ranks, total], in the order in which a reduce-scatter hands them out."""
         make = torch.zeros if self.padded else torch.empty
-        rows = make((self.ranks, self.total), dtype=dtype, device=tensors[0].device)
-        for cut, start, length, x in zip(self.cuts, self.starts, self.lengths, tensors):
-            if cut.even and cut.dim == 0 and cut.outer == 1:
-                rows[:, start : start + length].copy_(x.reshape(self.ranks, length))
-                continue
-            for m, part in enumerate(cut.split(x)):
-                rows[m, start : start + cut.numel(m)].view(part.shape).copy_(part)
-        return rows
+        return make((self.ranks, self.total), dtype=dtype, device=device)
+
+    def put(self, rows: torch.Tensor, i: int, x: torch.Tensor) -> None:
+        """Copy the i-th whole (working) tensor to its place."""
+        cut, start, length = self.cuts[i], self.starts[i], self.lengths[i]
+        if cut.even and cut.dim == 0 and cut.outer == 1:
+            rows[:, start : start + length].copy_(x.reshape(self.ranks, length))
+            return
+        for m, part in enumerate(cut.split(x)):
+            rows[m, start : start + cut.numel(m)].view(part.shape).copy_(part)
+
+    def clear(self, rows: torch.Tensor, i: int) -> None:
+        """Zeros in place of the i-th tensor."""
+        rows[:, self.starts[i] : self.starts[i] + self.lengths[i]].zero_()
 
     def unpack(self, rows: torch.Tensor) -> list[torch.Tensor]:
         """Rows [ranks, total] of an all-gather -> whole tensors."""

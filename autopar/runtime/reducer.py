@@ -5,7 +5,7 @@ their own part.
 """
 
 from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,7 +31,8 @@ Deliver = Callable[[int, torch.Tensor], None]
 class Bucket:
     """Gradients that travel together: reduce-scattered over `scatter`, then summed over `rest` (axes joined by '+', '' for none).
 
-    Of the ranks in `scatter`, `copies` have the same gradient each, which must count once.
+    Of the ranks in `scatter`, `copies` have the same gradient each, which must count once. `missing`: members whose gradient has
+    not arrived in this backward; `rows`: those that have; `flat`: the sum under way; `total`: what is complete.
     """
 
     stage: int
@@ -41,7 +42,8 @@ class Bucket:
     rest: str
     dtype: torch.dtype
     copies: int = 1
-    waiting: int = 0
+    missing: set[int] = field(default_factory=set)
+    rows: torch.Tensor | None = None
     work: Any = None
     flat: torch.Tensor | None = None
     total: torch.Tensor | None = None
@@ -56,7 +58,7 @@ class Reducer:
     def __init__(self, buckets: Sequence[Bucket], leaves: dict[int, torch.Tensor], rank: Rank, deliver: Deliver) -> None:
         self.buckets, self.leaves, self.rank, self.deliver = list(buckets), leaves, rank, deliver
         self.enabled = True
-        self.bucket_of = {v: b for b in self.buckets for v in b.members}
+        self.place_of = {v: (b, i) for b in self.buckets if b.stage < 3 for i, v in enumerate(b.members)}
         self._armed = False
         for v, leaf in leaves.items():
             if leaf.requires_grad:
@@ -65,7 +67,9 @@ class Reducer:
     def scatter(self, bucket: Bucket, grads: Sequence[torch.Tensor]) -> None:
         """Complete local gradients of a ZeRO-3 bucket."""
         self._arm()
-        self._launch(bucket, grads)
+        for i, grad in enumerate(grads):
+            self._put(bucket, i, grad)
+        self._launch(bucket)
 
     def _arm(self) -> None:
         if self._armed:
@@ -74,31 +78,41 @@ class Reducer:
         # Private but stable since torch 1.x: DDP and FSDP end their backward with the same callback (torch 2.13).
         torch.autograd.Variable._execution_engine.queue_callback(self._end)
         for bucket in self.buckets:
-            bucket.waiting = len(bucket.members)
+            bucket.missing = set(range(len(bucket.members)))
 
     def _arrived(self, v: int) -> None:
-        bucket = self.bucket_of.get(v)
+        bucket, i = self.place_of.get(v, (None, 0))
         if not self.enabled and (bucket is None or bucket.stage < 2):
             return
         self._arm()
         if bucket is not None:
-            bucket.waiting -= 1
-            if bucket.waiting == 0:
-                self._launch(bucket, self._take(bucket))
+            self._take(bucket, i)
+            if not bucket.missing:
+                self._launch(bucket)
 
-    def _take(self, bucket: Bucket) -> list[torch.Tensor]:
-        """The local gradients of a bucket's leaves, which let go of them; a member without one adds zeros."""
-        leaves = [self.leaves[v] for v in bucket.members]
-        grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
-        for leaf in leaves:
-            leaf.grad = None
-        return grads
+    def _take(self, bucket: Bucket, i: int) -> None:
+        """Copy a gradient to its bucket and drop it: its memory serves the next one while it is warm."""
+        leaf = self.leaves[bucket.members[i]]
+        self._put(bucket, i, leaf.grad)
+        leaf.grad = None
 
-    def _launch(self, bucket: Bucket, grads: Sequence[torch.Tensor]) -> None:
-        if bucket.work is not None:  # a tied parameter's second unit, or a second backward before the end of the first
+    def _put(self, bucket: Bucket, i: int, grad: torch.Tensor | None) -> None:
+        bucket.missing.discard(i)
+        if bucket.rows is None:
+            bucket.rows = bucket.parts.rows(bucket.dtype, self.rank.device)
+        if grad is None:
+            bucket.parts.clear(bucket.rows, i)
+        else:
+            bucket.parts.put(bucket.rows, i, grad)
+
+    def _launch(self, bucket: Bucket) -> None:
+        """Start the sum; members without a gradient on this rank add zeros."""
+        for i in sorted(bucket.missing):
+            self._take(bucket, i)
+        if bucket.work is not None:  # a second backward before the end of the first
             self._collect(bucket)
-        bucket.waiting = 0
-        rows = bucket.parts.pack(grads, bucket.dtype)
+        rows, bucket.rows = bucket.rows, None
+        assert rows is not None
         if bucket.copies > 1:
             rows.div_(bucket.copies)
         if bucket.scatter:
@@ -121,8 +135,8 @@ class Reducer:
     def _end(self) -> None:
         self._armed = False
         for bucket in self.buckets:
-            if 0 < bucket.waiting < len(bucket.members):
-                self._launch(bucket, self._take(bucket))
+            if bucket.rows is not None:
+                self._launch(bucket)
         for bucket in self.buckets:
             if bucket.work is not None:
                 self._collect(bucket)
@@ -153,12 +167,12 @@ class Reducer:
 
     def restart(self, members: Container[int]) -> None:
         """Zeros as the addends of these parameters, and of those that share a bucket with one; none for others."""
-        for bucket in self.buckets:
-            keep = bucket.stage >= 2 and any(v in members for v in bucket.members)
-            bucket.total = torch.zeros(bucket.parts.total, dtype=bucket.dtype, device=self.rank.device) if keep else None
+        for b in self.buckets:
+            keep = b.stage >= 2 and any(v in members for v in b.members)
+            b.total = torch.zeros(b.parts.total, dtype=b.dtype, device=self.rank.device) if keep else None
         for v, leaf in self.leaves.items():
-            bucket_of = self.bucket_of.get(v)
-            apart = bucket_of is None or bucket_of.stage < 2
+            bucket, _ = self.place_of.get(v, (None, 0))
+            apart = bucket is None or bucket.stage < 2
             leaf.grad = torch.zeros_like(leaf, requires_grad=False) if apart and v in members else None
 
     def _sum_over_rest(self) -> None:
