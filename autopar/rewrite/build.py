@@ -1,4 +1,4 @@
-"""Program to runnable modules: emit, check, split."""
+"""Program to runnable modules: emit, check, spell, split."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,7 @@ from autopar.program import Program
 from autopar.rewrite.blocks import split_into_blocks
 from autopar.rewrite.check import check_emitted, check_program
 from autopar.rewrite.emit import emit
+from autopar.rewrite.spelling import spell
 
 
 @dataclass(frozen=True)
@@ -25,4 +26,5 @@ def build(program: Program, traced: Any, device: torch.device | None = None) -> 
     check_program(program)
     emitted = emit(program, traced.gm, traced.node_of, device or torch.device("cpu"))
     check_emitted(program, emitted.graph)
+    spell(emitted.graph)
     return Built(split_into_blocks(emitted), emitted.inputs)
