@@ -30,6 +30,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -104,6 +105,7 @@ def their_module(case: Case, module: nn.Module) -> nn.Module:
         for block in module.blocks:
             parallelize_module(block, mesh, cut)
             block.heads //= case.ranks
+        parallelize_module(module, mesh, {"token": RowwiseParallel(input_layouts=Replicate()), "head": ColwiseParallel(output_layouts=Replicate())})
     return module
 
 
