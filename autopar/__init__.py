@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from autopar.api import VerifyReport, parallelize, plan, verify
+    from autopar.checkpoint.checkpoint import load_checkpoint, save_checkpoint
+    from autopar.checkpoint.weights import load_weights, save_weights
     from autopar.core.cluster import Cluster
     from autopar.core.plan import Plan
 
@@ -17,9 +19,13 @@ _HOME = {
     "parallelize": "autopar.api",
     "verify": "autopar.api",
     "VerifyReport": "autopar.verification",
+    "save_checkpoint": "autopar.checkpoint.checkpoint",
+    "load_checkpoint": "autopar.checkpoint.checkpoint",
+    "save_weights": "autopar.checkpoint.weights",
+    "load_weights": "autopar.checkpoint.weights",
 }
 
-__all__ = ["Cluster", "Plan", "VerifyReport", "parallelize", "plan", "verify"]
+__all__ = ["Cluster", "Plan", "VerifyReport", "load_checkpoint", "load_weights", "parallelize", "plan", "save_checkpoint", "save_weights", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -27,6 +27,10 @@ class PlanMismatchError(AutoparError):
     """A plan that was made for another model, mesh or version."""
 
 
+class CheckpointError(AutoparError):
+    """A checkpoint or weights that cannot be written, or that are not those of this model."""
+
+
 class PinConflictError(UsageError):
     """Pins that no plan can satisfy together; the message names both."""
 

@@ -21,14 +21,15 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
     "autopar.trace": ({"torch"}, CORE),
     "autopar.runtime": ({"torch"}, CORE | {"autopar.program", "autopar.schedules"}),
     "autopar.rewrite": ({"torch"}, CORE | {"autopar.program", "autopar.trace", "autopar.runtime"}),
+    "autopar.checkpoint": ({"torch", "safetensors"}, CORE | {"autopar.runtime"}),
     "autopar.models": ({"torch", "transformers"}, CORE),
     "autopar.verification": ({"torch"}, PLANNING | {"autopar.planner", "autopar.trace", "autopar.rewrite", "autopar.runtime"}),
     "autopar.api": ({"torch"}, PLANNING | {"autopar.planner", "autopar.trace", "autopar.rewrite", "autopar.runtime", "autopar.verification"}),
     "autopar.cli": ({"typer", "rich", "torch"}, PLANNING | {"autopar", "autopar.planner", "autopar.api", "autopar.verification", "autopar.models", "autopar.runtime"}),
     "autopar.__main__": (set(), {"autopar.cli"}),
-    "autopar": (set(), CORE | {"autopar.api", "autopar.verification"}),
+    "autopar": (set(), CORE | {"autopar.api", "autopar.verification", "autopar.checkpoint"}),
 }
-THIRD_PARTY = {"torch", "numpy", "networkx", "ortools", "transformers", "typer", "rich", "tomlkit", "pydantic", "hypothesis", "pytest"}
+THIRD_PARTY = {"torch", "numpy", "networkx", "ortools", "transformers", "typer", "rich", "tomlkit", "pydantic", "safetensors", "hypothesis", "pytest"}
 BARE = {"cost_models", "search"}
 MAX_LINES, MAX_FUNCTION_LINES = 400, 60
 

@@ -104,11 +104,25 @@ def _run_here(function: Callable[..., None], args: Sequence[Any], on_message: Ca
     """This process as the rank that torchrun made it; messages of rank 0 alone are passed on."""
     joined = not dist.is_initialized()
     if joined:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
+        store, rank, num_ranks = _meeting_point(timedelta(seconds=timeout_s))
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=timeout_s))
     rank = dist.get_rank()
     function(Worker(rank, dist.get_world_size(), on_message if rank == 0 else _ignore), *args)
     if joined:
         dist.destroy_process_group()
+
+
+def _meeting_point(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """The store of torchrun, this rank, and the number of ranks.
+
+    On one machine every restart meets at the same store (torch 2.13), which still has the addresses of ranks that were
+    killed: about every third restart then waits for them or is refused. So each attempt gets keys of its own.
+    """
+    store, rank, num_ranks = next(dist.rendezvous("env://", timeout=timeout))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    if attempt is not None and os.environ.get("GROUP_WORLD_SIZE") == "1":  # several machines need not agree on the count
+        store = dist.PrefixStore(f"attempt {attempt}", store)
+    return store, rank, num_ranks
 
 
 class _Group:

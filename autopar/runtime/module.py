@@ -1,6 +1,6 @@
 """The module a user trains: parameters as DTensors in their storage layout, forward through the emitted program."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,9 +11,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule
 
+from autopar.core.layout import Layout
 from autopar.program import Program
 from autopar.runtime.microbatches import loss_weights, split_batch
-from autopar.runtime.rank import Rank
+from autopar.runtime.rank import Rank, Stream
 from autopar.runtime.reducer import Bucket, Reducer
 from autopar.runtime.store import Store, as_dtensor
 from autopar.runtime.weights import Weights
@@ -58,7 +59,8 @@ class ParallelModule(nn.Module):
         for v, value in enumerate(self._program.graph.values):
             if value.role == "buffer":
                 holder, leaf = self._holder(value.source[0])
-                holder.register_buffer(leaf, weights.get(value.source[0]).clone().to(self._rank.device))
+                data = weights.get(value.source[0]).clone().to(self._rank.device)
+                holder.register_buffer(leaf, data, persistent=value.source[0] in weights.persistent)
                 self._buffer_values[v] = holder.get_buffer(leaf)
             elif value.role == "constant":
                 self._buffer_values[v] = self._traced.constants[value.source[0]].to(self._rank.device)
@@ -147,6 +149,33 @@ class ParallelModule(nn.Module):
         loss = flat[position] if weight == 1.0 else flat[position] * weight
         loss.backward()
         return loss.detach()
+
+    @property
+    def device_mesh(self) -> DeviceMesh:
+        """The mesh of the computation, in torch's own type."""
+        return self._device_mesh
+
+    @property
+    def stream(self) -> Stream:
+        """What names the next random draws; the same on all ranks."""
+        return self._rank.stream
+
+    def addends(self) -> Iterator[tuple[nn.Parameter, Layout, tuple[int, ...], torch.Tensor]]:
+        """What the backwards of an unfinished step have left: (parameter, layout, mesh axes, tensor).
+
+        The tensor is this rank's addend, laid out so, of a gradient that is still to be summed over the axes.
+        """
+        for v, x, stored in self._reducer.addends():
+            zero = self._program.residency.zero[v].axes if stored else ()
+            layout = self._program.stored[v] if stored else self._program.storage[v]
+            yield self._store.parameters[v], layout, tuple(a for a in self._program.deferred[v] if a not in zero), x
+
+    def restart(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Take over parameters that were changed in the middle of a step, with zero addends for those given and none for others."""
+        chosen = set(parameters)
+        self._reducer.restart({v for v, p in self._store.parameters.items() if p in chosen})
+        with self._rank.uncounted():
+            self._store.refresh()
 
     @property
     def code(self) -> str:

@@ -4,7 +4,7 @@ Stage 0 and 1 sum once per step (all-reduce, reduce-scatter), 2 and 3 reduce-sca
 their own part.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -152,6 +152,28 @@ class Reducer:
             if leaf.grad is not None:
                 self.deliver(v, self.rank.on_host(leaf.grad))
                 leaf.grad = None
+
+    def addends(self) -> Iterator[tuple[int, torch.Tensor, bool]]:
+        """(parameter, this rank's addend of its gradient, whether that is of the stored part) between the backwards of a step.
+
+        A tied parameter of stage 3 has one for each of its buckets.
+        """
+        for v, leaf in self.leaves.items():
+            if leaf.grad is not None:
+                yield v, leaf.grad, False
+        for bucket in self.buckets:
+            if bucket.total is not None:
+                yield from ((v, part, True) for v, part in zip(bucket.members, bucket.parts.own(bucket.total)))
+
+    def restart(self, members: Container[int]) -> None:
+        """Zeros as the addends of these parameters, and of those that share a bucket with one; none for others."""
+        for b in self.buckets:
+            keep = b.stage >= 2 and any(v in members for v in b.members)
+            b.total = torch.zeros(b.parts.total, dtype=b.dtype, device=self.rank.device) if keep else None
+        for v, leaf in self.leaves.items():
+            bucket, _ = self.place_of.get(v, (None, 0))
+            apart = bucket is None or bucket.stage < 2
+            leaf.grad = torch.zeros_like(leaf, requires_grad=False) if apart and v in members else None
 
     def _sum_over_rest(self) -> None:
         works = []

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor import Placement as TorchPlacement
 from torch.distributed.tensor.placement_types import _StridedShard  # private; the only DTensor form of a cut inside a cut (torch 2.13)
 
-from autopar.core.layout import Layout
+from autopar.core.layout import I, Layout, Placement, S, U
 from autopar.errors import LayoutError
 from autopar.program import Program
 from autopar.runtime.distributed import GroupExchange
@@ -39,6 +39,25 @@ def torch_placements(layout: Layout) -> list[TorchPlacement]:
         else:
             raise LayoutError(f"{layout} is not a layout that a tensor can be stored in")
     return found
+
+
+def layout_of(x: DTensor) -> Layout:
+    """The inverse of `torch_placements`; a cut that does not divide is U, and so are those inside it."""
+    left, uneven = list(x.shape), set()
+    found: list[Placement] = []
+    for p, ranks in zip(x.placements, x.device_mesh.shape):
+        if isinstance(p, _StridedShard):
+            found.append(S(p.dim, int(p.split_factor)))
+        elif isinstance(p, Shard):
+            if left[p.dim] % ranks:
+                uneven.add(p.dim)
+            left[p.dim] = -(-left[p.dim] // ranks)
+            found.append(U(p.dim) if p.dim in uneven else S(p.dim))
+        elif isinstance(p, Replicate):
+            found.append(I)
+        else:
+            raise LayoutError(f"{p} is not a placement that a tensor can be stored in")
+    return tuple(found)
 
 
 def as_dtensor(local: torch.Tensor, layout: Layout, mesh: DeviceMesh, shape: Sequence[int]) -> DTensor:

@@ -41,13 +41,15 @@ def _seed_of(seed: int, name: str) -> int:
 class Weights:
     """Whole parameters and buffers by name, one module at a time; a meta module is initialised when it is asked for.
 
-    Initial values depend on (seed, module name) alone, so every rank and every mesh draws the same.
+    Initial values depend on (seed, module name) alone, so every rank and every mesh draws the same. `persistent`: the names
+    that belong to a saved model.
     """
 
     def __init__(self, model: nn.Module, *, seed: int = 0, device: torch.device | None = None) -> None:
         self.model, self.seed, self.device = model, seed, device or torch.device("cpu")
         self._module_name = ""
         self._tensors: dict[str, torch.Tensor] = {}
+        self.persistent = frozenset(model.state_dict(keep_vars=True))
 
     def get(self, name: str) -> torch.Tensor:
         """A parameter or buffer as a whole tensor; only its own module is held."""
