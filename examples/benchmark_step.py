@@ -1,4 +1,5 @@
-"""What a training step costs, beside the ways of torch to run the same step: eager, DistributedDataParallel, hand-cut TP.
+"""What a training step costs, beside the ways of torch to run the same step: eager, DistributedDataParallel, hand-cut TP, FSDP2
+with and without resharding after the forward, DistributedDataParallel with ZeroRedundancyOptimizer.
 
     python examples/benchmark_step.py [--pairs 15] [--only TEXT] [--json]
 
@@ -27,6 +28,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -34,6 +38,7 @@ import autopar
 from autopar.models.load import load_model
 
 LEARNING_RATE = 0.05
+ADAM_RATE = 1e-4
 MAX_LOSS_ERROR = 1e-4
 WARM_UP = 3
 
@@ -70,7 +75,15 @@ CASES = (
     Case("gpt2 256 x2, seq 128", "DDP", 4, ("dp=4",), 1.0, "gpt2", 8, 128, gpt2(256, 2)),
     Case("transformer 512 x4, seq 128", "TP", 2, ("tp=2",), 1.0, "transformer", 4, 128, plain(512, 4)),
     Case("transformer 256 x2, seq 128", "TP", 4, ("tp=4",), 1.0, "transformer", 4, 128, plain(256, 2)),
+    Case("transformer 512 x4, seq 128", "FSDP2", 2, ("dp=2", "zero=3"), 1.0, "transformer", 8, 128, plain(512, 4)),
+    Case("transformer 256 x4, seq 128", "FSDP2", 4, ("dp=4", "zero=3"), 1.0, "transformer", 8, 128, plain(256, 4)),
+    Case("transformer 512 x4, seq 128", "FSDP2 kept", 2, ("dp=2", "zero=2"), 1.0, "transformer", 8, 128, plain(512, 4)),
+    Case("transformer 256 x4, seq 128", "FSDP2 kept", 4, ("dp=4", "zero=2"), 1.0, "transformer", 8, 128, plain(256, 4)),
+    Case("transformer 512 x4, seq 128", "ZeRO-1", 2, ("dp=2", "zero=1"), 1.0, "transformer", 8, 128, plain(512, 4)),
+    Case("transformer 256 x4, seq 128", "ZeRO-1", 4, ("dp=4", "zero=1"), 1.0, "transformer", 8, 128, plain(256, 4)),
 )
+BATCH_PER_RANK = ("DDP", "FSDP2", "FSDP2 kept", "ZeRO-1")
+"""Baselines that give every rank its slice of the batch."""
 
 
 def loss_of(out: Any) -> torch.Tensor:
@@ -79,20 +92,34 @@ def loss_of(out: Any) -> torch.Tensor:
 
 def their_module(case: Case, module: nn.Module) -> nn.Module:
     """The same model in torch's own way."""
-    if case.baseline == "DDP":
+    if case.baseline in ("DDP", "ZeRO-1"):
         return DistributedDataParallel(module)
+    if case.baseline.startswith("FSDP2"):
+        mesh = init_device_mesh("cpu", (case.ranks,))
+        for block in module.blocks:
+            fully_shard(block, mesh=mesh, reshard_after_forward=case.baseline == "FSDP2")
+        return fully_shard(module, mesh=mesh, reshard_after_forward=case.baseline == "FSDP2")
     if case.baseline == "TP":
         mesh = init_device_mesh("cpu", (case.ranks,))
         cut = {name: ColwiseParallel() for name in ("q", "k", "v", "up")} | {name: RowwiseParallel() for name in ("o", "down")}
         for block in module.blocks:
             parallelize_module(block, mesh, cut)
             block.heads //= case.ranks
+        parallelize_module(module, mesh, {"token": RowwiseParallel(input_layouts=Replicate()), "head": ColwiseParallel(output_layouts=Replicate())})
     return module
 
 
-def stepper(module: nn.Module, batch: dict[str, Any]) -> Callable[[], torch.Tensor]:
+def optimizer_of(case: Case, module: nn.Module, *, ours: bool) -> torch.optim.Optimizer:
+    """SGD, so that the step shows; AdamW where the sharding of its state is what is compared."""
+    if case.baseline != "ZeRO-1":
+        return torch.optim.SGD(module.parameters(), lr=LEARNING_RATE)
+    if ours:
+        return torch.optim.AdamW(module.parameters(), lr=ADAM_RATE)
+    return ZeroRedundancyOptimizer(module.parameters(), optimizer_class=torch.optim.AdamW, lr=ADAM_RATE)
+
+
+def stepper(module: nn.Module, batch: dict[str, Any], optimizer: torch.optim.Optimizer) -> Callable[[], torch.Tensor]:
     """A whole training step as one call."""
-    optimizer = torch.optim.SGD(module.parameters(), lr=LEARNING_RATE)
 
     def step() -> torch.Tensor:
         optimizer.zero_grad()
@@ -106,7 +133,7 @@ def stepper(module: nn.Module, batch: dict[str, Any]) -> Callable[[], torch.Tens
 
 def slice_of(batch: dict[str, Any], case: Case) -> dict[str, Any]:
     """What a rank of the baseline is given."""
-    if case.baseline != "DDP":
+    if case.baseline not in BATCH_PER_RANK:
         return batch
     return {k: v.chunk(case.ranks)[dist.get_rank()] if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
@@ -122,7 +149,7 @@ def timed(step: Callable[[], torch.Tensor]) -> tuple[float, float, torch.Tensor]
 
 
 def mean_loss(loss: torch.Tensor, case: Case) -> float:
-    if case.baseline == "DDP":
+    if case.baseline in BATCH_PER_RANK:
         dist.all_reduce(loss, dist.ReduceOp.AVG if dist.get_backend() == "nccl" else dist.ReduceOp.SUM)
         loss = loss / case.ranks
     return float(loss)
@@ -133,8 +160,9 @@ def run_case(case: Case, pairs: int) -> dict[str, Any]:
     loaded = load_model(case.spec, batch=case.batch, seq=case.seq, device="cpu", overrides=case.overrides)
     cluster = autopar.Cluster.local(case.ranks)
     ours = autopar.parallelize(copy.deepcopy(loaded.module), cluster, loaded.kwargs, pins=case.pins)
-    our_step = stepper(ours, loaded.kwargs)
-    their_step = stepper(their_module(case, loaded.module), slice_of(loaded.kwargs, case))
+    our_step = stepper(ours, loaded.kwargs, optimizer_of(case, ours, ours=True))
+    theirs = their_module(case, loaded.module)
+    their_step = stepper(theirs, slice_of(loaded.kwargs, case), optimizer_of(case, theirs, ours=False))
     ratios, busy, times, error = [], [], [], 0.0
     for n in range(WARM_UP + pairs):
         if n % 2:  # who goes first alternates too

@@ -7,7 +7,6 @@ the best plan within the limit is usually a mix of their parts ("recompute in 8 
 is connected, `splice` takes one plan up to some node and the other from there on.
 """
 
-import heapq
 import math
 from collections.abc import Sequence
 from functools import cached_property

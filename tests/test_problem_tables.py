@@ -12,6 +12,7 @@ from autopar.core.mesh import Mesh
 from autopar.core.moves import step_input_bytes
 from autopar.models.load import load_model
 from autopar.planner.decode import decode
+from autopar.planner.keeping import Keeping
 from autopar.planner.problem import ProblemBuilder
 from autopar.planner.roles import Constraints, Pins, batch_factors
 from autopar.planner.rulebook import rules_of
@@ -83,7 +84,7 @@ def test_what_the_search_priced_is_what_the_decoded_routes_cost(tables) -> None:
 
     for _ in range(20):
         choices = [int(rng.integers(node.num_states)) for node in problem.nodes]
-        program = decode(graph, rules, pricing, ports, choices)
+        program = decode(graph, rules, pricing, ports, choices, Keeping())
         moves = [price(v, route) for v, route in program.relay.items()]
         moves += [price(graph.ops[i].operands[k], route) for (i, k), route in program.routes.items() if graph.ops[i].operands[k] in graph.searched]
         moves += [price(v, route) for v, route in zip(graph.outputs, program.output_routes, strict=True) if v in graph.searched]

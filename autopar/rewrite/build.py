@@ -1,4 +1,4 @@
-"""Program to runnable modules: emit, check, split."""
+"""Program to runnable modules: emit, check, spell, split."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from autopar.program import Program
 from autopar.rewrite.blocks import split_into_blocks
 from autopar.rewrite.check import check_emitted, check_program
 from autopar.rewrite.emit import emit
+from autopar.rewrite.spelling import spell
 
 
 @dataclass(frozen=True)
@@ -27,5 +28,6 @@ def build(program: Program, traced: Any, device: torch.device | None = None) -> 
     check_program(program)
     emitted = emit(program, traced.gm, traced.node_of, device or torch.device("cpu"))
     check_emitted(program, emitted.graph)
+    spell(emitted.graph)
     split = split_into_blocks(emitted, program)
     return Built(split.module, emitted.inputs, split.positions)

@@ -56,6 +56,17 @@ def views_to_reshapes(gm: GraphModule) -> None:
             node.target = aten.reshape.default
 
 
+def drop_copies(gm: GraphModule) -> None:
+    """A plain copy of an operator's result is that result: nothing in an exported graph is changed in place. Outputs stay copies."""
+    results = set(gm.graph.output_node().all_input_nodes)
+    for target in (aten.clone.default, aten.alias.default):
+        for node in gm.graph.find_nodes(op="call_function", target=target):
+            source = node.args[0]
+            if not node.kwargs and source.op == "call_function" and node not in results:
+                node.replace_all_uses_with(source)
+                gm.graph.erase_node(node)
+
+
 def write_out_copies(gm: GraphModule) -> None:
     """`copy(a, b)` is b in the shape and dtype of a; torch has no derivative for it."""
     for node in gm.graph.find_nodes(op="call_function", target=aten.copy.default):
@@ -173,7 +184,7 @@ def write_out_batch_norm(gm: GraphModule) -> None:
         gm.graph.erase_node(node)
 
 
-PASSES = (drop_asserts, drop_plain_inputs, views_to_reshapes, write_out_copies, write_out_cross_entropy, write_out_losses, write_out_batch_norm, number_random_ops)
+PASSES = (drop_asserts, drop_plain_inputs, views_to_reshapes, drop_copies, write_out_copies, write_out_cross_entropy, write_out_losses, write_out_batch_norm, number_random_ops)
 
 
 def canonicalise(gm: GraphModule) -> None:
