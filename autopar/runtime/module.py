@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule
 
+from autopar.core.ledger import Ledger
 from autopar.program import Program
 from autopar.runtime.microbatches import loss_weights, split_batch
 from autopar.runtime.rank import Rank
@@ -147,6 +148,17 @@ class ParallelModule(nn.Module):
         loss = flat[position] if weight == 1.0 else flat[position] * weight
         loss.backward()
         return loss.detach()
+
+    @property
+    def predicted(self) -> Ledger:
+        """What the plan says that this rank communicates in one `train_step`."""
+        return self._program.ledger
+
+    def counted(self) -> Ledger:
+        """What this rank communicated since the last call."""
+        found = self._rank.counter.ledger
+        self._rank.counter.reset()
+        return found
 
     @property
     def code(self) -> str:
