@@ -1,8 +1,11 @@
-"""What is in memory: bytes of the tensors that are alive in this process, by their storages. Imported by the memory examples beside it."""
+"""What is in memory: bytes of the tensors that are alive in this process, by their storages; and how far two trainings are apart.
+
+Imported by the memory examples beside it.
+"""
 
 import gc
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,12 +57,13 @@ class Made(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self._there = alive()
         self._made: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         result = function(*args, **(kwargs or {}))
         for x in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(x, Tensor):
+            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in self._there:
                 storage = x.untyped_storage()
                 self._made[id(storage)] = weakref.ref(storage)
         return result
@@ -68,3 +72,9 @@ class Made(TorchDispatchMode):
     def alive_bytes(self) -> int:
         gc.collect()
         return sum(storage.nbytes() for storage in (ref() for ref in self._made.values()) if storage is not None)
+
+
+def worst_difference(losses: Sequence[float], parameters: Mapping[str, Tensor], expected: Sequence[float], one_process: Mapping[str, Tensor]) -> float:
+    """The largest relative difference of any loss, and of any parameter by the Frobenius norm."""
+    errors = [abs(found - want) / abs(want) for found, want in zip(losses, expected, strict=True)]
+    return max(*errors, *(float((parameters[name] - p).norm() / p.norm()) for name, p in one_process.items()))

@@ -15,8 +15,9 @@ import warnings
 from dataclasses import dataclass
 
 import torch
-from resident import alive, bytes_of, of_training
-from zero_memory import LEARNING_RATE, STAGES, Settings, train_alone, worst_difference
+from resident import alive, bytes_of, of_training, worst_difference
+from torch import Tensor
+from zero_memory import LEARNING_RATE, STAGES, Settings, train_alone
 
 import autopar
 from autopar.cost_models.offload import checkpoint_intensity, efficiency, optimizer_intensity, parameter_intensity
@@ -47,30 +48,34 @@ def measure(worker: Worker, settings: Settings, plans: list[str]) -> None:
     """What one rank does: train by every plan in turn. Rank 0 sends a `Row` for each."""
     warnings.simplefilter("ignore")
     expected = train_alone(settings) if worker.rank == 0 else None
-    batches = settings.batches()
-    for stage, plan in zip(STAGES, plans):
-        before = alive()
-        model = autopar.parallelize(settings.model(), autopar.Cluster.local(worker.num_ranks), batches[0], plan=autopar.Plan.from_json(plan))
-        optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
-        losses = []
-        for batch in batches:
-            optimizer.zero_grad()
-            losses.append(float(model.train_step(batch)))
-            optimizer.step()
-            counted = model.counted()
-        whole = {name: p.detach().full_tensor() for name, p in model.named_parameters()}
-        difference = 0.0 if expected is None else worst_difference(losses, whole, *expected)
-        del whole
-        optimizer.zero_grad()
-        with model.no_sync():
-            model.train_step(batches[0])
-        host = bytes_of(of_training(model, optimizer))
-        device = bytes_of(alive()) - bytes_of(before) - host
-        moved = {primitive: num_bytes for (primitive, _, _), num_bytes in counted.input_bytes}
+    for stage, plan in zip(STAGES, plans, strict=True):
+        row = train(settings, stage, plan, expected)
         if worker.rank == 0:
-            elements = sum(p.numel() for p in model.parameters())
-            worker.send(Row(stage, elements, device, host, moved["to_host"], moved["to_device"], counted == model.predicted, difference))
-        model.counted()
+            worker.send(row)
+
+
+def train(settings: Settings, stage: int, plan: str, expected: tuple[list[float], dict[str, Tensor]] | None) -> Row:
+    batches = settings.batches()
+    before = alive()
+    model = autopar.parallelize(settings.model(), autopar.Cluster.local(settings.processes), batches[0], plan=autopar.Plan.from_json(plan))
+    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
+    losses, counted = [], []
+    for batch in batches:
+        optimizer.zero_grad()
+        losses.append(float(model.train_step(batch)))
+        counted.append(model.counted())
+        optimizer.step()
+    whole = {name: p.detach().full_tensor() for name, p in model.named_parameters()}
+    difference = 0.0 if expected is None else worst_difference(losses, whole, *expected)
+    del whole
+    optimizer.zero_grad()
+    with model.no_sync():
+        model.train_step(batches[0])
+    host = bytes_of(of_training(model, optimizer))
+    device = bytes_of(alive()) - bytes_of(before) - host
+    moved = {primitive: num_bytes for (primitive, _, _), num_bytes in counted[0].input_bytes}
+    elements = sum(p.numel() for p in model.parameters())
+    return Row(stage, elements, device, host, moved["to_host"], moved["to_device"], all(ledger == model.predicted for ledger in counted), difference)
 
 
 def run(settings: Settings) -> list[Row]:
