@@ -18,7 +18,7 @@ MAX_RANKS = 1 << 24
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the cost model expects of one training step on one rank."""
+    """What the cost model expects of one training step on one rank. `recomputed_flops`: of contractions done a second time."""
 
     step_time_s: float
     compute_s: float
@@ -27,6 +27,7 @@ class Prediction:
     state_bytes: int
     activation_bytes: int
     communicated_bytes: int
+    recomputed_flops: float = 0.0
     tokens_per_s: float = 0.0
     mfu: float = 0.0
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autopar.core.graph import Op, OpGraph, TensorMeta
+from autopar.core.graph import Op, OpGraph, Segment, TensorMeta
 from autopar.core.layout import I, Layout, local_shape
 from autopar.core.mesh import Mesh
 from autopar.core.residency import RECOMPUTE, Precision
@@ -14,6 +14,7 @@ from autopar.core.zero import Zero, zero_layout
 from autopar.cost_models.memory import adam
 from autopar.planner.pins import Pins
 from autopar.planner.states import TIE_BREAK_S, Pricing
+from autopar.program import Program
 
 WEIGHT_CONTRACTIONS = ("aten.linear.default", "aten.mm.default", "aten.addmm.default", "aten.convolution.default")
 """Operators whose results selective recomputation keeps (`runtime/residence.py` keeps the same)."""
@@ -134,3 +135,34 @@ def recompute_tables(modes: Sequence[str], forward_s: np.ndarray, inner_bytes: n
     seconds = np.stack([times * forward_s if again[mode] else np.zeros_like(forward_s) for mode in modes])
     memory = np.stack([np.zeros_like(inner_bytes) if again[mode] else inner_bytes for mode in modes])
     return seconds, memory
+
+
+def recomputed_flops(program: Program) -> float:
+    """Flops of contractions that a rank does a second time in one step because their results were not kept."""
+    modes, total = program.residency.recompute, 0.0
+    for segment, backward in zip(program.graph.segments, program.backward_segments, strict=True):
+        mode = modes.get(segment.block, "none")
+        if mode != "none" and backward:
+            total += sum(_local_flops(program, i) for i in _computed_again(program, segment) if mode == "full" or not _kept(program, i))
+    return total * program.residency.micro_batches
+
+
+def _computed_again(program: Program, segment: Segment) -> range:
+    """Operators of a block up to the last that keeps something for its backward: torch's checkpoint stops there, before that
+    operator where it keeps only what it was given."""
+    live, ops, rules = program.graph.differentiated, program.graph.ops, program.rules
+    for i in reversed(segment.ops):
+        rule = rules[i]
+        if any(v in live for v in ops[i].results) and (rule.saved_operands or rule.saved_results or not rule.known):
+            return range(segment.ops.start, i + (1 if rule.saved_results or not rule.known else 0))
+    return range(0)
+
+
+def _local_flops(program: Program, i: int) -> float:
+    rule = program.rules[i]
+    return rule.flops / rule.degree(program.strategies[i], program.mesh) if rule.cost == "contract" else 0.0
+
+
+def _kept(program: Program, i: int) -> bool:
+    op = program.graph.ops[i]
+    return kept_by_selective(op, [program.graph.values[v].meta for v in op.operands])

@@ -16,7 +16,7 @@ from autopar.core.rule import OpRule
 from autopar.errors import InfeasibleError
 from autopar.planner.bind import decisions
 from autopar.planner.decode import decode
-from autopar.planner.keeping import Keeping
+from autopar.planner.keeping import Keeping, recomputed_flops
 from autopar.planner.meshes import candidate_meshes, forced_mesh, role_names, work_flops
 from autopar.planner.problem import Ports, ProblemBuilder
 from autopar.planner.pins import Pins, parse_pins
@@ -162,6 +162,7 @@ def _predict(graph: OpGraph, cluster: Cluster, best: _Candidate, program: Progra
         state_bytes=round(state),
         activation_bytes=round(best.assignment.memory_bytes - state),
         communicated_bytes=program.ledger.total_bytes,
+        recomputed_flops=recomputed_flops(program),
         tokens_per_s=tokens / step if step else 0.0,
         mfu=work_flops(graph, program) / (peak * step) if step else 0.0,
     )

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule
 
 from autopar.core.layout import Layout
+from autopar.core.ledger import Ledger
 from autopar.program import Program
 from autopar.runtime.microbatches import loss_weights, split_batch
 from autopar.runtime.rank import Rank, Stream
@@ -176,6 +177,17 @@ class ParallelModule(nn.Module):
         self._reducer.restart({v for v, p in self._store.parameters.items() if p in chosen})
         with self._rank.uncounted():
             self._store.refresh()
+
+    @property
+    def predicted(self) -> Ledger:
+        """What the plan says that this rank communicates in one `train_step`."""
+        return self._program.ledger
+
+    def counted(self) -> Ledger:
+        """What this rank communicated since the last call."""
+        found = self._rank.counter.ledger
+        self._rank.counter.reset()
+        return found
 
     @property
     def code(self) -> str:

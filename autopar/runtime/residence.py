@@ -4,7 +4,7 @@ The same code drives one rank and, with all ranks' arguments side by side, a sim
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -79,9 +79,7 @@ def taped(rank: Rank, communicate: Callable[[], list[torch.Tensor]]) -> list[tor
 def run(function: Callable, args: Sequence[Any], ranks: Sequence[Rank], unit: Unit | None, recompute: str) -> Any:
     """A block under a mode of recomputation, with the weights of `unit` gathered where they are stored in parts."""
     if recompute != "none":
-        tape = Tape(ranks)
-        whole = function if unit is None else lambda *given: function(*unit.gather(given)[0])
-        return checkpoint(whole, *args, use_reentrant=False, preserve_rng_state=False, determinism_check="none", context_fn=lambda: _contexts(tape, recompute))
+        return _checkpointed(function, args, ranks, unit, recompute)
     if unit is None:
         return function(*args)
     given, weights = unit.gather(args)
@@ -92,19 +90,22 @@ def run(function: Callable, args: Sequence[Any], ranks: Sequence[Rank], unit: Un
     return _ask_again(results, unit)
 
 
-def _contexts(tape: Tape, recompute: str) -> tuple[Any, Any]:
-    if recompute == "full":
-        return tape.recording(), tape.replaying()
-    forward, again = create_selective_checkpoint_contexts(lambda ctx, op, *a, **k: CheckpointPolicy.MUST_SAVE if op in KEPT_BY_SELECTIVE else CheckpointPolicy.PREFER_RECOMPUTE)
-    return _both(tape.recording(), forward), _both(tape.replaying(), again)
+def _checkpointed(function: Callable, args: Sequence[Any], ranks: Sequence[Rank], unit: Unit | None, recompute: str) -> Any:
+    """A block of which little is kept. Weights are gathered outside what selective recomputation watches: it numbers operators, and
+    the second gather fetches other neighbours than the first."""
+    tape = Tape(ranks)
+    first, again = create_selective_checkpoint_contexts(_policy) if recompute == "selective" else (nullcontext(), nullcontext())
+
+    def whole(*given: Any) -> Any:
+        given = given if unit is None else tuple(unit.gather(given)[0])
+        with again if ranks[0].replaying else first:
+            return function(*given)
+
+    return checkpoint(whole, *args, use_reentrant=False, preserve_rng_state=False, determinism_check="none", context_fn=lambda: (tape.recording(), tape.replaying()))
 
 
-@contextmanager
-def _both(first: Any, second: Any) -> Iterator[None]:
-    with ExitStack() as stack:
-        stack.enter_context(first)
-        stack.enter_context(second)
-        yield
+def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in KEPT_BY_SELECTIVE else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _dropping(weights: Sequence[torch.Tensor], unit: Unit) -> Any:
