@@ -79,7 +79,7 @@ CASES = (
     Case("transformer 256 x4, seq 128", "FSDP2", 4, ("dp=4", "zero=3"), 1.0, "transformer", 8, 128, plain(256, 4)),
     Case("transformer 512 x4, seq 128", "FSDP2 kept", 2, ("dp=2", "zero=2"), 1.0, "transformer", 8, 128, plain(512, 4)),
     Case("transformer 256 x4, seq 128", "FSDP2 kept", 4, ("dp=4", "zero=2"), 1.0, "transformer", 8, 128, plain(256, 4)),
-    Case("transformer 512 x4, seq 128", "ZeRO-1", 2, ("dp=2", "zero=1"), 1.0, "transformer", 8, 128, plain(512, 4)),
+    Case("transformer 1024 x2, seq 128", "ZeRO-1", 2, ("dp=2", "zero=1"), 1.0, "transformer", 8, 128, plain(1024, 2)),
     Case("transformer 256 x4, seq 128", "ZeRO-1", 4, ("dp=4", "zero=1"), 1.0, "transformer", 8, 128, plain(256, 4)),
 )
 BATCH_PER_RANK = ("DDP", "FSDP2", "FSDP2 kept", "ZeRO-1")

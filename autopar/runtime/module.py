@@ -80,6 +80,8 @@ class ParallelModule(nn.Module):
         given = iter(self._traced.flat_inputs(args, kwargs))
         if self._rank.stream.microbatch == 0:  # within a step nobody changes parameters
             self._store.refresh()
+            for unit in self._rank.units.values():
+                unit.forget()
         values = [self._rank]
         for v in self._inputs:
             value = self._store.leaves.get(v)

@@ -17,7 +17,6 @@ class ShardedUnit:
     """The parameters of one segment that are stored in parts over the same axes.
 
     `positions`: where they stand among the segment's arguments; `flat`: this rank's parts side by side, where they are stored so.
-    `before` and `after` are the neighbours in program order, whose weights are fetched ahead of time.
     """
 
     def __init__(
@@ -25,8 +24,6 @@ class ShardedUnit:
     ) -> None:
         self.rank, self.axes, self.parts, self.positions, self.leaves = rank, axes, parts, tuple(positions), list(leaves)
         self.flat, self.dtype, self.scatter = flat, dtype, scatter
-        self.before: ShardedUnit | None = None
-        self.after: ShardedUnit | None = None
         self._pending: tuple[torch.Tensor, Any] | None = None
         self._again: list[torch.Tensor] | None = None
 
@@ -40,10 +37,12 @@ class ShardedUnit:
     def again(self) -> list[torch.Tensor]:
         if self._again is None:
             with torch.no_grad():
-                self._again = self.fetch(self.before)
-            if self.after is not None and not self.after.trains:
-                self.after.drop()
+                self._again = self.fetch()
         return self._again
+
+    @property
+    def gathered_again(self) -> bool:
+        return self._again is not None
 
     @property
     def trains(self) -> bool:
@@ -71,16 +70,20 @@ class ShardedUnit:
             view.copy_(self.rank.on_device(leaf.detach()))
         return row
 
-    def fetch(self, ahead: "ShardedUnit | None") -> list[torch.Tensor]:
-        """The whole weights; the gather of `ahead` is under way when this returns."""
+    def fetch(self) -> list[torch.Tensor]:
+        """The whole weights."""
         self.start()
         assert self._pending is not None
         rows, work = self._pending
         self._pending = None
         work.wait()
-        if ahead is not None:
-            ahead.start()
         return self.parts.unpack(rows)
+
+    def forget(self) -> None:
+        """Drop what was fetched ahead and never used: the parameters may have changed since."""
+        if self._pending is not None:
+            self._pending[1].wait()
+        self._pending = self._again = None
 
 
 class _Gather(torch.autograd.Function):
@@ -89,7 +92,7 @@ class _Gather(torch.autograd.Function):
         ctx.unit = unit
         ctx.set_materialize_grads(False)
         unit.drop()
-        return tuple(unit.fetch(unit.before if unit.rank.replaying else unit.after))
+        return tuple(unit.fetch())
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[None, ...]:
@@ -100,26 +103,45 @@ class _Gather(torch.autograd.Function):
 
 
 class Units:
-    """All that is gathered for one segment."""
+    """All that is gathered for one segment. `before` and `after`: the segments next to it that gather something, whose weights are
+    fetched while this one computes."""
 
     def __init__(self, units: Sequence[ShardedUnit]) -> None:
         self.units = tuple(units)
+        self.before: Units | None = None
+        self.after: Units | None = None
 
     def gather(self, args: Sequence[Any]) -> tuple[list[Any], list[torch.Tensor]]:
         given, weights = list(args), []
         for unit in self.units:
             given, more = unit.gather(given)
             weights += more
+        self._fetch_ahead(self.before if self.units[0].rank.replaying else self.after)
         return given, weights
 
     def again(self) -> list[torch.Tensor]:
-        """Gathered last first, as the backward goes; returned in the order of `gather`."""
-        found = [unit.again() for unit in reversed(self.units)]
-        return [w for weights in reversed(found) for w in weights]
+        """Gathers when it is first asked in a backward; then the same until the gradients are complete."""
+        first = not any(unit.gathered_again for unit in self.units)
+        found = [w for unit in self.units for w in unit.again()]
+        if not first:
+            return found
+        self._fetch_ahead(self.before)
+        for unit in self.after.units if self.after is not None else ():
+            if not unit.trains:  # no gradient says when the weights of a frozen segment are done with
+                unit.drop()
+        return found
+
+    @staticmethod
+    def _fetch_ahead(neighbour: "Units | None") -> None:
+        for unit in neighbour.units if neighbour is not None else ():
+            unit.start()
+
+    def forget(self) -> None:
+        for unit in self.units:
+            unit.forget()
 
 
 def link(units: Sequence[Units]) -> None:
-    """Tell every unit its neighbours in program order."""
-    chain = [unit for group in units for unit in group.units]
-    for first, second in zip(chain, chain[1:]):
+    """Tell every segment its neighbours in program order."""
+    for first, second in zip(units, units[1:]):
         first.after, second.before = second, first
