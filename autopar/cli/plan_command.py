@@ -26,6 +26,7 @@ from autopar.cli.options import (
 from autopar.core.cluster import Cluster
 from autopar.core.plan import Plan
 from autopar.errors import UsageError
+from autopar.models.load import check_name
 
 if TYPE_CHECKING:
     from autopar.models.load import LoadedModel
@@ -47,6 +48,7 @@ def plan(
 ) -> int:  # fmt: skip
     """Find the best layout of MODEL on a cluster. Needs no device, no weights and no network."""
     machines = Cluster.parse(cluster)
+    check_name(model)
     asked = Asked(pins=checked_pins(pin, machines), micro_batches=micro_batches, offload=offload, dtype=dtype or default_dtype(machines))
     checked_share("--budget", budget, LONGEST_BUDGET_S)
     checked_share("--max-memory", max_memory, 1.0)

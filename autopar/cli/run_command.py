@@ -31,6 +31,7 @@ from autopar.cli.options import (
 from autopar.core.cluster import Cluster
 from autopar.core.plan import Plan
 from autopar.errors import PlanMismatchError, UsageError, VerificationError
+from autopar.models.load import check_name
 
 if TYPE_CHECKING:
     from autopar.cli.training import Job
@@ -55,6 +56,7 @@ def run(
         raise UsageError(f"--cluster {cluster}: run starts processes on this machine; use local:N, or torchrun with autopar.parallelize elsewhere")
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         raise UsageError("run starts its processes itself; call it without torchrun")
+    check_name(model)
     checked_share("--lr", lr, 1e6)
     if dtype not in (None, *LOSS_TOLERANCE):
         raise UsageError(f"--dtype {dtype}: run trains in {' or '.join(LOSS_TOLERANCE)}")

@@ -28,6 +28,7 @@ from autopar.cli.units import count, size
 from autopar.core.cluster import Cluster
 from autopar.core.plan import Plan
 from autopar.errors import PlanMismatchError, UsageError, VerificationError
+from autopar.models.load import check_name
 
 if TYPE_CHECKING:
     from autopar.verification import VerifyReport
@@ -49,6 +50,7 @@ def verify(
 ) -> int:  # fmt: skip
     """Train MODEL both ways, parallel and in one process, and compare loss, every gradient and every parameter. Exit 5 if they differ."""
     machines = Cluster.parse(cluster)
+    check_name(model)
     if dtype not in (None, *DTYPES):
         raise UsageError(f"--dtype {dtype}: the comparison is made in {', '.join(DTYPES)}")
     asked = Asked(pins=checked_pins(pin, machines), micro_batches=micro_batches, offload=offload)
