@@ -138,7 +138,7 @@ def verify(
     wide = dtype == "float64"
     batch = example_inputs if isinstance(example_inputs, dict) else as_call(example_inputs)[0]
     pieces = split_batch(batch, plan.residency.micro_batches)
-    traced = trace(model, *_call(pieces[0]), name=plan.model, float64=wide)
+    traced = trace(model, *_call(pieces[0]), float64=wide)
     program = bind(plan, traced.graph)
     elements = traced.graph.num_params
     if elements > MAX_ELEMENTS:
@@ -153,7 +153,7 @@ def verify(
         raise VerificationError("example inputs are on the meta device; give real tensors to verify")
     whole = cut
     if len(cut) > 1 and not _draws(traced.graph):  # one pass over the whole batch is the harder question
-        once = trace(model, *_call(batch), name=plan.model, float64=wide)
+        once = trace(model, *_call(batch), float64=wide)
         whole = [_Piece(once, _tensors(once, batch, wide), 1.0)]
     return _compare(program, built, whole, cut, values, steps, dtype, seed, progress)
 

@@ -13,6 +13,7 @@ What is left is the duality gap: plans that fit come from repairing, mixing and 
 from dataclasses import dataclass
 
 from autopar.core.problem import Assignment, SearchProblem, evaluate
+from autopar.core.units import size
 from autopar.errors import InfeasibleError
 from autopar.search.elimination import MAX_TABLE_ENTRIES, TOLERANCE, Minimum, Prepared, prepare
 from autopar.search.local import relink, repair, spend, splice
@@ -20,7 +21,6 @@ from autopar.search.simplify import BYTES, SECONDS, Price, canonical, shrink
 
 MAX_SOLVES = 60
 BOUND_TOLERANCE = 5e-4  # of the cost: another elimination could raise the bound by less than this
-GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +93,14 @@ def leanest(problem: SearchProblem, max_table_entries: int = MAX_TABLE_ENTRIES) 
     if not problem.fits(needed):
         excess = needed - limit
         raise InfeasibleError(
-            f"no plan fits: the least memory of any plan is {needed / GIB:.3f} GiB, {excess:.0f} bytes ({excess / GIB:.3f} GiB) "
-            f"over the limit of {limit / GIB:.3f} GiB; use more devices, a smaller batch or recomputation"
+            f"no plan fits: the least memory of any plan is {size(needed)}, {excess:.0f} bytes ({size(excess)}) "
+            f"over the limit of {size(limit)}; use more devices, a smaller batch or recomputation"
         )
     found = repair(problem, point.choices)
     if found is None:
         raise InfeasibleError(
-            f"no plan was found that fits {limit / GIB:.3f} GiB, though none was proven impossible: the best needs "
-            f"{point.memory_bytes / GIB:.3f} GiB; raise max_table_entries"
+            f"no plan was found that fits {size(limit)}, though none was proven impossible: the best needs "
+            f"{size(point.memory_bytes)}; raise max_table_entries"
         )
     return Point.of(problem, found)
 

@@ -37,12 +37,41 @@ ModelName = Annotated[
 ClusterName = Annotated[str, typer.Option("--cluster", "-c", help="local:4, h100-sxm:16 (16 nodes), h100-sxm:16x4 or a .toml file.")]
 Batch = Annotated[int | None, typer.Option("--batch", min=1, max=LARGEST_COUNT, help="Global batch. [default: 8, or one per device if more]")]
 Seq = Annotated[int | None, typer.Option("--seq", min=1, max=LARGEST_COUNT, help="Sequence length. [default: the model's own]")]
-PinTexts = Annotated[list[str] | None, typer.Option("--pin", help="dp=2, tp=4 or '*.mlp.*=tp:o'; may be repeated.")]
+PinTexts = Annotated[
+    list[str] | None, typer.Option("--pin", help="dp=2, tp=4, zero=3, recompute=full, micro_batch=2 or '*.mlp.*=tp:o'; may be repeated.")
+]
+MicroBatches = Annotated[int, typer.Option("--micro-batches", min=1, max=LARGEST_COUNT, help="Passes that make one step; they share the batch.")]
+Offload = Annotated[bool, typer.Option("--offload", help="Keep the optimizer's state on the host.")]
 PlanFile = Annotated[Path | None, typer.Option("--plan", help="A plan written by `autopar plan -o`, instead of a new one.")]
 Steps = Annotated[int, typer.Option("--steps", min=1, max=1_000_000, help="Optimizer steps.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of weights, data and random operators.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", callback=_note_debug, is_eager=True, help="Show the traceback of an error.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What the command line fixes of a plan; `dtype` None: the command's default."""
+
+    pins: tuple[str, ...] = ()
+    micro_batches: int = 1
+    offload: bool = False
+    dtype: str | None = None
+
+    def options(self) -> list[str]:
+        """As they are typed; the dtype is no decision of the plan."""
+        pins = [f"--pin {text!r}" if "*" in text else f"--pin {text}" for text in self.pins]
+        return [*pins, *([f"--micro-batches {self.micro_batches}"] if self.micro_batches > 1 else []), *(["--offload"] if self.offload else [])]
+
+
+def asked_for(plan: Plan | None, dtype: str | None, default: str) -> str:
+    """The dtype of weights and computation: that of a plan, else as asked."""
+    if plan is None:
+        return dtype or default
+    found = "bfloat16" if plan.residency.precision.master == "float32" else default
+    if dtype is not None and dtype != found:
+        raise UsageError(f"--dtype {dtype}: the plan is for {found}; leave the option out, or plan again")
+    return found
 
 
 def checked_pins(texts: Sequence[str] | None, cluster: Cluster) -> tuple[str, ...]:
@@ -52,16 +81,16 @@ def checked_pins(texts: Sequence[str] | None, cluster: Cluster) -> tuple[str, ..
     return pins
 
 
-def global_batch(batch: int | None, cluster: Cluster) -> int:
-    """The batch asked for, or the smallest one of at least 8 samples that all devices share evenly."""
-    devices = cluster.num_devices
-    return batch or devices * math.ceil(SMALLEST_DEFAULT_BATCH / devices)
+def global_batch(batch: int | None, cluster: Cluster, micro_batches: int = 1) -> int:
+    """The batch asked for, or the smallest one of at least 8 samples that all devices share evenly in every microbatch."""
+    shares = cluster.num_devices * micro_batches
+    return batch or shares * math.ceil(SMALLEST_DEFAULT_BATCH / shares)
 
 
-def read_plan(path: Path, cluster: Cluster, pins: Sequence[str]) -> Plan:
+def read_plan(path: Path, cluster: Cluster, asked: Asked) -> Plan:
     """The plan of a file, if it is one for as many devices as the cluster has."""
-    if pins:
-        raise UsageError(f"--pin {pins[0]} and --plan {path}: a plan is complete; leave one of them out")
+    for option in asked.options():
+        raise UsageError(f"{option} and --plan {path}: a plan is complete; leave one of them out")
     plan = Plan.load(path)
     if plan.mesh.num_ranks != cluster.num_devices:
         raise PlanMismatchError(

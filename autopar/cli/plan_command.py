@@ -1,7 +1,6 @@
 """`autopar plan`: the best layout found, why it can be believed, and what to type next."""
 
 import json as json_text
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,11 +9,14 @@ import typer
 
 from autopar.cli.console import output, print_json, working
 from autopar.cli.options import (
+    Asked,
     Batch,
     ClusterName,
     Debug,
     Json,
+    MicroBatches,
     ModelName,
+    Offload,
     PinTexts,
     Seq,
     checked_pins,
@@ -24,12 +26,14 @@ from autopar.cli.options import (
 from autopar.core.cluster import Cluster
 from autopar.core.plan import Plan
 from autopar.errors import UsageError
+from autopar.models.load import check_name
 
 if TYPE_CHECKING:
     from autopar.models.load import LoadedModel
 
 BUDGET_ENDED = 4
 LONGEST_BUDGET_S = 7 * 24 * 3600.0
+VERIFIED_DTYPES = ("float32", "bfloat16")
 
 DType = Annotated[str | None, typer.Option("--dtype", help="Of weights and computation. [default: float32 on local:N, else bfloat16]")]
 Budget = Annotated[float, typer.Option("--budget", help="Seconds that the search of one mesh may take.")]
@@ -39,21 +43,21 @@ AllowGap = Annotated[bool, typer.Option("--allow-gap", help="Exit 0, not 4, when
 
 
 def plan(
-    model: ModelName, cluster: ClusterName, batch: Batch = None, seq: Seq = None, dtype: DType = None, pin: PinTexts = None, budget: Budget = 30.0,
-    max_memory: MaxMemory = 0.9, out: OutFile = None, allow_gap: AllowGap = False, json: Json = False, debug: Debug = False,
+    model: ModelName, cluster: ClusterName, batch: Batch = None, seq: Seq = None, dtype: DType = None, pin: PinTexts = None,
+    micro_batches: MicroBatches = 1, offload: Offload = False, budget: Budget = 30.0, max_memory: MaxMemory = 0.9, out: OutFile = None, allow_gap: AllowGap = False, json: Json = False, debug: Debug = False,
 ) -> int:  # fmt: skip
     """Find the best layout of MODEL on a cluster. Needs no device, no weights and no network."""
     machines = Cluster.parse(cluster)
-    pins = checked_pins(pin, machines)
+    check_name(model)
+    asked = Asked(pins=checked_pins(pin, machines), micro_batches=micro_batches, offload=offload, dtype=dtype or default_dtype(machines))
     checked_share("--budget", budget, LONGEST_BUDGET_S)
     checked_share("--max-memory", max_memory, 1.0)
     _check_writable(out)
-    precision = dtype or default_dtype(machines)
     with working("loading torch") as progress:
         from autopar.models.load import load_model
 
-        loaded = load_model(model, batch=global_batch(batch, machines), seq=seq, device="meta", dtype=precision)
-        found, seconds = search(loaded, machines, pins, budget_s=budget, max_memory=max_memory, progress=progress)
+        loaded = load_model(model, batch=global_batch(batch, machines, micro_batches), seq=seq, device="meta", dtype=asked.dtype)
+        found, seconds = search(loaded, machines, asked, budget_s=budget, max_memory=max_memory, progress=progress)
     if out is not None:
         _save(found, out)
     if json:
@@ -61,7 +65,7 @@ def plan(
     else:
         from autopar.cli.plan_page import print_plan
 
-        given = _Given(model, cluster, batch, seq, precision, pins, out)
+        given = _Given(model, cluster, batch, seq, asked, out)
         print_plan(output(), found, machines, tokens=_counts_tokens(loaded), next_command=given.next_command(loaded))
     return BUDGET_ENDED if found.proof.status.startswith("budget") and not allow_gap else 0
 
@@ -72,14 +76,15 @@ def default_dtype(cluster: Cluster) -> str:
 
 
 def search(
-    loaded: "LoadedModel", cluster: Cluster, pins: Sequence[str], *, budget_s: float = 30.0, max_memory: float = 0.9, progress: Any
+    loaded: "LoadedModel", cluster: Cluster, asked: Asked, *, budget_s: float = 30.0, max_memory: float = 0.9, progress: Any
 ) -> tuple[Plan, dict[str, float]]:
     """The plan, under the name its model was given on the command line, and the seconds of tracing and searching."""
     from autopar.api import plan_timed
 
     found, seconds = plan_timed(
-        loaded.module, cluster, loaded.kwargs, pins=pins, tokens=loaded.tokens_per_batch, time_limit_s=budget_s, max_memory=max_memory, progress=progress
-    )
+        loaded.module, cluster, loaded.kwargs, pins=asked.pins, micro_batches=asked.micro_batches, offload=asked.offload, tokens=loaded.tokens_per_batch,
+        time_limit_s=budget_s, max_memory=max_memory, progress=progress,
+    )  # fmt: skip
     return replace(found, model=loaded.name), seconds
 
 
@@ -90,13 +95,10 @@ def _counts_tokens(loaded: "LoadedModel") -> bool:
 class _Given:
     """The command line as it was given, to say how it goes on."""
 
-    def __init__(
-        self, model: str, cluster: str, batch: int | None, seq: int | None, dtype: str, pins: Sequence[str], out: Path | None
-    ) -> None:
-        self._model, self._out, self._dtype = model, out, dtype
+    def __init__(self, model: str, cluster: str, batch: int | None, seq: int | None, asked: Asked, out: Path | None) -> None:
+        self._model, self._out, self._asked = model, out, asked
         options: list[tuple[str, object]] = [("--cluster", cluster), ("--batch", batch), ("--seq", seq)]
         self._shape = [f"{name} {value}" for name, value in options if value is not None]
-        self._pins = [f"--pin {text!r}" if "*" in text else f"--pin {text}" for text in pins]
 
     def next_command(self, loaded: "LoadedModel") -> str:
         """Prove the plan where this machine can; else keep it, or prove the smallest model of its kind."""
@@ -104,10 +106,10 @@ class _Given:
 
         elements = sum(p.numel() for p in loaded.module.parameters())
         if not too_large(elements, num_ranks=1):
-            plan = [f"--plan {self._out}"] if self._out and self._dtype == "float32" else self._pins
+            plan = [f"--plan {self._out}"] if self._out and self._asked.dtype in VERIFIED_DTYPES else self._asked.options()
             return " ".join(["autopar verify", self._model, *self._shape, *plan])
         if self._out is None:
-            return " ".join(["autopar plan", self._model, *self._shape, *self._pins, "-o plan.json"])
+            return " ".join(["autopar plan", self._model, *self._shape, *self._asked.options(), "-o plan.json"])
         return f"autopar verify {_tiny_relative(self._model)} --cluster local:4"
 
 

@@ -1,5 +1,7 @@
 """The page that `autopar plan` prints."""
 
+from collections import Counter
+
 from rich.console import Console
 from rich.table import Table
 
@@ -29,6 +31,7 @@ def print_plan(page: Console, plan: Plan, cluster: Cluster, *, tokens: bool, nex
     lines = [
         ("time", f"{time}{rate}; MFU {p.mfu:.1%}"),
         ("memory", f"{memory} + {size(p.activation_bytes)} activations"),
+        *_residency(plan),
         ("communication", f"{size(p.communicated_bytes)} into collectives per device and step"),
         ("proof", _proof(plan)),
         *(("note", note) for note in _notes(plan)),
@@ -37,6 +40,24 @@ def print_plan(page: Console, plan: Plan, cluster: Cluster, *, tokens: bool, nex
         page.print(f"{name:<15}{text}")
     page.print()
     page.print(f"next: {next_command}")
+
+
+def _residency(plan: Plan) -> list[tuple[str, str]]:
+    """What is done about memory and batch, where anything is."""
+    kept, found = plan.residency, []
+    for zero, number in sorted(Counter(kept.zero.values()).items(), key=lambda item: (item[0].stage, item[0].axes)):
+        axes = " and ".join(plan.mesh.names[a] for a in zero.axes)
+        found.append(("ZeRO", f"stage {zero.stage} over {axes}: {number} of {len(plan.params)} parameters"))
+    if kept.recompute:
+        modes = ", ".join(f"{number} block{'s' * (number > 1)} {mode}" for mode, number in sorted(Counter(kept.recompute.values()).items()))
+        found.append(("recompute", f"{modes}; {count(plan.predicted.recomputed_flops)} flops more per device and step"))
+    if kept.micro_batches > 1:
+        found.append(("microbatches", f"{kept.micro_batches} a step"))
+    if kept.precision.master is not None:
+        found.append(("master", f"{kept.precision.master} copy of the weights, updated by the optimizer{', on the host' if kept.offload else ''}"))
+    elif kept.offload:
+        found.append(("offload", "the optimizer's state is on the host"))
+    return found
 
 
 def _axes_table(plan: Plan, cluster: Cluster) -> Table:

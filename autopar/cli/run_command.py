@@ -9,16 +9,20 @@ import typer
 
 from autopar.cli.console import output, print_json, working
 from autopar.cli.options import (
+    Asked,
     Batch,
     ClusterName,
     Debug,
     Json,
+    MicroBatches,
     ModelName,
+    Offload,
     PinTexts,
     PlanFile,
     Seed,
     Seq,
     Steps,
+    asked_for,
     checked_pins,
     checked_share,
     global_batch,
@@ -27,22 +31,24 @@ from autopar.cli.options import (
 from autopar.core.cluster import Cluster
 from autopar.core.plan import Plan
 from autopar.errors import PlanMismatchError, UsageError, VerificationError
+from autopar.models.load import check_name
 
 if TYPE_CHECKING:
     from autopar.cli.training import Job
 
 MAX_TEXT_BYTES = 16 << 20
-LOSS_TOLERANCE = 1e-3
-"""Relative. float32 with Adam is near 1e-6 after a few steps; a gradient that is wrong shows far above this."""
+LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
+"""Relative. float32 with Adam is near 1e-6 after a few steps; a gradient that is wrong shows far above this. A bfloat16 carries 8 bits."""
 
 LearningRate = Annotated[float, typer.Option("--lr", help="Of AdamW.")]
 TextFile = Annotated[Path | None, typer.Option("--text", help="File whose bytes are the tokens. [default: the manual that Python brings along]")]
+DType = Annotated[str | None, typer.Option("--dtype", help="float32 or bfloat16 (with float32 master weights). [default: the plan's, else float32]")]
 Compare = Annotated[bool, typer.Option("--compare/--no-compare", help="Train in one process too, and show both losses.")]
 
 
 def run(
-    model: ModelName, cluster: ClusterName, plan: PlanFile = None, pin: PinTexts = None, batch: Batch = None, seq: Seq = None, steps: Steps = 10,
-    lr: LearningRate = 1e-3, text: TextFile = None, compare: Compare = True, seed: Seed = 0, json: Json = False, debug: Debug = False,
+    model: ModelName, cluster: ClusterName, plan: PlanFile = None, pin: PinTexts = None, micro_batches: MicroBatches = 1, offload: Offload = False,
+    batch: Batch = None, seq: Seq = None, dtype: DType = None, steps: Steps = 10, lr: LearningRate = 1e-3, text: TextFile = None, compare: Compare = True, seed: Seed = 0, json: Json = False, debug: Debug = False,
 ) -> int:  # fmt: skip
     """Train MODEL on the processes of local:N, by a plan, with real gloo communication. Exit 5 if the losses are not those of one process."""
     machines = Cluster.parse(cluster)
@@ -50,25 +56,29 @@ def run(
         raise UsageError(f"--cluster {cluster}: run starts processes on this machine; use local:N, or torchrun with autopar.parallelize elsewhere")
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         raise UsageError("run starts its processes itself; call it without torchrun")
+    check_name(model)
     checked_share("--lr", lr, 1e6)
-    pins = checked_pins(pin, machines)
-    given = None if plan is None else read_plan(plan, machines, pins)
+    if dtype not in (None, *LOSS_TOLERANCE):
+        raise UsageError(f"--dtype {dtype}: run trains in {' or '.join(LOSS_TOLERANCE)}")
+    asked = Asked(pins=checked_pins(pin, machines), micro_batches=micro_batches, offload=offload)
+    given = None if plan is None else read_plan(plan, machines, asked)
+    kind = asked_for(given, dtype, "float32")
     corpus = None if text is None else _read(text)
     with working("loading torch") as progress:
         from autopar.cli.plan_command import search
         from autopar.cli.training import Job, draws_random_numbers, on_one_process, token_input
         from autopar.models.load import load_model
 
-        size = global_batch(batch, machines)
-        shapes = load_model(model, batch=size, seq=seq)
+        size = global_batch(batch, machines, given.residency.micro_batches if given else micro_batches)
+        shapes = load_model(model, batch=size, seq=seq, dtype=kind)
         reads = token_input(shapes) is not None
         if corpus is not None and not reads:
             raise UsageError(f"--text {text}: {model} does not read text; leave it out to train on random numbers")
         dice_off = compare and draws_random_numbers(shapes.module)
         shapes.module.train(not dice_off)
-        found = given or search(shapes, machines, pins, progress=progress)[0]
+        found = given or search(shapes, machines, asked, progress=progress)[0]
         job = Job(
-            model=model, cluster=cluster, plan=found.to_json(), batch=size, seq=seq, steps=steps, lr=lr, seed=seed,
+            model=model, cluster=cluster, plan=found.to_json(), batch=size, seq=seq, dtype=kind, steps=steps, lr=lr, seed=seed,
             train=not dice_off, text=None if not reads else _manual() if corpus is None else corpus,
         )  # fmt: skip
         next(job.batches(shapes))  # a text that is too short is refused before anything is trained
@@ -83,7 +93,7 @@ def run(
         print_json(
             {"model": model, "cluster": machines.name, "layout": found.summary(), "losses": losses, "one_process": expected, "max_difference": worst}
         )
-    return VerificationError.exit_code if worst is not None and worst > LOSS_TOLERANCE else 0
+    return VerificationError.exit_code if worst is not None and worst > LOSS_TOLERANCE[kind] else 0
 
 
 def _read(path: Path) -> bytes:
@@ -115,7 +125,7 @@ def _train(job: "Job", plan: Plan, show: Callable[[int, float], None]) -> list[f
     try:
         launch(on_rank, plan.mesh.num_ranks, job, on_message=arrived, preload=PRELOAD)
     except PlanMismatchError as error:
-        raise PlanMismatchError(f"{error}; for run a plan is made with --dtype float32, and if the model has dropout run with --no-compare") from error
+        raise PlanMismatchError(f"{error}; for run a plan is made with --dtype float32 or bfloat16, and if the model has dropout run with --no-compare") from error
     return losses
 
 
@@ -143,7 +153,7 @@ def _print_training(job: "Job", plan: Plan, expected: list[float] | None) -> lis
     losses = _train(job, plan, row)
     worst = _worst(losses, expected)
     if worst is not None:
-        page.print(f"largest difference {worst:.1e} of the loss: {'the same training' if worst <= LOSS_TOLERANCE else 'NOT the same training'}")
+        page.print(f"largest difference {worst:.1e} of the loss: {'the same training' if worst <= LOSS_TOLERANCE[job.dtype] else 'NOT the same training'}")
     return losses
 
 

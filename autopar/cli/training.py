@@ -3,12 +3,13 @@
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from autopar.api import parallelize
 from autopar.core.cluster import Cluster
@@ -31,6 +32,7 @@ class Job:
     plan: str
     batch: int
     seq: int | None
+    dtype: str = "float32"
     steps: int
     lr: float
     seed: int
@@ -39,7 +41,7 @@ class Job:
 
     def load(self) -> LoadedModel:
         """The model with weights, the same in every process that asks."""
-        return load_model(self.model, batch=self.batch, seq=self.seq, device="cpu", dtype="float32", train=self.train, seed=self.seed)
+        return load_model(self.model, batch=self.batch, seq=self.seq, device="cpu", dtype=self.dtype, train=self.train, seed=self.seed)
 
     def batches(self, loaded: LoadedModel) -> Iterator[dict[str, Any]]:
         """One global batch per step: windows of the text at random places, or the one random batch of a model without tokens."""
@@ -53,8 +55,8 @@ class Job:
             ids, following = window[:, :-1].contiguous(), window[:, 1:].contiguous()
             yield loaded.kwargs | {name: ids, "labels": following if name == "inputs" else ids.clone()}
 
-    def optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=self.lr)
+    def optimizer(self, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([p for p in params if p.requires_grad], lr=self.lr)
 
 
 def token_input(loaded: LoadedModel) -> str | None:
@@ -94,18 +96,23 @@ def draws_random_numbers(module: nn.Module) -> bool:
 
 
 def on_one_process(job: Job, progress: Callable[[str], None]) -> list[float]:
-    """The losses of plain PyTorch."""
+    """The losses of plain PyTorch; 16-bit weights are updated through float32 copies."""
     loaded = job.load()
-    optimizer = job.optimizer(loaded.module)
+    kept = master_copies(loaded.module) if job.dtype == "bfloat16" else {}
+    optimizer = job.optimizer(kept.values() or loaded.module.parameters())
     losses = []
     for step, batch in enumerate(job.batches(loaded), start=1):
         progress(f"one process, step {step} of {job.steps}")
         optimizer.zero_grad()
-        loss = loss_of(loaded.module(**batch))
+        loss = loss_of(functional_call(loaded.module, {name: p.bfloat16() for name, p in kept.items()}, kwargs=batch, tie_weights=True))
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
     return losses
+
+
+def master_copies(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: nn.Parameter(p.detach().float(), p.requires_grad) for name, p in module.named_parameters()}
 
 
 def loss_of(output: Any) -> torch.Tensor:
@@ -123,7 +130,7 @@ def on_rank(worker: Worker, job: Job) -> None:
         warnings.simplefilter("ignore")  # as in the process that started it
     loaded = job.load()
     module = parallelize(loaded.module, Cluster.parse(job.cluster), loaded.kwargs, plan=Plan.from_json(job.plan), seed=job.seed)
-    optimizer = job.optimizer(module)
+    optimizer = job.optimizer(module.parameters())
     for batch in job.batches(loaded):
         optimizer.zero_grad()
         loss = float(module.train_step(batch))

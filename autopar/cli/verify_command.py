@@ -6,16 +6,20 @@ import typer
 
 from autopar.cli.console import output, print_json, working
 from autopar.cli.options import (
+    Asked,
     Batch,
     ClusterName,
     Debug,
     Json,
+    MicroBatches,
     ModelName,
+    Offload,
     PinTexts,
     PlanFile,
     Seed,
     Seq,
     Steps,
+    asked_for,
     checked_pins,
     global_batch,
     read_plan,
@@ -24,6 +28,7 @@ from autopar.cli.units import count, size
 from autopar.core.cluster import Cluster
 from autopar.core.plan import Plan
 from autopar.errors import PlanMismatchError, UsageError, VerificationError
+from autopar.models.load import check_name
 
 if TYPE_CHECKING:
     from autopar.verification import VerifyReport
@@ -32,35 +37,39 @@ BYTES_PER_ELEMENT = 8 * 4
 """Weights, gradients and the two moments of Adam in float64."""
 
 MEMORY_SHARE = 0.6
-DTYPES = ("float64", "float32")
+DTYPES = ("float64", "float32", "bfloat16")
 
-Precision = Annotated[str, typer.Option("--dtype", help="What both runs compute in: float64 or float32.")]
+Precision = Annotated[
+    str | None, typer.Option("--dtype", help="What both runs compute in: float64, float32 or bfloat16. [default: bfloat16 for a plan of that, else float64]")
+]
 
 
 def verify(
-    model: ModelName, cluster: ClusterName, plan: PlanFile = None, pin: PinTexts = None, batch: Batch = None, seq: Seq = None,
-    dtype: Precision = "float64", steps: Steps = 10, seed: Seed = 0, json: Json = False, debug: Debug = False,
+    model: ModelName, cluster: ClusterName, plan: PlanFile = None, pin: PinTexts = None, micro_batches: MicroBatches = 1, offload: Offload = False,
+    batch: Batch = None, seq: Seq = None, dtype: Precision = None, steps: Steps = 10, seed: Seed = 0, json: Json = False, debug: Debug = False,
 ) -> int:  # fmt: skip
     """Train MODEL both ways, parallel and in one process, and compare loss, every gradient and every parameter. Exit 5 if they differ."""
     machines = Cluster.parse(cluster)
-    if dtype not in DTYPES:
-        raise UsageError(f"--dtype {dtype}: the comparison is made in {' or '.join(DTYPES)}")
-    pins = checked_pins(pin, machines)
-    given = None if plan is None else read_plan(plan, machines, pins)
+    check_name(model)
+    if dtype not in (None, *DTYPES):
+        raise UsageError(f"--dtype {dtype}: the comparison is made in {', '.join(DTYPES)}")
+    asked = Asked(pins=checked_pins(pin, machines), micro_batches=micro_batches, offload=offload)
+    given = None if plan is None else read_plan(plan, machines, asked)
+    narrow = asked_for(given, "bfloat16" if dtype == "bfloat16" else None, "float32")
     with working("loading torch") as progress:
         from autopar.api import verify as compare
         from autopar.cli.plan_command import search
         from autopar.models.load import load_model
 
-        samples = global_batch(batch, machines)
+        samples = global_batch(batch, machines, given.residency.micro_batches if given else micro_batches)
         shapes = load_model(model, batch=samples, seq=seq)
         _check_size(model, sum(p.numel() for p in shapes.module.parameters()), machines.num_devices)
-        loaded = load_model(model, batch=samples, seq=seq, device="cpu", dtype="float32", seed=seed)
-        found = given or search(loaded, machines, pins, progress=progress)[0]
+        loaded = load_model(model, batch=samples, seq=seq, device="cpu", dtype=narrow, seed=seed)
+        found = given or search(loaded, machines, asked, progress=progress)[0]
         try:
-            report = compare(loaded.module, found, loaded.kwargs, steps=steps, dtype=dtype, progress=progress)
+            report = compare(loaded.module, found, loaded.kwargs, steps=steps, dtype=dtype or ("bfloat16" if narrow == "bfloat16" else "float64"), progress=progress)
         except PlanMismatchError as error:
-            raise PlanMismatchError(f"{error}; for verify a plan is made with --dtype float32") from error
+            raise PlanMismatchError(f"{error}; for verify a plan is made with --dtype float32 or bfloat16") from error
     if json:
         print_json({"model": model, "cluster": machines.name, "layout": found.summary(), **report.to_dict()})
     else:

@@ -8,6 +8,7 @@ from typing import Any
 from autopar.core.layout import Layout, parse_placement
 from autopar.core.mesh import Mesh, MeshAxis
 from autopar.core.residency import Precision, Residency
+from autopar.core.units import size
 from autopar.core.zero import Zero
 from autopar.errors import FileFormatError, LayoutError, PlanMismatchError, UsageError
 
@@ -141,8 +142,8 @@ class Plan:
         """Raise PlanMismatchError unless the plan was made for the graph with this digest."""
         if digest != self.graph_digest:
             raise PlanMismatchError(
-                f"the plan was made for {self.model} (graph {self.graph_digest}), not for {model} (graph {digest}) at these input shapes; "
-                "plan again with the same model, batch and sequence length"
+                f"the plan was made for {self.model} (graph {self.graph_digest}), not for {model} (graph {digest}) at these input shapes and dtypes; "
+                "plan again with the same model, batch, sequence length and dtype"
             )
 
     def summary(self) -> str:
@@ -160,7 +161,7 @@ class Plan:
         p = self.predicted
         return (
             f"{self.model} on {self.cluster}: {self.summary()}, predicted {p.step_time_s * 1e3:.1f} ms/step, "
-            f"{p.peak_memory_bytes / 2**30:.2f} GiB, gap {self.proof.gap:.2%} ({self.proof.status})"
+            f"{size(p.peak_memory_bytes)}, gap {self.proof.gap:.2%} ({self.proof.status})"
         )
 
 

@@ -115,3 +115,24 @@ def format_quantity(value: float, dimension: Dimension) -> str:
 
 def _number(value: float) -> str:
     return repr(int(value)) if float(value).is_integer() and abs(value) < 1e15 else repr(float(value))
+
+
+SIZES = ((2.0**40, "TiB"), (2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"))
+
+
+def size(num_bytes: float) -> str:
+    """`5.53 MiB`: memory as a report says it, in the largest binary unit that is not above it, three digits."""
+    return scaled(num_bytes, SIZES) or f"{num_bytes:.0f} B"
+
+
+def scaled(value: float, units: tuple[tuple[float, str], ...]) -> str:
+    """The value in the first unit that is not above it; empty where all are."""
+    for scale, unit in units:
+        if value >= scale:
+            return f"{_digits(value / scale)} {unit}"
+    return ""
+
+
+def _digits(value: float) -> str:
+    """Three digits, all of them where there are more before the point."""
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"

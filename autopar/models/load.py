@@ -71,15 +71,14 @@ def load_model(
     fields of the configuration. `ragged` ends token labels in -100, differently in each row. Where the configuration
     asks for a random choice in Python (LayerDrop, SpecAugment), it is turned off: a graph holds one path only.
     """
+    check_name(spec)
     request = _checked(batch, seq, device, dtype, seed, ragged, overrides)
     if spec in catalog.names():
         module, example = _from_preset(catalog.preset(spec), request)
-    elif os.path.exists(spec) or spec.endswith(".json"):  # unlike Path.exists, never raises on a strange text
+    elif _is_file(spec):
         module, example = _from_file(Path(spec), request)
-    elif FUNCTION.fullmatch(spec):
-        module, example = _from_function(spec, request)
     else:
-        raise UsageError(f"model {shown(spec)} is unknown; {catalog.hint(spec)}")
+        module, example = _from_function(spec, request)
     return LoadedModel(
         module=module.train(train),
         kwargs=example.kwargs,
@@ -87,6 +86,16 @@ def load_model(
         tokens_per_batch=example.tokens,
         labels_kind=example.labels_kind,
     )
+
+
+def check_name(spec: str) -> None:
+    """Raise UsageError unless `spec` can name a model. Quick: nothing is imported and no model built."""
+    if not (spec in catalog.names() or _is_file(spec) or FUNCTION.fullmatch(spec)):
+        raise UsageError(f"model {shown(spec)} is unknown; {catalog.hint(spec)}")
+
+
+def _is_file(spec: str) -> bool:
+    return os.path.exists(spec) or spec.endswith(".json")  # unlike Path.exists, never raises on a strange text
 
 
 def _checked(

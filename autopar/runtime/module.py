@@ -128,11 +128,12 @@ class ParallelModule(nn.Module):
         for leaf in self._store.leaves.values():
             leaf.grad = None
 
-    def train_step(self, batch: dict[str, Any] | tuple) -> torch.Tensor:
+    def train_step(self, batch: dict[str, Any] | tuple, *, scaler: torch.amp.GradScaler | None = None) -> torch.Tensor:
         """Forward and backward of one global batch, in the plan's number of microbatches; returns the loss of the whole batch.
 
         Microbatches count by what their loss is a mean over (tokens), so that unequal ones add up to the gradient of the batch.
-        The optimizer step is the caller's.
+        The optimizer step is the caller's. `scaler` scales what is differentiated, not what is returned; its `step` and `update` then
+        come to the same verdict on every rank, since it looks at gradients that are DTensors.
         """
         pieces = split_batch(batch, self._program.residency.micro_batches)
         weights = loss_weights(self._traced, pieces)
@@ -140,17 +141,17 @@ class ParallelModule(nn.Module):
         for n, (piece, weight) in enumerate(zip(pieces, weights)):
             if n + 1 < len(pieces):
                 with self.no_sync():
-                    total = total + self._micro_step(piece, weight)
+                    total = total + self._micro_step(piece, weight, scaler)
             else:
-                total = total + self._micro_step(piece, weight)
+                total = total + self._micro_step(piece, weight, scaler)
         return total
 
-    def _micro_step(self, batch: dict[str, Any] | tuple, weight: float) -> torch.Tensor:
+    def _micro_step(self, batch: dict[str, Any] | tuple, weight: float, scaler: torch.amp.GradScaler | None) -> torch.Tensor:
         out = self(**batch) if isinstance(batch, dict) else self(*batch)
         flat, _ = pytree.tree_flatten(out)
         position = self._program.graph.outputs.index(self._program.graph.seeds[0])
         loss = flat[position] if weight == 1.0 else flat[position] * weight
-        loss.backward()
+        (loss if scaler is None else scaler.scale(loss)).backward()
         return loss.detach()
 
     @property

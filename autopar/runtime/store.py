@@ -233,7 +233,7 @@ class Store:
                 units.append(ShardedUnit(self.rank, self.names(kind.axes), parts, [position[v] for v in members], leaves, flat.buffer if alone else None, kind.dtype,
                                          partial(scatter, bucket)))  # fmt: skip
             found[segment] = Units(units)
-        link(list(found.values()))
+        link(found, self.program.backward_segments)
         return found, buckets
 
 

@@ -1,6 +1,7 @@
 """ZeRO-3 on a real rank: the weights of a block are gathered in one collective before it runs, and again for its backward."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from autopar.runtime.parts import Parts
 from autopar.runtime.rank import Rank
 
 Scatter = Callable[[Sequence[torch.Tensor]], None]
-"""What takes the gradients of the gathered weights."""
+"""What takes the gradients of a unit's gathered weights."""
 
 
 class ShardedUnit:
@@ -25,34 +26,13 @@ class ShardedUnit:
         self.rank, self.axes, self.parts, self.positions, self.leaves = rank, axes, parts, tuple(positions), list(leaves)
         self.flat, self.dtype, self.scatter = flat, dtype, scatter
         self._pending: tuple[torch.Tensor, Any] | None = None
-        self._again: list[torch.Tensor] | None = None
-
-    def gather(self, args: Sequence[Any]) -> tuple[list[Any], list[torch.Tensor]]:
-        weights = list(_Gather.apply(self, *(args[p] for p in self.positions)))
-        given = list(args)
-        for p, w in zip(self.positions, weights):
-            given[p] = w
-        return given, weights
-
-    def again(self) -> list[torch.Tensor]:
-        if self._again is None:
-            with torch.no_grad():
-                self._again = self.fetch()
-        return self._again
-
-    @property
-    def gathered_again(self) -> bool:
-        return self._again is not None
 
     @property
     def trains(self) -> bool:
         return any(leaf.requires_grad for leaf in self.leaves)
 
-    def drop(self) -> None:
-        self._again = None
-
     def start(self) -> None:
-        """Begin to gather; `fetch` completes it."""
+        """Begin to gather, unless that is under way."""
         if self._pending is not None:
             return
         exchange = self.rank.exchanges[self.axes]
@@ -70,9 +50,8 @@ class ShardedUnit:
             view.copy_(self.rank.on_device(leaf.detach()))
         return row
 
-    def fetch(self) -> list[torch.Tensor]:
-        """The whole weights."""
-        self.start()
+    def wait(self) -> list[torch.Tensor]:
+        """The whole weights of a gather that was started."""
         assert self._pending is not None
         rows, work = self._pending
         self._pending = None
@@ -82,66 +61,94 @@ class ShardedUnit:
     def forget(self) -> None:
         """Drop what was fetched ahead and never used: the parameters may have changed since."""
         if self._pending is not None:
-            self._pending[1].wait()
-        self._pending = self._again = None
+            self.wait()
 
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, unit: ShardedUnit, *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.unit = unit
-        ctx.set_materialize_grads(False)
-        unit.drop()
-        return tuple(unit.fetch())
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[None, ...]:
-        unit = ctx.unit
-        unit.drop()
-        unit.scatter([torch.zeros(cut.shape, dtype=unit.dtype, device=unit.rank.device) if g is None else g for cut, g in zip(unit.parts.cuts, grads)])
-        return (None,) * (len(grads) + 1)
+    def reduce(self, grads: Sequence[torch.Tensor | None]) -> None:
+        """Hand on the gradients of the whole weights; one that got none counts as zeros."""
+        self.scatter([torch.zeros(cut.shape, dtype=self.dtype, device=self.rank.device) if g is None else g for cut, g in zip(self.parts.cuts, grads)])
 
 
 class Units:
-    """All that is gathered for one segment. `before` and `after`: the segments next to it that gather something, whose weights are
-    fetched while this one computes."""
+    """All that is gathered for one segment. `before` and `after` are its neighbours in program order, fetched ahead of time."""
 
     def __init__(self, units: Sequence[ShardedUnit]) -> None:
         self.units = tuple(units)
+        self.positions = [p for unit in units for p in unit.positions]
         self.before: Units | None = None
         self.after: Units | None = None
+        self._again: list[torch.Tensor] | None = None
+
+    @property
+    def trains(self) -> bool:
+        return any(unit.trains for unit in self.units)
 
     def gather(self, args: Sequence[Any]) -> tuple[list[Any], list[torch.Tensor]]:
-        given, weights = list(args), []
-        for unit in self.units:
-            given, more = unit.gather(given)
-            weights += more
-        self._fetch_ahead(self.before if self.units[0].rank.replaying else self.after)
+        given, weights = list(args), list(_Gather.apply(self, *(args[p] for p in self.positions)))
+        for p, w in zip(self.positions, weights):
+            given[p] = w
         return given, weights
 
     def again(self) -> list[torch.Tensor]:
-        """Gathers when it is first asked in a backward; then the same until the gradients are complete."""
-        first = not any(unit.gathered_again for unit in self.units)
-        found = [w for unit in self.units for w in unit.again()]
-        if not first:
-            return found
-        self._fetch_ahead(self.before)
-        for unit in self.after.units if self.after is not None else ():
-            if not unit.trains:  # no gradient says when the weights of a frozen segment are done with
-                unit.drop()
-        return found
+        """The weights for the backward, in the order of `gather`; there until all their gradients are."""
+        if self._again is None:
+            with torch.no_grad():
+                self._again = self.fetch(self.before)
+            if self.after is not None and not self.after.trains:
+                self.after.drop()
+        return self._again
 
-    @staticmethod
-    def _fetch_ahead(neighbour: "Units | None") -> None:
-        for unit in neighbour.units if neighbour is not None else ():
-            unit.start()
+    def drop(self) -> None:
+        self._again = None
 
     def forget(self) -> None:
+        """Start anew: what an abandoned pass has left is no longer true."""
+        self.drop()
         for unit in self.units:
             unit.forget()
 
+    def start(self) -> None:
+        for unit in self.units:
+            unit.start()
 
-def link(units: Sequence[Units]) -> None:
-    """Tell every segment its neighbours in program order."""
-    for first, second in zip(units, units[1:]):
-        first.after, second.before = second, first
+    def fetch(self, ahead: "Units | None") -> list[torch.Tensor]:
+        """The whole weights; the gather of `ahead` is under way when this returns."""
+        self.start()
+        if ahead is not None:
+            ahead.start()
+        return [w for unit in self.units for w in unit.wait()]
+
+    def parts_of(self, values: Sequence[Any]) -> Iterator[tuple[ShardedUnit, Sequence[Any]]]:
+        """Every unit with its stretch of what stands in the order of `gather`."""
+        start = 0
+        for unit in self.units:
+            yield unit, values[start : start + len(unit.positions)]
+            start += len(unit.positions)
+
+
+class _Gather(torch.autograd.Function):
+    """Stored parts to whole weights; its backward runs when the gradients of all are there."""
+
+    @staticmethod
+    def forward(ctx: Any, units: Units, *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.units = units
+        ctx.set_materialize_grads(False)
+        units.drop()
+        weights = units.fetch(units.before if units.units[0].rank.replaying else units.after)
+        ctx.mark_non_differentiable(*(w for w, part in zip(weights, parts) if not part.requires_grad))
+        return tuple(weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[None, ...]:
+        ctx.units.drop()
+        for unit, mine in ctx.units.parts_of(grads):
+            if unit.trains:
+                unit.reduce(mine)
+        return (None,) * (len(grads) + 1)
+
+
+def link(units: Mapping[int, Units], backward: Sequence[bool]) -> None:
+    """Tell the units of every segment their neighbours; in the backward only those follow whose segment has one."""
+    for first, second in pairwise(units.values()):
+        first.after = second
+    for first, second in pairwise(found for segment, found in units.items() if backward[segment]):
+        second.before = first

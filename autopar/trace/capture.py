@@ -3,6 +3,7 @@
 import copy
 import inspect
 import re
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,7 +110,10 @@ def _on_meta(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[nn.
 
 def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> ExportedProgram:
     try:
-        return torch.export.export(_TensorOutputs(model), args, kwargs, strict=False).run_decompositions({})
+        with warnings.catch_warnings():
+            # torch 2.13 copies the specs it made itself, whose class it calls deprecated
+            warnings.filterwarnings("ignore", r".*LeafSpec", FutureWarning)
+            return torch.export.export(_TensorOutputs(model), args, kwargs, strict=False).run_decompositions({})
     except (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError, AttributeError, KeyError, IndexError) as error:
         raise TraceError(_explain(model, error)) from error
 

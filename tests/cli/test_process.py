@@ -21,7 +21,7 @@ SLOW_IMPORTS = ("torch", "transformers", "ortools", "networkx", "numpy")
 SUBCOMMANDS = ("plan", "verify", "run", "models", "clusters")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in SUBCOMMANDS), ["models"], ["clusters"], ["plan", "x", "-c", "nowhere"]])
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in SUBCOMMANDS), ["models"], ["clusters"], ["plan", "x", "-c", "nowhere"], *([name, "gpt2-tyni", "-c", "local:2"] for name in ("plan", "verify", "run"))])
 def test_quick_commands_import_nothing_slow(arguments: list[str]) -> None:
     code = f"import sys; from autopar.cli.main import main; main({arguments!r}); print([n for n in {SLOW_IMPORTS!r} if n in sys.modules], file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, check=True)

@@ -57,11 +57,35 @@ def test_plan_page(call: Call, tmp_path: Path) -> None:
     assert lines[-1] == f"next: autopar verify gpt2-tiny --cluster local:4 --plan {path}"
 
 
+SHARDED = ("--pin", "dp=2", "--pin", "tp=2", "--pin", "zero=2", "--pin", "recompute=full", "--micro-batches", "3", "--offload")
+
+
+def test_what_is_done_about_memory(call: Call, tmp_path: Path) -> None:
+    """On the page of the plan, in its file, and in the proof of that file: a bfloat16 plan is verified in bfloat16."""
+    path = tmp_path / "plan.json"
+    called = call("plan", "gpt2-tiny", "-c", "local:4", "--dtype", "bfloat16", *SHARDED, "-o", path)
+    assert (called.code, called.err) == (0, "")
+    said = {line.split()[0]: line.split(None, 1)[1] for line in called.out.splitlines() if " " in line}
+    assert said["ZeRO"] == "stage 2 over dp: 28 of 28 parameters"
+    assert said["recompute"].startswith("2 blocks full; ") and said["recompute"].endswith(" flops more per device and step")
+    assert said["microbatches"] == "3 a step"
+    assert said["master"] == "float32 copy of the weights, updated by the optimizer, on the host"
+    found = content(call("verify", "gpt2-tiny", "-c", "local:4", "--plan", path, "--steps", 1, "--json"))
+    assert found["equal"] is True and found["dtype"] == "bfloat16" and found["bytes_predicted"] == found["bytes_counted"] > 0
+    assert found["layout"] == "dp2(zero2) x tp2, recompute 2 full, 3 microbatches, optimizer state on the host"
+
+
+def test_a_plan_for_another_model_names_both(call: Call, plan_file: Path) -> None:
+    called = call("verify", "dlrm-tiny", "-c", "local:4", "--plan", plan_file)
+    assert called.code == 2 and "mlp-tiny" in called.err and "DLRM" in called.err
+
+
 @pytest.mark.parametrize(
     "arguments,following",
     [
         (("mlp-tiny", "-c", "local:2"), "next: autopar verify mlp-tiny --cluster local:2"),
-        (("mlp-tiny", "-c", "a10g:1x2", "--pin", "dp=2", "-o", "p.json"), "next: autopar verify mlp-tiny --cluster a10g:1x2 --pin dp=2"),
+        (("mlp-tiny", "-c", "a10g:1x2", "--pin", "dp=2", "-o", "p.json"), "next: autopar verify mlp-tiny --cluster a10g:1x2 --plan p.json"),
+        (("mlp-tiny", "-c", "local:2", "--micro-batches", "2", "--offload"), "autopar verify mlp-tiny --cluster local:2 --micro-batches 2 --offload"),
         (("llama-2-7b", "-c", "h100-sxm:1x2", "--pin", "tp=2", "--seq", "128"), "--pin tp=2 -o plan.json"),
         (("llama-2-7b", "-c", "h100-sxm:1x2", "--pin", "tp=2", "--seq", "128", "-o", "p.json"), "next: autopar verify llama-tiny --cluster local:4"),
     ],

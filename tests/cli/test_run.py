@@ -27,6 +27,17 @@ def test_text_on_four_processes(call: Call, tmp_path: Path) -> None:
 
 
 @pytest.mark.gloo
+def test_bfloat16_with_everything_that_saves_memory(call: Call) -> None:
+    """float32 copies are updated, on the host; beside one process of plain PyTorch that does the same."""
+    pins = ("--pin", "dp=2", "--pin", "zero=3", "--pin", "recompute=selective")
+    called = call("run", "gpt2-tiny", "-c", "local:2", *pins, "--micro-batches", 2, "--offload", "--dtype", "bfloat16", "--steps", 2, "--json")
+    assert (called.code, called.err) == (0, "")
+    found = json.loads(called.out)
+    assert found["layout"] == "dp2(zero3), recompute 2 selective, 2 microbatches, optimizer state on the host"
+    assert 0 < found["max_difference"] < 1e-2
+
+
+@pytest.mark.gloo
 def test_page_of_a_model_with_dropout(call: Call) -> None:
     called = call("run", "alexnet-tiny", "-c", "local:2", "--pin", "dp=2", "--steps", 2)
     assert (called.code, called.err) == (0, "")

@@ -80,7 +80,7 @@ def test_the_program_closes_what_small_tables_leave_open(random_problem, oracle)
 def test_infeasible_says_by_how_much() -> None:
     nodes = tuple(Node(f"n{i}", np.zeros(2), np.array([3.0, 5.0]) * 2**30) for i in range(2))
     edge = Edge(0, 1, np.array([[np.inf, 0.0], [0.0, 0.0]]))
-    with pytest.raises(InfeasibleError, match=r"1073741824 bytes \(1\.000 GiB\) over the limit of 7\.000 GiB"):
+    with pytest.raises(InfeasibleError, match=r"1073741824 bytes \(1\.00 GiB\) over the limit of 7\.00 GiB"):
         solve(SearchProblem(nodes, (edge,), 7.0 * 2**30))
     assert solve(SearchProblem(nodes, (edge,), 8.0 * 2**30)).memory_bytes == 8.0 * 2**30
 
