@@ -18,6 +18,10 @@ class Parts:
         self.starts = [0, *accumulate(self.lengths)][:-1]
         self.total = sum(self.lengths)
         self.padded = any(not cut.even for cut in self.cuts)
+        # What every step asks of every tensor is worked out once: a Python call a tensor is what a small model's step waits for.
+        self.straight = [cut.even and cut.dim == 0 and cut.outer == 1 for cut in self.cuts]
+        self.own_numels = [cut.numel(me) for cut in self.cuts]
+        self.own_shapes = [cut.part_shape(me) for cut in self.cuts]
 
     def rows(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Room for the tensors of all members, [ranks, total], in the order in which a reduce-scatter hands them out."""
@@ -27,8 +31,8 @@ class Parts:
     def put(self, rows: torch.Tensor, i: int, x: torch.Tensor) -> None:
         """Copy the i-th whole (working) tensor to its place."""
         cut, start, length = self.cuts[i], self.starts[i], self.lengths[i]
-        if cut.even and cut.dim == 0 and cut.outer == 1:
-            rows[:, start : start + length].copy_(x.reshape(self.ranks, length))
+        if self.straight[i]:
+            rows.narrow(1, start, length).copy_(x.reshape(self.ranks, length))
             return
         for m, part in enumerate(cut.split(x)):
             rows[m, start : start + cut.numel(m)].view(part.shape).copy_(part)
@@ -40,21 +44,21 @@ class Parts:
     def unpack(self, rows: torch.Tensor) -> list[torch.Tensor]:
         """Rows [ranks, total] of an all-gather -> whole tensors."""
         found = []
-        for cut, start, length in zip(self.cuts, self.starts, self.lengths):
-            part = rows[:, start : start + length]
-            straight = cut.even and cut.dim == 0 and cut.outer == 1
+        for cut, part, straight in zip(self.cuts, rows.split(self.lengths, 1), self.straight):
             found.append(part.reshape(cut.shape) if straight else cut.join(list(part)))
         return found
 
     def unpack_into(self, rows: torch.Tensor, whole: Sequence[torch.Tensor]) -> None:
         """`unpack` into memory that is there."""
-        for cut, start, length, out in zip(self.cuts, self.starts, self.lengths, whole):
-            part = rows[:, start : start + length]
-            if cut.even and cut.dim == 0 and cut.outer == 1:
-                out.view(self.ranks, length).copy_(part)
+        for cut, part, straight, out in zip(self.cuts, rows.split(self.lengths, 1), self.straight, whole):
+            if straight:
+                out.view(part.shape).copy_(part)
             else:
                 out.copy_(cut.join(list(part)))
 
     def own(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """This rank's parts as views of its row."""
-        return [flat[start : start + cut.numel(self.me)].view(cut.part_shape(self.me)) for cut, start in zip(self.cuts, self.starts)]
+        stretches = flat.split(self.lengths)
+        if self.padded:
+            stretches = [stretch.narrow(0, 0, n) for stretch, n in zip(stretches, self.own_numels)]
+        return [stretch.view(shape) for stretch, shape in zip(stretches, self.own_shapes)]
