@@ -9,12 +9,14 @@ if TYPE_CHECKING:
     from autopar.checkpoint.weights import load_weights, save_weights
     from autopar.core.cluster import Cluster
     from autopar.core.plan import Plan
+    from autopar.core.residency import Precision
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Cluster": "autopar.core.cluster",
     "Plan": "autopar.core.plan",
+    "Precision": "autopar.core.residency",
     "plan": "autopar.api",
     "parallelize": "autopar.api",
     "verify": "autopar.api",
@@ -25,7 +27,7 @@ _HOME = {
     "load_weights": "autopar.checkpoint.weights",
 }
 
-__all__ = ["Cluster", "Plan", "VerifyReport", "load_checkpoint", "load_weights", "parallelize", "plan", "save_checkpoint", "save_weights", "verify"]
+__all__ = ["Cluster", "Plan", "Precision", "VerifyReport", "load_checkpoint", "load_weights", "parallelize", "plan", "save_checkpoint", "save_weights", "verify"]
 
 
 def __getattr__(name: str) -> Any:
