@@ -120,7 +120,7 @@ def main(settings: Settings) -> None:
     show_runs(settings)
     print("\nefficiency when fetched at every use           published   ours")
     for what, published, ours in efficiencies():
-        print(f"  {what:<44}{published:10.1%}{ours:8.1%}")
+        print(f"  {what:<44}{f"{100 * published:.3g} %":>10}{100 * ours:8.1f} %")
 
 
 if __name__ == "__main__":
