@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor import Placement as TorchPlacement
 from torch.distributed.tensor.placement_types import _StridedShard  # private; the only DTensor form of a cut inside a cut (torch 2.13)
 
+from autopar.core.buckets import chunks
 from autopar.core.layout import I, Layout, Placement, S, U
 from autopar.errors import LayoutError
 from autopar.program import Program
@@ -21,7 +22,7 @@ from autopar.runtime.distributed import GroupExchange
 from autopar.runtime.parts import Parts
 from autopar.runtime.pieces import Cut
 from autopar.runtime.rank import Rank
-from autopar.runtime.reducer import Bucket, bucket_limit
+from autopar.runtime.reducer import Bucket
 from autopar.runtime.units import ShardedUnit, Units, link
 from autopar.runtime.weights import Weights, shard
 
@@ -235,18 +236,3 @@ class Store:
             found[segment] = Units(units)
         link(list(found.values()))
         return found, buckets
-
-
-def chunks(members: Sequence[int], size: Callable[[int], int]) -> list[list[int]]:
-    """Runs of about the size of a bucket, in order."""
-    limit = bucket_limit(sum(size(v) for v in members))
-    found: list[list[int]] = [[]]
-    filled = 0
-    for v in members:
-        if found[-1] and filled + size(v) > limit:
-            found.append([])
-            filled = 0
-        found[-1].append(v)
-        filled += size(v)
-    return found
-
