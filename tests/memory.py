@@ -63,8 +63,8 @@ def peak_of_a_step(name: str, plan: autopar.Plan, given: dict[str, Any]) -> int:
 
 def _rank(worker: Worker, cases: Sequence[Case]) -> None:
     torch.set_num_threads(1)
-    idle = held_bytes()
     for n, (name, plan, given) in enumerate(cases):
+        idle = held_bytes()
         worker.send((n, worker.rank, peak_of_a_step(name, autopar.Plan.from_json(plan), given) - idle))
 
 

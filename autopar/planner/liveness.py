@@ -19,7 +19,7 @@ from autopar.planner.storages import Step, Steps, steps_of
 from autopar.program import Program
 
 MARGIN = 0.03
-"""Of what lives within a step: alignment, scratch memory of kernels, scalars."""
+"""Of what lives within a step: alignment, scratch memory of kernels, scalars. What is being communicated counts twice: backends copy."""
 
 
 class Memory:
@@ -365,4 +365,4 @@ def memory_use(program: Program, *, one_by_one: bool = False) -> MemoryUse:
         memory.note("the optimizer step", temporaries=2 * max(stored) if one_by_one else sum(stored))
     peak = memory.peak
     passing = peak.activations + peak.temporaries + peak.communication
-    return peak.with_margin(round(MARGIN * passing))
+    return peak.with_margin(round(MARGIN * passing) + peak.communication)

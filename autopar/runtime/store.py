@@ -113,7 +113,8 @@ class Store:
         """Groups of parameters that are not used as they are stored, cut at the size of a bucket."""
         found: dict[Kind, list[int]] = {}
         first = {v: s for s, taken in reversed(list(enumerate(self.program.gathered))) for v in taken}
-        for v in self.program.graph.params:
+        in_order_of_use = (v for taken in self.program.gathered for v in taken)  # a unit's parts lie as they are gathered: no copy
+        for v in dict.fromkeys((*in_order_of_use, *self.program.graph.params)):
             kind = self.kind(v, first.get(v, -1))
             if kind.stage or kind.dtype != kind.stored or self.program.residency.offload:
                 found.setdefault(kind, []).append(v)
