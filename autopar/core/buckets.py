@@ -12,7 +12,7 @@ MIN_BUCKETS = 2
 """Gradients that would fill fewer buckets are cut into about this many, so that a small model hides its reduction too."""
 
 IN_FLIGHT = 2
-"""Buckets that are reduce-scattered at a time: the memory of the oldest is wanted back before one more is packed."""
+"""Buckets that are gathered or reduce-scattered at a time: the memory of the oldest is wanted back before one more is packed."""
 
 
 def bucket_limit(total_bytes: int) -> int:

@@ -57,10 +57,14 @@ class Group:
         return sum(h.part * h.ranks for h in self.members)
 
     @property
+    def received_bytes(self) -> int:
+        """Rows of all ranks, where there are several."""
+        return self.gathered_rows if self.members[0].ranks > 1 else 0
+
+    @property
     def in_flight_bytes(self) -> int:
         """What bringing the working copies up to date holds: what is sent, where it is no stored tensor, and what is received."""
-        sent = sum(h.part for h in self.members if h.inside or h.part != h.stored)
-        return sent + (self.gathered_rows if self.members[0].ranks > 1 else 0)
+        return sum(h.part for h in self.members if h.inside or h.part != h.stored) + self.received_bytes
 
     @property
     def copies(self) -> int:

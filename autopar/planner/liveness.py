@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from autopar.core.buckets import IN_FLIGHT
+from autopar.core.cluster import Cluster
 from autopar.core.graph import DTYPE_BYTES
 from autopar.core.memory import MemoryUse
 from autopar.cost_models.memory import adam
@@ -19,7 +20,20 @@ from autopar.planner.storages import Step, Steps, steps_of
 from autopar.program import Program
 
 MARGIN = 0.03
-"""Of what lives within a step: alignment, scratch memory of kernels, scalars. What is being communicated counts twice: backends copy."""
+"""Of what lives within a step: alignment, scratch memory of kernels, scalars."""
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What executes a step. `copies`: collectives of whole buffers work on copies, as gloo's do; `one_by_one`: the optimizer updates one
+    parameter after the other, as torch does on a CPU, elsewhere all at once with a temporary for each."""
+
+    copies: bool = False
+    one_by_one: bool = False
+
+    @classmethod
+    def of(cls, cluster: Cluster) -> "Engine":
+        return cls(copies=cluster.is_local, one_by_one=cluster.is_local)
 
 
 class Memory:
@@ -76,6 +90,7 @@ class _Walk:
     steps: Steps
     holdings: Holdings
     memory: Memory
+    engine: Engine
     saved: dict[tuple[int, int], list[int]] = field(default_factory=dict)
     inputs: dict[int, Values] = field(default_factory=dict)
     taped: dict[int, Values] = field(default_factory=dict)
@@ -184,10 +199,13 @@ class _Walk:
         for unit in reversed(self.units[s]) if back else self.units[s]:
             if self.fetched is None or self.fetched[0] is not unit:
                 self._drop([self.fetched[1]] if self.fetched is not None else [])
-                self.fetched = (unit, self.memory.new(unit.gathered_rows, "communication"))
+                self._fetch(unit, moment)
+            assert self.fetched is not None
             rows = self.fetched[1]
             ahead = self.neighbours[id(unit)][0 if back else 1]
-            self.fetched = (ahead, self.memory.new(ahead.gathered_rows, "communication")) if ahead is not None else None
+            self.fetched = None
+            if ahead is not None:
+                self._fetch(ahead, moment)
             if unit.copies:
                 found.append(self.memory.new(unit.copies, "parameters"))
                 self.memory.note(moment)
@@ -196,6 +214,19 @@ class _Walk:
                 found.append(self.memory.move(rows, "parameters"))
                 self.memory.note(moment)
         return found
+
+    def _fetch(self, unit: Group, moment: str) -> None:
+        self.fetched = (unit, self.memory.new(unit.gathered_rows, "communication"))
+        self.memory.note(moment, communication=self._copied(unit.gathered_rows))
+
+    def _copied(self, num_bytes: int) -> int:
+        return num_bytes if self.engine.copies else 0
+
+    def refresh(self) -> None:
+        """Working copies, gathered once a step."""
+        open_at_a_time = [g.in_flight_bytes + self._copied(g.received_bytes) for g in self.holdings.flats]
+        for n in range(len(open_at_a_time)):
+            self.memory.note("gathering of parameters", communication=sum(open_at_a_time[n : n + IN_FLIGHT]))
 
     # --- backward ----------------------------------------------------------------------------------------------------
 
@@ -285,7 +316,7 @@ class _Walk:
         while len(self.in_flight) >= IN_FLIGHT:
             self._collect()
         rows = memory.new(bucket.rows, "communication")
-        memory.note("reduction of gradients")
+        memory.note("reduction of gradients", communication=self._copied(bucket.rows) if bucket.stage else 0)
         if bucket.stage == 0:
             self.totals[key] = rows
         else:
@@ -345,24 +376,18 @@ def _resident(program: Program, holdings: Holdings) -> Memory:
     return Memory(parameters=parameters, optimizer=optimizer)
 
 
-def memory_use(program: Program, *, one_by_one: bool = False) -> MemoryUse:
-    """The fullest moment of a training step with AdamW on one rank.
-
-    `one_by_one`: the optimizer updates one parameter after the other, as torch does on a CPU; elsewhere all at once, with a temporary
-    for each.
-    """
+def memory_use(program: Program, engine: Engine = Engine()) -> MemoryUse:
+    """The fullest moment of a training step with AdamW on one rank."""
     holdings = Holdings(program)
     memory = _resident(program, holdings)
-    walk = _Walk(program, steps_of(program), holdings, memory)
-    if holdings.flats:
-        memory.note("gathering of parameters", communication=sum(g.in_flight_bytes for g in holdings.flats))
+    walk = _Walk(program, steps_of(program), holdings, memory, engine)
+    walk.refresh()
     times = min(program.residency.micro_batches, 3)
     for m in range(times):
         walk.forward()
         walk.backward(last=m + 1 == times)
     stored = [h.stored for h in holdings.parameters.values() if h.trained]
-    if stored and not program.residency.offload:
-        memory.note("the optimizer step", temporaries=2 * max(stored) if one_by_one else sum(stored))
+    if stored and not program.residency.offload:  # the square root of the second moment, and its quotient
+        memory.note("the optimizer step", temporaries=2 * max(stored) if engine.one_by_one else sum(stored))
     peak = memory.peak
-    passing = peak.activations + peak.temporaries + peak.communication
-    return peak.with_margin(round(MARGIN * passing) + peak.communication)
+    return peak.with_margin(round(MARGIN * (peak.activations + peak.temporaries + peak.communication)))

@@ -6,6 +6,7 @@ The two are the same memory unless ZeRO, a master copy or offload puts something
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor import Placement as TorchPlacement
 from torch.distributed.tensor.placement_types import _StridedShard  # private; the only DTensor form of a cut inside a cut (torch 2.13)
 
-from autopar.core.buckets import chunks
+from autopar.core.buckets import IN_FLIGHT, chunks
 from autopar.core.layout import I, Layout, Placement, S, U
 from autopar.errors import LayoutError
 from autopar.program import Program
@@ -170,14 +171,22 @@ class Store:
         self.leaves[v] = leaf.requires_grad_(value.meta.requires_grad)
 
     def refresh(self) -> None:
-        """Bring working copies up to date with what the optimizer left, in one gather a buffer."""
-        pending = [(flat, *self._gather(flat)) for flat in self.flats if flat.kind.stage < 3]
-        for flat, rows, work in pending:
-            if work is not None:
-                work.wait()
-            flat.parts.unpack_into(rows, [self.leaves[v].detach() for v in flat.members])
+        """Bring working copies up to date with what the optimizer left, in one gather a buffer, a few at a time."""
+        pending: list[tuple[Flat, torch.Tensor, Any]] = []
+        for flat in self.flats:
+            if flat.kind.stage < 3:
+                if len(pending) == IN_FLIGHT:
+                    self._take_in(*pending.pop(0))
+                pending.append((flat, *self._gather(flat)))
+        while pending:
+            self._take_in(*pending.pop(0))
 
-    def _gather(self, flat: Flat) -> tuple[torch.Tensor, object]:
+    def _take_in(self, flat: Flat, rows: torch.Tensor, work: Any) -> None:
+        if work is not None:
+            work.wait()
+        flat.parts.unpack_into(rows, [self.leaves[v].detach() for v in flat.members])
+
+    def _gather(self, flat: Flat) -> tuple[torch.Tensor, Any]:
         row = self._row(flat)
         if flat.parts.ranks == 1:
             return row.view(1, -1), None
