@@ -98,7 +98,7 @@ class _Walk:
     leaf: Values = field(default_factory=dict)
     totals: Values = field(default_factory=dict)
     in_flight: list[tuple[int, int, int]] = field(default_factory=list)
-    fetched: tuple[Group, int] | None = None
+    fetched: tuple[Group, int, int] | None = None
     awaited: dict[int, int] = field(default_factory=dict)
     waiting: dict[int, int] = field(default_factory=dict)
 
@@ -198,10 +198,11 @@ class _Walk:
         found = []
         for unit in reversed(self.units[s]) if back else self.units[s]:
             if self.fetched is None or self.fetched[0] is not unit:
-                self._drop([self.fetched[1]] if self.fetched is not None else [])
+                self._drop(self.fetched[1:] if self.fetched is not None else ())
                 self._fetch(unit, moment)
             assert self.fetched is not None
-            rows = self.fetched[1]
+            _, rows, copy = self.fetched
+            self.memory.drop(copy)
             ahead = self.neighbours[id(unit)][0 if back else 1]
             self.fetched = None
             if ahead is not None:
@@ -216,8 +217,9 @@ class _Walk:
         return found
 
     def _fetch(self, unit: Group, moment: str) -> None:
-        self.fetched = (unit, self.memory.new(unit.gathered_rows, "communication"))
-        self.memory.note(moment, communication=self._copied(unit.gathered_rows))
+        size = unit.gathered_rows
+        self.fetched = (unit, self.memory.new(size, "communication"), self.memory.new(self._copied(size), "communication"))
+        self.memory.note(moment)
 
     def _copied(self, num_bytes: int) -> int:
         return num_bytes if self.engine.copies else 0
@@ -316,12 +318,11 @@ class _Walk:
         while len(self.in_flight) >= IN_FLIGHT:
             self._collect()
         rows = memory.new(bucket.rows, "communication")
-        memory.note("reduction of gradients", communication=self._copied(bucket.rows) if bucket.stage else 0)
         if bucket.stage == 0:
             self.totals[key] = rows
         else:
             self.in_flight.append((key, rows, memory.new(bucket.part, "communication")))
-            memory.note("reduction of gradients")
+        memory.note("reduction of gradients", communication=self._copied(bucket.rows) if bucket.stage else 0)
         self._drop(grads)
 
     def _collect(self) -> None:
