@@ -100,7 +100,8 @@ class _Walk:
     in_flight: list[tuple[int, int, int]] = field(default_factory=list)
     fetched: tuple[Group, int, int] | None = None
     awaited: dict[int, int] = field(default_factory=dict)
-    waiting: dict[int, int] = field(default_factory=dict)
+    missing: dict[int, int] = field(default_factory=dict)
+    filling: Values = field(default_factory=dict)
 
     # --- what is known beforehand ------------------------------------------------------------------------------------
 
@@ -234,7 +235,7 @@ class _Walk:
 
     def backward(self, *, last: bool) -> None:
         self.awaited = dict(self.contributions)
-        self.waiting = {b: len(bucket.members) for b, bucket in enumerate(self.holdings.buckets)}
+        self.missing = {b: len(bucket.members) for b, bucket in enumerate(self.holdings.buckets)}
         for (s, i), storages in list(self.saved.items()):
             if not self.steps.segments[s][i].live:
                 self._drop(storages)
@@ -263,7 +264,8 @@ class _Walk:
         for n, unit in enumerate(self.units[s]):
             grads = [self.leaf.pop(h.value) for h in unit.members if h.value in self.leaf]
             if unit.trained and grads:
-                self._scatter(-1 - (s << 10) - n, unit, grads)
+                self._fill(-1 - (s << 10) - n, unit, grads)
+                self._launch(-1 - (s << 10) - n, unit)
 
     def _differentiate(self, step: Step, saved: list[int], last: bool) -> None:
         nodes, memory = self.steps.nodes, self.memory
@@ -308,22 +310,28 @@ class _Walk:
             self.leaf[v] = memory.move(storage, "gradients")
         b = self.bucket_of.get(v)
         if b is not None and (last or held.stage == 2):
-            self.waiting[b] -= 1
-            if self.waiting[b] == 0:
-                bucket = self.holdings.buckets[b]
-                self._scatter(b, bucket, [self.leaf.pop(h.value) for h in bucket.members if h.value in self.leaf])
+            bucket = self.holdings.buckets[b]
+            self._fill(b, bucket, [self.leaf.pop(v)])
+            self.missing[b] -= 1
+            if self.missing[b] == 0:
+                self._launch(b, bucket)
 
-    def _scatter(self, key: int, bucket: Group, grads: list[int]) -> None:
-        memory = self.memory
-        while len(self.in_flight) >= IN_FLIGHT:
-            self._collect()
-        rows = memory.new(bucket.rows, "communication")
+    def _fill(self, key: int, bucket: Group, grads: list[int]) -> None:
+        """Copy gradients to the rows of their bucket and drop them."""
+        if key not in self.filling:
+            while len(self.in_flight) >= IN_FLIGHT:
+                self._collect()
+            self.filling[key] = self.memory.new(bucket.rows, "communication")
+        self.memory.note("reduction of gradients")
+        self._drop(grads)
+
+    def _launch(self, key: int, bucket: Group) -> None:
+        rows = self.filling.pop(key)
         if bucket.stage == 0:
             self.totals[key] = rows
         else:
-            self.in_flight.append((key, rows, memory.new(bucket.part, "communication")))
-        memory.note("reduction of gradients", communication=self._copied(bucket.rows) if bucket.stage else 0)
-        self._drop(grads)
+            self.in_flight.append((key, rows, self.memory.new(bucket.part, "communication")))
+            self.memory.note("reduction of gradients", communication=self._copied(bucket.rows))
 
     def _collect(self) -> None:
         key, rows, part = self.in_flight.pop(0)
@@ -334,6 +342,8 @@ class _Walk:
             self.totals[key] = self.memory.move(part, "gradients")
 
     def _end(self, last: bool) -> None:
+        for key in list(self.filling):
+            self._launch(key, self.holdings.buckets[key])
         while self.in_flight:
             self._collect()
         if not last:
