@@ -6,6 +6,7 @@ from rich.table import Table
 from autopar.cli.layout import Group, axis_uses, parameter_groups
 from autopar.cli.units import count, duration, size
 from autopar.core.cluster import Cluster
+from autopar.core.memory import MemoryUse
 from autopar.core.plan import Plan
 
 MAX_ROWS = 40
@@ -25,10 +26,9 @@ def print_plan(page: Console, plan: Plan, cluster: Cluster, *, tokens: bool, nex
     page.print()
     rate = f"; {count(p.tokens_per_s)} {'tokens' if tokens else 'samples'}/s" if p.tokens_per_s else ""
     time = f"{duration(p.step_time_s)} = {duration(p.compute_s)} compute + {duration(p.communication_s)} communication"
-    memory = f"{size(p.peak_memory_bytes)} = {size(p.state_bytes)} parameters, gradients and optimizer"
     lines = [
         ("time", f"{time}{rate}; MFU {p.mfu:.1%}"),
-        ("memory", f"{memory} + {size(p.activation_bytes)} activations"),
+        ("memory", _memory(p.memory)),
         ("communication", f"{size(p.communicated_bytes)} into collectives per device and step"),
         ("proof", _proof(plan)),
         *(("note", note) for note in _notes(plan)),
@@ -37,6 +37,12 @@ def print_plan(page: Console, plan: Plan, cluster: Cluster, *, tokens: bool, nex
         page.print(f"{name:<15}{text}")
     page.print()
     page.print(f"next: {next_command}")
+
+
+def _memory(memory: MemoryUse) -> str:
+    """The parts of the fullest moment, those of nothing left out."""
+    parts = [f"{size(num_bytes)} {part}" for part, num_bytes in (*memory.parts, ("margin", memory.margin)) if num_bytes]
+    return f"{size(memory.high_bytes)} at most, {memory.moment}: {' + '.join(parts)}"
 
 
 def _axes_table(plan: Plan, cluster: Cluster) -> Table:

@@ -24,9 +24,18 @@ class MemoryUse:
     margin: int = 0
 
     @property
+    def parts(self) -> tuple[tuple[str, int], ...]:
+        """(part, bytes), margin left out."""
+        return tuple((part, getattr(self, part)) for part in PARTS)
+
+    @property
+    def state_bytes(self) -> int:
+        return self.parameters + self.gradients + self.optimizer
+
+    @property
     def expected_bytes(self) -> int:
         """All parts together: the lower end."""
-        return sum(getattr(self, part) for part in PARTS)
+        return sum(size for _, size in self.parts)
 
     @property
     def high_bytes(self) -> int:

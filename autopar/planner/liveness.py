@@ -15,6 +15,7 @@ from autopar.core.cluster import Cluster
 from autopar.core.graph import DTYPE_BYTES
 from autopar.core.memory import MemoryUse
 from autopar.cost_models.memory import adam
+from autopar.planner.allocator import Memory
 from autopar.planner.held import Group, Held, Holdings
 from autopar.planner.storages import Step, Steps, steps_of
 from autopar.program import Program
@@ -34,48 +35,6 @@ class Engine:
     @classmethod
     def of(cls, cluster: Cluster) -> "Engine":
         return cls(copies=cluster.is_local, one_by_one=cluster.is_local)
-
-
-class Memory:
-    """Storages by number, how often each is held, and the fullest moment so far."""
-
-    def __init__(self, **parts: int) -> None:
-        self.parts = {"parameters": 0, "gradients": 0, "optimizer": 0, "activations": 0, "temporaries": 0, "communication": 0, **parts}
-        self.peak = MemoryUse(moment="between steps", **self.parts)
-        self._sizes: list[tuple[int, str]] = []
-        self._count: list[int] = []
-
-    def new(self, num_bytes: int, part: str) -> int:
-        self.parts[part] += num_bytes
-        self._sizes.append((num_bytes, part))
-        self._count.append(1)
-        return len(self._count) - 1
-
-    def hold(self, storage: int) -> int:
-        self._count[storage] += 1
-        return storage
-
-    def drop(self, storage: int) -> None:
-        self._count[storage] -= 1
-        if self._count[storage] == 0:
-            num_bytes, part = self._sizes[storage]
-            self.parts[part] -= num_bytes
-
-    def shared(self, storage: int) -> bool:
-        return self._count[storage] > 1
-
-    def move(self, storage: int, part: str) -> int:
-        """Count it under another part from now on."""
-        num_bytes, before = self._sizes[storage]
-        self.parts[before] -= num_bytes
-        self.parts[part] += num_bytes
-        self._sizes[storage] = (num_bytes, part)
-        return storage
-
-    def note(self, moment: str, **passing: int) -> None:
-        """Look whether this is the fullest moment; `passing`: bytes by part that are held only now."""
-        if sum(self.parts.values()) + sum(passing.values()) > self.peak.expected_bytes:
-            self.peak = MemoryUse(moment=moment, **{part: size + passing.get(part, 0) for part, size in self.parts.items()})
 
 
 Values = dict[int, int]

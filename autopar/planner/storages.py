@@ -24,6 +24,9 @@ WHOLE_GRADIENT = ("aten.slice", "aten.narrow", "aten.select", "aten.split", "ate
 FORWARD_WORKSPACE = {"autopar.dropout": 1.0, "autopar.attention": 1.0, "autopar.token_cross_entropy": 1.0}
 """Copies of the largest tensor kept (or made) that an operator holds while it runs and drops at its end, where it is written out."""
 
+WRITTEN_OUT = ("autopar.dropout", "autopar.attention")
+"""Operators that always are; others where what they sum themselves is cut."""
+
 BACKWARD_WORKSPACE = {"aten.pow": 2.0, "autopar.attention": 2.0, "autopar.token_cross_entropy": 1.0}
 """The same for its backward: `grad * (e * x ** (e - 1))` has two products at once."""
 
@@ -152,13 +155,13 @@ class _Builder:
         saved = [operands[k] for k in range(len(operands)) if rule.keeps_operand(k, wanting) or not rule.known] + [results[j] for j in rule.saved_results]
         kept = rule.kept_bytes(strategy, program.mesh) if recorded else 0
         made = max((self.nodes[n].num_bytes for n in results), default=0)
-        cut = any(choice.kind == "cut" for choice in strategy) or op.kind.startswith(("autopar.dropout", "autopar.attention"))
+        written_out = op.kind.startswith(WRITTEN_OUT) or any(choice == ("cut", inner.factor) for choice in strategy for inner in rule.inner)
         self.steps.append(
             Step(
                 self.place, operands, results, recorded, not graph.differentiated.isdisjoint(op.results),
                 saved=tuple(dict.fromkeys(saved)) if recorded else (),
                 kept_bytes=kept,
-                workspace_bytes=round(_share(FORWARD_WORKSPACE, op.kind) * max(kept // max(len(rule.kept), 1), made)) if cut else 0,
+                workspace_bytes=round(_share(FORWARD_WORKSPACE, op.kind) * max(kept // max(len(rule.kept), 1), made)) if written_out else 0,
                 gradients=tuple(self._gradient(op, n, results) for n in operands),
                 backward_workspace_bytes=self._backward_workspace(i, operands, max(kept // max(len(rule.kept), 1), made), made),
                 contraction=kept_by_selective(op, [graph.values[v].meta for v in op.operands]),
