@@ -9,13 +9,15 @@ import torch.distributed as dist
 from torch import nn
 
 from autopar.core.cluster import Cluster
+from autopar.core.graph import OpGraph
 from autopar.core.mesh import Mesh
 from autopar.core.plan import Plan
 from autopar.core.residency import Precision
 from autopar.errors import UsageError
 from autopar.planner.bind import bind
 from autopar.planner.pins import parse_pins
-from autopar.planner.plan import MEMORY_SHARE, Options, plan_graph
+from autopar.planner.plan import plan_graph
+from autopar.planner.search import MEMORY_SHARE, Options
 from autopar.rewrite.build import build
 from autopar.runtime.distributed import connect, device_mesh
 from autopar.runtime.microbatches import batch_size, split_batch
@@ -46,6 +48,16 @@ def _trace(model: nn.Module, example_inputs: Any, micro_batches: int = 1) -> Tra
     args, kwargs = _inputs_of(model, example_inputs)
     piece = split_batch(kwargs or args, micro_batches)[0]
     return trace(model, () if kwargs else piece, piece if kwargs else {})
+
+
+def _retrace(model: nn.Module, example_inputs: Any) -> Callable[[int], OpGraph | None]:
+    """The graph of one of a number of microbatches, where the batch divides into as many."""
+
+    def graph(micro_batches: int) -> OpGraph | None:
+        args, kwargs = _inputs_of(model, example_inputs)
+        return _trace(model, example_inputs, micro_batches).graph if batch_size(kwargs or args) % micro_batches == 0 else None
+
+    return graph
 
 
 def _micro_batches(model: nn.Module, example_inputs: Any, pins: Sequence[str], given: int) -> int:
@@ -84,7 +96,7 @@ def plan_timed(model: nn.Module, cluster: Cluster, example_inputs: Any = None, *
     options = _options(model, example_inputs, **given)
     traced = _trace(model, example_inputs, options.micro_batches)
     middle = time.perf_counter()
-    planned = plan_graph(traced.graph, cluster, options, progress)
+    planned = plan_graph(traced.graph, cluster, options, progress, _retrace(model, example_inputs))
     return planned.plan, {"trace": middle - start, "search": time.perf_counter() - middle}
 
 
@@ -113,7 +125,7 @@ def parallelize(
     else:
         wanted = _options(model, example_inputs, **options)
         traced = _trace(model, example_inputs, wanted.micro_batches)
-        plan = _agree(plan_graph(traced.graph, cluster, wanted).plan)
+        plan = _agree(plan_graph(traced.graph, cluster, wanted, retrace=_retrace(model, example_inputs)).plan)
     program = bind(plan, traced.graph)
     device = device or (torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() and dist.get_backend() == "nccl" else torch.device("cpu"))
     built = build(program, traced, device)

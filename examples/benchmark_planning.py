@@ -58,7 +58,8 @@ def measure(row: str) -> Timing:
     import autopar
     from autopar.core.mesh import Mesh
     from autopar.models.load import load_model
-    from autopar.planner.plan import Options, plan_graph
+    from autopar.planner.plan import plan_graph
+    from autopar.planner.search import Options
     from autopar.rewrite.build import build
     from autopar.trace.capture import trace
 

@@ -20,7 +20,8 @@ from autopar.core.mesh import Mesh, MeshAxis
 from autopar.core.moves import COLLECTIVES, step_input_bytes
 from autopar.cost_models.collectives import collective_seconds
 from autopar.models.own import Transformer
-from autopar.planner.plan import Options, plan_graph
+from autopar.planner.plan import plan_graph
+from autopar.planner.search import Options
 from autopar.program import Program
 from autopar.trace.capture import trace
 

@@ -12,7 +12,8 @@ from autopar.core.mesh import Mesh
 from autopar.errors import PinConflictError
 from autopar.models.load import load_model
 from autopar.models.own import TransformerBlock
-from autopar.planner.plan import Options, Planned, plan_graph
+from autopar.planner.plan import Planned, plan_graph
+from autopar.planner.search import Options
 from autopar.planner.problem import ProblemBuilder
 from autopar.planner.pins import Pins
 from autopar.planner.roles import Constraints, batch_factors

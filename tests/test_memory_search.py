@@ -1,5 +1,6 @@
 """The search trades time for memory: stage and recomputation come on as the budget shrinks, and what it returns is the optimum."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +17,8 @@ from autopar.errors import InfeasibleError
 from autopar.models.load import load_model
 from autopar.planner.keeping import Keeping
 from autopar.planner.pins import Pins
-from autopar.planner.plan import Options, plan_graph
+from autopar.planner.plan import plan_graph
+from autopar.planner.search import Options
 from autopar.planner.problem import ProblemBuilder
 from autopar.planner.roles import Constraints, batch_factors
 from autopar.planner.rulebook import rules_of
@@ -38,7 +40,8 @@ def stages(plan: Plan) -> float:
 
 
 def test_a_shrinking_budget_turns_sharding_and_recomputation_on() -> None:
-    loaded = load_model("gpt2", batch=16, seq=1024, device="meta", dtype="bfloat16", overrides={"n_layer": 4})
+    """The vocabulary is small, so that the logits of one sample, which nothing takes away, do not set the pace."""
+    loaded = load_model("gpt2", batch=16, seq=1024, device="meta", dtype="bfloat16", overrides={"n_layer": 4, "vocab_size": 2048})
     graph = trace(loaded.module, (), split_batch(loaded.kwargs, 2)[0]).graph
     cluster = Cluster.preset("h100-sxm", nodes=1)
     options = Options(pins=("dp=8",), memory_share=1.0, micro_batches=2)
@@ -51,7 +54,7 @@ def test_a_shrinking_budget_turns_sharding_and_recomputation_on() -> None:
         try:
             found.append(plan_graph(graph, shrunk(cluster, int(whole * share)), options).plan)
         except InfeasibleError as error:
-            assert "bytes" in str(error)
+            assert re.search(r"\d+ over the limit of \d+ .* at its fullest moment, \w+ of .*; it would fit", str(error))
             break
         assert found[-1].predicted.peak_memory_bytes <= whole * share
     assert share < 0.4
@@ -61,7 +64,7 @@ def test_a_shrinking_budget_turns_sharding_and_recomputation_on() -> None:
         leaner = more.predicted.peak_memory_bytes < less.predicted.peak_memory_bytes
         assert not leaner or less.proof.objective <= more.proof.objective * slack, "a plan that is leaner and faster was there"
     highest = [max((z.stage for z in p.residency.zero.values()), default=0) for p in found]
-    assert highest == sorted(highest) and set(highest) == {0, 1, 2, 3}
+    assert highest[0] == 0 and highest[-1] == 3 and set(highest) == {0, 1, 2, 3}, "between the ends stages and recomputation take turns"
     assert found[-1].residency.recompute
 
 

@@ -8,6 +8,7 @@ from rich.table import Table
 from autopar.cli.layout import Group, axis_uses, parameter_groups
 from autopar.cli.units import count, duration, size
 from autopar.core.cluster import Cluster
+from autopar.core.memory import MemoryUse
 from autopar.core.plan import Plan
 
 MAX_ROWS = 40
@@ -27,10 +28,9 @@ def print_plan(page: Console, plan: Plan, cluster: Cluster, *, tokens: bool, nex
     page.print()
     rate = f"; {count(p.tokens_per_s)} {'tokens' if tokens else 'samples'}/s" if p.tokens_per_s else ""
     time = f"{duration(p.step_time_s)} = {duration(p.compute_s)} compute + {duration(p.communication_s)} communication"
-    memory = f"{size(p.peak_memory_bytes)} = {size(p.state_bytes)} parameters, gradients and optimizer"
     lines = [
         ("time", f"{time}{rate}; MFU {p.mfu:.1%}"),
-        ("memory", f"{memory} + {size(p.activation_bytes)} activations"),
+        ("memory", _memory(p.memory)),
         *_residency(plan),
         ("communication", f"{size(p.communicated_bytes)} into collectives per device and step"),
         ("proof", _proof(plan)),
@@ -58,6 +58,12 @@ def _residency(plan: Plan) -> list[tuple[str, str]]:
     elif kept.offload:
         found.append(("offload", "the optimizer's state is on the host"))
     return found
+
+
+def _memory(memory: MemoryUse) -> str:
+    """The parts of the fullest moment, those of nothing left out."""
+    parts = [f"{size(num_bytes)} {part}" for part, num_bytes in (*memory.parts, ("margin", memory.margin)) if num_bytes]
+    return f"{size(memory.high_bytes)} at most, {memory.moment}: {' + '.join(parts)}"
 
 
 def _axes_table(plan: Plan, cluster: Cluster) -> Table:

@@ -52,6 +52,11 @@ class Cluster:
                 raise UsageError(f"cluster {self.name!r}: {key} is {shown(value)}; give a whole number from 1 to {largest}")
 
     @property
+    def is_local(self) -> bool:
+        """Whether it is processes of this machine, which compute on its CPU and talk over gloo."""
+        return self.name.startswith("local:")
+
+    @property
     def num_devices(self) -> int:
         return self.num_nodes * self.devices_per_node
 

@@ -6,31 +6,32 @@ from pathlib import Path
 from typing import Any
 
 from autopar.core.layout import Layout, parse_placement
+from autopar.core.memory import MemoryUse
 from autopar.core.mesh import Mesh, MeshAxis
 from autopar.core.residency import Precision, Residency
 from autopar.core.units import size
 from autopar.core.zero import Zero
 from autopar.errors import FileFormatError, LayoutError, PlanMismatchError, UsageError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MAX_FILE_BYTES = 64 << 20
 MAX_RANKS = 1 << 24
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the cost model expects of one training step on one rank. `recomputed_flops`: of contractions done a second time."""
+    """What the cost model expects of one training step on one rank. `recomputed_flops`: of contractions done a second time;
+    `peak_memory_bytes`: the upper end of `memory`, which is what a device must have."""
 
     step_time_s: float
     compute_s: float
     communication_s: float
     peak_memory_bytes: int
-    state_bytes: int
-    activation_bytes: int
     communicated_bytes: int
     recomputed_flops: float = 0.0
     tokens_per_s: float = 0.0
     mfu: float = 0.0
+    memory: MemoryUse = MemoryUse(moment="unknown")
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class Plan:
             params=tuple((_str(k), _layout(v, n)) for k, v in data["params"].items()),
             relays=tuple((_str(k), _route(v, n)) for k, v in data["relays"].items()),
             routes=tuple((_str(k), _route(v, n)) for k, v in data["routes"].items()),
-            predicted=Prediction(**_numbers(data["predicted"], Prediction)),
+            predicted=_prediction(data["predicted"]),
             proof=Proof(**_numbers(data["proof"], Proof)),
             residency=_residency(data["residency"], mesh),
             notes=tuple(_str(x) for x in data["notes"]),
@@ -187,6 +188,11 @@ def _residency(data: dict[str, Any], mesh: Mesh) -> Residency[str]:
     precision = Precision(**{_str(k): None if v is None else _str(v) for k, v in data["precision"].items()})
     recompute = {_str(k): _str(v) for k, v in data["recompute"].items()}
     return Residency(zero=zero, recompute=recompute, micro_batches=_count(data["micro_batches"]), precision=precision, offload=data["offload"])
+
+
+def _prediction(data: Any) -> Prediction:
+    numbers = {name: value for name, value in data.items() if name != "memory"}
+    return Prediction(**_numbers(numbers, Prediction), memory=MemoryUse(**_numbers(data["memory"], MemoryUse)))
 
 
 def _text(layout: Layout) -> str:

@@ -14,10 +14,11 @@ merged). A *strategy* picks one `Choice` per mesh axis, and from that follow the
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from autopar.core.graph import DTYPE_BYTES
 from autopar.core.layout import I, Layout, P, Placement, R, S
 from autopar.core.mesh import Mesh
 from autopar.errors import LayoutError
@@ -42,8 +43,6 @@ REPLICATE_PARTIAL_GRAD = Choice("R")
 Strategy = tuple[Choice, ...]
 
 
-
-
 class InnerCollective(NamedTuple):
     """Collectives inside an operator when `factor` is cut, each over a tensor made of `dims` (in result 0's dtype)."""
 
@@ -54,12 +53,19 @@ class InnerCollective(NamedTuple):
     backward: int = 0
 
 
+class Kept(NamedTuple):
+    """A tensor made of `dims` that an operator makes for its backward alone; its elements are `dtype`."""
+
+    dims: DimFactors
+    dtype: str
+
+
 @dataclass(frozen=True)
 class OpRule:
     """The factor rule of one operator call. Sizes are global; `flops` counts the whole forward.
 
-    `saved_operands`/`saved_results`: what the backward keeps. `inner`: the collectives the operator issues itself when
-    a factor is cut.
+    `saved_operands`/`saved_results`: what the backward reads again, `kept`: what it keeps beside that (see `keeps_operand`).
+    `inner`: the collectives the operator issues itself when a factor is cut.
     """
 
     factors: tuple[str, ...]
@@ -73,6 +79,7 @@ class OpRule:
     flops: float = 0.0
     saved_operands: tuple[int, ...] = ()
     saved_results: tuple[int, ...] = ()
+    kept: tuple[Kept, ...] = ()
     inner: tuple[InnerCollective, ...] = ()
     known: bool = True
 
@@ -84,6 +91,18 @@ class OpRule:
 
     def summed(self, factor: int, result: int) -> bool:
         return not any(factor in dim for dim in self.results[result])
+
+    def keeps_operand(self, k: int, differentiated: Iterable[int]) -> bool:
+        """Whether the backward reads operand k when the operands `differentiated` have gradients.
+
+        A derivative with respect to a member of a linear set reads no member of the set: of a product only the other
+        factor, and nothing where that one is frozen.
+        """
+        return k in self.saved_operands and any(not any({j, k} <= carried for carried in self.carries) for j in differentiated)
+
+    def kept_bytes(self, strategy: Strategy, mesh: Mesh) -> int:
+        """Bytes of `kept` on one rank."""
+        return sum(self.local_numel(kept.dims, strategy, mesh) * DTYPE_BYTES[kept.dtype] for kept in self.kept)
 
     def reduces_itself(self, factor: int) -> bool:
         """Whether the operator issues the collectives for this factor, so that results without it are whole."""

@@ -10,40 +10,17 @@ from autopar.core.cluster import Cluster
 from autopar.core.graph import OpGraph
 from autopar.core.mesh import Mesh, MeshAxis
 from autopar.core.plan import Plan, Prediction, Proof
-from autopar.core.problem import Assignment, SearchProblem
-from autopar.core.residency import Precision
-from autopar.core.rule import OpRule
-from autopar.errors import InfeasibleError
+from autopar.planner.advice import Retrace, infeasible
 from autopar.planner.bind import decisions
-from autopar.planner.decode import decode
-from autopar.planner.keeping import Keeping, recomputed_flops
+from autopar.planner.keeping import recomputed_flops
 from autopar.planner.meshes import candidate_meshes, forced_mesh, role_names, work_flops
-from autopar.planner.problem import Ports, ProblemBuilder
-from autopar.planner.pins import Pins, parse_pins
-from autopar.planner.roles import Constraints, batch_factors
+from autopar.planner.pins import parse_pins
+from autopar.planner.roles import batch_factors
 from autopar.planner.rulebook import rules_of
-from autopar.planner.states import Pricing
+from autopar.planner.search import Candidate, DoesNotFit, MeshSearch, Options
 from autopar.program import Program
-from autopar.search.solve import solve
 
 Progress = Callable[[str], None]
-MEMORY_SHARE = 0.9
-"""Share of a device's memory that a plan may use; the rest is left to the allocator and the runtime."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the user asks for beside model and cluster. `tokens` per step is for the report only; the graph is that of one of
-    `micro_batches`; `offload`: optimizer state lives on the host."""
-
-    pins: Sequence[str] = ()
-    mesh: Mesh | None = None
-    memory_share: float = MEMORY_SHARE
-    time_limit_s: float = 30.0
-    tokens: int = 0
-    micro_batches: int = 1
-    precision: Precision = Precision()
-    offload: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,10 +31,15 @@ class Planned:
     program: Program
 
 
-def plan_graph(graph: OpGraph, cluster: Cluster, options: Options | None = None, progress: Progress = lambda text: None) -> Planned:
-    """The best plan found over all candidate meshes, with its bound; raises InfeasibleError where none fits."""
+def plan_graph(
+    graph: OpGraph, cluster: Cluster, options: Options | None = None, progress: Progress = lambda text: None, retrace: Retrace = lambda micro_batches: None
+) -> Planned:
+    """The best plan found over all candidate meshes, with its bound; raises InfeasibleError where none fits, with what would help.
+
+    `retrace` makes the graph of a smaller microbatch, to know whether that helps.
+    """
     with _collector_paused():
-        return _plan_graph(graph, cluster, options or Options(), progress)
+        return _plan_graph(graph, cluster, options or Options(), progress, retrace)
 
 
 @contextmanager
@@ -72,56 +54,29 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _plan_graph(graph: OpGraph, cluster: Cluster, options: Options, progress: Progress) -> Planned:
+def _plan_graph(graph: OpGraph, cluster: Cluster, options: Options, progress: Progress, retrace: Retrace) -> Planned:
     pins = parse_pins(options.pins)
     rules = rules_of(graph)
     batch = batch_factors(graph, rules)
     forced = forced_mesh(pins, cluster)
     meshes = (options.mesh,) if options.mesh else (forced,) if forced else candidate_meshes(cluster)
-    found: list[_Candidate] = []
-    failures: list[InfeasibleError] = []
+    found: list[Candidate] = []
+    failures: list[tuple[MeshSearch, DoesNotFit]] = []
     for mesh in meshes:
         progress(f"searching mesh {mesh}")
+        search = MeshSearch(graph, rules, batch, cluster, mesh, pins, options, strict=forced is not None and options.mesh is None)
         try:
-            found.append(_search(graph, rules, batch, cluster, mesh, pins, options, strict=forced is not None and options.mesh is None))
-        except InfeasibleError as error:
-            failures.append(error)
+            found.append(search.best())
+        except DoesNotFit as error:
+            failures.append((search, error))
     if not found:
-        raise failures[0]
+        raise infeasible(failures, retrace)
     best = min(found, key=lambda c: (c.assignment.cost_s, len(c.program.mesh.axes)))
     bound = min(c.assignment.bound_s for c in found)
     return _finish(graph, cluster, best, bound, batch, options, len(found))
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    program: Program
-    assignment: Assignment
-    problem: SearchProblem
-    ports: Ports
-
-
-def _search(
-    graph: OpGraph, rules: Sequence[OpRule], batch: Sequence[frozenset[int]], cluster: Cluster, mesh: Mesh, pins: Pins, options: Options, *, strict: bool
-) -> _Candidate:
-    """The best plan on one mesh. What saves memory costs time, so it is only looked at where the plan without it does not fit."""
-    pricing = Pricing(cluster, mesh)
-    given = Keeping(micro_batches=options.micro_batches, precision=options.precision, offload=options.offload)
-    limit = cluster.device.memory_bytes * options.memory_share
-
-    def best(keeping: Keeping, limit_bytes: float | None) -> _Candidate:
-        builder = ProblemBuilder(graph, rules, batch, pricing, Constraints(mesh, pins, strict), keeping)
-        problem, ports = builder.build(limit_bytes)
-        assignment = solve(problem, time_limit_s=options.time_limit_s)
-        return _Candidate(decode(graph, rules, pricing, ports, assignment.choices, keeping), assignment, problem, ports)
-
-    fastest = best(given.narrowed(pins), None)
-    if fastest.assignment.memory_bytes <= limit:
-        return fastest
-    return best(given.everything().narrowed(pins), limit)
-
-
-def _finish(graph: OpGraph, cluster: Cluster, best: _Candidate, bound_s: float, batch: Sequence[frozenset[int]], options: Options, num_meshes: int) -> Planned:
+def _finish(graph: OpGraph, cluster: Cluster, best: Candidate, bound_s: float, batch: Sequence[frozenset[int]], options: Options, num_meshes: int) -> Planned:
     program = best.program
     if any(name in ("a", "b") for name in program.mesh.names):
         names = role_names(program, batch)
@@ -142,12 +97,11 @@ def _finish(graph: OpGraph, cluster: Cluster, best: _Candidate, bound_s: float, 
     return Planned(plan, program)
 
 
-def _predict(graph: OpGraph, cluster: Cluster, best: _Candidate, program: Program, tokens: int) -> Prediction:
+def _predict(graph: OpGraph, cluster: Cluster, best: Candidate, program: Program, tokens: int) -> Prediction:
     choices, problem, ports = best.assignment.choices, best.problem, best.ports
     blocks = set(ports.block_node.values())
     compute = math.fsum(problem.nodes[n].cost_s[choices[n]] for n in ports.op_node.values())
     communication = math.fsum(e.cost_s[choices[e.u], choices[e.v]] for e in problem.edges)
-    state = math.fsum(problem.nodes[n].memory_bytes[choices[n]] for n in ports.param_node.values())
     again = math.fsum(e.cost_s[choices[e.u], choices[e.v]] for e in problem.edges if e.u in blocks)
     compute, communication = compute + again, communication - again
     step = compute + communication
@@ -158,9 +112,8 @@ def _predict(graph: OpGraph, cluster: Cluster, best: _Candidate, program: Progra
         step_time_s=step,
         compute_s=compute,
         communication_s=communication,
-        peak_memory_bytes=round(best.assignment.memory_bytes),
-        state_bytes=round(state),
-        activation_bytes=round(best.assignment.memory_bytes - state),
+        peak_memory_bytes=best.memory.high_bytes,
+        memory=best.memory,
         communicated_bytes=program.ledger.total_bytes,
         recomputed_flops=recomputed_flops(program),
         tokens_per_s=tokens / step if step else 0.0,

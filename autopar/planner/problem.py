@@ -103,10 +103,10 @@ class ProblemBuilder:
         saved = tuple([j for j, v in enumerate(op.results) if (v in self.saved if i not in self.block_of else self._leaves_block(i, v))])
         allowed, prefer, words = self.constraints.allowed(op, rule, self.batch[i])
         color = self.batch[i] if self.constraints.strict else frozenset()
-        key = (id(rule), saved, words, color)  # operators of one rule object are of one kind and size
+        key = (id(rule), saved, words, color, i in self.block_of)  # operators of one rule object are of one kind and size
         if key not in self._op_cache:
             operands, results = (tuple(self.graph.values[v].meta for v in values) for values in (op.operands, op.results))
-            self._op_cache[key] = op_states(rule, operands, results, self.pricing, allowed, prefer, saved=frozenset(saved), times=self.keeping.micro_batches)
+            self._op_cache[key] = op_states(rule, operands, results, self.pricing, allowed, prefer, saved=frozenset(saved), keeps=i not in self.block_of, times=self.keeping.micro_batches)
         states = self._op_cache[key]
         if not states.strategies:
             pins = [p.text for _, found in self.constraints.for_op(op, rule, self.batch[i]).values() for p in found]
@@ -182,7 +182,7 @@ class ProblemBuilder:
 
     def _saves(self, node: int, k: int) -> bool:
         i = self.op_of.get(node)
-        return i is not None and k in self.rules[i].saved_operands
+        return i is not None and self.rules[i].keeps_operand(k, _wanting(self.graph, i))
 
     def _edge(self, meta: TensorMeta, src: Sequence[Layout], dst: Sequence[Layout]) -> np.ndarray:
         red = self.pricing.redistribution(meta, (*src, *dst), grad=meta.requires_grad)
@@ -231,8 +231,8 @@ class ProblemBuilder:
         inner = tuple(j for j, v in enumerate(op.results) if v in self.saved and not self._leaves_block(i, v))
         key = ("modes", id(states), inner, kept_by_selective(op, metas))
         if key not in self._edge_cache:
-            assert states.forward_s is not None
-            kept = result_bytes([self.graph.values[v].meta for v in op.results], states.result_layouts, inner, self.mesh)
+            assert states.forward_s is not None and states.kept_bytes is not None
+            kept = states.kept_bytes + result_bytes([self.graph.values[v].meta for v in op.results], states.result_layouts, inner, self.mesh)
             self._edge_cache[key] = recompute_tables(self.keeping.recompute, states.forward_s, kept, kept=key[3], times=self.keeping.micro_batches)
         seconds, memory = self._edge_cache[key]
         assert memory is not None
@@ -263,13 +263,19 @@ def _local_bytes(meta: TensorMeta, layout: Layout, mesh: Mesh) -> float:
     return meta.num_bytes / parts
 
 
+def _wanting(graph: OpGraph, i: int) -> list[int]:
+    """The operands of an operator that have gradients."""
+    return [k for k, v in enumerate(graph.ops[i].operands) if v in graph.differentiated]
+
+
 def _saved_values(graph: OpGraph, rules: Sequence[OpRule]) -> frozenset[int]:
     """Values that the backward keeps: operands that a differentiated op saves, and results it saves itself."""
     live = graph.differentiated
     params = set(graph.params)
     found: set[int] = set()
-    for op, rule in zip(graph.ops, rules):
+    for i, (op, rule) in enumerate(zip(graph.ops, rules)):
         if (rule.saved_operands or rule.saved_results) and not live.isdisjoint(op.results):
-            found.update([op.operands[k] for k in rule.saved_operands if op.operands[k] not in params])
-            found.update([op.results[j] for j in rule.saved_results])
+            wanting = _wanting(graph, i)
+            found.update(v for k, v in enumerate(op.operands) if v not in params and rule.keeps_operand(k, wanting))
+            found.update(op.results[j] for j in rule.saved_results)
     return frozenset(found)

@@ -38,7 +38,7 @@ class States:
     """The states of one search node. Compared by identity: equal operators share one object.
 
     `operand_layouts[k][s]`, `result_layouts[j][s]`: layout under state s. `strategies` is empty for nodes that are no op;
-    `forward_s` is their share of `seconds` that a second forward would cost; `zeros`: ZeRO of a parameter; `modes`: of a block.
+    `forward_s` is their share of `seconds` that a second forward would cost, `kept_bytes` what the backward keeps beside operands and results; `zeros`: ZeRO of a parameter; `modes`: of a block.
     """
 
     strategies: tuple[Strategy, ...]
@@ -47,6 +47,7 @@ class States:
     seconds: np.ndarray
     memory_bytes: np.ndarray
     forward_s: np.ndarray | None = None
+    kept_bytes: np.ndarray | None = None
     zeros: tuple[Zero | None, ...] = ()
     modes: tuple[str, ...] = ()
 
@@ -98,11 +99,12 @@ class Pricing:
 
 def op_states(
     rule: OpRule, operands: Sequence[TensorMeta], results: Sequence[TensorMeta], pricing: Pricing, allowed: Allowed, prefer: Allowed, *, saved: frozenset[int],
-    times: int = 1,
+    keeps: bool = True, times: int = 1,
 ) -> States:  # fmt: skip
     """States of one operator: legal strategies that `allowed` admits (those that `prefer` does, if any), one per set of layouts.
 
-    Seconds: forward plus backward of `times` microbatches. Memory: results in `saved` that the backward keeps.
+    Seconds: forward plus backward of `times` microbatches. Memory: results in `saved` that the backward keeps, and, where the
+    operator `keeps` it, what it makes for its backward alone.
     """
     mesh = pricing.mesh
     differentiable = any(m.requires_grad for m in operands) and any(m.requires_grad for m in results)
@@ -123,13 +125,15 @@ def op_states(
     forward_s = np.asarray(op_seconds(pricing.cluster.device, flops, moved, priced, rule.cost), dtype=float)
     seconds = work * forward_s + _inner_seconds(rule, [s for s, _, _ in picked], pricing, dtype, differentiable=differentiable)
     made = tuple(tuple(outs[j] for _, _, outs in picked) for j in range(len(results)))
+    kept_bytes = np.array([rule.kept_bytes(s, mesh) if differentiable else 0 for s, _, _ in picked], dtype=float)
     return States(
         strategies=tuple(s for s, _, _ in picked),
         operand_layouts=tuple(tuple(ins[k] for _, ins, _ in picked) for k in range(len(operands))),
         result_layouts=made,
         seconds=times * seconds,
-        memory_bytes=result_bytes(results, made, saved, mesh) if picked else np.zeros(0),
+        memory_bytes=result_bytes(results, made, saved, mesh) + (kept_bytes if keeps else 0.0) if picked else np.zeros(0),
         forward_s=forward_s,
+        kept_bytes=kept_bytes,
     )
 
 

@@ -1,5 +1,7 @@
 """Fused attention and the losses."""
 
+from typing import Any
+
 from autopar.core.rule import OpRule
 from autopar.rules.pointwise import pointwise
 from autopar.rules.registry import Call, NoRule, rule
@@ -25,6 +27,7 @@ def attention(call: Call) -> OpRule:
         names = ["b", query_heads, "q", "t"][4 - len(shape) :]
         mask = [name if n > 1 else None for name, n in zip(names, shape)]
     causal = bool(call.args.get("is_causal"))
+    saved = _kept_by_kernel(call, ["b", query_heads, "q"], mask) if call.op.kind.startswith("aten") else _kept_written_out(call, ["b", query_heads, "q", "t"])
     return call.rule(
         {"query": ["b", query_heads, "q", "d"], "key": ["b", "g", "t", "d"], "value": ["b", "g", "t", "e"], "attn_mask": mask},
         [["b", query_heads, "q", "e"]],
@@ -33,23 +36,36 @@ def attention(call: Call) -> OpRule:
         linear=[["value"]],
         cost="contract",
         flops=2.0 * q[0] * heads * q[2] * k[2] * (q[3] + v[3]),
-        saves=["query", "key", "value"],
-        saves_results=[0],
+        **saved,
     )
+
+
+def _kept_by_kernel(call: Call, rows: list, mask: list[str | None]) -> dict[str, Any]:
+    """Flash attention keeps a number a row; it adds masks to the scores, so a mask of truth values becomes one of numbers."""
+    keeps, saves = [(rows, "float32")], ["query", "key", "value", "attn_mask"]
+    if call.has("attn_mask") and call.meta("attn_mask").dtype == "bool":
+        keeps, saves = [*keeps, (mask, call.meta("query").dtype)], saves[:3]
+    return {"saves": saves, "saves_results": [0], "keeps": keeps}
+
+
+def _kept_written_out(call: Call, scores: list) -> dict[str, Any]:
+    """The probabilities, the mask of the dropout and their product."""
+    return {"saves": ["query", "key", "value"], "keeps": [(scores, call.meta("query").dtype)] * 3}
 
 
 @rule("autopar.token_cross_entropy.default")
 def token_cross_entropy(call: Call) -> OpRule:
     """Loss of every row; the class dimension may be cut: all-reduces of one number a row, never the logits.
 
-    The largest logit, the sum of exponentials, the target's logit and, with label smoothing, the sum of logits.
+    The largest logit, the sum of exponentials, the target's logit and, with label smoothing, the sum of logits. The backward keeps
+    one number a logit: its log-probability, or where classes are cut its exponential.
     """
     target = ["n"] if len(call.shape("target")) == 1 else None
     if target is None or len(call.shape("input")) != 2:
         raise NoRule
     numbers = 4 if call.args["label_smoothing"] else 3
     inner = [("v", "all_reduce", ["n"], numbers, 0)]
-    return call.rule({"input": ["n", "v"], "target": ["n"]}, [["n"]], saves=["input", "input"], inner=inner)
+    return call.rule({"input": ["n", "v"], "target": ["n"]}, [["n"]], saves=["target"], keeps=[(["n", "v"], call.meta("input").dtype)], inner=inner)
 
 
 @rule("aten.mse_loss.default", "aten.l1_loss.default", "aten.smooth_l1_loss.default", "aten.huber_loss.default", "aten.kl_div.default",

@@ -7,8 +7,8 @@ from autopar.rules.registry import Call, rule
 
 
 def pointwise(call: Call, *, only: Sequence[str] = (), linear: Sequence[Sequence[str]] = (), saves: Sequence[str] = (),
-              saves_results: Sequence[int] = (), cost: str = "pointwise") -> OpRule:  # fmt: skip
-    """Broadcasting elementwise rule over all tensor operands, or those in `only`."""
+              saves_results: Sequence[int] = (), keeps: bool = False, cost: str = "pointwise") -> OpRule:  # fmt: skip
+    """Broadcasting elementwise rule over all tensor operands, or those in `only`. `keeps`: the backward keeps a number an element."""
     out = call.outs[0].shape
     names = [f"d{i}" if size > 1 else None for i, size in enumerate(out)]
 
@@ -24,7 +24,8 @@ def pointwise(call: Call, *, only: Sequence[str] = (), linear: Sequence[Sequence
             operands[name] = [dims(call.metas[v].shape) for v in value if type(v).__name__ == "Operand"]
         elif call.has(name):
             operands[name] = dims(call.shape(name))
-    return call.rule(operands, [dims(meta.shape) for meta in call.outs], linear=linear, saves=saves, saves_results=saves_results, cost=cost)
+    kept = [(dims(out), call.outs[0].dtype)] if keeps else ()
+    return call.rule(operands, [dims(meta.shape) for meta in call.outs], linear=linear, saves=saves, saves_results=saves_results, keeps=kept, cost=cost)
 
 
 COPIES = ("clone", "alias", "contiguous", "detach", "lift_fresh_copy", "detach_copy", "alias_copy")
@@ -129,4 +130,4 @@ def masked_fill(call: Call) -> OpRule:
 @rule("autopar.dropout.default")
 def dropout(call: Call) -> OpRule:
     """Linear for a given mask; the mask is a function of the global element index, so any cut draws the same bits."""
-    return pointwise(call, linear=[["input"]], saves_results=[0])
+    return pointwise(call, linear=[["input"]], keeps=True)

@@ -66,7 +66,8 @@ def layer_norm(call: Call) -> OpRule:
     n = len(call.args["normalized_shape"])
     lead = [f"b{i}" if size > 1 else None for i, size in enumerate(shape[:-n])]
     tail = [f"n{i}" for i in range(n)]
-    return call.rule({"input": [*lead, *tail], "weight": tail, "bias": tail}, [[*lead, *tail]], whole=tail, saves=["input"])
+    return call.rule({"input": [*lead, *tail], "weight": tail, "bias": tail}, [[*lead, *tail]], whole=tail, saves=["input"],
+                     keeps=[(lead, "float32")] * (2 if "layer" in call.op.kind else 1))  # fmt: skip
 
 
 @rule("aten.group_norm.default")

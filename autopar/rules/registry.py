@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autopar.core.graph import Op, Operand, OpGraph, TensorMeta
-from autopar.core.rule import DimFactors, InnerCollective, OpRule, replicated_rule
+from autopar.core.rule import DimFactors, InnerCollective, Kept, OpRule, replicated_rule
 from autopar.errors import LayoutError
 
 DimSpec = Sequence[str | tuple[str, ...] | None]
@@ -60,6 +60,7 @@ class Call:
         cost: str = "pointwise",
         saves: Sequence[str] = (),
         saves_results: Sequence[int] = (),
+        keeps: Sequence[tuple[DimSpec, str]] = (),
         inner: Sequence[tuple[str, str, DimSpec, int, int]] = (),
         flops: float | None = None,
     ) -> OpRule:
@@ -88,6 +89,7 @@ class Call:
             flops=0.0 if cost == "view" else flops,
             saved_operands=tuple(k for a in saves for k in position.get(a, ())),
             saved_results=tuple(saves_results),
+            kept=tuple(Kept(_code(dims, names), dtype) for dims, dtype in keeps),
             inner=tuple(InnerCollective(names.index(f), prim, _code(dims, names), fwd, bwd) for f, prim, dims, fwd, bwd in inner if f in names),
         )
 

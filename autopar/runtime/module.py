@@ -151,6 +151,7 @@ class ParallelModule(nn.Module):
         flat, _ = pytree.tree_flatten(out)
         position = self._program.graph.outputs.index(self._program.graph.seeds[0])
         loss = flat[position] if weight == 1.0 else flat[position] * weight
+        del out, flat  # the other outputs need not live through the backward
         (loss if scaler is None else scaler.scale(loss)).backward()
         return loss.detach()
 

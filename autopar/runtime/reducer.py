@@ -10,24 +10,16 @@ from typing import Any
 
 import torch
 
+from autopar.core.buckets import IN_FLIGHT
 from autopar.runtime.distributed import GroupExchange
 from autopar.runtime.parts import Parts
 from autopar.runtime.rank import Rank
-
-BUCKET_BYTES = 25 << 20
-"""Large enough that latency does not count, small enough that most of a backward can hide it (the size DDP uses)."""
-
-MIN_BUCKET_BYTES = 1 << 20
-"""Smaller ones would be all latency."""
-
-MIN_BUCKETS = 2
-"""Gradients that would fill fewer buckets are cut into about this many, so that a small model hides its reduction too."""
 
 Deliver = Callable[[int, torch.Tensor], None]
 """Takes (parameter, complete gradient of this rank's stored part)."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Bucket:
     """Gradients that travel together: reduce-scattered over `scatter`, then summed over `rest` (axes joined by '+', '' for none).
 
@@ -60,6 +52,7 @@ class Reducer:
         self.enabled = True
         self.place_of = {v: (b, i) for b in self.buckets if b.stage < 3 for i, v in enumerate(b.members)}
         self._armed = False
+        self._scattered: list[Bucket] = []
         for v, leaf in leaves.items():
             if leaf.requires_grad:
                 leaf.register_post_accumulate_grad_hook(lambda _, v=v: self._arrived(v))
@@ -99,6 +92,8 @@ class Reducer:
     def _put(self, bucket: Bucket, i: int, grad: torch.Tensor | None) -> None:
         bucket.missing.discard(i)
         if bucket.rows is None:
+            while len(self._scattered) >= IN_FLIGHT:
+                self._collect(self._scattered[0])
             bucket.rows = bucket.parts.rows(bucket.dtype, self.rank.device)
         if grad is None:
             bucket.parts.clear(bucket.rows, i)
@@ -118,6 +113,7 @@ class Reducer:
         if bucket.scatter:
             self.rank.count("reduce_scatter", bucket.scatter, rows)
             bucket.flat, bucket.work = self._exchange(bucket.scatter).start_reduce_scatter(rows)
+            self._scattered.append(bucket)
         else:
             self.rank.count("all_reduce", bucket.rest, rows)
             bucket.flat, bucket.work = self._exchange(bucket.rest).start_all_reduce(rows.view(-1))
@@ -131,6 +127,8 @@ class Reducer:
         bucket.work.wait()
         bucket.total = bucket.flat if bucket.total is None else bucket.total.add_(bucket.flat)
         bucket.work = bucket.flat = None
+        if bucket in self._scattered:
+            self._scattered.remove(bucket)
 
     def _end(self) -> None:
         self._armed = False
@@ -183,8 +181,3 @@ class Reducer:
                 works.append(self._exchange(bucket.rest).start_all_reduce(bucket.total)[1])
         for work in works:
             work.wait()
-
-
-def bucket_limit(total_bytes: int) -> int:
-    """The size at which a bucket is full, where its like have `total_bytes` together."""
-    return min(BUCKET_BYTES, max(MIN_BUCKET_BYTES, total_bytes // MIN_BUCKETS))

@@ -6,6 +6,7 @@ The two are the same memory unless ZeRO, a master copy or offload puts something
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor import Placement as TorchPlacement
 from torch.distributed.tensor.placement_types import _StridedShard  # private; the only DTensor form of a cut inside a cut (torch 2.13)
 
+from autopar.core.buckets import IN_FLIGHT, chunks
 from autopar.core.layout import I, Layout, Placement, S, U
 from autopar.errors import LayoutError
 from autopar.program import Program
@@ -21,7 +23,7 @@ from autopar.runtime.distributed import GroupExchange
 from autopar.runtime.parts import Parts
 from autopar.runtime.pieces import Cut
 from autopar.runtime.rank import Rank
-from autopar.runtime.reducer import Bucket, bucket_limit
+from autopar.runtime.reducer import Bucket
 from autopar.runtime.units import ShardedUnit, Units, link
 from autopar.runtime.weights import Weights, shard
 
@@ -112,7 +114,8 @@ class Store:
         """Groups of parameters that are not used as they are stored, cut at the size of a bucket."""
         found: dict[Kind, list[int]] = {}
         first = {v: s for s, taken in reversed(list(enumerate(self.program.gathered))) for v in taken}
-        for v in self.program.graph.params:
+        in_order_of_use = (v for taken in self.program.gathered for v in taken)  # a unit's parts lie as they are gathered: no copy
+        for v in dict.fromkeys((*in_order_of_use, *self.program.graph.params)):
             kind = self.kind(v, first.get(v, -1))
             if kind.stage or kind.dtype != kind.stored or self.program.residency.offload:
                 found.setdefault(kind, []).append(v)
@@ -168,14 +171,22 @@ class Store:
         self.leaves[v] = leaf.requires_grad_(value.meta.requires_grad)
 
     def refresh(self) -> None:
-        """Bring working copies up to date with what the optimizer left, in one gather a buffer."""
-        pending = [(flat, *self._gather(flat)) for flat in self.flats if flat.kind.stage < 3]
-        for flat, rows, work in pending:
-            if work is not None:
-                work.wait()
-            flat.parts.unpack_into(rows, [self.leaves[v].detach() for v in flat.members])
+        """Bring working copies up to date with what the optimizer left, in one gather a buffer, a few at a time."""
+        pending: list[tuple[Flat, torch.Tensor, Any]] = []
+        for flat in self.flats:
+            if flat.kind.stage < 3:
+                if len(pending) == IN_FLIGHT:
+                    self._take_in(*pending.pop(0))
+                pending.append((flat, *self._gather(flat)))
+        while pending:
+            self._take_in(*pending.pop(0))
 
-    def _gather(self, flat: Flat) -> tuple[torch.Tensor, object]:
+    def _take_in(self, flat: Flat, rows: torch.Tensor, work: Any) -> None:
+        if work is not None:
+            work.wait()
+        flat.parts.unpack_into(rows, [self.leaves[v].detach() for v in flat.members])
+
+    def _gather(self, flat: Flat) -> tuple[torch.Tensor, Any]:
         row = self._row(flat)
         if flat.parts.ranks == 1:
             return row.view(1, -1), None
@@ -235,18 +246,3 @@ class Store:
             found[segment] = Units(units)
         link(found, self.program.backward_segments)
         return found, buckets
-
-
-def chunks(members: Sequence[int], size: Callable[[int], int]) -> list[list[int]]:
-    """Runs of about the size of a bucket, in order."""
-    limit = bucket_limit(sum(size(v) for v in members))
-    found: list[list[int]] = [[]]
-    filled = 0
-    for v in members:
-        if found[-1] and filled + size(v) > limit:
-            found.append([])
-            filled = 0
-        found[-1].append(v)
-        filled += size(v)
-    return found
-

@@ -1,0 +1,68 @@
+"""What to say where nothing fits: how much is missing, when, and the smallest change that was computed to be enough."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from autopar.core.graph import OpGraph
+from autopar.core.memory import MemoryUse
+from autopar.errors import AutoparError, InfeasibleError
+from autopar.planner.roles import batch_factors
+from autopar.planner.rulebook import rules_of
+from autopar.planner.search import Candidate, DoesNotFit, MeshSearch
+
+Retrace = Callable[[int], OpGraph | None]
+"""The graph of one of this many microbatches; None where the batch does not divide."""
+
+MAX_FACTOR = 64
+"""More devices or microbatches than this many times those given are not proposed."""
+
+
+def infeasible(failures: list[tuple[MeshSearch, DoesNotFit]], retrace: Retrace) -> InfeasibleError:
+    """The error for a model that fits on none of the meshes that were searched."""
+    search, failure = min(failures, key=lambda pair: pair[1].leanest.memory.high_bytes)
+    memory, limit = failure.leanest.memory, failure.limit_bytes
+    share = search.options.memory_share
+    return InfeasibleError(
+        f"no plan fits: {search.graph.name} on {search.cluster.name} needs {memory.high_bytes} bytes on a device with the leanest plan found, "
+        f"{memory.high_bytes - int(limit)} over the limit of {int(limit)} ({share:.0%} of its memory), at its fullest moment, {memory.moment} "
+        f"({_largest(memory)}); {_advice(search, failure.leanest, retrace)}"
+    )
+
+
+def _largest(memory: MemoryUse) -> str:
+    """`parameters 12 %, activations 70 %`: the parts that are a tenth or more."""
+    return ", ".join(f"{part} {size / memory.high_bytes:.0%}" for part, size in memory.parts if size >= memory.high_bytes / 10)
+
+
+def _advice(search: MeshSearch, leanest: Candidate, retrace: Retrace) -> str:
+    for words, changed in _changes(search, retrace):
+        try:
+            found = changed.leanest()
+        except AutoparError:
+            continue  # not a plan: the mesh or the pins do not allow it
+        if found.memory.high_bytes <= changed.limit_bytes:
+            return f"it would fit with {words}"
+    return f"it would fit devices of {math.ceil(leanest.memory.high_bytes / search.options.memory_share)} bytes; a smaller batch needs less"
+
+
+def _changes(search: MeshSearch, retrace: Retrace) -> Iterator[tuple[str, MeshSearch]]:
+    """Changes from small to large."""
+    pins = search.pins
+    if pins.zero is not None and pins.zero < 3:
+        yield "zero=3", replace(search, pins=replace(pins, zero=3))
+    if pins.recompute is not None and pins.recompute != "full":
+        yield "recompute=full", replace(search, pins=replace(pins, recompute="full"))
+    if pins.zero is not None or pins.recompute is not None:
+        yield "zero=3 and recompute=full", replace(search, pins=replace(pins, zero=3, recompute="full"))
+    times = search.options.micro_batches
+    while (graph := retrace(times := 2 * times)) is not None and times <= MAX_FACTOR * search.options.micro_batches:
+        rules = rules_of(graph)
+        yield f"{times} microbatches", replace(search, graph=graph, rules=rules, batch=batch_factors(graph, rules), options=replace(search.options, micro_batches=times))
+    if not search.options.offload:
+        yield "offload=True", replace(search, options=replace(search.options, offload=True))
+    factor = 2
+    while factor <= MAX_FACTOR:
+        more = search.with_more_nodes(factor)
+        yield f"{more.cluster.num_devices} devices instead of {search.cluster.num_devices}", more
+        factor *= 2

@@ -1,0 +1,139 @@
+"""What a rank holds of each parameter, and how gradients and gathered weights travel: the sizes behind `runtime/store.py`, `reducer.py`
+and `units.py`."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from autopar.core.buckets import chunks
+from autopar.core.graph import DTYPE_BYTES
+from autopar.program import Program
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """One parameter on one rank, in bytes. `working`: the copy that is computed with (whole where it is gathered); `stored`: the part
+    that the optimizer updates, in its dtype; `inside`: that part lies in the working copy. `part`: its share of a gathered buffer."""
+
+    value: int
+    stage: int
+    trained: bool
+    working: int
+    stored: int
+    part: int
+    reduced: int
+    ranks: int
+    reduced_over: int
+    flat: bool
+    inside: bool
+    straight: bool
+    key: tuple
+
+    def device_bytes(self, *, offload: bool) -> int:
+        """Bytes of the parameter on the device between steps."""
+        stored = 0 if offload or self.inside else self.stored
+        return stored if self.stage == 3 or not self.flat else self.working + stored
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that travel together: bytes of their whole gradients, of the rows that are sent and of the part that comes back."""
+
+    stage: int
+    members: tuple[Held, ...]
+    trained: bool = True
+
+    @cached_property
+    def rows(self) -> int:
+        return sum(h.reduced * h.ranks for h in self.members)
+
+    @property
+    def part(self) -> int:
+        return sum(h.reduced for h in self.members)
+
+    @property
+    def gathered_rows(self) -> int:
+        return sum(h.part * h.ranks for h in self.members)
+
+    @property
+    def received_bytes(self) -> int:
+        """Rows of all ranks, where there are several."""
+        return self.gathered_rows if self.members[0].ranks > 1 else 0
+
+    @property
+    def in_flight_bytes(self) -> int:
+        """What bringing the working copies up to date holds: what is sent, where it is no stored tensor, and what is received."""
+        return sum(h.part for h in self.members if h.inside or h.part != h.stored) + self.received_bytes
+
+    @property
+    def copies(self) -> int:
+        """Weights taken out of gathered rows: views where one parameter fills the buffer row after row."""
+        if len(self.members) == 1 and self.members[0].straight:
+            return 0
+        return sum(h.working for h in self.members)
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """All parameters of a rank."""
+
+    program: Program
+
+    @cached_property
+    def parameters(self) -> dict[int, Held]:
+        return {v: self._held(v) for v in self.program.graph.params}
+
+    def _held(self, v: int) -> Held:
+        program, residency = self.program, self.program.residency
+        dtype = program.graph.values[v].meta.dtype
+        shape = program.graph.values[v].meta.shape
+        zero = residency.zero.get(v)
+        used, stored = program.storage[v], program.stored[v]
+        cut = zero is not None and stored != used
+        stage = zero.stage if zero is not None and cut else 0
+        axes = zero.axes if zero is not None and cut else ()
+        width, stored_width = DTYPE_BYTES[dtype], DTYPE_BYTES[residency.precision.stored(dtype)]
+        part = math.prod(program.local_shape(v, stored))
+        placements = [p for a, p in enumerate(stored) if a in axes]
+        rest = tuple(a for a in program.deferred[v] if a not in axes)
+        return Held(
+            value=v, stage=stage, trained=v in program.graph.differentiated, working=program.local_bytes(v, used), stored=part * stored_width, part=part * width,
+            reduced=part * DTYPE_BYTES[residency.precision.reduced(dtype)], ranks=math.prod(program.mesh.sizes[a] for a in axes),
+            reduced_over=math.prod(program.mesh.sizes[a] for a in rest), flat=bool(stage) or width != stored_width or residency.offload,
+            inside=stage in (1, 2) and width == stored_width and not residency.offload and all(p.outer == 1 for p in placements),
+            straight=bool(shape) and all(p.kind == "S" and p.dim == 0 for p in placements), key=(stage, axes, rest, dtype),
+        )  # fmt: skip
+
+    @cached_property
+    def flats(self) -> tuple[Group, ...]:
+        """What is gathered once a step: working copies that are not the stored tensors."""
+        return tuple(g for g in self._groups([h for h in self.parameters.values() if h.flat and h.stage < 3]))
+
+    @cached_property
+    def buckets(self) -> tuple[Group, ...]:
+        """What is reduced together: stages 0 to 2."""
+        plain = [h for h in reversed(self.parameters.values()) if h.stage == 0 and h.trained and h.reduced_over > 1]
+        return (*self._groups(plain), *(g for g in self.flats if g.stage and g.trained))
+
+    def units(self) -> tuple[tuple[Group, ...], ...]:
+        """What is gathered for every segment."""
+        found = []
+        for taken in self.program.gathered:
+            kinds: dict[tuple, list[Held]] = {}
+            for v in taken:
+                h = self.parameters[v]
+                if h.stage == 3:
+                    kinds.setdefault((h.key, h.trained), []).append(h)
+            found.append(tuple(Group(3, tuple(members), members[0].trained) for members in kinds.values()))
+        return tuple(found)
+
+    def _groups(self, members: Sequence[Held]) -> list[Group]:
+        kinds: dict[tuple, list[Held]] = {}
+        for h in members:
+            kinds.setdefault((h.key, h.trained), []).append(h)
+        found = []
+        for of_kind in kinds.values():
+            by_value = {h.value: h for h in of_kind}
+            found += [Group(of_kind[0].stage, tuple(by_value[v] for v in chunk), of_kind[0].trained) for chunk in chunks(list(by_value), lambda v: by_value[v].working)]
+        return found

@@ -1,0 +1,363 @@
+"""How much memory a rank holds when most is held: the emitted program walked step by step, every tensor from its making to its last use.
+
+What is walked is what the runtime does: the forward of every segment, whose values die at their last use unless the backward reads
+them; the backward in reverse, with gradients in the memory that autograd gives them (those of sums and views share it); what blocks
+compute again; weights gathered one unit ahead; gradients in buckets; the optimizer. Microbatches after the second are like it, so at most
+three are walked: one on empty gradients, one on full ones, one that ends in the reduction.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from autopar.core.buckets import IN_FLIGHT
+from autopar.core.cluster import Cluster
+from autopar.core.graph import DTYPE_BYTES
+from autopar.core.memory import MemoryUse
+from autopar.cost_models.memory import adam
+from autopar.planner.allocator import Memory
+from autopar.planner.held import Group, Held, Holdings
+from autopar.planner.storages import Step, Steps, steps_of
+from autopar.program import Program
+
+MARGIN = 0.03
+"""Of what lives within a step: alignment, scratch memory of kernels, scalars."""
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What executes a step. `copies`: collectives of whole buffers work on copies, as gloo's do; `one_by_one`: the optimizer updates one
+    parameter after the other, as torch does on a CPU, elsewhere all at once with a temporary for each."""
+
+    copies: bool = False
+    one_by_one: bool = False
+
+    @classmethod
+    def of(cls, cluster: Cluster) -> "Engine":
+        return cls(copies=cluster.is_local, one_by_one=cluster.is_local)
+
+
+Values = dict[int, int]
+"""Node that owns memory -> storage."""
+
+
+@dataclass
+class _Walk:
+    """One training step of a rank. `leaf`: gradients of working copies; `totals`: sums of buckets (negative keys: of units)."""
+
+    program: Program
+    steps: Steps
+    holdings: Holdings
+    memory: Memory
+    engine: Engine
+    saved: dict[tuple[int, int], list[int]] = field(default_factory=dict)
+    inputs: dict[int, Values] = field(default_factory=dict)
+    taped: dict[int, Values] = field(default_factory=dict)
+    gradient: Values = field(default_factory=dict)
+    leaf: Values = field(default_factory=dict)
+    totals: Values = field(default_factory=dict)
+    in_flight: list[tuple[int, int, int]] = field(default_factory=list)
+    fetched: tuple[Group, int, int] | None = None
+    awaited: dict[int, int] = field(default_factory=dict)
+    missing: dict[int, int] = field(default_factory=dict)
+    filling: Values = field(default_factory=dict)
+
+    # --- what is known beforehand ------------------------------------------------------------------------------------
+
+    @cached_property
+    def expiring(self) -> Mapping[tuple[int, int], list[int]]:
+        """(segment, step) -> memory that nothing reads after it; what enters a segment lives until its end."""
+        last: dict[int, tuple[int, int]] = {}
+        made: dict[int, int] = {}
+        for s, segment in enumerate(self.steps.segments):
+            for i, step in enumerate(segment):
+                for n in (*step.operands, *step.results):
+                    owner = self.steps.nodes[n].owner
+                    if owner is not None:
+                        made.setdefault(owner, s)
+                        last[owner] = max(last.get(owner, (0, 0)), (s, i if made[owner] == s else len(segment)))
+        for n in self.steps.ends:
+            last.pop(self.steps.nodes[n].owner or -1, None)
+        found: dict[tuple[int, int], list[int]] = {}
+        for owner, place in last.items():
+            found.setdefault(place, []).append(owner)
+        return found
+
+    @cached_property
+    def units(self) -> tuple[tuple[Group, ...], ...]:
+        return (*self.holdings.units(), ())
+
+    @cached_property
+    def neighbours(self) -> Mapping[int, tuple[Group | None, Group | None]]:
+        """id of a unit -> the units before and after it."""
+        chain = [unit for group in self.units for unit in group]
+        return {id(u): (chain[n - 1] if n else None, chain[n + 1] if n + 1 < len(chain) else None) for n, u in enumerate(chain)}
+
+    @cached_property
+    def contributions(self) -> Mapping[int, int]:
+        """How many steps contribute to the gradient of each parameter."""
+        found: dict[int, int] = {}
+        for segment in self.steps.segments:
+            for step in segment:
+                for n in step.operands if step.live else ():
+                    if self.steps.nodes[n].live and n in self.steps.leaves:
+                        found[n] = found.get(n, 0) + 1
+        return found
+
+    @cached_property
+    def bucket_of(self) -> Mapping[int, int]:
+        return {h.value: b for b, bucket in enumerate(self.holdings.buckets) for h in bucket.members}
+
+    def mode(self, s: int) -> str:
+        segments = self.program.graph.segments
+        return self.program.residency.recompute.get(segments[s].block, "none") if s < len(segments) else "none"
+
+    # --- forward -----------------------------------------------------------------------------------------------------
+
+    def forward(self) -> None:
+        values: Values = {}
+        for s, segment in enumerate(self.steps.segments):
+            weights = self._gather(s, back=False, moment=f"forward of {_where(segment)}")
+            if self.mode(s) != "none":
+                self.inputs[s] = {o: self.memory.hold(values[o]) for o in self._read(segment) if o in values}
+            self._run(s, values, "forward", keep=self.mode(s) == "none")
+            self._drop(weights)
+        self._drop(values.values())  # the loss has read them
+
+    def _read(self, segment: Iterable[Step]) -> dict[int, None]:
+        return dict.fromkeys(o for step in segment for n in step.operands if (o := self.steps.nodes[n].owner) is not None)
+
+    def _run(self, s: int, values: Values, what: str, *, keep: bool) -> None:
+        memory, nodes, mode = self.memory, self.steps.nodes, self.mode(s)
+        again = what != "forward"
+        for i, step in enumerate(self.steps.segments[s]):
+            for n in step.results:
+                if nodes[n].owner == n:
+                    values[n] = self.taped[s].pop(n) if again and n in self.taped.get(s, ()) else memory.new(nodes[n].num_bytes, "temporaries")
+            kept = [memory.new(step.kept_bytes, "activations" if keep else "temporaries")] if step.kept_bytes else []
+            memory.note(f"{what} of {step.moment}", **{"communication" if step.collective else "temporaries": step.workspace_bytes})
+            if keep and step.recorded:
+                for o in dict.fromkeys(nodes[n].owner for n in step.saved):
+                    if o in values:
+                        kept.append(memory.move(memory.hold(values[o]), "activations"))
+                self.saved[s, i] = kept
+            else:
+                self._drop(kept)
+            if not again and (step.collective if mode == "full" else step.collective or step.contraction if mode == "selective" else False):
+                tape = self.taped.setdefault(s, {})
+                tape.update({n: memory.move(memory.hold(values[n]), "activations") for n in step.results if nodes[n].owner == n})
+            self._drop(values.pop(o) for o in self.expiring.get((s, i), ()) if o in values)
+        self._drop(values.pop(o) for o in self.expiring.get((s, len(self.steps.segments[s])), ()) if o in values)
+
+    def _drop(self, storages: Iterable[int]) -> None:
+        for storage in list(storages):
+            self.memory.drop(storage)
+
+    def _gather(self, s: int, *, back: bool, moment: str) -> list[int]:
+        """Weights of a segment; the unit that comes next is on its way when they are there."""
+        found = []
+        for unit in reversed(self.units[s]) if back else self.units[s]:
+            if self.fetched is None or self.fetched[0] is not unit:
+                self._drop(self.fetched[1:] if self.fetched is not None else ())
+                self._fetch(unit, moment)
+            assert self.fetched is not None
+            _, rows, copy = self.fetched
+            self.memory.drop(copy)
+            ahead = self.neighbours[id(unit)][0 if back else 1]
+            self.fetched = None
+            if ahead is not None:
+                self._fetch(ahead, moment)
+            if unit.copies:
+                found.append(self.memory.new(unit.copies, "parameters"))
+                self.memory.note(moment)
+                self.memory.drop(rows)
+            else:
+                found.append(self.memory.move(rows, "parameters"))
+                self.memory.note(moment)
+        return found
+
+    def _fetch(self, unit: Group, moment: str) -> None:
+        size = unit.gathered_rows
+        self.fetched = (unit, self.memory.new(size, "communication"), self.memory.new(self._copied(size), "communication"))
+        self.memory.note(moment)
+
+    def _copied(self, num_bytes: int) -> int:
+        return num_bytes if self.engine.copies else 0
+
+    def refresh(self) -> None:
+        """Working copies, gathered once a step."""
+        open_at_a_time = [g.in_flight_bytes + self._copied(g.received_bytes) for g in self.holdings.flats]
+        for n in range(len(open_at_a_time)):
+            self.memory.note("gathering of parameters", communication=sum(open_at_a_time[n : n + IN_FLIGHT]))
+
+    # --- backward ----------------------------------------------------------------------------------------------------
+
+    def backward(self, *, last: bool) -> None:
+        self.awaited = dict(self.contributions)
+        self.missing = {b: len(bucket.members) for b, bucket in enumerate(self.holdings.buckets)}
+        for (s, i), storages in list(self.saved.items()):
+            if not self.steps.segments[s][i].live:
+                self._drop(storages)
+                del self.saved[s, i]
+        for n in self.steps.seeds:
+            self.gradient[n] = self.memory.new(self.steps.nodes[n].num_bytes, "temporaries")
+        for s in reversed(range(len(self.steps.segments))):
+            self._back(s, last)
+        self._drop(self.gradient.values())
+        self.gradient.clear()
+        self._end(last)
+
+    def _back(self, s: int, last: bool) -> None:
+        segment = self.steps.segments[s]
+        weights = self._gather(s, back=True, moment=f"backward of {_where(segment)}") if any(step.live for step in segment) else []
+        if self.mode(s) != "none":
+            values = {o: self.memory.hold(storage) for o, storage in self.inputs[s].items()}
+            self._run(s, values, "computing again", keep=True)
+            self._drop(values.values())
+        for i in reversed(range(len(segment))):
+            if segment[i].live:
+                self._differentiate(segment[i], self.saved.pop((s, i), []), last)
+        self._drop(self.inputs.pop(s, {}).values())
+        self._drop(self.taped.pop(s, {}).values())
+        self._drop(weights)
+        for n, unit in enumerate(self.units[s]):
+            grads = [self.leaf.pop(h.value) for h in unit.members if h.value in self.leaf]
+            if unit.trained and grads:
+                self._fill(-1 - (s << 10) - n, unit, grads)
+                self._launch(-1 - (s << 10) - n, unit)
+
+    def _differentiate(self, step: Step, saved: list[int], last: bool) -> None:
+        nodes, memory = self.steps.nodes, self.memory
+        arrived = [self.gradient.pop(n) for n in step.results if n in self.gradient]
+        found = []
+        for n, size in zip(step.operands, step.gradients) if arrived else ():
+            if nodes[n].live:
+                found.append((n, memory.hold(arrived[0]) if size is None else memory.new(size, "temporaries")))
+        memory.note(f"backward of {step.moment}", **{"communication" if step.collective else "temporaries": step.backward_workspace_bytes})
+        self._drop([*arrived, *saved])
+        for n, storage in found:
+            self._add(n, storage, step.moment)
+            if n in self.awaited:
+                self.awaited[n] -= 1
+                if self.awaited[n] == 0:
+                    self._arrived(self.holdings.parameters[self.steps.leaves[n]], self.gradient.pop(n), last)
+
+    def _add(self, n: int, storage: int, moment: str) -> None:
+        """Sum in the memory of one of the two where nobody else reads it."""
+        memory, before = self.memory, self.gradient.get(n)
+        if before is None:
+            self.gradient[n] = storage
+        elif not memory.shared(before):
+            memory.drop(storage)
+        elif not memory.shared(storage):
+            memory.drop(before)
+            self.gradient[n] = storage
+        else:
+            self.gradient[n] = memory.new(self.steps.nodes[n].num_bytes, "temporaries")
+            memory.note(f"backward of {moment}")
+            self._drop((before, storage))
+
+    def _arrived(self, held: Held, storage: int, last: bool) -> None:
+        """The whole local gradient of a parameter."""
+        memory, v = self.memory, held.value
+        if v in self.leaf:
+            memory.drop(storage)
+        else:
+            if memory.shared(storage):
+                memory.drop(storage)
+                storage = memory.new(held.working, "gradients")
+            self.leaf[v] = memory.move(storage, "gradients")
+        b = self.bucket_of.get(v)
+        if b is not None and (last or held.stage == 2):
+            bucket = self.holdings.buckets[b]
+            self._fill(b, bucket, [self.leaf.pop(v)])
+            self.missing[b] -= 1
+            if self.missing[b] == 0:
+                self._launch(b, bucket)
+
+    def _fill(self, key: int, bucket: Group, grads: list[int]) -> None:
+        """Copy gradients to the rows of their bucket and drop them."""
+        if key not in self.filling:
+            while len(self.in_flight) >= IN_FLIGHT:
+                self._collect()
+            self.filling[key] = self.memory.new(bucket.rows, "communication")
+        self.memory.note("reduction of gradients")
+        self._drop(grads)
+
+    def _launch(self, key: int, bucket: Group) -> None:
+        rows = self.filling.pop(key)
+        if bucket.stage == 0:
+            self.totals[key] = rows
+        else:
+            self.in_flight.append((key, rows, self.memory.new(bucket.part, "communication")))
+            self.memory.note("reduction of gradients", communication=self._copied(bucket.rows))
+
+    def _collect(self) -> None:
+        key, rows, part = self.in_flight.pop(0)
+        self.memory.drop(rows)
+        if key in self.totals:
+            self.memory.drop(part)
+        else:
+            self.totals[key] = self.memory.move(part, "gradients")
+
+    def _end(self, last: bool) -> None:
+        for key in list(self.filling):
+            self._launch(key, self.holdings.buckets[key])
+        while self.in_flight:
+            self._collect()
+        if not last:
+            return
+        device = not self.program.residency.offload
+        for key, storage in self.totals.items():
+            members = self.holdings.buckets[key].members if key >= 0 else self.units[(-1 - key) >> 10][(-1 - key) & 1023].members
+            self._deliver(storage, list(members), device)
+        for v, storage in self.leaf.items():
+            self._deliver(storage, [self.holdings.parameters[v]], device)
+
+    def _deliver(self, storage: int, members: list[Held], device: bool) -> None:
+        """Gradients as the optimizer wants them: in the dtype of what it updates."""
+        memory = self.memory
+        if device and all(h.stored == h.reduced if h.reduced_over * h.ranks > 1 else h.stored == h.working for h in members):
+            memory.move(storage, "gradients")
+            return
+        if device:
+            memory.new(sum(h.stored for h in members), "gradients")
+            memory.note("reduction of gradients")
+        memory.drop(storage)
+
+
+def _where(segment: tuple[Step, ...]) -> str:
+    return segment[0].moment if segment else "outputs"
+
+
+def _resident(program: Program, holdings: Holdings) -> Memory:
+    """What is there before a step: parameters, optimizer state, buffers and the batch."""
+    graph, residency = program.graph, program.residency
+    held = holdings.parameters.values()
+    parameters = sum(h.device_bytes(offload=residency.offload) for h in held)
+    for value in graph.values:
+        if value.role in ("buffer", "constant", "input"):
+            parameters += value.meta.num_bytes * (residency.micro_batches if value.role == "input" else 1)
+    optimizer = 0
+    for h in held:
+        stored = residency.precision.stored(graph.values[h.value].meta.dtype)
+        if h.trained and not residency.offload:
+            optimizer += h.stored // DTYPE_BYTES[stored] * adam(stored, master=None).optimizer_bytes
+    return Memory(parameters=parameters, optimizer=optimizer)
+
+
+def memory_use(program: Program, engine: Engine = Engine()) -> MemoryUse:
+    """The fullest moment of a training step with AdamW on one rank."""
+    holdings = Holdings(program)
+    memory = _resident(program, holdings)
+    walk = _Walk(program, steps_of(program), holdings, memory, engine)
+    walk.refresh()
+    times = min(program.residency.micro_batches, 3)
+    for m in range(times):
+        walk.forward()
+        walk.backward(last=m + 1 == times)
+    stored = [h.stored for h in holdings.parameters.values() if h.trained]
+    if stored and not program.residency.offload:  # the square root of the second moment, and its quotient
+        memory.note("the optimizer step", temporaries=2 * max(stored) if engine.one_by_one else sum(stored))
+    peak = memory.peak
+    return peak.with_margin(round(MARGIN * (peak.activations + peak.temporaries + peak.communication)))

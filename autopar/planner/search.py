@@ -1,0 +1,150 @@
+"""The best plan on one mesh that fits: the search's linear model of memory proposes, the liveness of the program decides."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from autopar.core.cluster import Cluster
+from autopar.core.graph import OpGraph
+from autopar.core.memory import MemoryUse
+from autopar.core.mesh import Mesh
+from autopar.core.problem import Assignment, SearchProblem
+from autopar.core.residency import Precision
+from autopar.core.rule import OpRule
+from autopar.errors import InfeasibleError
+from autopar.planner.decode import decode
+from autopar.planner.keeping import Keeping
+from autopar.planner.liveness import Engine, memory_use
+from autopar.planner.pins import Pins
+from autopar.planner.problem import Ports, ProblemBuilder
+from autopar.planner.roles import Constraints
+from autopar.planner.states import Pricing
+from autopar.program import Program
+from autopar.search.lagrange import leanest
+from autopar.search.solve import solve
+
+MEMORY_SHARE = 0.9
+"""Share of a device's memory that a plan may use; the rest is left to the allocator and the runtime."""
+
+ROUNDS = 5
+"""How often the linear limit is corrected."""
+
+CLOSE = 0.02
+"""A plan that leaves less of the limit than this is not looked past."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asks for beside model and cluster. `tokens` per step is for the report only; the graph is that of one of
+    `micro_batches`; `offload`: optimizer state lives on the host."""
+
+    pins: Sequence[str] = ()
+    mesh: Mesh | None = None
+    memory_share: float = MEMORY_SHARE
+    time_limit_s: float = 30.0
+    tokens: int = 0
+    micro_batches: int = 1
+    precision: Precision = Precision()
+    offload: bool = False
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan on one mesh, and what it was chosen from."""
+
+    program: Program
+    assignment: Assignment
+    problem: SearchProblem
+    ports: Ports
+    engine: Engine
+
+    @cached_property
+    def memory(self) -> MemoryUse:
+        return memory_use(self.program, self.engine)
+
+
+class DoesNotFit(InfeasibleError):
+    """No plan on a mesh fits; `leanest` is the one that comes nearest."""
+
+    def __init__(self, leanest: Candidate, limit_bytes: float) -> None:
+        super().__init__(f"no plan fits {limit_bytes:.0f} bytes")
+        self.leanest, self.limit_bytes = leanest, limit_bytes
+
+
+@dataclass(frozen=True)
+class MeshSearch:
+    """All plans of a graph on one mesh. `strict`: the pins fix what every axis does."""
+
+    graph: OpGraph
+    rules: Sequence[OpRule]
+    batch: Sequence[frozenset[int]]
+    cluster: Cluster
+    mesh: Mesh
+    pins: Pins
+    options: Options
+    strict: bool
+
+    @cached_property
+    def pricing(self) -> Pricing:
+        return Pricing(self.cluster, self.mesh)
+
+    @property
+    def limit_bytes(self) -> float:
+        return self.cluster.device.memory_bytes * self.options.memory_share
+
+    @property
+    def given(self) -> Keeping:
+        return Keeping(micro_batches=self.options.micro_batches, precision=self.options.precision, offload=self.options.offload)
+
+    def best(self) -> Candidate:
+        """What saves memory costs time, so it is only looked at where the plan without it does not fit. Raises DoesNotFit."""
+        fastest = self._solved(self.given.narrowed(self.pins), None)
+        return fastest if fastest.memory.high_bytes <= self.limit_bytes else self._within(fastest)
+
+    def _within(self, fastest: Candidate) -> Candidate:
+        """The linear limit is moved by what the last plan's liveness was off the real limit, until plans fill that."""
+        limit, found = self.limit_bytes, None
+        linear, last = fastest.assignment.memory_bytes, fastest
+        for _ in range(ROUNDS):
+            linear = max(0.0, linear + limit - last.memory.high_bytes)
+            try:
+                last = self._solved(self.given.everything().narrowed(self.pins), linear)
+            except InfeasibleError:
+                break
+            if last.memory.high_bytes > limit:
+                continue
+            if found is not None and last.assignment.cost_s >= found.assignment.cost_s:
+                break
+            found = last
+            if last.memory.high_bytes >= (1 - CLOSE) * limit:
+                break
+        if found is None:
+            found = self.leanest()
+            if found.memory.high_bytes > limit:
+                raise DoesNotFit(found, limit)
+        return found
+
+    def leanest(self) -> Candidate:
+        """The fastest of the plans that the linear model takes for those of about least memory: the very least may move whole tensors to
+        save a few bytes of state."""
+        keeping = self.given.everything().narrowed(self.pins)
+        problem, _ = self._problem(keeping, None)
+        return self._solved(keeping, leanest(problem).memory_bytes * (1 + CLOSE))
+
+    def _solved(self, keeping: Keeping, linear_limit_bytes: float | None) -> Candidate:
+        problem, ports = self._problem(keeping, linear_limit_bytes)
+        return self._candidate(keeping, problem, ports, solve(problem, time_limit_s=self.options.time_limit_s))
+
+    def _problem(self, keeping: Keeping, linear_limit_bytes: float | None) -> tuple[SearchProblem, Ports]:
+        constraints = Constraints(self.mesh, self.pins, self.strict)
+        return ProblemBuilder(self.graph, self.rules, self.batch, self.pricing, constraints, keeping).build(linear_limit_bytes)
+
+    def _candidate(self, keeping: Keeping, problem: SearchProblem, ports: Ports, assignment: Assignment) -> Candidate:
+        program = decode(self.graph, self.rules, self.pricing, ports, assignment.choices, keeping)
+        return Candidate(program, assignment, problem, ports, Engine.of(self.cluster))
+
+    def with_more_nodes(self, factor: int) -> "MeshSearch":
+        """The same on a cluster of `factor` times as many nodes, the outermost axis longer."""
+        first, *rest = self.mesh.axes
+        cluster = replace(self.cluster, num_nodes=self.cluster.num_nodes * factor)
+        return replace(self, cluster=cluster, mesh=Mesh((replace(first, size=first.size * factor), *rest)))
