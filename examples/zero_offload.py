@@ -120,7 +120,7 @@ def main(settings: Settings) -> None:
     show_runs(settings)
     print("\nefficiency when fetched at every use           published   ours")
     for what, published, ours in efficiencies():
-        print(f"  {what:<44}{f"{100 * published:.3g} %":>10}{100 * ours:8.1f} %")
+        print(f"  {what:<44}{100 * published:8.3g} %{100 * ours:8.1f} %")
 
 
 if __name__ == "__main__":
