@@ -18,10 +18,10 @@ from autopar.planner.search import Options
 from autopar.trace.capture import trace
 from tests.memory import measured_bytes
 
-GPT2: dict[str, Any] = {"batch": 4, "seq": 64, "overrides": {"n_embd": 128, "vocab_size": 512, "n_layer": 3}}
-LLAMA: dict[str, Any] = {"batch": 4, "seq": 64, "overrides": {"hidden_size": 128, "intermediate_size": 352, "vocab_size": 512, "num_hidden_layers": 3}}
-BERT: dict[str, Any] = {"batch": 4, "seq": 64, "overrides": {"hidden_size": 128, "intermediate_size": 512, "vocab_size": 512, "num_hidden_layers": 3}}
-VIT: dict[str, Any] = {"batch": 8, "overrides": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3}}
+GPT2: dict[str, Any] = {"batch": 4, "seq": 64, "overrides": {"n_embd": 128, "vocab_size": 512, "n_layer": 4}}
+LLAMA: dict[str, Any] = {"batch": 4, "seq": 64, "overrides": {"hidden_size": 128, "intermediate_size": 352, "vocab_size": 512, "num_hidden_layers": 4}}
+BERT: dict[str, Any] = {"batch": 4, "seq": 64, "overrides": {"hidden_size": 128, "intermediate_size": 512, "vocab_size": 512, "num_hidden_layers": 4}}
+VIT: dict[str, Any] = {"batch": 8, "overrides": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4}}
 MLP: dict[str, Any] = {"batch": 512, "overrides": {"width": 256, "depth": 5}}
 CLOSE = 0.10
 

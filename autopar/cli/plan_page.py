@@ -63,7 +63,7 @@ def _residency(plan: Plan) -> list[tuple[str, str]]:
 def _memory(memory: MemoryUse) -> str:
     """The parts of the fullest moment, those of nothing left out."""
     parts = [f"{size(num_bytes)} {part}" for part, num_bytes in (*memory.parts, ("margin", memory.margin)) if num_bytes]
-    return f"{size(memory.high_bytes)} at most, {memory.moment}: {' + '.join(parts)}"
+    return f"{size(memory.high_bytes)} at the fullest moment ({memory.moment}) = {' + '.join(parts)}"
 
 
 def _axes_table(plan: Plan, cluster: Cluster) -> Table:

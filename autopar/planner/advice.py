@@ -58,7 +58,8 @@ def _changes(search: MeshSearch, retrace: Retrace) -> Iterator[tuple[str, MeshSe
     times = search.options.micro_batches
     while (graph := retrace(times := 2 * times)) is not None and times <= MAX_FACTOR * search.options.micro_batches:
         rules = rules_of(graph)
-        yield f"{times} microbatches", replace(search, graph=graph, rules=rules, batch=batch_factors(graph, rules), options=replace(search.options, micro_batches=times))
+        options = replace(search.options, micro_batches=times)
+        yield f"{times} microbatches", replace(search, graph=graph, rules=rules, batch=batch_factors(graph, rules), options=options)
     if not search.options.offload:
         yield "offload=True", replace(search, options=replace(search.options, offload=True))
     factor = 2

@@ -98,7 +98,8 @@ class Holdings:
         placements = [p for a, p in enumerate(stored) if a in axes]
         rest = tuple(a for a in program.deferred[v] if a not in axes)
         return Held(
-            value=v, stage=stage, trained=v in program.graph.differentiated, working=program.local_bytes(v, used), stored=part * stored_width, part=part * width,
+            value=v, stage=stage, trained=v in program.graph.differentiated,
+            working=program.local_bytes(v, used), stored=part * stored_width, part=part * width,
             reduced=part * DTYPE_BYTES[residency.precision.reduced(dtype)], ranks=math.prod(program.mesh.sizes[a] for a in axes),
             reduced_over=math.prod(program.mesh.sizes[a] for a in rest), flat=bool(stage) or width != stored_width or residency.offload,
             inside=stage in (1, 2) and width == stored_width and not residency.offload and all(p.outer == 1 for p in placements),
@@ -135,5 +136,6 @@ class Holdings:
         found = []
         for of_kind in kinds.values():
             by_value = {h.value: h for h in of_kind}
-            found += [Group(of_kind[0].stage, tuple(by_value[v] for v in chunk), of_kind[0].trained) for chunk in chunks(list(by_value), lambda v: by_value[v].working)]
+            runs = chunks(list(by_value), lambda v, of=by_value: of[v].working)
+            found += [Group(of_kind[0].stage, tuple(by_value[v] for v in run), of_kind[0].trained) for run in runs]
         return found

@@ -129,12 +129,18 @@ def kept_by_selective(op: Op, operands: Sequence[TensorMeta]) -> bool:
     return op.kind in WEIGHT_CONTRACTIONS or (op.kind == "aten.matmul.default" and len(operands[1].shape) <= 2)
 
 
-def recompute_tables(modes: Sequence[str], forward_s: np.ndarray, inner_bytes: np.ndarray, *, kept: bool, times: int) -> tuple[np.ndarray, np.ndarray]:
-    """(extra seconds, bytes kept inside the block) of one operator: rows are modes, columns its states."""
+def recompute_tables(
+    modes: Sequence[str], forward_s: np.ndarray, saved_bytes: np.ndarray, made_bytes: np.ndarray, *, kept: bool, times: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(extra seconds, bytes kept inside the block) of one operator: rows are modes, columns its states.
+
+    `saved_bytes`: what the backward reads; `made_bytes`: results, which selective recomputation keeps of an operator that is `kept`,
+    read or not.
+    """
+    nothing = np.zeros_like(forward_s)
     again = {"none": False, "selective": not kept, "full": True}
-    seconds = np.stack([times * forward_s if again[mode] else np.zeros_like(forward_s) for mode in modes])
-    memory = np.stack([np.zeros_like(inner_bytes) if again[mode] else inner_bytes for mode in modes])
-    return seconds, memory
+    bytes_in = {"none": saved_bytes, "selective": made_bytes if kept else nothing, "full": nothing}
+    return np.stack([times * forward_s if again[mode] else nothing for mode in modes]), np.stack([bytes_in[mode] for mode in modes])
 
 
 def recomputed_flops(program: Program) -> float:

@@ -91,10 +91,16 @@ def _finish(graph: OpGraph, cluster: Cluster, best: Candidate, bound_s: float, b
         mesh=program.mesh,
         **decisions(program, program.mesh),
         predicted=_predict(graph, cluster, best, program, options.tokens),
-        proof=Proof(a.cost_s, bound_s, max(0.0, a.cost_s - bound_s) / max(a.cost_s, 1e-300), a.solver, f"{a.proof} over {num_meshes} mesh{'es' * (num_meshes > 1)}"),
+        proof=Proof(a.cost_s, bound_s, max(0.0, a.cost_s - bound_s) / max(a.cost_s, 1e-300), a.solver, _status(best, num_meshes)),
         notes=tuple(f"no rule for {kind}: computed replicated" for kind in unknown),
     )
     return Planned(plan, program)
+
+
+def _status(best: Candidate, num_meshes: int) -> str:
+    """Where memory binds, plans compete within a linear limit."""
+    binding = ", within a linear memory limit" if best.problem.memory_limit_bytes is not None else ""
+    return f"{best.assignment.proof} over {num_meshes} mesh{'es' * (num_meshes > 1)}{binding}"
 
 
 def _predict(graph: OpGraph, cluster: Cluster, best: Candidate, program: Program, tokens: int) -> Prediction:

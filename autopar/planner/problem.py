@@ -228,12 +228,15 @@ class ProblemBuilder:
     def _mode_tables(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         op, states = self.graph.ops[i], self.states[self.ops[i]]
         metas = [self.graph.values[v].meta for v in op.operands]
-        inner = tuple(j for j, v in enumerate(op.results) if v in self.saved and not self._leaves_block(i, v))
-        key = ("modes", id(states), inner, kept_by_selective(op, metas))
+        inner = tuple(j for j, v in enumerate(op.results) if not self._leaves_block(i, v))
+        saved = tuple(j for j in inner if op.results[j] in self.saved)
+        key = ("modes", id(states), inner, saved, kept_by_selective(op, metas))
         if key not in self._edge_cache:
             assert states.forward_s is not None and states.kept_bytes is not None
-            kept = states.kept_bytes + result_bytes([self.graph.values[v].meta for v in op.results], states.result_layouts, inner, self.mesh)
-            self._edge_cache[key] = recompute_tables(self.keeping.recompute, states.forward_s, kept, kept=key[3], times=self.keeping.micro_batches)
+            results = [self.graph.values[v].meta for v in op.results]
+            read, made = (result_bytes(results, states.result_layouts, which, self.mesh) for which in (saved, inner))
+            times = self.keeping.micro_batches
+            self._edge_cache[key] = recompute_tables(self.keeping.recompute, states.forward_s, states.kept_bytes + read, made, kept=key[-1], times=times)
         seconds, memory = self._edge_cache[key]
         assert memory is not None
         return seconds, memory

@@ -26,11 +26,11 @@ from autopar.search.solve import solve
 MEMORY_SHARE = 0.9
 """Share of a device's memory that a plan may use; the rest is left to the allocator and the runtime."""
 
-ROUNDS = 5
-"""How often the linear limit is corrected."""
+ROUNDS = 6
+"""How often the linear limit is corrected; the time limit is shared among them."""
 
 CLOSE = 0.02
-"""A plan that leaves less of the limit than this is not looked past."""
+"""Linear limits nearer to each other than this are not told apart."""
 
 
 @dataclass(frozen=True)
@@ -102,38 +102,42 @@ class MeshSearch:
         return fastest if fastest.memory.high_bytes <= self.limit_bytes else self._within(fastest)
 
     def _within(self, fastest: Candidate) -> Candidate:
-        """The linear limit is moved by what the last plan's liveness was off the real limit, until plans fill that."""
-        limit, found = self.limit_bytes, None
-        linear, last = fastest.assignment.memory_bytes, fastest
+        """The linear limit that lets plans fill the real one: moved by what the last plan's liveness was off it, or where that leads out of
+        what is left to look at, to its middle."""
+        limit, found = self.limit_bytes, self.leanest()
+        low, high = found.assignment.memory_bytes, fastest.assignment.memory_bytes
+        if found.memory.high_bytes > limit:
+            raise DoesNotFit(found, limit)
+        last = fastest
         for _ in range(ROUNDS):
-            linear = max(0.0, linear + limit - last.memory.high_bytes)
-            try:
-                last = self._solved(self.given.everything().narrowed(self.pins), linear)
-            except InfeasibleError:
-                break
+            linear = last.assignment.memory_bytes + limit - last.memory.high_bytes
+            last = self._solved(self.keeping, linear if low < linear < high and last is not found else (low + high) / 2)
             if last.memory.high_bytes > limit:
-                continue
-            if found is not None and last.assignment.cost_s >= found.assignment.cost_s:
+                high = last.assignment.memory_bytes
+            else:
+                low = max(low, last.assignment.memory_bytes)
+                found = min(found, last, key=lambda c: c.assignment.cost_s)
+            if high - low < CLOSE * low:
                 break
-            found = last
-            if last.memory.high_bytes >= (1 - CLOSE) * limit:
-                break
-        if found is None:
-            found = self.leanest()
-            if found.memory.high_bytes > limit:
-                raise DoesNotFit(found, limit)
         return found
+
+    @property
+    def keeping(self) -> Keeping:
+        """All that may be done about memory."""
+        return self.given.everything().narrowed(self.pins)
 
     def leanest(self) -> Candidate:
         """The fastest of the plans that the linear model takes for those of about least memory: the very least may move whole tensors to
         save a few bytes of state."""
-        keeping = self.given.everything().narrowed(self.pins)
-        problem, _ = self._problem(keeping, None)
-        return self._solved(keeping, leanest(problem).memory_bytes * (1 + CLOSE))
+        problem, _ = self._problem(self.keeping, None)
+        return self._solved(self.keeping, leanest(problem).memory_bytes * (1 + CLOSE))
 
     def _solved(self, keeping: Keeping, linear_limit_bytes: float | None) -> Candidate:
         problem, ports = self._problem(keeping, linear_limit_bytes)
-        return self._candidate(keeping, problem, ports, solve(problem, time_limit_s=self.options.time_limit_s))
+        return self._candidate(keeping, problem, ports, solve(problem, time_limit_s=self._time_limit_s(linear_limit_bytes)))
+
+    def _time_limit_s(self, linear_limit_bytes: float | None) -> float:
+        return self.options.time_limit_s / (ROUNDS if linear_limit_bytes is not None else 1)
 
     def _problem(self, keeping: Keeping, linear_limit_bytes: float | None) -> tuple[SearchProblem, Ports]:
         constraints = Constraints(self.mesh, self.pins, self.strict)

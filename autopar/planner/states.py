@@ -38,7 +38,8 @@ class States:
     """The states of one search node. Compared by identity: equal operators share one object.
 
     `operand_layouts[k][s]`, `result_layouts[j][s]`: layout under state s. `strategies` is empty for nodes that are no op;
-    `forward_s` is their share of `seconds` that a second forward would cost, `kept_bytes` what the backward keeps beside operands and results; `zeros`: ZeRO of a parameter; `modes`: of a block.
+    `forward_s` is their share of `seconds` that a second forward would cost; `kept_bytes`: what the backward keeps beside operands
+    and results; `zeros`: ZeRO of a parameter; `modes`: of a block.
     """
 
     strategies: tuple[Strategy, ...]

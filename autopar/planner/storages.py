@@ -15,10 +15,12 @@ from autopar.core.strides import Strides, dense_like, is_row_major, row_major, v
 from autopar.planner.keeping import kept_by_selective
 from autopar.program import Program, Route, route_steps
 
-SAME_GRADIENT = ("aten.clone", "aten.contiguous", "aten.alias", "aten.add.", "aten.sub.", "aten.cat", "aten.concat", "aten.stack", "aten.sum")
+JOINING = ("aten.cat", "aten.concat", "aten.stack")
+SAME_GRADIENT = ("aten.clone", "aten.contiguous", "aten.alias", "aten.add.", "aten.sub.", "aten.sum", *JOINING)
 """Operators whose operands' gradients lie in the memory of the result's, where shapes agree."""
 
-WHOLE_GRADIENT = ("aten.slice", "aten.narrow", "aten.select", "aten.split", "aten.chunk", "aten.tensor_split", "aten.unbind", "aten.expand", "aten.broadcast", "aten.unfold")
+WHOLE_GRADIENT = ("aten.slice", "aten.narrow", "aten.select", "aten.split", "aten.chunk", "aten.tensor_split", "aten.unbind", "aten.expand",
+                  "aten.broadcast", "aten.unfold")  # fmt: skip
 """Views whose operand's gradient is memory of its own: zeros around a part, parts joined, or a sum over copies."""
 
 FORWARD_WORKSPACE = {"autopar.dropout": 1.0, "autopar.attention": 1.0, "autopar.token_cross_entropy": 1.0}
@@ -101,7 +103,8 @@ class _Builder:
         ends = [self._moved(v, route) for v, route in zip(graph.outputs, program.output_routes)]
         ends += [self._moved(v, route) for (_, v), route in zip(graph.updates, program.update_routes)]
         seeds = [n for v, n in zip(graph.outputs, ends) if v in graph.seeds]
-        return Steps(tuple(self.nodes), (*segments, tuple(self.steps)), tuple(ends), tuple(seeds), {self.found[v, (program.produced[v],)]: v for v in graph.params})
+        leaves = {self.found[v, (program.produced[v],)]: v for v in graph.params}
+        return Steps(tuple(self.nodes), (*segments, tuple(self.steps)), tuple(ends), tuple(seeds), leaves)
 
     def _add(self, v: int, layout: Layout, route: Route, *, strides: Strides | None = None, source: int | None = None, held: bool = False) -> int:
         """A node; with `source` in its memory."""
@@ -180,7 +183,8 @@ class _Builder:
         elif op.kind.startswith(ATTENTION):  # flash attention writes rows of all heads together
             return self._add(v, layout, route, strides=dense_like(shape, (3, 1, 2, 0)))
         elif operands and not op.kind.startswith(("aten.clone", "aten.contiguous")):
-            like = next((self.nodes[n] for n in operands if self.nodes[n].shape == shape and not is_row_major(shape, self.nodes[n].strides)), None)
+            alike = (self.nodes[n] for n in operands if self.nodes[n].shape == shape)
+            like = next((node for node in alike if not is_row_major(shape, node.strides)), None)
             if like is not None and self.program.rules[self.program.graph.producer[v][0]].cost == "pointwise" and all(like.strides):
                 return self._add(v, layout, route, strides=dense_like(shape, like.strides))
         return self._add(v, layout, route)
@@ -189,9 +193,9 @@ class _Builder:
         node = self.nodes[n]
         if op.kind.startswith(WHOLE_GRADIENT):
             return node.num_bytes
-        rearranged = op.kind.startswith((*PERMUTING, *RESHAPING)) or (op.kind.startswith("aten.detach"))
-        same = op.kind.startswith(SAME_GRADIENT) and (math.prod(node.shape) >= math.prod(self.nodes[results[0]].shape) or "cat" in op.kind or "stack" in op.kind)
-        return None if rearranged or same else node.num_bytes
+        rearranged = op.kind.startswith((*PERMUTING, *RESHAPING))
+        broadcast = math.prod(node.shape) < math.prod(self.nodes[results[0]].shape) and not op.kind.startswith(JOINING)
+        return None if rearranged or (op.kind.startswith(SAME_GRADIENT) and not broadcast) else node.num_bytes
 
     def _backward_workspace(self, i: int, operands: Sequence[int], largest: int, made: int) -> int:
         kind = self.program.graph.ops[i].kind
