@@ -26,7 +26,7 @@ MARGIN = 0.03
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """What executes a step. `copies`: collectives of whole buffers work on copies, as gloo's do; `one_by_one`: the optimizer updates one
+    """What executes a step. `copies`: collectives of whole buffers hold as much again while under way, as over gloo; `one_by_one`: the optimizer updates one
     parameter after the other, as torch does on a CPU, elsewhere all at once with a temporary for each."""
 
     copies: bool = False
@@ -56,8 +56,8 @@ class _Walk:
     gradient: Values = field(default_factory=dict)
     leaf: Values = field(default_factory=dict)
     totals: Values = field(default_factory=dict)
-    in_flight: list[tuple[int, int, int]] = field(default_factory=list)
-    fetched: tuple[Group, int, int] | None = None
+    in_flight: list[tuple[int, list[int], int]] = field(default_factory=list)
+    fetched: tuple[int, list[int]] | None = None
     awaited: dict[int, int] = field(default_factory=dict)
     missing: dict[int, int] = field(default_factory=dict)
     filling: Values = field(default_factory=dict)
@@ -67,7 +67,7 @@ class _Walk:
     @cached_property
     def expiring(self) -> Mapping[tuple[int, int], list[int]]:
         """(segment, step) -> memory that nothing reads after it; what enters a segment lives until its end."""
-        last: dict[int, tuple[int, int]] = {}
+        last: dict[int | None, tuple[int, int]] = {}
         made: dict[int, int] = {}
         for s, segment in enumerate(self.steps.segments):
             for i, step in enumerate(segment):
@@ -77,7 +77,7 @@ class _Walk:
                         made.setdefault(owner, s)
                         last[owner] = max(last.get(owner, (0, 0)), (s, i if made[owner] == s else len(segment)))
         for n in self.steps.ends:
-            last.pop(self.steps.nodes[n].owner or -1, None)
+            last.pop(self.steps.nodes[n].owner, None)
         found: dict[tuple[int, int], list[int]] = {}
         for owner, place in last.items():
             found.setdefault(place, []).append(owner)
@@ -88,10 +88,11 @@ class _Walk:
         return (*self.holdings.units(), ())
 
     @cached_property
-    def neighbours(self) -> Mapping[int, tuple[Group | None, Group | None]]:
-        """id of a unit -> the units before and after it."""
-        chain = [unit for group in self.units for unit in group]
-        return {id(u): (chain[n - 1] if n else None, chain[n + 1] if n + 1 < len(chain) else None) for n, u in enumerate(chain)}
+    def neighbours(self) -> Mapping[int, tuple[int | None, int | None]]:
+        """Segment with gathered weights -> the one before it that has a backward, and the one after it."""
+        chain = [s for s, units in enumerate(self.units) if units]
+        backward = self.program.backward_segments
+        return {s: (max((t for t in chain if t < s and backward[t]), default=None), min((t for t in chain if t > s), default=None)) for s in chain}
 
     @cached_property
     def contributions(self) -> Mapping[int, int]:
@@ -154,31 +155,29 @@ class _Walk:
             self.memory.drop(storage)
 
     def _gather(self, s: int, *, back: bool, moment: str) -> list[int]:
-        """Weights of a segment; the unit that comes next is on its way when they are there."""
+        """Weights of a segment; those of the segment that comes next are on their way when these are there."""
+        if not self.units[s]:
+            return []
+        if self.fetched is None or self.fetched[0] != s:
+            self._drop(self.fetched[1] if self.fetched is not None else ())
+            self._fetch(s, moment)
+        assert self.fetched is not None
+        (*rows, copy), self.fetched = self.fetched[1], None
+        ahead = self.neighbours[s][0 if back else 1]
+        if ahead is not None:
+            self._fetch(ahead, moment)
+        self.memory.drop(copy)
         found = []
-        for unit in reversed(self.units[s]) if back else self.units[s]:
-            if self.fetched is None or self.fetched[0] is not unit:
-                self._drop(self.fetched[1:] if self.fetched is not None else ())
-                self._fetch(unit, moment)
-            assert self.fetched is not None
-            _, rows, copy = self.fetched
-            self.memory.drop(copy)
-            ahead = self.neighbours[id(unit)][0 if back else 1]
-            self.fetched = None
-            if ahead is not None:
-                self._fetch(ahead, moment)
-            if unit.copies:
-                found.append(self.memory.new(unit.copies, "parameters"))
-                self.memory.note(moment)
-                self.memory.drop(rows)
-            else:
-                found.append(self.memory.move(rows, "parameters"))
-                self.memory.note(moment)
+        for unit, row in zip(self.units[s], rows):
+            found.append(self.memory.new(unit.copies, "parameters") if unit.copies else self.memory.move(self.memory.hold(row), "parameters"))
+            self.memory.note(moment)
+            self.memory.drop(row)
         return found
 
-    def _fetch(self, unit: Group, moment: str) -> None:
-        size = unit.gathered_rows
-        self.fetched = (unit, self.memory.new(size, "communication"), self.memory.new(self._copied(size), "communication"))
+    def _fetch(self, s: int, moment: str) -> None:
+        """The last of the storages is what the backend copies."""
+        sizes = [unit.gathered_rows for unit in self.units[s]]
+        self.fetched = (s, [self.memory.new(size, "communication") for size in (*sizes, self._copied(sum(sizes)))])
         self.memory.note(moment)
 
     def _copied(self, num_bytes: int) -> int:
@@ -289,12 +288,13 @@ class _Walk:
         if bucket.stage == 0:
             self.totals[key] = rows
         else:
-            self.in_flight.append((key, rows, self.memory.new(bucket.part, "communication")))
-            self.memory.note("reduction of gradients", communication=self._copied(bucket.rows))
+            sent = [rows, self.memory.new(self._copied(bucket.rows), "communication")]
+            self.in_flight.append((key, sent, self.memory.new(bucket.part, "communication")))
+            self.memory.note("reduction of gradients")
 
     def _collect(self) -> None:
-        key, rows, part = self.in_flight.pop(0)
-        self.memory.drop(rows)
+        key, sent, part = self.in_flight.pop(0)
+        self._drop(sent)
         if key in self.totals:
             self.memory.drop(part)
         else:

@@ -237,8 +237,8 @@ def _seen(op: Op, source: Node, shape: tuple[int, ...]) -> Strides | None:
 
 
 def _in_flight(primitive: str, given: int, made: int) -> int:
-    """Bytes that a move holds beside its input and its result."""
-    return {"all_gather": made, "reduce_scatter": given, "all_to_all": 2 * given, "embed": given}.get(primitive, 0)
+    """Bytes that a move holds beside its input and its result: pieces, pieces side by side, and what is received."""
+    return {"all_gather": made, "reduce_scatter": 3 * given, "all_to_all": 2 * given, "embed": given}.get(primitive, 0)
 
 
 def _share(table: dict[str, float], kind: str) -> float:
