@@ -8,12 +8,13 @@ from typing import Any
 from autopar.core.layout import Layout, parse_placement
 from autopar.core.memory import MemoryUse
 from autopar.core.mesh import Mesh, MeshAxis
+from autopar.core.pipeline import PP, Pipeline
 from autopar.core.residency import Precision, Residency
 from autopar.core.units import size
 from autopar.core.zero import Zero
 from autopar.errors import FileFormatError, LayoutError, PlanMismatchError, UsageError
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MAX_FILE_BYTES = 64 << 20
 MAX_RANKS = 1 << 24
 
@@ -64,6 +65,7 @@ class Plan:
     predicted: Prediction
     proof: Proof
     residency: Residency[str] = Residency()
+    pipeline: Pipeline | None = None
     notes: tuple[str, ...] = ()
     schema_version: int = field(default=SCHEMA_VERSION)
 
@@ -79,6 +81,7 @@ class Plan:
             "proof": asdict(self.proof),
             "notes": list(self.notes),
             "residency": _residency_data(self.residency, self.mesh),
+            "pipeline": None if self.pipeline is None else asdict(self.pipeline),
             "params": {name: _text(layout) for name, layout in self.params},
             "ops": dict(self.ops),
             "relays": {name: _route_text(route) for name, route in self.relays},
@@ -121,10 +124,8 @@ class Plan:
     @classmethod
     def _from_dict(cls, data: dict[str, Any]) -> "Plan":
         mesh = Mesh(tuple(MeshAxis(_str(name), _count(size)) for name, size in data["mesh"]))
-        if mesh.num_ranks > MAX_RANKS:
-            raise ValueError(f"mesh {mesh} has more than {MAX_RANKS} ranks")
         n = len(mesh.axes)
-        return cls(
+        plan = cls(
             graph_digest=_str(data["graph_digest"]),
             model=_str(data["model"]),
             cluster=_str(data["cluster"]),
@@ -136,8 +137,21 @@ class Plan:
             predicted=_prediction(data["predicted"]),
             proof=Proof(**_numbers(data["proof"], Proof)),
             residency=_residency(data["residency"], mesh),
+            pipeline=_pipeline(data["pipeline"], n),
             notes=tuple(_str(x) for x in data["notes"]),
         )
+        if plan.num_ranks > MAX_RANKS:
+            raise ValueError(f"{plan.num_ranks} ranks; at most {MAX_RANKS}")
+        return plan
+
+    @property
+    def whole_mesh(self) -> Mesh:
+        """The mesh of all ranks."""
+        return self.mesh if self.pipeline is None else self.pipeline.whole_mesh(self.mesh)
+
+    @property
+    def num_ranks(self) -> int:
+        return self.whole_mesh.num_ranks
 
     def check_graph(self, digest: str, model: str) -> None:
         """Raise PlanMismatchError unless the plan was made for the graph with this digest."""
@@ -151,6 +165,8 @@ class Plan:
         """The layout as people say it: `dp4(zero3) x tp2, recompute 8/32, 2 microbatches`."""
         stages = {a: max(z.stage for z in self.residency.zero.values() if a in z.axes) for z in self.residency.zero.values() for a in z.axes}
         axes = [f"{axis.name}{axis.size}" + (f"(zero{stages[a]})" if a in stages else "") for a, axis in enumerate(self.mesh.axes)]
+        if self.pipeline is not None:
+            axes.insert(self.pipeline.position, f"{PP}{self.pipeline.num_ranks}({self.pipeline.schedule}{_virtual(self.pipeline)})")
         extras = [f"recompute {list(self.residency.recompute.values()).count(mode)} {mode}" for mode in sorted(set(self.residency.recompute.values()))]
         if self.residency.micro_batches > 1:
             extras.append(f"{self.residency.micro_batches} microbatches")
@@ -164,6 +180,19 @@ class Plan:
             f"{self.model} on {self.cluster}: {self.summary()}, predicted {p.step_time_s * 1e3:.1f} ms/step, "
             f"{size(p.peak_memory_bytes)}, gap {self.proof.gap:.2%} ({self.proof.status})"
         )
+
+
+def _virtual(pipeline: Pipeline) -> str:
+    return f" v{pipeline.virtual_stages}" if pipeline.virtual_stages > 1 else ""
+
+
+def _pipeline(data: Any, num_axes: int) -> Pipeline | None:
+    if data is None:
+        return None
+    position = data["position"]
+    if not isinstance(position, int) or isinstance(position, bool) or not 0 <= position <= num_axes:
+        raise ValueError(f"position {str(position)[:60]!r} of the pipeline's axis")
+    return Pipeline(_count(data["num_ranks"]), tuple(_str(x) for x in data["starts"]), _str(data["schedule"]), position)
 
 
 def _residency_data(residency: Residency[str], mesh: Mesh) -> dict[str, Any]:
