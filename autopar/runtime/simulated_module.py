@@ -15,6 +15,9 @@ from autopar.runtime.rank import Rank
 from autopar.runtime.simulate import Simulation, simulated_ranks
 from autopar.runtime.weights import shard
 
+Column = list[torch.Tensor]
+"""One value on every rank."""
+
 MakeOptimizer = Callable[[list[torch.Tensor]], torch.optim.Optimizer]
 
 
@@ -110,32 +113,52 @@ class SimulatedModule:
         self, batches: Sequence[Sequence[torch.Tensor]], weights: Sequence[float], cotangents: Sequence[torch.Tensor] | None = None
     ) -> tuple[list[list[torch.Tensor]], list[list[torch.Tensor | None]]]:
         """One optimizer step over microbatches: (outputs of every rank and microbatch, gradients of every rank's stored parameters)."""
+        self.start()
+        outputs: list[list[torch.Tensor]] = [[] for _ in self.ranks]
+        inputs = [v for v, value in enumerate(self.program.graph.values) if value.role == "input"]
+        for n, (batch, weight) in enumerate(zip(batches, weights)):
+            columns = self.compute(n, {v: [x] * len(self.ranks) for v, x in zip(inputs, batch)})
+            self._backward(columns, weight, cotangents)
+            for r, row in enumerate(outputs):
+                row += [column[r].detach() for column in columns]
+        self.finish()
+        grads = self.gradients()
+        self.update()
+        return outputs, grads
+
+    def start(self) -> None:
+        """Begin a step: take over what the optimizers left."""
         self._refresh()
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        outputs: list[list[torch.Tensor]] = [[] for _ in self.ranks]
-        for n, (batch, weight) in enumerate(zip(batches, weights)):
-            self.ranks[0].stream.microbatch = n
-            results = self.simulation.run(self.module, self._rows(batch))
-            self._backward([out for out, _ in results], weight, cotangents)
-            self._scatter_appeared()
-            for row, (out, _) in zip(outputs, results):
-                row += [x.detach() for x in out]
-            self._update([updates for _, updates in results])
-        self.ranks[0].stream.microbatch = 0
-        self._complete()
-        grads = [[None if mine[v].grad is None else mine[v].grad.clone() for v in self.program.graph.params] for mine in self.stored]
+
+    def compute(self, microbatch: int, given: Mapping[int, Column]) -> list[Column]:
+        """The program's outputs from what is neither parameter nor buffer, by value number."""
+        self.ranks[0].stream.microbatch = microbatch
+        rows = [
+            [leaves[v] if v in leaves else fixed[v] if v in fixed else given[v][r] for v in self.inputs]
+            for r, (leaves, fixed) in enumerate(zip(self.leaves, self.fixed))
+        ]
+        results = self.simulation.run(self.module, rows)
+        self._update_buffers([updates for _, updates in results])
+        return [list(column) for column in zip(*(outputs for outputs, _ in results))]
+
+    def differentiate(self, tensors: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], *, last: bool) -> None:
+        """One backward, of all ranks together."""
+        if tensors:
+            torch.autograd.backward(tensors, grads)
+        self._scatter_appeared()
+
+    def gradients(self) -> list[list[torch.Tensor | None]]:
+        """Every rank's gradients of its stored parameters."""
+        return [[None if (g := mine[v].grad) is None else g.clone() for v in self.program.graph.params] for mine in self.stored]
+
+    def update(self) -> None:
+        """The optimizer steps, and the end of the step."""
         for optimizer in self.optimizers:
             optimizer.step()
+        self.ranks[0].stream.microbatch = 0
         self.ranks[0].stream.step += 1
-        return outputs, grads
-
-    def _rows(self, batch: Sequence[torch.Tensor]) -> list[list[Any]]:
-        rows = []
-        for leaves, fixed in zip(self.leaves, self.fixed):
-            given = iter(batch)
-            rows.append([leaves[v] if v in leaves else fixed[v] if v in fixed else next(given) for v in self.inputs])
-        return rows
 
     def _refresh(self) -> None:
         for v in self.program.graph.params:
@@ -144,17 +167,15 @@ class SimulatedModule:
                     leaves[v].detach().copy_(whole)
                     leaves[v].grad = None
 
-    def _backward(self, outputs: Sequence[Sequence[torch.Tensor]], weight: float, cotangents: Sequence[torch.Tensor] | None) -> None:
+    def _backward(self, outputs: Sequence[Column], weight: float, cotangents: Sequence[torch.Tensor] | None) -> None:
         """One backward through all ranks; every output is whole on each rank, and so is its gradient."""
         graph = self.program.graph
         tensors, grads = [], []
-        for out in outputs:
-            for n, v in enumerate(graph.seeds):
-                t = out[graph.outputs.index(v)]
+        for n, v in enumerate(graph.seeds):
+            for t in outputs[graph.outputs.index(v)]:
                 tensors.append(t)
                 grads.append(weight * (torch.ones_like(t) if cotangents is None else cotangents[n]))
-        if tensors:
-            torch.autograd.backward(tensors, grads)
+        self.differentiate(tensors, grads, last=False)
 
     def _scatter_appeared(self) -> None:
         """Stage 2: no whole gradient outlives a backward."""
@@ -176,7 +197,7 @@ class SimulatedModule:
             part = part.to(mine[v].dtype)
             mine[v].grad = part if mine[v].grad is None else mine[v].grad + part
 
-    def _complete(self) -> None:
+    def finish(self) -> None:
         """What is summed once per step."""
         for v in self._live(1):
             self._add(v, self.scatter(v, [self._grad(leaves[v]) for leaves in self.leaves]))
@@ -209,7 +230,7 @@ class SimulatedModule:
         """Elements that travel for a stored part."""
         return self.cut(v, rank).padded if self.stage(v) else self.stored[rank][v].numel()
 
-    def _update(self, updates: Sequence[Sequence[torch.Tensor]]) -> None:
+    def _update_buffers(self, updates: Sequence[Sequence[torch.Tensor]]) -> None:
         for fixed, new in zip(self.fixed, updates):
             with torch.no_grad():
                 for (buffer, _), x in zip(self.program.graph.updates, new):
