@@ -13,19 +13,21 @@ from functools import cached_property
 from autopar.core.graph import DTYPE_BYTES, OpGraph, Value
 from autopar.core.ledger import Ledger, LedgerKey
 from autopar.core.pipeline import PP, Pipeline
-from autopar.core.schedule import Edge
+from autopar.core.schedule import Action, Edge, Kind
 from autopar.errors import PlanMismatchError, UsageError
 from autopar.program import Program
 
 
 @dataclass(frozen=True)
 class Stage:
-    """`takes[s]`: values that come from stage s; `gives[t]`: those that go to stage t."""
+    """`takes[s]`: values that come from stage s; `gives[t]`: those that go to stage t; `output_numbers`: which of the model's outputs the
+    stage makes."""
 
     number: int
     program: Program
     takes: Mapping[int, tuple[int, ...]]
     gives: Mapping[int, tuple[int, ...]]
+    output_numbers: tuple[int, ...]
 
     @cached_property
     def answered(self) -> frozenset[int]:
@@ -55,6 +57,12 @@ class Stages:
         """Values from `source` whose gradient comes back from `target`."""
         return tuple(v for v in self.stages[source].gives[target] if v in self.stages[target].answered)
 
+    def message(self, action: Action) -> tuple[int, ...]:
+        """The values that a send or receive carries."""
+        assert action.peer is not None
+        source, target = sorted((action.stage, action.peer))
+        return self.stages[source].gives[target] if action.kind in (Kind.SEND_F, Kind.RECV_F) else self.answers(source, target)
+
     @cached_property
     def shared(self) -> Mapping[int, tuple[int, ...]]:
         held = {v: tuple(s.number for s in self.stages if v in s.program.storage) for v in self.whole.graph.params}
@@ -68,6 +76,11 @@ class Stages:
             meeting = [g for g in groups if g & set(stages)]
             groups = [g for g in groups if g not in meeting] + [set(stages).union(*meeting)]
         return tuple(sorted(tuple(sorted(g)) for g in groups))
+
+    def shared_by(self, first: int) -> Mapping[int, tuple[int, ...]]:
+        """Trained parameters that a group of stages shares, and the stages that hold each; `first`: the group's first stage."""
+        group = next(g for g in self.tied if g[0] == first)
+        return {v: stages for v, stages in self.shared.items() if stages[0] in group and v in self.whole.graph.differentiated}
 
     @property
     def placement(self) -> tuple[int, ...]:
@@ -110,9 +123,14 @@ class Stages:
         return math.prod(self.whole.local_shape(v, self.whole.stored[v])) * DTYPE_BYTES[stored]
 
 
-def cut_into_stages(program: Program, pipeline: Pipeline) -> Stages:
-    """The stages of a program; raises PlanMismatchError where a cut is not where the pipeline says, UsageError where it cannot be made."""
-    return _Cutter(program, _first_ops(program.graph, pipeline)).stages(pipeline)
+def one_stage(program: Program) -> Stages:
+    """A program that is not cut, as a pipeline of one."""
+    return Stages(program, Pipeline(1, ()), (Stage(0, program, {}, {}, tuple(range(len(program.graph.outputs)))),))
+
+
+def cut_into_stages(program: Program, pipeline: Pipeline | None) -> Stages:
+    """The stages of a program, one without a pipeline; raises PlanMismatchError where a cut is not where the pipeline says, UsageError where it cannot be made."""
+    return one_stage(program) if pipeline is None else _Cutter(program, _first_ops(program.graph, pipeline)).stages(pipeline)
 
 
 def _first_ops(graph: OpGraph, pipeline: Pipeline) -> tuple[int, ...]:
@@ -173,7 +191,9 @@ class _Cutter:
         answered: set[int] = set()
         for s in reversed(range(self.num_stages)):
             gives = {t: takes[t][s] for t in range(s + 1, self.num_stages) if s in takes[t]}
-            stage = Stage(s, self._program(s, [v for values in takes[s].values() for v in values], gives, answered), takes[s], gives)
+            received = [v for values in takes[s].values() for v in values]
+            numbers = tuple(n for n, v in enumerate(self.graph.outputs) if self._at(v) == s)
+            stage = Stage(s, self._program(s, received, gives, answered), takes[s], gives, numbers)
             answered |= stage.answered
             stages.append(stage)
         self._check(pipeline, stages[::-1])

@@ -15,7 +15,7 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
     "autopar.rules": (set(), CORE),
     "autopar.program": (set(), CORE),
     "autopar.stages": (set(), CORE | {"autopar.program"}),
-    "autopar.schedules": (set(), CORE),
+    "autopar.schedules": (set(), CORE | {"autopar.stages"}),
     "autopar.cost_models": ({"numpy"}, CORE),
     "autopar.search": ({"numpy", "networkx", "ortools"}, CORE),
     "autopar.planner": ({"numpy"}, PLANNING | {"autopar.schedules", "autopar.cost_models", "autopar.search"}),

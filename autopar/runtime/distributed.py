@@ -1,6 +1,6 @@
 """Ranks on `torch.distributed`: process groups for every set of mesh axes that a program communicates over."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -9,8 +9,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from autopar.core.mesh import Mesh
+from autopar.core.pipeline import PP, Pipeline
 from autopar.errors import PlanMismatchError, UsageError
-from autopar.runtime.rank import Rank, Stream
+from autopar.runtime.rank import Counter, Rank, Stream
 
 # torch 2.13 renamed them and warns about the old names.
 ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -104,6 +105,52 @@ def connect(mesh: Mesh, axis_sets: Iterable[tuple[int, ...]], device: torch.devi
             if me in ranks:
                 exchanges["+".join(mesh.names[a] for a in axes)] = GroupExchange(group, len(ranks), dist.get_backend(group) == "gloo")
     return Rank(mesh, me, device, exchanges, Stream(seed))
+
+
+@dataclass(frozen=True)
+class Places:
+    """A process among the stages of a pipeline: its rank in the pipeline and in its stage's mesh, the processes with the same place in
+    other stages (`peers`, by rank of the pipeline), and what it communicates through. `shared`: groups for weights of several stages."""
+
+    rank: int
+    stage_rank: int
+    peers: tuple[int, ...]
+    exchanges: Mapping[str, GroupExchange]
+    shared: Mapping[tuple[int, ...], dist.ProcessGroup]
+    whole: DeviceMesh
+    device: torch.device
+    stream: Stream
+    counter: Counter
+
+    def stage_mesh(self, mesh: Mesh) -> DeviceMesh:
+        """The part of the whole mesh that is this stage's."""
+        return self.whole[mesh.names]
+
+    def stage_rank_of(self, mesh: Mesh) -> Rank:
+        """This process as a rank of a stage; every stage has units of its own, all share the counter and the random stream."""
+        return Rank(mesh, self.stage_rank, self.device, self.exchanges, self.stream, self.counter)
+
+
+def connect_stages(mesh: Mesh, pipeline: Pipeline, axis_sets: Iterable[tuple[int, ...]], shared: Iterable[tuple[int, ...]], device: torch.device, *, seed: int = 0) -> Places:
+    """This process in a pipeline of stages on meshes like `mesh`; `shared`: sets of pipeline ranks that share weights.
+
+    Every process must call this with the same arguments.
+    """
+    whole = pipeline.whole_mesh(mesh)
+    axis = whole.names.index(PP)
+    rank = connect(whole, [tuple(whole.names.index(mesh.names[a]) for a in axes) for axes in axis_sets], device, seed=seed)
+    groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    for ranks in sorted({tuple(ranks) for ranks in shared if len(ranks) > 1}):
+        for line in whole.groups((axis,)):
+            members = [line[r] for r in ranks]
+            group = dist.new_group(members)
+            if rank.rank in members:
+                groups[ranks] = group
+    place = whole.coordinates(rank.rank)
+    inside = [c for a, c in enumerate(place) if a != axis]
+    stage_rank = sum(c * stride for c, stride in zip(inside, mesh.strides))
+    exchanges = {name: x for name, x in rank.exchanges.items() if isinstance(x, GroupExchange)}
+    return Places(place[axis], stage_rank, whole.group(rank.rank, (axis,)), exchanges, groups, device_mesh(whole, device), device, rank.stream, rank.counter)
 
 
 def device_mesh(mesh: Mesh, device: torch.device) -> DeviceMesh:

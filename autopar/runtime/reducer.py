@@ -138,8 +138,21 @@ class Reducer:
         for bucket in self.buckets:
             if bucket.work is not None:
                 self._collect(bucket)
-        if not self.enabled:
-            return
+        if self.enabled:
+            self._deliver()
+
+    def complete(self) -> None:
+        """Sum and deliver what backwards without a sum have left; nothing where the last one did."""
+        for bucket in self.buckets:
+            if bucket.stage < 2 and any(self.leaves[v].grad is not None for v in bucket.members):
+                bucket.missing = set(range(len(bucket.members)))
+                self._launch(bucket)
+        for bucket in self.buckets:
+            if bucket.work is not None:
+                self._collect(bucket)
+        self._deliver()
+
+    def _deliver(self) -> None:
         self._sum_over_rest()
         for bucket in self.buckets:
             if bucket.total is not None:

@@ -106,12 +106,15 @@ class ParameterTree(nn.Module):
     """A module whose parameters and buffers stand under the names that they have in the model."""
 
     def add_parameter(self, name: str, parameter: nn.Parameter) -> None:
+        """A name that is taken stays with its first parameter."""
         holder, leaf = self._holder(name)
-        holder.register_parameter(leaf, parameter)
+        if leaf not in holder._parameters:
+            holder.register_parameter(leaf, parameter)
 
     def add_buffer(self, name: str, buffer: torch.Tensor, *, persistent: bool) -> torch.Tensor:
         holder, leaf = self._holder(name)
-        holder.register_buffer(leaf, buffer, persistent=persistent)
+        if leaf not in holder._buffers:
+            holder.register_buffer(leaf, buffer, persistent=persistent)
         return holder.get_buffer(leaf)
 
     def _holder(self, name: str) -> tuple[nn.Module, str]:

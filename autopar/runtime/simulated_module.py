@@ -1,4 +1,4 @@
-"""Training on a simulated mesh: what `ParallelModule` does on one rank, for all ranks of a mesh inside one process.
+"""Training on a simulated mesh: what `Share` does on one rank, for all ranks of a mesh inside one process.
 
 Written without buckets, prefetch or flat buffers: one parameter at a time, so that it is a check on those, not a copy.
 """
@@ -29,8 +29,9 @@ class SimulatedModule:
 
     def __init__(
         self, program: Program, module: GraphModule, inputs: Sequence[int], positions: Mapping[int, Mapping[int, int]], values: Mapping[int, torch.Tensor],
-        make: MakeOptimizer, seed: int = 0,
+        make: MakeOptimizer, seed: int = 0, *, splits: bool = False,
     ) -> None:  # fmt: skip
+        self.splits = splits
         self.program, self.module, self.inputs = program, module, tuple(inputs)
         self.ranks: list[Rank] = simulated_ranks(program.mesh, seed=seed)
         graph = program.graph
@@ -109,23 +110,6 @@ class SimulatedModule:
     def _reduction(self, v: int) -> torch.dtype:
         return getattr(torch, self.program.residency.precision.reduced(self.program.graph.values[v].meta.dtype))
 
-    def step(
-        self, batches: Sequence[Sequence[torch.Tensor]], weights: Sequence[float], cotangents: Sequence[torch.Tensor] | None = None
-    ) -> tuple[list[list[torch.Tensor]], list[list[torch.Tensor | None]]]:
-        """One optimizer step over microbatches: (outputs of every rank and microbatch, gradients of every rank's stored parameters)."""
-        self.start()
-        outputs: list[list[torch.Tensor]] = [[] for _ in self.ranks]
-        inputs = [v for v, value in enumerate(self.program.graph.values) if value.role == "input"]
-        for n, (batch, weight) in enumerate(zip(batches, weights)):
-            columns = self.compute(n, {v: [x] * len(self.ranks) for v, x in zip(inputs, batch)})
-            self._backward(columns, weight, cotangents)
-            for r, row in enumerate(outputs):
-                row += [column[r].detach() for column in columns]
-        self.finish()
-        grads = self.gradients()
-        self.update()
-        return outputs, grads
-
     def start(self) -> None:
         """Begin a step: take over what the optimizers left."""
         self._refresh()
@@ -166,16 +150,6 @@ class SimulatedModule:
                 for leaves, whole in zip(self.leaves, self.gather(v)):
                     leaves[v].detach().copy_(whole)
                     leaves[v].grad = None
-
-    def _backward(self, outputs: Sequence[Column], weight: float, cotangents: Sequence[torch.Tensor] | None) -> None:
-        """One backward through all ranks; every output is whole on each rank, and so is its gradient."""
-        graph = self.program.graph
-        tensors, grads = [], []
-        for n, v in enumerate(graph.seeds):
-            for t in outputs[graph.outputs.index(v)]:
-                tensors.append(t)
-                grads.append(weight * (torch.ones_like(t) if cotangents is None else cotangents[n]))
-        self.differentiate(tensors, grads, last=False)
 
     def _scatter_appeared(self) -> None:
         """Stage 2: no whole gradient outlives a backward."""

@@ -1,0 +1,216 @@
+"""One rank's share of a model that is cut into pipeline stages."""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from autopar.core.layout import Layout
+from autopar.core.ledger import Ledger
+from autopar.core.pipeline import PP
+from autopar.core.schedule import Schedule
+from autopar.core.timeline import Timeline
+from autopar.errors import UsageError
+from autopar.runtime.distributed import GroupExchange, Places
+from autopar.runtime.microbatches import loss_weights, split_batch
+from autopar.runtime.post import ProcessPost
+from autopar.runtime.rank import Rank, Stream
+from autopar.runtime.share import ParameterTree, Share
+from autopar.runtime.stage_run import Column, StageRun
+from autopar.runtime.walk import Walk
+from autopar.stages import Stages
+
+
+@dataclass
+class ShareEngine:
+    """A `Share` as the engine of a stage: columns of one."""
+
+    share: Share
+    splits: bool
+
+    @property
+    def ranks(self) -> Sequence[Rank]:
+        return (self.share.rank,)
+
+    def start(self) -> None:
+        self.share.refresh()
+
+    def compute(self, microbatch: int, given: Mapping[int, Column]) -> list[Column]:
+        self.share.rank.stream.microbatch = microbatch
+        return [[x] for x in self.share.compute({v: x for v, (x,) in given.items()})]
+
+    def differentiate(self, tensors: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], *, last: bool) -> None:
+        if not tensors:
+            return
+        if last:
+            torch.autograd.backward(tensors, grads)
+        else:
+            with self.share.no_sync():
+                torch.autograd.backward(tensors, grads)
+
+    def finish(self) -> None:
+        self.share.reducer.complete()
+
+
+class PipelineModule(ParameterTree):
+    """The stages of one rank. Train it with `train_step`, on every rank with the same global batch.
+
+    Parameters keep their names and are DTensors over the mesh of their stage; a rank has those of its own stages only.
+    """
+
+    def __init__(self, stages: Stages, schedule: Schedule, forward_schedule: Schedule, traced: Any, places: Places) -> None:
+        super().__init__()
+        self._stages, self._schedule, self._forward_schedule, self._traced, self._places = stages, schedule, forward_schedule, traced, places
+        self._runs: dict[int, StageRun] = {}
+        self._shares: dict[int, Share] = {}
+        self._walk: Walk | None = None
+        self._epoch_s = time.time() - time.perf_counter()
+
+    def add_stage(self, number: int, share: Share, *, splits: bool) -> None:
+        """One of this rank's stages, in order."""
+        self._shares[number] = share
+        self._runs[number] = StageRun(self._stages.stages[number], ShareEngine(share, splits), self._stages.whole.graph.seeds)
+        self._post = ProcessPost(self._stages, share.rank, self._places.peers, self._places.shared, {s: x.store for s, x in self._shares.items()})
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise UsageError("a pipeline runs whole steps: call train_step(batch), or evaluate(batch) for the loss without gradients")
+
+    def train_step(self, batch: dict[str, Any] | tuple, *, scaler: torch.amp.GradScaler | None = None) -> torch.Tensor:
+        """Forwards and backwards of one global batch by the plan's schedule; returns the loss of the whole batch on every rank.
+
+        Microbatches count by what their loss is a mean over (tokens). The optimizer step is the caller's; clip gradients with
+        `clip_grad_norm_`. Raises UsageError for a `scaler`: its verdict on a step would differ between stages.
+        """
+        if scaler is not None:
+            raise UsageError("loss scaling is not offered with a pipeline; use bfloat16, which needs none")
+        loss = self._run(batch, self._schedule, training=True)
+        self.stream.step += 1
+        return loss
+
+    @torch.no_grad()
+    def evaluate(self, batch: dict[str, Any] | tuple) -> torch.Tensor:
+        """The loss of one global batch, without gradients."""
+        return self._run(batch, self._forward_schedule, training=False)
+
+    def _run(self, batch: dict[str, Any] | tuple, schedule: Schedule, *, training: bool) -> torch.Tensor:
+        pieces = split_batch(batch, self._stages.whole.residency.micro_batches)
+        weights = loss_weights(self._traced, pieces)
+        graph = self._stages.whole.graph
+        numbers = [v for v, value in enumerate(graph.values) if value.role == "input"]
+        flat = [self._traced.flat_inputs((), piece) if isinstance(piece, dict) else self._traced.flat_inputs(piece, {}) for piece in pieces]
+        inputs = [dict(zip(numbers, tensors)) for tensors in flat]
+        self._copy_twins()
+        for run in self._runs.values():
+            run.start(inputs, weights, {}, schedule.num_microbatches)
+        self._walk = Walk(self._places.rank, self._stages, self._runs, self._post, schedule.ranks[self._places.rank], training)
+        self._walk.advance()
+        self._post.flush()
+        return self._loss(weights)
+
+    def _copy_twins(self) -> None:
+        """A parameter of two stages of this rank is one parameter to the optimizer; the other follows."""
+        first: dict[int, nn.Parameter] = {}
+        for share in self._shares.values():
+            for v, parameter in share.store.parameters.items():
+                if first.setdefault(v, parameter) is not parameter:
+                    with torch.no_grad():
+                        parameter.to_local().copy_(first[v].to_local())
+
+    def _loss(self, weights: Sequence[float]) -> torch.Tensor:
+        """The loss of the batch, on every rank of the pipeline."""
+        seed = self._stages.whole.graph.seeds[0]
+        total = torch.zeros((), device=next(iter(self._shares.values())).rank.device)
+        for run in self._runs.values():
+            if seed in run.stage.own_outputs:
+                place = run.stage.own_outputs.index(seed)
+                total = total + sum(w * run.results[m, place][0] for m, w in enumerate(weights))
+        exchange = self._places.exchanges[PP]
+        assert isinstance(exchange, GroupExchange)
+        return exchange.all_reduce(total.float(), "sum")
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for share in self._shares.values():
+            share.forget_gradients()
+            for parameter in share.store.parameters.values():
+                parameter.grad = None
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
+        """Scale all gradients so that their norm over all stages is at most `max_norm`; returns the norm before. A shared weight counts once."""
+        shared, place = self._stages.shared, self._places.rank
+        mine, counted = [], []
+        for name, p in self.named_parameters():
+            if p.grad is not None:
+                mine.append(p)
+                v = self._number[name]
+                if v not in shared or self._stages.ranks_of(shared[v])[0] == place:
+                    counted.append(p.grad)
+        norm: Any = get_total_norm(counted, norm_type) if counted else torch.zeros(())
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        exchange = self._places.exchanges[PP]
+        assert isinstance(exchange, GroupExchange)
+        infinite = norm_type == float("inf")
+        total = exchange.all_reduce(norm.detach() if infinite else norm.detach() ** norm_type, "max" if infinite else "sum")
+        total = total if infinite else total ** (1 / norm_type)
+        clip_grads_with_norm_(mine, max_norm, total)
+        return total
+
+    @property
+    def _number(self) -> Mapping[str, int]:
+        graph = self._stages.whole.graph
+        return {name: v for v in graph.params for name in graph.values[v].source}
+
+    @property
+    def device_mesh(self) -> DeviceMesh:
+        """The mesh of all ranks, in torch's own type; the first parameter's own mesh is that of a stage."""
+        return self._places.whole
+
+    @property
+    def stream(self) -> Stream:
+        """What names the next random draws; the same on all ranks."""
+        return self._places.stream
+
+    def addends(self) -> Iterator[tuple[nn.Parameter, Layout, tuple[int, ...], torch.Tensor]]:
+        """None: between calls no step is unfinished."""
+        return iter(())
+
+    def restart(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Every step starts from the parameters as they are."""
+
+    @property
+    def predicted(self) -> Ledger:
+        """What the plan says that this rank communicates in one `train_step`."""
+        return self._stages.ledger(self._places.rank)
+
+    def counted(self) -> Ledger:
+        """What this rank communicated since the last call."""
+        found = self._places.counter.ledger
+        self._places.counter.reset()
+        return found
+
+    @property
+    def peak_in_flight(self) -> int:
+        """Most (stage, microbatch) pairs of the last step at once whose forward had begun and whose backward had not ended."""
+        return self._walk.peak_in_flight if self._walk else 0
+
+    def timeline(self) -> Timeline:
+        """What each rank of the pipeline did when in the last step, on every rank; times since the first began. Call it on all ranks."""
+        mine = [replace(span, start_s=span.start_s + self._epoch_s, end_s=span.end_s + self._epoch_s) for span in self._walk.spans] if self._walk else []
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, mine if self._places.stage_rank == 0 else [])
+        zero = min((span.start_s for spans in found for span in spans), default=0.0)
+        spans = sorted((replace(s, start_s=s.start_s - zero, end_s=s.end_s - zero) for spans in found for s in spans), key=lambda s: (s.start_s, s.end_s, s.rank))
+        return Timeline(self._schedule.name, self._schedule.num_ranks, tuple(spans))
+
+    @property
+    def code(self) -> str:
+        """The emitted programs of this rank's stages, as text."""
+        return "\n\n".join(f"# stage {number}\n{share.code}" for number, share in self._shares.items())
