@@ -90,7 +90,7 @@ class _Builder:
     def build(self) -> Steps:
         program, graph = self.program, self.program.graph
         for v, value in enumerate(graph.values):
-            if value.role != "op":
+            if value.role not in ("op", "elsewhere"):
                 self._given(v)
         segments = []
         for segment in graph.segments:
