@@ -235,8 +235,8 @@ class _Units:
             weights += list(whole)
         return given, weights
 
-    def again(self) -> list[torch.Tensor]:
-        if self._again is None:
+    def again(self, *, first: bool = False) -> list[torch.Tensor]:
+        if first or self._again is None:
             with torch.no_grad():
                 self._again = [w for v in self.position for w in self.owner.gather(v)]
         return self._again
