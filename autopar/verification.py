@@ -19,10 +19,10 @@ from autopar.rewrite.build import build
 from autopar.runtime.microbatches import Batch, loss_weights, split_batch
 from autopar.runtime.rank import Stream
 from autopar.runtime.reference import Reference
-from autopar.schedules.plan import schedule_of
 from autopar.runtime.simulated_module import Column, MakeOptimizer, SimulatedModule
 from autopar.runtime.simulated_pipeline import SimulatedPipeline
 from autopar.runtime.weights import Weights, shard, unshard
+from autopar.schedules.plan import schedule_of
 from autopar.stages import Stages, cut_into_stages
 from autopar.trace.capture import Traced, trace
 

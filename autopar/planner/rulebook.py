@@ -6,7 +6,6 @@ from autopar.rules import families as _families  # noqa: F401 - every family reg
 from autopar.rules.registry import rule_of
 
 
-
 def rules_of(graph: OpGraph) -> tuple[OpRule, ...]:
     """The factor rule of every operator; equal calls share one rule object."""
     known: dict[tuple, OpRule] = {}

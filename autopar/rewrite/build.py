@@ -11,8 +11,8 @@ from autopar.program import Program
 from autopar.rewrite.blocks import split_into_blocks
 from autopar.rewrite.check import check_emitted, check_program
 from autopar.rewrite.emit import emit
-from autopar.rewrite.split import put_off_weight_gradients
 from autopar.rewrite.spelling import spell
+from autopar.rewrite.split import put_off_weight_gradients
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The module a user trains: parameters as DTensors in their storage layout, forward through the emitted program."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -8,23 +9,84 @@ import torch
 import torch.utils._pytree as pytree  # the public alias lacks unflatten by spec in torch 2.13
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule
 
 from autopar.core.layout import Layout
 from autopar.core.ledger import Ledger
 from autopar.program import Program
-from autopar.runtime.microbatches import loss_weights, split_batch
-from autopar.runtime.rank import Rank, Stream
+from autopar.runtime.microbatches import Batch, loss_weights, split_batch
+from autopar.runtime.rank import Counter, Rank, Stream
 from autopar.runtime.share import ParameterTree, Share
 from autopar.runtime.store import as_dtensor
 from autopar.runtime.weights import Weights
 
 
-class ParallelModule(ParameterTree):
-    """One rank's share of a model. Call it like the model, on every rank with the same global batch.
+class ParallelModule(ParameterTree, ABC):
+    """One rank's share of a model, to be trained on every rank with the same global batch. Parameters keep their names and are DTensors."""
 
-    Parameters keep their names and are DTensors; their gradients are complete after `backward`. Outputs are whole tensors,
-    except that beside a scalar loss the others stay cut and come as DTensors.
+    @abstractmethod
+    def train_step(self, batch: Batch, *, scaler: torch.amp.GradScaler | None = None) -> torch.Tensor:
+        """Forward and backward of one global batch, in the plan's number of microbatches; returns the loss of the whole batch.
+
+        Microbatches count by what their loss is a mean over (tokens), so that unequal ones add up to the gradient of the batch.
+        The optimizer step is the caller's. `scaler` scales what is differentiated, not what is returned.
+        """
+
+    @abstractmethod
+    def evaluate(self, batch: Batch) -> torch.Tensor:
+        """The loss of one global batch, without gradients."""
+
+    @abstractmethod
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
+        """Scale all gradients so that their norm, over all ranks, is at most `max_norm`; returns the norm before."""
+
+    @property
+    @abstractmethod
+    def device_mesh(self) -> DeviceMesh:
+        """The mesh of all ranks, in torch's own type."""
+
+    @property
+    @abstractmethod
+    def stream(self) -> Stream:
+        """What names the next random draws; the same on all ranks."""
+
+    @property
+    @abstractmethod
+    def predicted(self) -> Ledger:
+        """What the plan says that this rank communicates in one `train_step`."""
+
+    @property
+    @abstractmethod
+    def code(self) -> str:
+        """The emitted program, as text: the top level and every distinct block."""
+
+    @property
+    @abstractmethod
+    def _counter(self) -> Counter: ...
+
+    def counted(self) -> Ledger:
+        """What this rank communicated since the last call."""
+        found = self._counter.ledger
+        self._counter.reset()
+        return found
+
+    def addends(self) -> Iterator[tuple[nn.Parameter, Layout, tuple[int, ...], torch.Tensor]]:
+        """What the backwards of an unfinished step have left: (parameter, layout, mesh axes, tensor).
+
+        The tensor is this rank's addend, laid out so, of a gradient that is still to be summed over the axes.
+        """
+        return iter(())
+
+    def restart(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Take over parameters that were changed in the middle of a step, with zero addends for those given and none for others."""
+
+
+class SpmdModule(ParallelModule):
+    """A model of which every rank runs the same program. Call it like the model.
+
+    Gradients are complete after `backward`. Outputs are whole tensors, except that beside a scalar loss the others stay cut and come
+    as DTensors.
     """
 
     def __init__(
@@ -63,13 +125,8 @@ class ParallelModule(ParameterTree):
         super().zero_grad(set_to_none)
         self._share.forget_gradients()
 
-    def train_step(self, batch: dict[str, Any] | tuple, *, scaler: torch.amp.GradScaler | None = None) -> torch.Tensor:
-        """Forward and backward of one global batch, in the plan's number of microbatches; returns the loss of the whole batch.
-
-        Microbatches count by what their loss is a mean over (tokens), so that unequal ones add up to the gradient of the batch.
-        The optimizer step is the caller's. `scaler` scales what is differentiated, not what is returned; its `step` and `update` then
-        come to the same verdict on every rank, since it looks at gradients that are DTensors.
-        """
+    def train_step(self, batch: Batch, *, scaler: torch.amp.GradScaler | None = None) -> torch.Tensor:
+        """One step. The `scaler`'s `step` and `update` come to the same verdict on every rank, since it looks at gradients that are DTensors."""
         pieces = split_batch(batch, self._program.residency.micro_batches)
         weights = loss_weights(self._traced, pieces)
         total = torch.zeros(())
@@ -81,34 +138,44 @@ class ParallelModule(ParameterTree):
                 total = total + self._micro_step(piece, weight, scaler)
         return total
 
-    def _micro_step(self, batch: dict[str, Any] | tuple, weight: float, scaler: torch.amp.GradScaler | None) -> torch.Tensor:
-        out = self(**batch) if isinstance(batch, dict) else self(*batch)
-        flat, _ = pytree.tree_flatten(out)
-        position = self._program.graph.outputs.index(self._program.graph.seeds[0])
-        loss = flat[position] if weight == 1.0 else flat[position] * weight
-        del out, flat  # the other outputs need not live through the backward
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> torch.Tensor:
+        pieces = split_batch(batch, self._program.residency.micro_batches)
+        stream = (self.stream.step, self.stream.microbatch)
+        total = sum(self._loss(piece) * weight for piece, weight in zip(pieces, loss_weights(self._traced, pieces)))
+        self.stream.step, self.stream.microbatch = stream
+        return torch.as_tensor(total)
+
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        flat, _ = pytree.tree_flatten(self(**batch) if isinstance(batch, dict) else self(*batch))
+        return flat[self._program.graph.outputs.index(self._program.graph.seeds[0])]
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
+        norm: Any = nn.utils.clip_grad_norm_(self.parameters(), max_norm, norm_type)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _micro_step(self, batch: Batch, weight: float, scaler: torch.amp.GradScaler | None) -> torch.Tensor:
+        loss = self._loss(batch)  # the other outputs need not live through the backward
+        loss = loss if weight == 1.0 else loss * weight
         (loss if scaler is None else scaler.scale(loss)).backward()
         return loss.detach()
 
     @property
     def device_mesh(self) -> DeviceMesh:
-        """The mesh of the computation, in torch's own type."""
         return self._device_mesh
 
     @property
     def stream(self) -> Stream:
-        """What names the next random draws; the same on all ranks."""
         return self._rank.stream
 
-    def addends(self) -> Iterator[tuple[nn.Parameter, Layout, tuple[int, ...], torch.Tensor]]:
-        """What the backwards of an unfinished step have left: (parameter, layout, mesh axes, tensor).
+    @property
+    def _counter(self) -> Counter:
+        return self._rank.counter
 
-        The tensor is this rank's addend, laid out so, of a gradient that is still to be summed over the axes.
-        """
+    def addends(self) -> Iterator[tuple[nn.Parameter, Layout, tuple[int, ...], torch.Tensor]]:
         return self._share.addends()
 
     def restart(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Take over parameters that were changed in the middle of a step, with zero addends for those given and none for others."""
         chosen = set(parameters)
         self._share.reducer.restart({v for v, p in self._share.store.parameters.items() if p in chosen})
         with self._rank.uncounted():
@@ -116,16 +183,8 @@ class ParallelModule(ParameterTree):
 
     @property
     def predicted(self) -> Ledger:
-        """What the plan says that this rank communicates in one `train_step`."""
         return self._program.ledger
-
-    def counted(self) -> Ledger:
-        """What this rank communicated since the last call."""
-        found = self._rank.counter.ledger
-        self._rank.counter.reset()
-        return found
 
     @property
     def code(self) -> str:
-        """The emitted program, as text: the top level and every distinct block."""
         return self._share.code

@@ -1,28 +1,27 @@
 """One rank's share of a model that is cut into pipeline stages."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from autopar.core.layout import Layout
 from autopar.core.ledger import Ledger
 from autopar.core.pipeline import PP
 from autopar.core.schedule import Schedule
 from autopar.core.timeline import Timeline
 from autopar.errors import UsageError
 from autopar.runtime.distributed import GroupExchange, Places
-from autopar.runtime.microbatches import loss_weights, split_batch
+from autopar.runtime.microbatches import Batch, loss_weights, split_batch
+from autopar.runtime.module import ParallelModule
 from autopar.runtime.post import ProcessPost
-from autopar.runtime.rank import Rank, Stream
-from autopar.runtime.share import ParameterTree, Share
+from autopar.runtime.rank import Counter, Rank, Stream
+from autopar.runtime.share import Share
 from autopar.runtime.stage_run import Column, StageRun
 from autopar.runtime.walk import Walk
 from autopar.stages import Stages
@@ -59,10 +58,10 @@ class ShareEngine:
         self.share.reducer.complete()
 
 
-class PipelineModule(ParameterTree):
-    """The stages of one rank. Train it with `train_step`, on every rank with the same global batch.
+class PipelineModule(ParallelModule):
+    """The stages of one rank. Parameters are DTensors over the mesh of their stage; a rank has those of its own stages only.
 
-    Parameters keep their names and are DTensors over the mesh of their stage; a rank has those of its own stages only.
+    Clip gradients with `clip_grad_norm_` of the module: torch's own sees one stage.
     """
 
     def __init__(self, stages: Stages, schedule: Schedule, forward_schedule: Schedule, traced: Any, places: Places) -> None:
@@ -82,12 +81,9 @@ class PipelineModule(ParameterTree):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise UsageError("a pipeline runs whole steps: call train_step(batch), or evaluate(batch) for the loss without gradients")
 
-    def train_step(self, batch: dict[str, Any] | tuple, *, scaler: torch.amp.GradScaler | None = None) -> torch.Tensor:
-        """Forwards and backwards of one global batch by the plan's schedule; returns the loss of the whole batch on every rank.
-
-        Microbatches count by what their loss is a mean over (tokens). The optimizer step is the caller's; clip gradients with
-        `clip_grad_norm_`. Raises UsageError for a `scaler`: its verdict on a step would differ between stages.
-        """
+    def train_step(self, batch: Batch, *, scaler: torch.amp.GradScaler | None = None) -> torch.Tensor:
+        """One step by the plan's schedule; the loss comes back on every rank. Raises UsageError for a `scaler`: its verdict on a step
+        would differ between stages."""
         if scaler is not None:
             raise UsageError("loss scaling is not offered with a pipeline; use bfloat16, which needs none")
         loss = self._run(batch, self._schedule, training=True)
@@ -95,11 +91,10 @@ class PipelineModule(ParameterTree):
         return loss
 
     @torch.no_grad()
-    def evaluate(self, batch: dict[str, Any] | tuple) -> torch.Tensor:
-        """The loss of one global batch, without gradients."""
+    def evaluate(self, batch: Batch) -> torch.Tensor:
         return self._run(batch, self._forward_schedule, training=False)
 
-    def _run(self, batch: dict[str, Any] | tuple, schedule: Schedule, *, training: bool) -> torch.Tensor:
+    def _run(self, batch: Batch, schedule: Schedule, *, training: bool) -> torch.Tensor:
         pieces = split_batch(batch, self._stages.whole.residency.micro_batches)
         weights = loss_weights(self._traced, pieces)
         graph = self._stages.whole.graph
@@ -109,14 +104,15 @@ class PipelineModule(ParameterTree):
         self._copy_twins()
         for run in self._runs.values():
             run.start(inputs, weights, {}, schedule.num_microbatches)
-        self._walk = Walk(self._places.rank, self._stages, self._runs, self._post, schedule.ranks[self._places.rank], training)
-        self._walk.advance()
+        walk = Walk(self._places.rank, self._stages, self._runs, self._post, schedule.ranks[self._places.rank], training)
+        walk.advance()
         self._post.flush()
+        self._walk = walk if training else self._walk
         return self._loss(weights)
 
     def _copy_twins(self) -> None:
         """A parameter of two stages of this rank is one parameter to the optimizer; the other follows."""
-        first: dict[int, nn.Parameter] = {}
+        first: dict[int, torch.nn.Parameter] = {}
         for share in self._shares.values():
             for v, parameter in share.store.parameters.items():
                 if first.setdefault(v, parameter) is not parameter:
@@ -126,14 +122,15 @@ class PipelineModule(ParameterTree):
     def _loss(self, weights: Sequence[float]) -> torch.Tensor:
         """The loss of the batch, on every rank of the pipeline."""
         seed = self._stages.whole.graph.seeds[0]
-        total = torch.zeros((), device=next(iter(self._shares.values())).rank.device)
+        dtype = getattr(torch, self._stages.whole.graph.values[seed].meta.dtype)
+        total = torch.zeros((), dtype=dtype, device=self._places.device)
         for run in self._runs.values():
             if seed in run.stage.own_outputs:
                 place = run.stage.own_outputs.index(seed)
                 total = total + sum(w * run.results[m, place][0] for m, w in enumerate(weights))
         exchange = self._places.exchanges[PP]
         assert isinstance(exchange, GroupExchange)
-        return exchange.all_reduce(total.float(), "sum")
+        return exchange.all_reduce(total, "sum")
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
@@ -144,7 +141,7 @@ class PipelineModule(ParameterTree):
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
-        """Scale all gradients so that their norm over all stages is at most `max_norm`; returns the norm before. A shared weight counts once."""
+        """As of every plan; a weight that several stages share counts once."""
         shared, place = self._stages.shared, self._places.rank
         mine, counted = [], []
         for name, p in self.named_parameters():
@@ -170,31 +167,19 @@ class PipelineModule(ParameterTree):
 
     @property
     def device_mesh(self) -> DeviceMesh:
-        """The mesh of all ranks, in torch's own type; the first parameter's own mesh is that of a stage."""
         return self._places.whole
 
     @property
     def stream(self) -> Stream:
-        """What names the next random draws; the same on all ranks."""
         return self._places.stream
 
-    def addends(self) -> Iterator[tuple[nn.Parameter, Layout, tuple[int, ...], torch.Tensor]]:
-        """None: between calls no step is unfinished."""
-        return iter(())
-
-    def restart(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Every step starts from the parameters as they are."""
+    @property
+    def _counter(self) -> Counter:
+        return self._places.counter
 
     @property
     def predicted(self) -> Ledger:
-        """What the plan says that this rank communicates in one `train_step`."""
         return self._stages.ledger(self._places.rank)
-
-    def counted(self) -> Ledger:
-        """What this rank communicated since the last call."""
-        found = self._places.counter.ledger
-        self._places.counter.reset()
-        return found
 
     @property
     def peak_in_flight(self) -> int:
@@ -212,5 +197,4 @@ class PipelineModule(ParameterTree):
 
     @property
     def code(self) -> str:
-        """The emitted programs of this rank's stages, as text."""
         return "\n\n".join(f"# stage {number}\n{share.code}" for number, share in self._shares.items())
