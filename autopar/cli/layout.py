@@ -49,7 +49,7 @@ def axis_uses(plan: Plan, cluster: Cluster) -> tuple[AxisUse, ...]:
     kinds = {name: OVERLOAD_AND_NUMBER.sub("", name) for name, _ in plan.ops}
     words = {name: dict(item.partition(":")[::2] for item in strategy.split(",") if item) for name, strategy in plan.ops}
     uses = []
-    inner = plan.mesh.num_ranks
+    inner = plan.num_ranks
     for axis in plan.mesh.axes:
         inner //= axis.size
         cuts: dict[str, Counter[str]] = {}

@@ -92,9 +92,9 @@ def read_plan(path: Path, cluster: Cluster, asked: Asked) -> Plan:
     for option in asked.options():
         raise UsageError(f"{option} and --plan {path}: a plan is complete; leave one of them out")
     plan = Plan.load(path)
-    if plan.mesh.num_ranks != cluster.num_devices:
+    if plan.num_ranks != cluster.num_devices:
         raise PlanMismatchError(
-            f"{path}: made for {plan.mesh.num_ranks} devices ({plan.mesh}), {cluster.name} has {cluster.num_devices}; "
+            f"{path}: made for {plan.num_ranks} devices ({plan.mesh}), {cluster.name} has {cluster.num_devices}; "
             "give the cluster it was made for, or plan again"
         )
     return plan

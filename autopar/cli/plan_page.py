@@ -99,5 +99,5 @@ def _proof(plan: Plan) -> str:
 def _notes(plan: Plan) -> list[str]:
     idle = [axis for axis in plan.mesh.axes if axis.name.startswith("idle") and axis.size > 1]
     advice = "all compute the same, cutting costs more than it saves here; use"
-    found = [f"the ranks of axis {axis.name} {advice} {plan.mesh.num_ranks // axis.size} devices, or more work per step" for axis in idle]
+    found = [f"the ranks of axis {axis.name} {advice} {plan.num_ranks // axis.size} devices, or more work per step" for axis in idle]
     return [*found, *plan.notes]

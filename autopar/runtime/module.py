@@ -62,6 +62,11 @@ class ParallelModule(ParameterTree, ABC):
         """The emitted program, as text: the top level and every distinct block."""
 
     @property
+    def duplicates(self) -> frozenset[str]:
+        """Names of parameters and buffers that an earlier stage of a pipeline has too."""
+        return frozenset()
+
+    @property
     @abstractmethod
     def _counter(self) -> Counter: ...
 

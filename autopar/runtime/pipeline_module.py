@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -142,14 +143,8 @@ class PipelineModule(ParallelModule):
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
         """As of every plan; a weight that several stages share counts once."""
-        shared, place = self._stages.shared, self._places.rank
-        mine, counted = [], []
-        for name, p in self.named_parameters():
-            if p.grad is not None:
-                mine.append(p)
-                v = self._number[name]
-                if v not in shared or self._stages.ranks_of(shared[v])[0] == place:
-                    counted.append(p.grad)
+        mine = [p for p in self.parameters() if p.grad is not None]
+        counted = [p.grad for name, p in self.named_parameters() if p.grad is not None and name not in self.duplicates]
         norm: Any = get_total_norm(counted, norm_type) if counted else torch.zeros(())
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         exchange = self._places.exchanges[PP]
@@ -160,10 +155,14 @@ class PipelineModule(ParallelModule):
         clip_grads_with_norm_(mine, max_norm, total)
         return total
 
-    @property
-    def _number(self) -> Mapping[str, int]:
-        graph = self._stages.whole.graph
-        return {name: v for v in graph.params for name in graph.values[v].source}
+    @cached_property
+    def duplicates(self) -> frozenset[str]:
+        found: set[str] = set()
+        for v, value in enumerate(self._stages.whole.graph.values):
+            if value.role in ("param", "buffer"):
+                ranks = self._stages.ranks_of([s.number for s in self._stages.stages if s.program.graph.values[v].role == value.role])
+                found.update(value.source if self._places.rank in ranks[1:] else ())
+        return frozenset(found)
 
     @property
     def device_mesh(self) -> DeviceMesh:
