@@ -1,6 +1,7 @@
 """What each operator may do on a mesh and what that costs: strategies, their layouts, seconds and bytes."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
@@ -16,7 +17,7 @@ from autopar.core.pipeline import with_pipeline
 from autopar.core.redistribute import Redistribution, layout_space
 from autopar.core.rule import Choice, OpRule, Strategy, nest, strategies
 from autopar.core.zero import Zero
-from autopar.cost_models.collectives import collective_seconds
+from autopar.cost_models.collectives import Span, algorithm_seconds, collective_seconds
 from autopar.cost_models.compute import op_seconds
 from autopar.planner.roles import Allowed
 from autopar.program import without_r
@@ -87,6 +88,13 @@ class Pricing:
     def message(self, num_bytes: float) -> float:
         """Seconds of a message of this many bytes from a rank to the next one of the pipeline."""
         return float(collective_seconds(self.cluster, self.whole, "send", (self.pp[1],), num_bytes)) if num_bytes else 0.0
+
+    def tie(self, ranks: tuple[int, ...], num_bytes: float) -> float:
+        """Seconds of an all-reduce of this many bytes over these ranks of the pipeline."""
+        stride, per_node = self.whole.strides[self.pp[1]], self.cluster.devices_per_node
+        nodes = Counter(rank * stride // per_node for rank in ranks)
+        span = Span(len(ranks), len(nodes), max(nodes.values()), min(nodes.values()))
+        return float(min(algorithm_seconds(self.cluster, span, "all_reduce", num_bytes).values()))
 
     def step(self, primitive: str, axis: int, local_bytes: float) -> float:
         """Seconds of one primitive along one axis with this many local input bytes."""
