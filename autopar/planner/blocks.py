@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -107,6 +107,20 @@ class Blocks:
         return self.costs[first, end]
 
     @cached_property
+    def paths_s(self) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
+        """Per block the longest way to its end in forwards, and down from it in gradients of inputs, and in whole backwards."""
+        rows = [self.cost(b, b + 1) for b in range(self.num_blocks)]
+        found = []
+        for column, readers in ((slice(0, 1), "readers"), (slice(1, 2), "answering"), (slice(1, 3), "answering")):
+            longest = [float(row[column].sum()) for row in rows]
+            alone = tuple(longest)
+            for b in range(self.num_blocks):
+                before = [longest[c.maker] for c in self.crossings if b in getattr(c, readers)]
+                longest[b] = alone[b] + max(before, default=0.0)
+            found.append(tuple(longest))
+        return found[0], found[1], found[2]
+
+    @cached_property
     def _kept(self) -> tuple[list[float], list[float]]:
         """Bytes that a microbatch keeps of the first blocks: between forward and backward, and between the halves of a split backward."""
         program = self.program
@@ -164,7 +178,7 @@ class Blocks:
         time_s, once_s, kept = float(row[:3].sum()), float(row[3:5].sum()), self._kept[0]
         return (StageOption(num_devices=1, time_s=time_s, reduce_s=once_s, state_bytes=float(row[STATE]), activation_bytes=kept[end] - kept[first] + received),)
 
-    def cut(self, order: Order, memory_limit_bytes: float = float("inf")) -> tuple[int, ...]:
+    def formula_cut(self, order: Order, memory_limit_bytes: float = float("inf")) -> tuple[int, ...]:
         """The first block of every stage but the first, by the formula of `search/stages.py`; raises InfeasibleError where nothing fits."""
         limit = memory_limit_bytes / order.virtual
         n = order.num_stages
@@ -189,16 +203,16 @@ class Blocks:
             )  # fmt: skip
             for e in edges
         )  # fmt: skip
-        stages = tuple(self.stage_cost(a, b) for a, b in zip(bounds, bounds[1:]))
+        stages = tuple(self.stage_cost(a, b) for a, b in pairwise(bounds))
         return timed(order, stages, edges, messages, *self._ties(home, order))
 
     def stage_cost(self, first: int, end: int) -> StageCost:
-        forward, inputs, weights, gather, reduce = self.cost(first, end)[:5].tolist()
+        forward, inputs, weights, gather, reduce, state = self.cost(first, end)[:PARAMETERS].tolist()
         kept, read = self._kept
         received = self.handed_bytes(first) if first else 0.0
         return StageCost(
             forward_s=forward, input_gradient_s=inputs, weight_gradient_s=weights, gather_s=gather, reduce_s=reduce,
-            activation_bytes=round(kept[end] - kept[first] + received), weight_activation_bytes=round(read[end] - read[first] + received),
+            state_bytes=round(state), activation_bytes=round(kept[end] - kept[first] + received), weight_activation_bytes=round(read[end] - read[first] + received),
         )  # fmt: skip
 
     @cached_property
