@@ -6,21 +6,19 @@ bytes are sums over its pieces (`work.py`); what crosses a cut is known from who
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 
 import numpy as np
 
-from autopar.core.residency import Residency
 from autopar.core.schedule import Edge, Schedule
 from autopar.core.timeline import Timeline
 from autopar.cost_models.pipeline import EdgeCost, PipelineCost, StageCost
 from autopar.cost_models.timeline import simulate
-from autopar.planner.keeping import kept_by_selective
 from autopar.planner.liveness import kept_by_segment
 from autopar.planner.states import Pricing
-from autopar.planner.work import pieces
+from autopar.planner.work import pieces, put_off_bytes
 from autopar.program import Program
 from autopar.schedules.lower import add_updates, make_schedule
 from autopar.search.stages import StageOption, cut_into_stages
@@ -123,23 +121,13 @@ class Blocks:
     @cached_property
     def _kept(self) -> tuple[list[float], list[float]]:
         """Bytes that a microbatch keeps of the first blocks: between forward and backward, and between the halves of a split backward."""
-        program = self.program
-        kept = self._by_block(kept_by_segment(program))
-        plain = replace(program, residency=_without_recomputation(program.residency))
-        read = self._by_block(kept_by_segment(plain)) if program.residency.recompute else kept
-        graph = program.graph
-        for i, op in enumerate(graph.ops):
-            if kept_by_selective(op, [graph.values[v].meta for v in op.operands]):
-                read = [*read]
-                read[self.block_of(i)] += program.local_bytes(op.results[0], program.produced[op.results[0]]) / self.parts
-        return list(accumulate(kept, initial=0.0)), list(accumulate(read, initial=0.0))
-
-    def _by_block(self, by_segment: Sequence[int]) -> list[float]:
-        found = [0.0] * self.num_blocks
+        kept = [0.0] * self.num_blocks
         segments = self.program.graph.segments
-        for n, size in enumerate(by_segment):
-            found[self.block_of(segments[n].ops.start) if n < len(segments) else -1] += size / self.parts
-        return found
+        for n, size in enumerate(kept_by_segment(self.program)):
+            kept[self.block_of(segments[n].ops.start) if n < len(segments) else -1] += size / self.parts
+        bounds = (*self.starts, len(self.program.graph.ops))
+        put_off = [put_off_bytes(self.program, range(a, b)) / self.parts for a, b in pairwise(bounds)]
+        return list(accumulate(kept, initial=0.0)), list(accumulate(put_off, initial=0.0))
 
     @cached_property
     def crossings(self) -> tuple[Crossing, ...]:
@@ -208,11 +196,11 @@ class Blocks:
 
     def stage_cost(self, first: int, end: int) -> StageCost:
         forward, inputs, weights, gather, reduce, state = self.cost(first, end)[:PARAMETERS].tolist()
-        kept, read = self._kept
+        kept, put_off = self._kept
         received = self.handed_bytes(first) if first else 0.0
         return StageCost(
             forward_s=forward, input_gradient_s=inputs, weight_gradient_s=weights, gather_s=gather, reduce_s=reduce,
-            state_bytes=round(state), activation_bytes=round(kept[end] - kept[first] + received), weight_activation_bytes=round(read[end] - read[first] + received),
+            state_bytes=round(state), activation_bytes=round(kept[end] - kept[first] + received), weight_activation_bytes=round(put_off[end] - put_off[first]),
         )  # fmt: skip
 
     @cached_property
@@ -234,20 +222,16 @@ class Blocks:
         return self.pricing.tie(tuple(sorted(ranks)), tied_bytes(self.program, v)) if len(ranks) > 1 else 0.0
 
 
-def _without_recomputation(residency: Residency[int]) -> Residency[int]:
-    return replace(residency, recompute={})
-
-
 def timed(
     order: Order, stages: tuple[StageCost, ...], edges: tuple[Edge, ...], messages: tuple[EdgeCost, ...], tied: tuple[tuple[int, ...], ...], tie_s: tuple[float, ...]
 ) -> Timeline:  # fmt: skip
     """The step of stages with these costs."""
-    schedule = schedule_of(order, edges, tied, any(s.gather_s for s in stages), any(s.reduce_s for s in stages))
+    schedule = _lists(order, edges, tied, any(s.gather_s for s in stages), any(s.reduce_s for s in stages))
     return simulate(schedule, PipelineCost(stages, messages, tie_s))
 
 
 @lru_cache(maxsize=64)
-def schedule_of(order: Order, edges: tuple[Edge, ...], tied: tuple[tuple[int, ...], ...], gathers: bool, reduces: bool) -> Schedule:  # noqa: FBT001
+def _lists(order: Order, edges: tuple[Edge, ...], tied: tuple[tuple[int, ...], ...], gathers: bool, reduces: bool) -> Schedule:  # noqa: FBT001
     """The lists of a step, with parameters gathered before it and gradients summed after it where there are any to gather or sum."""
     made = make_schedule(order.schedule, order.num_ranks, order.num_microbatches, order.virtual, edges=edges, tied=tied)
     return add_updates(made, replicas=2 if gathers or reduces else 1, zero_stage=1 if gathers else 0)

@@ -5,7 +5,7 @@ it, and a stage of a pipeline does each of its pieces once, however many of its 
 the sum over the pieces that they want, and stages are priced without being built.
 """
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +18,9 @@ from autopar.program import Program, Route, route_steps
 
 PHASES = ("forward_s", "input_gradient_s", "weight_gradient_s", "gather_s", "reduce_s")
 """Seconds of one microbatch (its forward, the two halves of its backward), and before and after all microbatches of a step."""
+
+SPLIT = ("aten.linear.default", "aten.addmm.default", "aten.mm.default")
+"""Contractions whose weight gradient can wait (`runtime/split.py`); other operators make it with the gradient of their input."""
 
 NOTHING = (0.0, 0.0, 0.0, 0.0, 0.0)
 
@@ -85,7 +88,7 @@ class _Pieces:
         forward = self.pricing.compute(rule.flops / rule.degree(strategy, program.mesh) * share, moved, dtype, rule.cost)
         differentiable = [v for v in op.operands if graph.values[v].meta.requires_grad]
         backward = BACKWARD_WORK[rule.cost] * forward if differentiable and any(graph.values[v].meta.requires_grad for v in op.results) else 0.0
-        inputs, weights = _halves(backward, differentiable, self.weights, split=rule.cost == "contract")
+        inputs, weights = _halves(backward, differentiable, self.weights) if op.kind in SPLIT else (backward, 0.0)
         again = forward if self._computed_again(i) else 0.0
         inside, inside_back = self._inner(i, bool(backward), share)
         return (forward + inside, inputs + again + inside_back, weights, 0.0, 0.0)
@@ -158,10 +161,21 @@ def _made_of_weights(graph: OpGraph) -> frozenset[int]:
     return frozenset(found)
 
 
-def _halves(backward_s: float, differentiable: list[int], weights: frozenset[int], *, split: bool) -> tuple[float, float]:
-    """A backward in gradients of inputs and gradients of weights: a contraction has a product for each, other operators one pass for both."""
+def _halves(backward_s: float, differentiable: list[int], weights: frozenset[int]) -> tuple[float, float]:
+    """The backward of a contraction in gradients of inputs and gradients of weights: a product for each."""
     of_weights = [v in weights for v in differentiable]
-    if differentiable and all(of_weights):
-        return 0.0, backward_s
-    half = backward_s / 2 if split and any(of_weights) else 0.0
-    return backward_s - half, half
+    share = 0.0 if not any(of_weights) else 1.0 if all(of_weights) else 0.5
+    return (1 - share) * backward_s, share * backward_s
+
+
+def put_off_bytes(program: Program, ops: Iterable[int]) -> int:
+    """Bytes that the second half of a split backward needs of these operators: inputs of contractions with weights, gradients of their results."""
+    graph, kept = program.graph, {}
+    for i in ops:
+        op = graph.ops[i]
+        if op.kind in SPLIT and not graph.differentiated.isdisjoint(op.results):
+            for k, v in enumerate(op.operands):
+                if v in graph.searched and graph.values[v].role != "param":
+                    kept[v, program.needed(i, k)] = program.local_bytes(v, program.needed(i, k))
+            kept[op.results[0], "gradient"] = program.local_bytes(op.results[0], program.produced[op.results[0]])
+    return sum(kept.values())
