@@ -56,6 +56,7 @@ class _Pieces:
         self.program, self.graph, self.pricing, self.parts = program, program.graph, pricing, parts
         graph = self.graph
         self.weights = _made_of_weights(graph)
+        self.computed = _searched(graph)
         self.block = {i: segment.block for segment in graph.segments for i in segment.ops if segment.block}
         self.live_moves = _live_moves(program)
         residency = program.residency
@@ -64,7 +65,7 @@ class _Pieces:
     def all(self) -> Iterator[Piece]:
         graph, last = self.graph, len(self.graph.ops) - 1
         for i, op in enumerate(graph.ops):
-            if graph.searched.isdisjoint(op.operands):
+            if self.computed.isdisjoint(op.operands):
                 continue  # made of inputs alone: the search takes it for free, and so does this
             yield Piece(i, ("op", op.name), self._op(i))
             for k, v in enumerate(op.operands):
@@ -114,7 +115,7 @@ class _Pieces:
 
     def _moves(self, i: int, v: int, route: Route) -> Iterator[Piece]:
         """The moves of a value for an operator; those to where it is handed to its users are made with it."""
-        if v not in self.graph.searched:
+        if v not in self.computed:
             return
         handed, maker = len(self.program.relay.get(v, ())), self.graph.producer.get(v, (i, 0))[0]
         for n, step in enumerate(route_steps(route), start=1):
@@ -152,6 +153,15 @@ def _live_moves(program: Program) -> frozenset[tuple[int, Route]]:
     return frozenset((v, route[:n]) for v, route, live in program.all_routes() if live for n in range(2, len(route) + 1))
 
 
+def _searched(graph: OpGraph) -> frozenset[int]:
+    """What depends on a parameter, of this stage or of those that it receives from."""
+    found = {*graph.params, *(v for v, value in enumerate(graph.values) if value.role == "input" and not value.source)}
+    for op in graph.ops:
+        if not found.isdisjoint(op.operands):
+            found.update(op.results)
+    return frozenset(found)
+
+
 def _made_of_weights(graph: OpGraph) -> frozenset[int]:
     """Parameters, and what is computed from them and from no input: the same for every sample."""
     found = {v for v, value in enumerate(graph.values) if value.role in ("param", "buffer", "constant")}
@@ -175,7 +185,7 @@ def put_off_bytes(program: Program, ops: Iterable[int]) -> int:
         op = graph.ops[i]
         if op.kind in SPLIT and not graph.differentiated.isdisjoint(op.results):
             for k, v in enumerate(op.operands):
-                if v in graph.searched and graph.values[v].role != "param":
+                if graph.values[v].meta.requires_grad and graph.values[v].role != "param":
                     kept[v, program.needed(i, k)] = program.local_bytes(v, program.needed(i, k))
             kept[op.results[0], "gradient"] = program.local_bytes(op.results[0], program.produced[op.results[0]])
     return sum(kept.values())
