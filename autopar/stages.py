@@ -41,6 +41,21 @@ class Stage:
         return self.program.graph.outputs[: self.program.first_handed]
 
 
+def merged(groups: Iterable[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    """Groups of stages, those that meet made one."""
+    found: list[set[int]] = []
+    for stages in groups:
+        meeting = [g for g in found if g & set(stages)]
+        found = [g for g in found if g not in meeting] + [set(stages).union(*meeting)]
+    return tuple(sorted(tuple(sorted(g)) for g in found))
+
+
+def tied_bytes(program: Program, v: int) -> int:
+    """Bytes of a rank's part of the gradient of a parameter that is summed over stages."""
+    stored = program.residency.precision.stored(program.graph.values[v].meta.dtype)
+    return math.prod(program.local_shape(v, program.stored[v])) * DTYPE_BYTES[stored]
+
+
 @dataclass(frozen=True)
 class Stages:
     """All stages of a program. `shared[v]`: the stages that hold a parameter of several."""
@@ -71,11 +86,7 @@ class Stages:
     @cached_property
     def tied(self) -> tuple[tuple[int, ...], ...]:
         """Groups of stages that share a weight; groups that meet are one."""
-        groups: list[set[int]] = []
-        for stages in self.shared.values():
-            meeting = [g for g in groups if g & set(stages)]
-            groups = [g for g in groups if g not in meeting] + [set(stages).union(*meeting)]
-        return tuple(sorted(tuple(sorted(g)) for g in groups))
+        return merged(self.shared.values())
 
     def shared_by(self, first: int) -> Mapping[int, tuple[int, ...]]:
         """Trained parameters that a group of stages shares, and the stages that hold each; `first`: the group's first stage."""
@@ -118,9 +129,7 @@ class Stages:
         return tuple(sorted({self.placement[s] for s in stages}))
 
     def tied_bytes(self, v: int) -> int:
-        """Bytes of this rank's part of a gradient that is summed over stages."""
-        stored = self.whole.residency.precision.stored(self.whole.graph.values[v].meta.dtype)
-        return math.prod(self.whole.local_shape(v, self.whole.stored[v])) * DTYPE_BYTES[stored]
+        return tied_bytes(self.whole, v)
 
 
 def one_stage(program: Program) -> Stages:

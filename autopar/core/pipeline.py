@@ -9,6 +9,13 @@ PP = "pp"
 """The name of a pipeline's axis."""
 
 
+def with_pipeline(mesh: Mesh, num_ranks: int, position: int) -> Mesh:
+    """The mesh of all devices, from that of one stage."""
+    axes = list(mesh.axes)
+    axes.insert(position, MeshAxis(PP, num_ranks))
+    return Mesh(tuple(axes))
+
+
 @dataclass(frozen=True)
 class Pipeline:
     """`num_ranks` groups of devices, each a mesh of the plan's shape, run the stages in turn: stage s on group s mod num_ranks.
@@ -35,7 +42,4 @@ class Pipeline:
         return self.num_stages // self.num_ranks
 
     def whole_mesh(self, mesh: Mesh) -> Mesh:
-        """The mesh of all devices, from that of one stage."""
-        axes = list(mesh.axes)
-        axes.insert(self.position, MeshAxis(PP, self.num_ranks))
-        return Mesh(tuple(axes))
+        return with_pipeline(mesh, self.num_ranks, self.position)

@@ -12,6 +12,15 @@ class Memory:
         self._sizes: list[tuple[int, str]] = []
         self._count: list[int] = []
 
+    @property
+    def num_storages(self) -> int:
+        """How many there have been so far: the number of the next one."""
+        return len(self._sizes)
+
+    def held_between(self, first: int, end: int) -> int:
+        """Bytes of those storages from number `first` to before `end` that are still held."""
+        return sum(self._sizes[n][0] for n in range(first, end) if self._count[n])
+
     def new(self, num_bytes: int, part: str) -> int:
         self.parts[part] += num_bytes
         self._sizes.append((num_bytes, part))

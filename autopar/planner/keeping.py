@@ -50,6 +50,16 @@ class Use:
     returned: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """Seconds of a parameter's collectives: of every forward and every backward of a microbatch, before and after all of them."""
+
+    forward_s: float
+    backward_s: float
+    gather_s: float
+    reduce_s: float
+
+
 def uses(graph: OpGraph) -> dict[int, Use]:
     """The use of every parameter."""
     live = graph.differentiated
@@ -109,19 +119,22 @@ class Sharding:
 
     def seconds(self, meta: TensorMeta, layout: Layout, zero: Zero | None, deferred: tuple[int, ...], use: Use) -> float:
         """What gathering a parameter and summing its gradient costs in one step, where the gradient is summed over `deferred`."""
+        found = self.exchange(meta, layout, zero, deferred, use)
+        return self.keeping.micro_batches * (found.forward_s + found.backward_s) + found.gather_s + found.reduce_s
+
+    def exchange(self, meta: TensorMeta, layout: Layout, zero: Zero | None, deferred: tuple[int, ...], use: Use) -> Exchange:
+        """The same by when it is done."""
         used, part = self._elements(meta, layout, zero)
         width = meta.num_bytes / max(meta.numel, 1)
         if zero is None:
-            return self.pricing.gradient_reduction(deferred, used * width) if use.live else 0.0
-        times = self.keeping.micro_batches
-        gathers = times * (use.forward + use.backward) if zero.stage == 3 else 1
-        scatters = 1 if zero.stage == 1 else times * (use.forward if zero.stage == 3 else 1)
-        total = zero.stage * TIE_BREAK_S + gathers * self.pricing.collective("all_gather", zero.axes, part * width)
-        if use.live:
-            rest = tuple(a for a in deferred if a not in zero.axes)
-            total += scatters * self.pricing.collective("reduce_scatter", zero.axes, used * width)
-            total += self.pricing.gradient_reduction(rest, part * width) * (use.forward if zero.stage == 3 else 1)
-        return total
+            return Exchange(0.0, 0.0, 0.0, self.pricing.gradient_reduction(deferred, used * width) if use.live else 0.0)
+        gather = self.pricing.collective("all_gather", zero.axes, part * width)
+        scatter = self.pricing.collective("reduce_scatter", zero.axes, used * width) if use.live else 0.0
+        rest = tuple(a for a in deferred if a not in zero.axes)
+        reduce = self.pricing.gradient_reduction(rest, part * width) if use.live else 0.0
+        if zero.stage == 3:
+            return Exchange(use.forward * gather, use.backward * gather + use.forward * scatter, 0.0, use.forward * reduce + 3 * TIE_BREAK_S)
+        return Exchange(0.0, scatter if zero.stage == 2 else 0.0, gather, reduce + zero.stage * TIE_BREAK_S + (scatter if zero.stage == 1 else 0.0))
 
 
 def kept_by_selective(op: Op, operands: Sequence[TensorMeta]) -> bool:

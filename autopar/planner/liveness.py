@@ -4,6 +4,9 @@ What is walked is what the runtime does: the forward of every segment, whose val
 them; the backward in reverse, with gradients in the memory that autograd gives them (those of sums and views share it); what blocks
 compute again; weights gathered one unit ahead; gradients in buckets; the optimizer. Microbatches after the second are like it, so at most
 three are walked: one on empty gradients, one on full ones, one that ends in the reduction.
+
+A stage of a pipeline is a program of its own. What its rank holds besides (`Beside`: other microbatches in flight, its other stages) stays
+as it is while this program runs. What is received is kept until it has been differentiated, and so is what is handed on.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,11 +15,9 @@ from functools import cached_property
 
 from autopar.core.buckets import IN_FLIGHT
 from autopar.core.cluster import Cluster
-from autopar.core.graph import DTYPE_BYTES
 from autopar.core.memory import MemoryUse
-from autopar.cost_models.memory import adam
 from autopar.planner.allocator import Memory
-from autopar.planner.held import Group, Held, Holdings
+from autopar.planner.held import Beside, Group, Held, Holdings, received_bytes, resident
 from autopar.planner.storages import Step, Steps, steps_of
 from autopar.program import Program
 
@@ -61,6 +62,8 @@ class _Walk:
     awaited: dict[int, int] = field(default_factory=dict)
     missing: dict[int, int] = field(default_factory=dict)
     filling: Values = field(default_factory=dict)
+    handed: list[int] = field(default_factory=list)
+    first_storage: list[int] = field(default_factory=list)
 
     # --- what is known beforehand ------------------------------------------------------------------------------------
 
@@ -117,12 +120,17 @@ class _Walk:
 
     def forward(self) -> None:
         values: Values = {}
+        self.first_storage = []
         for s, segment in enumerate(self.steps.segments):
+            self.first_storage.append(self.memory.num_storages)
             weights = self._gather(s, back=False, moment=f"forward of {_where(segment)}")
             if self.mode(s) != "none":
                 self.inputs[s] = {o: self.memory.hold(values[o]) for o in self._read(segment) if o in values}
             self._run(s, values, "forward", keep=self.mode(s) == "none")
             self._drop(weights)
+        handed = self.steps.ends[self.program.first_handed : len(self.program.graph.outputs)]
+        owners = dict.fromkeys(self.steps.nodes[n].owner for n in handed if self.steps.nodes[n].live)
+        self.handed = [self.memory.move(self.memory.hold(values[o]), "activations") for o in owners if o in values]
         self._drop(values.values())  # the loss has read them
 
     def _read(self, segment: Iterable[Step]) -> dict[int, None]:
@@ -200,6 +208,7 @@ class _Walk:
                 del self.saved[s, i]
         for n in self.steps.seeds:
             self.gradient[n] = self.memory.new(self.steps.nodes[n].num_bytes, "temporaries")
+        self._drop(self.handed)
         for s in reversed(range(len(self.steps.segments))):
             self._back(s, last)
         self._drop(self.gradient.values())
@@ -330,26 +339,22 @@ def _where(segment: tuple[Step, ...]) -> str:
     return segment[0].moment if segment else "outputs"
 
 
-def _resident(program: Program, holdings: Holdings) -> Memory:
-    """What is there before a step: parameters, optimizer state, buffers and the batch."""
-    graph, residency = program.graph, program.residency
-    held = holdings.parameters.values()
-    parameters = sum(h.device_bytes(offload=residency.offload) for h in held)
-    for value in graph.values:
-        if value.role in ("buffer", "constant", "input"):
-            parameters += value.meta.num_bytes * (residency.micro_batches if value.role == "input" else 1)
-    optimizer = 0
-    for h in held:
-        stored = residency.precision.stored(graph.values[h.value].meta.dtype)
-        if h.trained and not residency.offload:
-            optimizer += h.stored // DTYPE_BYTES[stored] * adam(stored, master=None).optimizer_bytes
-    return Memory(parameters=parameters, optimizer=optimizer)
+def kept_by_segment(program: Program) -> tuple[int, ...]:
+    """For each segment, and for what leads to the outputs, the bytes of its results that one microbatch keeps from forward to backward; what
+    comes from other stages is counted with the first."""
+    holdings = Holdings(program)
+    memory = resident(program, holdings, Beside())
+    walk = _Walk(program, steps_of(program), holdings, memory, Engine())
+    walk.forward()
+    first = [*walk.first_storage, memory.num_storages]
+    kept = [memory.held_between(a, b) for a, b in zip(first, first[1:])]
+    return (kept[0] + received_bytes(program), *kept[1:])
 
 
-def memory_use(program: Program, engine: Engine = Engine()) -> MemoryUse:
+def memory_use(program: Program, engine: Engine = Engine(), beside: Beside = Beside()) -> MemoryUse:
     """The fullest moment of a training step with AdamW on one rank."""
     holdings = Holdings(program)
-    memory = _resident(program, holdings)
+    memory = resident(program, holdings, beside)
     walk = _Walk(program, steps_of(program), holdings, memory, engine)
     walk.refresh()
     times = min(program.residency.micro_batches, 3)

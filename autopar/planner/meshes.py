@@ -12,24 +12,24 @@ from autopar.program import Program
 
 
 def forced_mesh(pins: Pins, cluster: Cluster) -> Mesh | None:
-    """The mesh that pinned degrees make; the degree that is not pinned takes the devices that are left."""
+    """The mesh of a stage that pinned degrees make; the degree that is not pinned takes the devices that are left. None: any mesh."""
     given = dict(pins.mesh_axes)
+    devices, ranks = cluster.num_devices, pins.pp or 1
+    product = math.prod(given.values())
+    if devices % (product * ranks) or (len(given) == 2 and product * ranks != devices):
+        text = " x ".join(f"{k}={v}" for k, v in {**({"pp": ranks} if pins.pp else {}), **given}.items())
+        raise UsageError(f"pins {text} make {product * ranks} devices, {cluster.name} has {devices}; choose degrees whose product {'is' if len(given) == 2 else 'divides'} {devices}")
     if not given:
         return None
-    n = cluster.num_devices
-    product = math.prod(given.values())
-    if n % product or (len(given) == 2 and product != n):
-        text = " x ".join(f"{k}={v}" for k, v in given.items())
-        raise UsageError(f"pins {text} make {product} devices, {cluster.name} has {n}; choose degrees whose product is {n}")
+    n = devices // ranks
     for name in ("dp", "tp"):
         given.setdefault(name, n // product)
     axes = tuple(MeshAxis(name, given[name]) for name in ("dp", "tp") if given[name] > 1)
     return Mesh(axes or (MeshAxis("dp", 1),))
 
 
-def candidate_meshes(cluster: Cluster) -> tuple[Mesh, ...]:
-    """All meshes of one axis and of two axes with as many ranks as devices, outermost first."""
-    n = cluster.num_devices
+def candidate_meshes(n: int) -> tuple[Mesh, ...]:
+    """All meshes of one axis and of two axes with `n` ranks, outermost first."""
     one = Mesh((MeshAxis("a", n),))
     two = [Mesh((MeshAxis("a", k), MeshAxis("b", n // k))) for k in range(2, n) if n % k == 0 and n // k > 1]
     return (one, *two)

@@ -59,7 +59,7 @@ def _plan_graph(graph: OpGraph, cluster: Cluster, options: Options, progress: Pr
     rules = rules_of(graph)
     batch = batch_factors(graph, rules)
     forced = forced_mesh(pins, cluster)
-    meshes = (options.mesh,) if options.mesh else (forced,) if forced else candidate_meshes(cluster)
+    meshes = (options.mesh,) if options.mesh else (forced,) if forced else candidate_meshes(cluster.num_devices)
     found: list[Candidate] = []
     failures: list[tuple[MeshSearch, DoesNotFit]] = []
     for mesh in meshes:
