@@ -105,6 +105,8 @@ class PipelineModule(ParallelModule):
         self._copy_twins()
         for run in self._runs.values():
             run.start(inputs, weights, {}, schedule.num_microbatches)
+        if training:
+            self._post.start()
         walk = Walk(self._places.rank, self._stages, self._runs, self._post, schedule.ranks[self._places.rank], training)
         walk.advance()
         self._post.flush()

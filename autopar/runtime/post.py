@@ -22,6 +22,7 @@ class ProcessPost:
         self.stages, self.rank, self.peers, self.groups, self.stores = stages, rank, peers, groups, stores
         self._sent: list[tuple[Any, torch.Tensor]] = []
         self._coming: dict[Action, list[tuple[int, torch.Tensor, Any]]] = {}
+        self._before: dict[torch.nn.Parameter, torch.Tensor | None] = {}
 
     def _peer(self, action: Action) -> int:
         assert action.peer is not None
@@ -52,6 +53,12 @@ class ProcessPost:
             found[v] = [x]
         return found
 
+    def start(self) -> None:
+        """Put aside what earlier steps have left in the gradients of shared weights: that is summed already."""
+        for v, numbers in self.stages.shared.items():
+            for p in (self.stores[s].parameters[v] for s in numbers if s in self.stores):
+                self._before[p], p.grad = p.grad, None
+
     def flush(self) -> None:
         """Wait until all that was sent has arrived."""
         for work, _ in self._sent:
@@ -71,7 +78,7 @@ class ProcessPost:
                 dist.all_reduce(total, group=self.groups[ranks])
             for p in parameters:
                 with torch.no_grad():
-                    if p.grad is None:
-                        p.grad = torch.zeros_like(p)
-                    p.grad.to_local().copy_(total)
+                    before = self._before.pop(p)
+                    p.grad = torch.zeros_like(p) if before is None else before
+                    p.grad.to_local().add_(total)
         return True
