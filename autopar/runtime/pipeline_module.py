@@ -183,6 +183,11 @@ class PipelineModule(ParallelModule):
         return self._stages.ledger(self._places.rank)
 
     @property
+    def schedule(self) -> Schedule:
+        """The lists that a training step runs."""
+        return self._schedule
+
+    @property
     def peak_in_flight(self) -> int:
         """Most (stage, microbatch) pairs of the last step at once whose forward had begun and whose backward had not ended."""
         return self._walk.peak_in_flight if self._walk else 0
