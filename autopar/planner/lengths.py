@@ -141,7 +141,7 @@ class Pipelines:
             return [given]
         sizes = [v.meta.shape[0] for v in self.task.graph.values if v.role == "input" and v.meta.shape]
         batch = math.gcd(*sizes)
-        return [m for m in range(2, min(batch, MAX_PER_RANK * ranks) + 1) if batch % m == 0]
+        return [m for m in range(max(2, ranks // 2), min(batch, MAX_PER_RANK * ranks) + 1) if batch % m == 0]
 
     def _orders(self, ranks: int, micro_batches: int) -> Iterator[Order]:
         pins = self.pins
@@ -170,8 +170,9 @@ class Pipelines:
             return
         least = math.fsum(float(base.problem.nodes[n].cost_s.min()) for n in base.ports.op_node.values())
         self.bound_s = min(self.bound_s, least / ranks)
+        whole = Blocks(base.program, first.pricing)
         for number in numbers:
-            blocks = Blocks(base.program, first.pricing, max(1, number // task.options.micro_batches))
+            blocks = whole.in_parts(max(1, number // task.options.micro_batches))
             for order in self._orders(ranks, number):
                 try:
                     cut = _cut(blocks, order, first.limit_bytes)
