@@ -65,8 +65,8 @@ def _retrace(model: nn.Module, example_inputs: Any) -> Callable[[int], OpGraph |
     return graph
 
 
-def _micro_batches(model: nn.Module, example_inputs: Any, pins: Sequence[str], given: int) -> int:
-    """The number of microbatches: as given, or from the pinned number of samples per data-parallel rank and microbatch."""
+def _micro_batches(model: nn.Module, example_inputs: Any, pins: Sequence[str], given: int | None) -> int | None:
+    """The number of microbatches: as given, or from the pinned number of samples per data-parallel rank and microbatch; None: any."""
     parsed = parse_pins(pins)
     if parsed.micro_batch is None:
         return given
@@ -86,11 +86,12 @@ def default_precision(model: nn.Module) -> Precision:
 
 def _options(
     model: nn.Module, example_inputs: Any, *, pins: Sequence[str] = (), mesh: Mesh | None = None, tokens: int = 0, time_limit_s: float = 30.0,
-    max_memory: float = MEMORY_SHARE, micro_batches: int = 1, precision: Precision | None = None, offload: bool = False,
+    max_memory: float = MEMORY_SHARE, micro_batches: int | None = None, precision: Precision | None = None, offload: bool = False,
 ) -> Options:  # fmt: skip
+    number = _micro_batches(model, example_inputs, pins, micro_batches)
     return Options(
         pins=tuple(pins), mesh=mesh, memory_share=max_memory, time_limit_s=time_limit_s, tokens=tokens, offload=offload,
-        micro_batches=_micro_batches(model, example_inputs, pins, micro_batches), precision=precision or default_precision(model),
+        micro_batches=number or 1, free_micro_batches=number is None, precision=precision or default_precision(model),
     )  # fmt: skip
 
 
@@ -109,8 +110,8 @@ def plan(model: nn.Module, cluster: Cluster, example_inputs: Any = None, **optio
     """The best plan found for a model on a cluster. Needs no device and no weights: meta tensors do.
 
     `example_inputs` are one global batch. Options: `pins` constrain the search (`"tp=2"`, `"zero=3"`, `"*.mlp.*=tp:o"`); `mesh` fixes
-    the mesh, else all of one and two axes are searched; `max_memory` is the share of a device's memory a plan may use;
-    `micro_batches` the number of passes that make a step; `precision` the dtypes beside the model's own; `offload` keeps the
+    the mesh (of one stage, where `pp` is pinned), else all of one and two axes are searched, and pipelines of them; `max_memory` is the share
+    of a device's memory a plan may use; `micro_batches` the number of passes that make a step, else one, or as many as suit a pipeline; `precision` the dtypes beside the model's own; `offload` keeps the
     optimizer's state on the host. Raises TraceError, UsageError, InfeasibleError.
     """
     return plan_timed(model, cluster, example_inputs, **options)[0]

@@ -16,6 +16,22 @@ def with_pipeline(mesh: Mesh, num_ranks: int, position: int) -> Mesh:
     return Mesh(tuple(axes))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagePrediction:
+    """What the cost model expects of one stage on one device: from block `first` to block `last`; seconds per microbatch; `in_flight`
+    microbatches at most; memory of its rank while this stage runs; bytes sent to other ranks per step."""
+
+    rank: int
+    first: str
+    last: str
+    num_params: int
+    forward_s: float
+    backward_s: float
+    in_flight: int
+    peak_memory_bytes: int
+    sent_bytes: int
+
+
 @dataclass(frozen=True)
 class Pipeline:
     """`num_ranks` groups of devices, each a mesh of the plan's shape, run the stages in turn: stage s on group s mod num_ranks.

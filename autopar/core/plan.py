@@ -8,7 +8,7 @@ from typing import Any
 from autopar.core.layout import Layout, parse_placement
 from autopar.core.memory import MemoryUse
 from autopar.core.mesh import Mesh, MeshAxis
-from autopar.core.pipeline import PP, Pipeline
+from autopar.core.pipeline import PP, Pipeline, StagePrediction
 from autopar.core.residency import Precision, Residency
 from autopar.core.units import size
 from autopar.core.zero import Zero
@@ -22,7 +22,8 @@ MAX_RANKS = 1 << 24
 @dataclass(frozen=True)
 class Prediction:
     """What the cost model expects of one training step on one rank. `recomputed_flops`: of contractions done a second time;
-    `peak_memory_bytes`: the upper end of `memory`, which is what a device must have."""
+    `peak_memory_bytes`: the upper end of `memory`, which is what a device must have. Of a pipeline: the rank that computes longest, the
+    memory of the fullest, the bytes of that which receives most; `bubble`: share of the step that a rank is idle, all ranks together."""
 
     step_time_s: float
     compute_s: float
@@ -33,6 +34,8 @@ class Prediction:
     tokens_per_s: float = 0.0
     mfu: float = 0.0
     memory: MemoryUse = MemoryUse(moment="unknown")
+    bubble: float = 0.0
+    stages: tuple[StagePrediction, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -166,13 +169,14 @@ class Plan:
         stages = {a: max(z.stage for z in self.residency.zero.values() if a in z.axes) for z in self.residency.zero.values() for a in z.axes}
         axes = [f"{axis.name}{axis.size}" + (f"(zero{stages[a]})" if a in stages else "") for a, axis in enumerate(self.mesh.axes)]
         if self.pipeline is not None:
+            axes = [text if axis.size > 1 else "" for text, axis in zip(axes, self.mesh.axes)]
             axes.insert(self.pipeline.position, f"{PP}{self.pipeline.num_ranks}({self.pipeline.schedule}{_virtual(self.pipeline)})")
         extras = [f"recompute {list(self.residency.recompute.values()).count(mode)} {mode}" for mode in sorted(set(self.residency.recompute.values()))]
         if self.residency.micro_batches > 1:
             extras.append(f"{self.residency.micro_batches} microbatches")
         if self.residency.offload:
             extras.append("optimizer state on the host")
-        return ", ".join([" x ".join(axes) or "1", *extras])
+        return ", ".join([" x ".join(filter(None, axes)) or "1", *extras])
 
     def __str__(self) -> str:
         p = self.predicted
@@ -220,8 +224,9 @@ def _residency(data: dict[str, Any], mesh: Mesh) -> Residency[str]:
 
 
 def _prediction(data: Any) -> Prediction:
-    numbers = {name: value for name, value in data.items() if name != "memory"}
-    return Prediction(**_numbers(numbers, Prediction), memory=MemoryUse(**_numbers(data["memory"], MemoryUse)))
+    numbers = {name: value for name, value in data.items() if name not in ("memory", "stages")}
+    stages = tuple(StagePrediction(**_numbers(stage, StagePrediction)) for stage in data.get("stages", ()))
+    return Prediction(**_numbers(numbers, Prediction), memory=MemoryUse(**_numbers(data["memory"], MemoryUse)), stages=stages)
 
 
 def _text(layout: Layout) -> str:

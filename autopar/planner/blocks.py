@@ -4,9 +4,10 @@ A block begins where a segment of the graph does that holds parameters: every st
 bytes are sums over its pieces (`work.py`); what crosses a cut is known from who makes and who reads each value, as `stages.py` sends it.
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 
@@ -26,6 +27,8 @@ from autopar.stages import merged, tied_bytes
 
 STATE, PARAMETERS = 5, 6
 """Columns behind the phases of `work.PHASES`: bytes of state, number of parameters."""
+
+Row = tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +55,27 @@ class Crossing:
     num_bytes: float
 
 
-@dataclass(frozen=True)
+@dataclass
 class Blocks:
-    """`parts`: every microbatch so many times smaller than the program's, as an estimate. Runs of blocks are [first, end)."""
+    """`parts`: every microbatch so many times smaller than the program's, as an estimate. Runs of blocks are [first, end).
+
+    `kept`: `kept_by_segment` of the program where it is known. A cache, not a value: one per sharding.
+    """
 
     program: Program
     pricing: Pricing
     parts: int = 1
+    kept: tuple[int, ...] = ()
+    _costs: dict[tuple[int, int], Row] = field(default_factory=dict)
+    _options: dict[tuple[int, int], tuple[StageOption, ...]] = field(default_factory=dict)
+    _cuts: dict[tuple[int, int, float], tuple[int, ...]] = field(default_factory=dict)
+
+    def in_parts(self, parts: int) -> "Blocks":
+        return Blocks(self.program, self.pricing, parts, self._kept_by_segment)
+
+    @cached_property
+    def _kept_by_segment(self) -> tuple[int, ...]:
+        return self.kept or kept_by_segment(self.program)
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
@@ -76,13 +93,13 @@ class Blocks:
         return bisect_right(self.starts, op) - 1
 
     @cached_property
-    def _rows(self) -> tuple[np.ndarray, list[tuple[frozenset[int], np.ndarray]]]:
+    def _rows(self) -> tuple[list[Row], list[tuple[frozenset[int], Row]]]:
         """(sums over the first blocks of what one block alone wants, what several want with who)."""
         wanted: dict[object, set[int]] = {}
-        rows: dict[object, np.ndarray] = {}
+        rows: dict[object, Row] = {}
         for piece in pieces(self.program, self.pricing, self.parts):
             wanted.setdefault(piece.key, set()).add(self.block_of(piece.op))
-            rows[piece.key] = np.array((*piece.seconds, piece.state_bytes, float(piece.state_bytes > 0)))
+            rows[piece.key] = (*piece.seconds, piece.state_bytes, float(piece.state_bytes > 0))
         own = np.zeros((self.num_blocks + 1, PARAMETERS + 1))
         shared = []
         for key, blocks in wanted.items():
@@ -90,19 +107,16 @@ class Blocks:
                 own[next(iter(blocks)) + 1] += rows[key]
             else:
                 shared.append((frozenset(blocks), rows[key]))
-        return own.cumsum(axis=0), shared
+        return [tuple(row) for row in own.cumsum(axis=0).tolist()], shared
 
-    @cached_property
-    def costs(self) -> "dict[tuple[int, int], np.ndarray]":
-        return {}
-
-    def cost(self, first: int, end: int) -> np.ndarray:
+    def cost(self, first: int, end: int) -> Row:
         """Seconds by phase, bytes of state and number of parameters of a stage."""
-        if (first, end) not in self.costs:
+        if (first, end) not in self._costs:
             sums, shared = self._rows
             extra = [row for blocks, row in shared if any(first <= b < end for b in blocks)]
-            self.costs[first, end] = np.sum([sums[end] - sums[first], *extra], axis=0)
-        return self.costs[first, end]
+            own = tuple(b - a for a, b in zip(sums[first], sums[end]))
+            self._costs[first, end] = tuple(map(math.fsum, zip(own, *extra)))
+        return self._costs[first, end]
 
     @cached_property
     def paths_s(self) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
@@ -110,7 +124,7 @@ class Blocks:
         rows = [self.cost(b, b + 1) for b in range(self.num_blocks)]
         found = []
         for column, readers in ((slice(0, 1), "readers"), (slice(1, 2), "answering"), (slice(1, 3), "answering")):
-            longest = [float(row[column].sum()) for row in rows]
+            longest = [sum(row[column]) for row in rows]
             alone = tuple(longest)
             for b in range(self.num_blocks):
                 before = [longest[c.maker] for c in self.crossings if b in getattr(c, readers)]
@@ -123,7 +137,7 @@ class Blocks:
         """Bytes that a microbatch keeps of the first blocks: between forward and backward, and between the halves of a split backward."""
         kept = [0.0] * self.num_blocks
         segments = self.program.graph.segments
-        for n, size in enumerate(kept_by_segment(self.program)):
+        for n, size in enumerate(self._kept_by_segment):
             kept[self.block_of(segments[n].ops.start) if n < len(segments) else -1] += size / self.parts
         bounds = (*self.starts, len(self.program.graph.ops))
         put_off = [put_off_bytes(self.program, range(a, b)) / self.parts for a, b in pairwise(bounds)]
@@ -148,8 +162,17 @@ class Blocks:
 
     def handed_bytes(self, cut: int, *, back: bool = False) -> float:
         """Bytes that cross between block cut - 1 and block `cut`, or come back."""
-        over = [c for c in self.crossings if c.maker < cut and any(b >= cut for b in (c.answering if back else c.readers))]
-        return sum(c.num_bytes for c in over)
+        return self._handed[back][cut]
+
+    @cached_property
+    def _handed(self) -> tuple[list[float], list[float]]:
+        """By first block behind a cut, bytes there and back."""
+        there, back = [0.0] * self.num_blocks, [0.0] * self.num_blocks
+        for c in self.crossings:
+            for sums, blocks in ((there, c.readers), (back, c.answering)):
+                for cut in range(c.maker + 1, max(blocks, default=0) + 1):
+                    sums[cut] += c.num_bytes
+        return there, back
 
     @cached_property
     def cut_s(self) -> tuple[float, ...]:
@@ -159,19 +182,20 @@ class Blocks:
 
     def option(self, first: int, end: int) -> tuple[StageOption, ...]:
         """A stage as the dynamic programme over blocks sees it; none where it would hold no parameter."""
-        row = self.cost(first, end)
-        if not row[PARAMETERS]:
-            return ()
-        received = self.handed_bytes(first) if first else 0.0
-        time_s, once_s, kept = float(row[:3].sum()), float(row[3:5].sum()), self._kept[0]
-        return (StageOption(num_devices=1, time_s=time_s, reduce_s=once_s, state_bytes=float(row[STATE]), activation_bytes=kept[end] - kept[first] + received),)
+        if (first, end) not in self._options:
+            row, kept = self.cost(first, end), self._kept[0]
+            activation_bytes = max(0.0, kept[end] - kept[first]) + self.handed_bytes(first)
+            made = StageOption(num_devices=1, time_s=sum(row[:3]), reduce_s=sum(row[3:5]), state_bytes=row[STATE], activation_bytes=activation_bytes)
+            self._options[first, end] = (made,) if row[PARAMETERS] else ()
+        return self._options[first, end]
 
     def formula_cut(self, order: Order, memory_limit_bytes: float = float("inf")) -> tuple[int, ...]:
         """The first block of every stage but the first, by the formula of `search/stages.py`; raises InfeasibleError where nothing fits."""
-        limit = memory_limit_bytes / order.virtual
-        n = order.num_stages
-        found = cut_into_stages(self.cut_s, self.option, num_microbatches=order.num_microbatches, num_devices=n, memory_limit_bytes=limit, num_stages=n)
-        return found.starts[1:]
+        n, times, limit = order.num_stages, order.num_microbatches, memory_limit_bytes / order.virtual
+        if (n, times, limit) not in self._cuts:
+            found = cut_into_stages(self.cut_s, self.option, num_microbatches=times, num_devices=n, memory_limit_bytes=limit, num_stages=n)
+            self._cuts[n, times, limit] = found.starts[1:]
+        return self._cuts[n, times, limit]
 
     def timeline(self, cuts: Sequence[int], order: Order) -> Timeline:
         """The step that the schedule's lists make of these stages."""
@@ -195,9 +219,9 @@ class Blocks:
         return timed(order, stages, edges, messages, *self._ties(home, order))
 
     def stage_cost(self, first: int, end: int) -> StageCost:
-        forward, inputs, weights, gather, reduce, state = self.cost(first, end)[:PARAMETERS].tolist()
+        forward, inputs, weights, gather, reduce, state, _ = self.cost(first, end)
         kept, put_off = self._kept
-        received = self.handed_bytes(first) if first else 0.0
+        received = self.handed_bytes(first)
         return StageCost(
             forward_s=forward, input_gradient_s=inputs, weight_gradient_s=weights, gather_s=gather, reduce_s=reduce,
             state_bytes=round(state), activation_bytes=round(kept[end] - kept[first] + received), weight_activation_bytes=round(put_off[end] - put_off[first]),

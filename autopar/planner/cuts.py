@@ -119,11 +119,11 @@ def bound_s(blocks: Blocks, cuts: Sequence[int], order: Order) -> float:
 
 def _rank_bound_s(blocks: Blocks, runs: Sequence[tuple[int, int]], num_microbatches: int, *, split: bool) -> float:
     rows = [blocks.cost(*run) for run in runs]
-    work = num_microbatches * sum(float(row[:3].sum()) for row in rows)
+    work = num_microbatches * sum(sum(row[:3]) for row in rows)
     forward, inputs, backward = blocks.paths_s
     before = min(_way(blocks, run, forward, "readers") for run in runs)
     if split:  # weight gradients may come after the last gradient that is sent back
-        sent = num_microbatches * sum(float(row[:2].sum()) for row in rows)
+        sent = num_microbatches * sum(sum(row[:2]) for row in rows)
         return before + max(work, sent + min(_way(blocks, run, inputs, "answering") for run in runs))
     return before + work + min(_way(blocks, run, backward, "answering") for run in runs)
 

@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 
 from autopar.core.cluster import Cluster
-from autopar.core.graph import OpGraph
 from autopar.core.mesh import Mesh, MeshAxis
 from autopar.errors import UsageError
 from autopar.planner.pins import Pins
@@ -48,7 +47,12 @@ def role_names(program: Program, batch: Sequence[frozenset[int]]) -> tuple[str, 
     return tuple(name if names.count(name) == 1 else name + "abc"[names[:i].count(name)] for i, name in enumerate(names))
 
 
-def work_flops(graph: OpGraph, program: Program) -> float:
-    """Model flops of a training step: contractions forward, and twice that backward."""
+def flops_share(cluster: Cluster, program: Program, step_s: float) -> float:
+    """Model flops of a training step (contractions forward, and twice that backward), as a share of what all devices could do meanwhile (MFU)."""
+    graph = program.graph
     live = graph.differentiated
-    return sum(r.flops * (3 if any(v in live for v in op.results) else 1) for op, r in zip(graph.ops, program.rules) if r.cost == "contract")
+    flops = sum(r.flops * (3 if any(v in live for v in op.results) else 1) for op, r in zip(graph.ops, program.rules) if r.cost == "contract")
+    dtype = graph.values[graph.params[0]].meta.dtype if graph.params else "float32"
+    peaks = dict(cluster.device.peak_flops_per_s)
+    peak = peaks.get(dtype, peaks["float32"]) * cluster.num_devices
+    return program.residency.micro_batches * flops / (peak * step_s) if step_s else 0.0

@@ -45,6 +45,11 @@ def total_seconds(program: Program, pricing: Pricing) -> np.ndarray:
     return np.array([NOTHING, *found.values()]).sum(axis=0)
 
 
+def compute_seconds(program: Program, pricing: Pricing) -> float:
+    """Of these, what operators take in the forward and backward of a microbatch."""
+    return sum(sum(piece.seconds) for piece in pieces(program, pricing) if isinstance(piece.key, tuple) and piece.key[0] == "op")
+
+
 def step_seconds(program: Program, pricing: Pricing) -> float:
     """Seconds of a training step of a program that is no part of a pipeline."""
     forward, inputs, weights, gather, reduce = total_seconds(program, pricing).tolist()
