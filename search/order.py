@@ -11,6 +11,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+MAX_NEIGHBOURS = 62
+"""A numpy array has at most 64 axes; one more is that of the node itself."""
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -84,4 +87,5 @@ def find_order(
 
 
 def _work(sizes: Sequence[int], graph: list[set[int]], node: int) -> int:
-    return sizes[node] * math.prod([sizes[other] for other in graph[node]])
+    """Entries of the table; twice as many for every axis too many, so that a node of one state waits until it has fewer neighbours."""
+    return sizes[node] * math.prod([sizes[other] for other in graph[node]]) << max(0, len(graph[node]) - MAX_NEIGHBOURS)

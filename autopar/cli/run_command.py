@@ -47,7 +47,7 @@ Compare = Annotated[bool, typer.Option("--compare/--no-compare", help="Train in 
 
 
 def run(
-    model: ModelName, cluster: ClusterName, plan: PlanFile = None, pin: PinTexts = None, micro_batches: MicroBatches = 1, offload: Offload = False,
+    model: ModelName, cluster: ClusterName, plan: PlanFile = None, pin: PinTexts = None, micro_batches: MicroBatches = None, offload: Offload = False,
     batch: Batch = None, seq: Seq = None, dtype: DType = None, steps: Steps = 10, lr: LearningRate = 1e-3, text: TextFile = None, compare: Compare = True, seed: Seed = 0, json: Json = False, debug: Debug = False,
 ) -> int:  # fmt: skip
     """Train MODEL on the processes of local:N, by a plan, with real gloo communication. Exit 5 if the losses are not those of one process."""
