@@ -40,6 +40,17 @@ class Summed:
 
 
 @dataclass(frozen=True)
+class Several:
+    """Collectives that are waited for together."""
+
+    works: tuple[Work, ...]
+
+    def wait(self) -> None:
+        for work in self.works:
+            work.wait()
+
+
+@dataclass(frozen=True)
 class GroupExchange:
     """Collectives of one process group."""
 
@@ -65,7 +76,19 @@ class GroupExchange:
     def start_all_gather(self, row: torch.Tensor) -> tuple[torch.Tensor, Work]:
         """(rows of all members, the work to wait for)."""
         rows = row.new_empty((self.size, row.numel()))
+        if self.gloo:
+            rows[dist.get_rank(self.group)].copy_(row)
+            return rows, self.start_filling(rows)
         return rows, ALL_GATHER(rows.view(-1), row, group=self.group, async_op=True)
+
+    def start_filling(self, rows: torch.Tensor) -> Work:
+        """An all-gather in place: of rows [members, n], contiguous, this member's own is there and the others come.
+
+        Over gloo it is made of broadcasts from place to place: its own all-gather copies everything once more (torch 2.13, 1 to 24 MB).
+        """
+        if self.gloo:
+            return Several(tuple(dist.broadcast(row, group=self.group, group_src=n, async_op=True) for n, row in enumerate(rows)))
+        return ALL_GATHER(rows.view(-1), rows[dist.get_rank(self.group)], group=self.group, async_op=True)
 
     def start_reduce_scatter(self, rows: torch.Tensor) -> tuple[torch.Tensor, Work]:
         """(this member's row summed over all members, the work to wait for)."""
