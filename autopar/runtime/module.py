@@ -28,7 +28,8 @@ class _Holder(nn.Module):
 class ParallelModule(nn.Module):
     """One rank's share of a model. Call it like the model, on every rank with the same global batch.
 
-    Parameters keep their names and are DTensors; their gradients are complete after `backward`. Outputs are whole tensors,
+    Parameters keep their names and are DTensors; their gradients are complete after `backward`. Any torch optimizer takes them, quickest
+    with `fused=True` or `foreach=True` (torch's default on a CPU dispatches every operator for every parameter). Outputs are whole tensors,
     except that beside a scalar loss the others stay cut and come as DTensors.
     """
 
