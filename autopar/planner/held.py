@@ -55,18 +55,27 @@ class Group:
         return sum(h.reduced for h in self.members)
 
     @property
+    def rows_of_others(self) -> int:
+        """What the others send to be added, where that is held by itself."""
+        return self.rows - self.part
+
+    @property
+    def sent_whole(self) -> bool:
+        """Whether the one gradient is itself the rows that are sent."""
+        return len(self.members) == 1 and self.members[0].straight and self.members[0].reduced == self.members[0].part
+
+    @property
     def gathered_rows(self) -> int:
         return sum(h.part * h.ranks for h in self.members)
 
     @property
-    def received_bytes(self) -> int:
-        """Rows of all ranks, where there are several."""
-        return self.gathered_rows if self.members[0].ranks > 1 else 0
-
-    @property
     def in_flight_bytes(self) -> int:
-        """What bringing the working copies up to date holds: what is sent, where it is no stored tensor, and what is received."""
-        return sum(h.part for h in self.members if h.inside or h.part != h.stored) + self.received_bytes
+        """What bringing the working copies up to date holds: what is sent, where it is no stored tensor, and what is received; nothing
+        where the one working copy is filled in place."""
+        if len(self.members) == 1 and self.members[0].straight and self.members[0].inside:
+            return 0
+        received = self.gathered_rows if self.members[0].ranks > 1 else 0
+        return received + sum(h.part for h in self.members if h.inside or h.part != h.stored)
 
     @property
     def copies(self) -> int:

@@ -162,24 +162,25 @@ def recomputed_flops(program: Program) -> float:
     for segment, backward in zip(program.graph.segments, program.backward_segments, strict=True):
         mode = modes.get(segment.block, "none")
         if mode != "none" and backward:
-            total += sum(_local_flops(program, i) for i in _computed_again(program, segment) if mode == "full" or not _kept(program, i))
+            again = _computed_again(program, segment)
+            total += sum(_local(program, i, flops) for i, flops in again if mode == "full" or not _kept(program, i))
     return total * program.residency.micro_batches
 
 
-def _computed_again(program: Program, segment: Segment) -> range:
-    """Operators of a block up to the last that keeps something for its backward: torch's checkpoint stops there, before that
-    operator where it keeps only what it was given."""
+def _computed_again(program: Program, segment: Segment) -> list[tuple[int, float]]:
+    """(operator, its flops that are done again): torch's checkpoint stops when the last of what the block keeps for its backward is there."""
     live, ops, rules = program.graph.differentiated, program.graph.ops, program.rules
     for i in reversed(segment.ops):
         rule = rules[i]
-        if any(v in live for v in ops[i].results) and (rule.saved_operands or rule.saved_results or not rule.known):
-            return range(segment.ops.start, i + (1 if rule.saved_results or not rule.known else 0))
-    return range(0)
+        if any(v in live for v in ops[i].results) and (rule.saved_operands or rule.saved_results or rule.kept or not rule.known):
+            return [*((k, rules[k].flops) for k in range(segment.ops.start, i)), (i, rule.flops_until_kept)]
+    return []
 
 
-def _local_flops(program: Program, i: int) -> float:
+def _local(program: Program, i: int, flops: float) -> float:
+    """A rank's share of an operator's flops."""
     rule = program.rules[i]
-    return rule.flops / rule.degree(program.strategies[i], program.mesh) if rule.cost == "contract" else 0.0
+    return flops / rule.degree(program.strategies[i], program.mesh) if rule.cost == "contract" else 0.0
 
 
 def _kept(program: Program, i: int) -> bool:

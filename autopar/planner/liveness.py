@@ -27,15 +27,15 @@ MARGIN = 0.03
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """What executes a step. `copies`: collectives of whole buffers hold as much again while under way, as over gloo; `one_by_one`: the optimizer updates one
+    """What executes a step. `receives`: a reduce-scatter holds what all others send before it adds, as over gloo; `one_by_one`: the optimizer updates one
     parameter after the other, as torch does on a CPU, elsewhere all at once with a temporary for each."""
 
-    copies: bool = False
+    receives: bool = False
     one_by_one: bool = False
 
     @classmethod
     def of(cls, cluster: Cluster) -> "Engine":
-        return cls(copies=cluster.is_local, one_by_one=cluster.is_local)
+        return cls(receives=cluster.is_local, one_by_one=cluster.is_local)
 
 
 Values = dict[int, int]
@@ -170,11 +170,10 @@ class _Walk:
             self._drop(self.fetched[1] if self.fetched is not None else ())
             self._fetch(s, moment)
         assert self.fetched is not None
-        (*rows, copy), self.fetched = self.fetched[1], None
+        rows, self.fetched = self.fetched[1], None
         ahead = self.neighbours[s][0 if back else 1]
         if ahead is not None:
             self._fetch(ahead, moment)
-        self.memory.drop(copy)
         found = []
         for unit, row in zip(self.units[s], rows):
             found.append(self.memory.new(unit.copies, "parameters") if unit.copies else self.memory.move(self.memory.hold(row), "parameters"))
@@ -183,17 +182,12 @@ class _Walk:
         return found
 
     def _fetch(self, s: int, moment: str) -> None:
-        """The last of the storages is what the backend copies."""
-        sizes = [unit.gathered_rows for unit in self.units[s]]
-        self.fetched = (s, [self.memory.new(size, "communication") for size in (*sizes, self._copied(sum(sizes)))])
+        self.fetched = (s, [self.memory.new(unit.gathered_rows, "communication") for unit in self.units[s]])
         self.memory.note(moment)
-
-    def _copied(self, num_bytes: int) -> int:
-        return num_bytes if self.engine.copies else 0
 
     def refresh(self) -> None:
         """Working copies, gathered once a step."""
-        open_at_a_time = [g.in_flight_bytes + self._copied(g.received_bytes) for g in self.holdings.flats]
+        open_at_a_time = [g.in_flight_bytes for g in self.holdings.flats]
         for n in range(len(open_at_a_time)):
             self.memory.note("gathering of parameters", communication=sum(open_at_a_time[n : n + IN_FLIGHT]))
 
@@ -284,7 +278,12 @@ class _Walk:
                 self._launch(b, bucket)
 
     def _fill(self, key: int, bucket: Group, grads: list[int]) -> None:
-        """Copy gradients to the rows of their bucket and drop them."""
+        """Copy gradients to the rows of their bucket and drop them; of a leaf's that is alone the rows are made."""
+        if key >= 0 and bucket.sent_whole:
+            while len(self.in_flight) >= IN_FLIGHT:
+                self._collect()
+            self.filling[key] = self.memory.move(grads[0], "communication")
+            return
         if key not in self.filling:
             while len(self.in_flight) >= IN_FLIGHT:
                 self._collect()
@@ -297,7 +296,7 @@ class _Walk:
         if bucket.stage == 0:
             self.totals[key] = rows
         else:
-            sent = [rows, self.memory.new(self._copied(bucket.rows), "communication")]
+            sent = [rows, self.memory.new(bucket.rows_of_others if self.engine.receives else 0, "communication")]
             self.in_flight.append((key, sent, self.memory.new(bucket.part, "communication")))
             self.memory.note("reduction of gradients")
 

@@ -23,7 +23,10 @@ from autopar.runtime.weights import Weights
 
 
 class ParallelModule(ParameterTree, ABC):
-    """One rank's share of a model, to be trained on every rank with the same global batch. Parameters keep their names and are DTensors."""
+    """One rank's share of a model, to be trained on every rank with the same global batch. Parameters keep their names and are DTensors.
+
+    Any torch optimizer takes them, quickest with `fused=True` or `foreach=True` (torch's default on a CPU dispatches every operator for
+    every parameter)."""
 
     @abstractmethod
     def train_step(self, batch: Batch, *, scaler: torch.amp.GradScaler | None = None) -> torch.Tensor:
