@@ -13,7 +13,7 @@ from autopar.core.residency import Precision
 from autopar.core.rule import OpRule
 from autopar.errors import InfeasibleError
 from autopar.planner.decode import decode
-from autopar.planner.keeping import Keeping
+from autopar.planner.keeping import Keeping, recomputed_early
 from autopar.planner.liveness import Engine, memory_use
 from autopar.planner.pins import Pins
 from autopar.planner.problem import Ports, ProblemBuilder
@@ -154,7 +154,7 @@ class MeshSearch:
         return ProblemBuilder(self.graph, self.rules, self.batch, self.pricing, constraints, keeping).build(linear_limit_bytes)
 
     def _candidate(self, keeping: Keeping, problem: SearchProblem, ports: Ports, assignment: Assignment) -> Candidate:
-        program = decode(self.graph, self.rules, self.pricing, ports, assignment.choices, keeping)
+        program = recomputed_early(decode(self.graph, self.rules, self.pricing, ports, assignment.choices, keeping))
         return Candidate(program, assignment, problem, ports, Engine.of(self.cluster))
 
     def with_more_nodes(self, factor: int) -> "MeshSearch":
