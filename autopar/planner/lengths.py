@@ -34,7 +34,7 @@ MAX_SHAPES = 24
 MAX_PER_RANK = 8
 """Microbatches for each rank of a pipeline: with more the bubble is small, and every one has its launches."""
 
-MAX_GRAPHS = 3
+MAX_GRAPHS = 2
 """Numbers of microbatches whose graphs are made."""
 
 MAX_SHARDED = 6
