@@ -34,7 +34,7 @@ MAX_SHAPES = 24
 MAX_PER_RANK = 8
 """Microbatches for each rank of a pipeline: with more the bubble is small, and every one has its launches."""
 
-MAX_GRAPHS = 3
+MAX_GRAPHS = 2
 """Numbers of microbatches whose graphs are made."""
 
 MAX_SHARDED = 6
@@ -100,12 +100,9 @@ class Pipelines:
     def best(self) -> StagedCandidate | None:
         """The fastest that fits; None where there is none, with the reasons in `failures`."""
         shapes = self._shapes()
-        given = self.task.options.micro_batches
         rows = [row for ranks, mesh in shapes for row in self._rows(self.task, ranks, mesh, self._numbers(ranks))]
         if self.task.options.free_micro_batches:
             rows = self._retraced(rows)
-        else:
-            rows = [row for row in rows if row.search.order.num_microbatches == given]
         return self._built(self._placed(self._near(rows)))
 
     # --- shapes ------------------------------------------------------------------------------------------------------
@@ -141,19 +138,22 @@ class Pipelines:
             return [given]
         sizes = [v.meta.shape[0] for v in self.task.graph.values if v.role == "input" and v.meta.shape]
         batch = math.gcd(*sizes)
-        return [m for m in range(max(2, ranks // 2), min(batch, MAX_PER_RANK * ranks) + 1) if batch % m == 0]
+        return [1, *(m for m in range(max(2, ranks // 2), min(batch, MAX_PER_RANK * ranks) + 1) if batch % m == 0)]
 
     def _orders(self, ranks: int, micro_batches: int) -> Iterator[Order]:
-        pins = self.pins
-        names = [pins.schedule] if pins.schedule else ["1f1b", "zero-bubble", "interleaved", "gpipe"]
-        for name in names:
-            virtuals = [pins.virtual] if pins.virtual else [2, 4] if name == "interleaved" else [1]
-            for virtual in virtuals:
+        for name in [self.pins.schedule] if self.pins.schedule else ["1f1b", "zero-bubble", "interleaved", "gpipe"]:
+            for virtual in [self.pins.virtual] if self.pins.virtual else [2, 4] if name == "interleaved" else [1]:
                 order = Order(name, ranks, micro_batches, virtual)
-                searched = not pins.schedule and ((virtual > 1) != (name == "interleaved") or (name == "zero-bubble" and pins.zero in (2, 3)))
-                odd = name == "interleaved" and micro_batches % ranks and not (pins.schedule and not self.task.options.free_micro_batches)
-                if not searched and not odd and order.num_stages <= self._num_blocks:
+                if order.num_stages <= self._num_blocks and self._suits(order):
                     yield order
+
+    def _suits(self, order: Order) -> bool:
+        """Whether an order is one of those to look at; where all of it is given it is, and `make_order` says if it cannot be."""
+        if self.pins.schedule and not self.task.options.free_micro_batches:
+            return True
+        if order.schedule == "interleaved":
+            return order.virtual > 1 and order.num_microbatches % order.num_ranks == 0
+        return bool(self.pins.schedule) or (order.virtual == 1 and not (order.schedule == "zero-bubble" and self.pins.zero in (2, 3)))
 
     # --- rows --------------------------------------------------------------------------------------------------------
 
@@ -164,10 +164,8 @@ class Pipelines:
     def _rows(self, task: Task, ranks: int, mesh: Mesh, numbers: Sequence[int], position: int = 0) -> Iterator[Row]:
         """A row for every order; estimates where the number of microbatches is not that of the task."""
         self.progress(f"searching pipelines of {ranks} on mesh {mesh}")
-        first = self._search(task, mesh, Order("gpipe", ranks, numbers[0] if numbers else 1), position)
-        base = first.sharded() if numbers else None
-        if base is None:
-            return
+        first = self._search(task, mesh, Order("gpipe", ranks, 1), position)
+        base = first.sharded()
         least = math.fsum(float(base.problem.nodes[n].cost_s.min()) for n in base.ports.op_node.values())
         self.bound_s = min(self.bound_s, least / ranks)
         whole = Blocks(base.program, first.pricing)
@@ -205,6 +203,8 @@ class Pipelines:
 
     def _task(self, micro_batches: int) -> Task | None:
         """The task with this number of microbatches; None where the batch does not divide."""
+        if micro_batches == self.task.options.micro_batches:
+            return self.task
         if micro_batches not in self._tasks:
             self.progress(f"tracing one of {micro_batches} microbatches")
             graph = self.retrace(micro_batches)
