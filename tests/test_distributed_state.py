@@ -14,7 +14,6 @@ from torch.distributed.tensor import DTensor
 import autopar
 from autopar.models.load import LoadedModel, load_model
 from autopar.runtime.launch import Worker, launch
-from tests.tracing import remember_traces
 
 STEPS = 3
 TOLERANCE = {"float64": 1e-5, "bfloat16": 3e-2}
@@ -104,7 +103,6 @@ def one_process(case: Case) -> Trained:
 
 def train(worker: Worker, cases: tuple[Case, ...]) -> None:
     """One rank: the same steps for every case, on parameters that are DTensors."""
-    remember_traces()
     for number, case in enumerate(cases):
         loaded = case.load()
         model = autopar.parallelize(

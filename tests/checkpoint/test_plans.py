@@ -16,7 +16,6 @@ import autopar
 from autopar.errors import CheckpointError
 from autopar.models.load import load_model
 from autopar.runtime.launch import Worker, launch
-from tests.tracing import remember_traces
 
 GPT2 = {"spec": "gpt2-tiny", "batch": 8, "seq": 12, "device": "cpu", "dtype": "float64"}
 """Fused projections, an embedding tied to the head, dropout."""
@@ -66,7 +65,6 @@ def step(run: Run) -> torch.Tensor:
 
 def save_and_reload(worker: Worker, folder: str) -> None:
     """dp4 -> tp2 x dp2 -> FSDP2 -> ZeRO-3 -> ZeRO-1 with offload -> tp4: after each load all is as it was after the save, bit by bit."""
-    remember_traces()
     first = planned(("dp=4",))
     for _ in range(2):
         step(first)
@@ -137,7 +135,6 @@ OTHERS = [("dp=2", "zero=3"), ("tp=2",), ("dp=2", "zero=1")]
 
 def resume_inside_a_step(worker: Worker, folder: str) -> None:
     """Saved between two microbatches. On the same plan the rest of the step gives the same bits, on another the same numbers."""
-    remember_traces()
     for n, (pins, dtype) in enumerate(SAME):
         place = f"{folder}/{n}"
         calm = planned(pins, dtype=dtype)
