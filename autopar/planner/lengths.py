@@ -46,6 +46,8 @@ MAX_PLACED = 2
 MAX_BUILT = 3
 """Pipelines whose best cut is sought, and whose memory is walked; as many are searched within the limit where they do not fit."""
 
+ROUNDING = 1e-9
+
 CLOSE = 1.05
 """A pipeline this much slower by the formula's cut may still be the fastest by the best."""
 
@@ -182,7 +184,7 @@ class Pipelines:
     def _near(self, rows: Sequence[Row]) -> list[Row]:
         """Rows that may be among the fastest, the fastest first; those that look as if they fitted come before those that do not."""
         wanted = [row for row in rows if row.step_s < CLOSE * self.below_s]
-        return sorted(wanted, key=lambda row: (not row.fits, row.step_s))
+        return sorted(wanted, key=lambda row: (not row.fits, float(f"{row.step_s:.9g}")))  # of equals the first: orders are listed by their memory
 
     def _retraced(self, estimates: Sequence[Row]) -> list[Row]:
         """Rows from the graphs of the numbers of microbatches that look best."""
@@ -247,7 +249,7 @@ class Pipelines:
             made = row.search.staged(row.base, best=True)
             if made.memory.high_bytes > row.search.limit_bytes:
                 tight.append(row)
-            elif best is None or made.step_s < best.step_s:
+            elif best is None or made.step_s < best.step_s * (1 - ROUNDING):
                 best = made
         for row in tight[:MAX_BUILT]:
             if best is not None and row.step_s >= best.step_s:
