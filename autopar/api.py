@@ -87,10 +87,11 @@ def default_precision(model: nn.Module) -> Precision:
 def _options(
     model: nn.Module, example_inputs: Any, *, pins: Sequence[str] = (), mesh: Mesh | None = None, tokens: int = 0, time_limit_s: float = 30.0,
     max_memory: float = MEMORY_SHARE, micro_batches: int | None = None, precision: Precision | None = None, offload: bool = False,
+    pipelines: bool = False,
 ) -> Options:  # fmt: skip
     number = _micro_batches(model, example_inputs, pins, micro_batches)
     return Options(
-        pins=tuple(pins), mesh=mesh, memory_share=max_memory, time_limit_s=time_limit_s, tokens=tokens, offload=offload,
+        pins=tuple(pins), mesh=mesh, memory_share=max_memory, time_limit_s=time_limit_s, tokens=tokens, offload=offload, pipelines=pipelines,
         micro_batches=number or 1, free_micro_batches=number is None, precision=precision or default_precision(model),
     )  # fmt: skip
 
@@ -110,8 +111,9 @@ def plan(model: nn.Module, cluster: Cluster, example_inputs: Any = None, **optio
     """The best plan found for a model on a cluster. Needs no device and no weights: meta tensors do.
 
     `example_inputs` are one global batch. Options: `pins` constrain the search (`"tp=2"`, `"zero=3"`, `"*.mlp.*=tp:o"`); `mesh` fixes
-    the mesh (of one stage, where `pp` is pinned), else all of one and two axes are searched, and pipelines of them; `max_memory` is the share
-    of a device's memory a plan may use; `micro_batches` the number of passes that make a step, else one, or as many as suit a pipeline; `precision` the dtypes beside the model's own; `offload` keeps the
+    the mesh (of one stage, where `pp` is pinned), else all of one and two axes are searched; `pipelines` looks at pipelines of them too (it is
+    done without asking where nothing else fits); `max_memory` is the share of a device's memory a plan may use; `micro_batches` the number of
+    passes that make a step, else one, or as many as suit a pipeline; `precision` the dtypes beside the model's own; `offload` keeps the
     optimizer's state on the host. Raises TraceError, UsageError, InfeasibleError.
     """
     return plan_timed(model, cluster, example_inputs, **options)[0]

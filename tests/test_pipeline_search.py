@@ -147,14 +147,14 @@ def test_no_pipeline_for_a_tiny_model_on_a_slow_link() -> None:
     cluster = Cluster.local(4)
     slow = replace(cluster, intra_node=replace(cluster.intra_node, latency_s=0.02))
     loaded = load_model("gpt2-tiny", batch=16, device="meta")
-    plan = autopar.plan(loaded.module, slow, loaded.kwargs)
+    plan = autopar.plan(loaded.module, slow, loaded.kwargs, pipelines=True)
     assert plan.pipeline is None and plan.proof.gap == 0 and "pipelines tried" in plan.proof.status
 
 
 def test_a_deep_model_over_slow_links_between_nodes_is_a_pipeline_of_nodes() -> None:
     cluster = nodes_of(2, 4, bandwidth_bytes_per_s=2e9)
     model, inputs = deep(hidden=2048, layers=4, batch=16, seq=512)
-    plan = autopar.plan(model, cluster, inputs)
+    plan = autopar.plan(model, cluster, inputs, pipelines=True)
     assert plan.pipeline is not None and plan.pipeline.position == 0
     flat = autopar.plan(model, cluster, inputs, pins=("pp=1",))
     assert plan.predicted.step_time_s < flat.predicted.step_time_s

@@ -43,6 +43,7 @@ PinTexts = Annotated[
 MicroBatches = Annotated[
     int | None, typer.Option("--micro-batches", min=1, max=LARGEST_COUNT, help="Passes that make one step; they share the batch. [default: 1, or what suits a pipeline]")
 ]
+Pipelines = Annotated[bool, typer.Option("--pipelines", help="Look at pipelines too; without it only where a pin asks for one or nothing else fits.")]
 Offload = Annotated[bool, typer.Option("--offload", help="Keep the optimizer's state on the host.")]
 PlanFile = Annotated[Path | None, typer.Option("--plan", help="A plan written by `autopar plan -o`, instead of a new one.")]
 Steps = Annotated[int, typer.Option("--steps", min=1, max=1_000_000, help="Optimizer steps.")]
@@ -58,12 +59,13 @@ class Asked:
     pins: tuple[str, ...] = ()
     micro_batches: int | None = None
     offload: bool = False
+    pipelines: bool = False
     dtype: str | None = None
 
     def options(self) -> list[str]:
         """As they are typed; the dtype is no decision of the plan."""
         pins = [f"--pin {text!r}" if "*" in text else f"--pin {text}" for text in self.pins]
-        return [*pins, *([f"--micro-batches {self.micro_batches}"] if self.micro_batches else []), *(["--offload"] if self.offload else [])]
+        return [*pins, *([f"--micro-batches {self.micro_batches}"] if self.micro_batches else []), *(["--offload"] if self.offload else []), *(["--pipelines"] if self.pipelines else [])]
 
 
 def asked_for(plan: Plan | None, dtype: str | None, default: str) -> str:

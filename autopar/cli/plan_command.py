@@ -18,6 +18,7 @@ from autopar.cli.options import (
     ModelName,
     Offload,
     PinTexts,
+    Pipelines,
     Seq,
     checked_pins,
     checked_share,
@@ -44,12 +45,12 @@ AllowGap = Annotated[bool, typer.Option("--allow-gap", help="Exit 0, not 4, when
 
 def plan(
     model: ModelName, cluster: ClusterName, batch: Batch = None, seq: Seq = None, dtype: DType = None, pin: PinTexts = None,
-    micro_batches: MicroBatches = None, offload: Offload = False, budget: Budget = 30.0, max_memory: MaxMemory = 0.9, out: OutFile = None, allow_gap: AllowGap = False, json: Json = False, debug: Debug = False,
+    micro_batches: MicroBatches = None, offload: Offload = False, pipelines: Pipelines = False, budget: Budget = 30.0, max_memory: MaxMemory = 0.9, out: OutFile = None, allow_gap: AllowGap = False, json: Json = False, debug: Debug = False,
 ) -> int:  # fmt: skip
     """Find the best layout of MODEL on a cluster. Needs no device, no weights and no network."""
     machines = Cluster.parse(cluster)
     check_name(model)
-    asked = Asked(pins=checked_pins(pin, machines), micro_batches=micro_batches, offload=offload, dtype=dtype or default_dtype(machines))
+    asked = Asked(pins=checked_pins(pin, machines), micro_batches=micro_batches, offload=offload, pipelines=pipelines, dtype=dtype or default_dtype(machines))
     checked_share("--budget", budget, LONGEST_BUDGET_S)
     checked_share("--max-memory", max_memory, 1.0)
     _check_writable(out)
@@ -82,7 +83,7 @@ def search(
     from autopar.api import plan_timed
 
     found, seconds = plan_timed(
-        loaded.module, cluster, loaded.kwargs, pins=asked.pins, micro_batches=asked.micro_batches, offload=asked.offload, tokens=loaded.tokens_per_batch,
+        loaded.module, cluster, loaded.kwargs, pins=asked.pins, micro_batches=asked.micro_batches, offload=asked.offload, pipelines=asked.pipelines, tokens=loaded.tokens_per_batch,
         time_limit_s=budget_s, max_memory=max_memory, progress=progress,
     )  # fmt: skip
     return replace(found, model=loaded.name), seconds

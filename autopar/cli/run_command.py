@@ -18,6 +18,7 @@ from autopar.cli.options import (
     ModelName,
     Offload,
     PinTexts,
+    Pipelines,
     PlanFile,
     Seed,
     Seq,
@@ -47,7 +48,7 @@ Compare = Annotated[bool, typer.Option("--compare/--no-compare", help="Train in 
 
 
 def run(
-    model: ModelName, cluster: ClusterName, plan: PlanFile = None, pin: PinTexts = None, micro_batches: MicroBatches = None, offload: Offload = False,
+    model: ModelName, cluster: ClusterName, plan: PlanFile = None, pin: PinTexts = None, micro_batches: MicroBatches = None, offload: Offload = False, pipelines: Pipelines = False,
     batch: Batch = None, seq: Seq = None, dtype: DType = None, steps: Steps = 10, lr: LearningRate = 1e-3, text: TextFile = None, compare: Compare = True, seed: Seed = 0, json: Json = False, debug: Debug = False,
 ) -> int:  # fmt: skip
     """Train MODEL on the processes of local:N, by a plan, with real gloo communication. Exit 5 if the losses are not those of one process."""
@@ -60,7 +61,7 @@ def run(
     checked_share("--lr", lr, 1e6)
     if dtype not in (None, *LOSS_TOLERANCE):
         raise UsageError(f"--dtype {dtype}: run trains in {' or '.join(LOSS_TOLERANCE)}")
-    asked = Asked(pins=checked_pins(pin, machines), micro_batches=micro_batches, offload=offload)
+    asked = Asked(pins=checked_pins(pin, machines), micro_batches=micro_batches, offload=offload, pipelines=pipelines)
     given = None if plan is None else read_plan(plan, machines, asked)
     kind = asked_for(given, dtype, "float32")
     corpus = None if text is None else _read(text)

@@ -15,6 +15,7 @@ from autopar.cli.options import (
     ModelName,
     Offload,
     PinTexts,
+    Pipelines,
     PlanFile,
     Seed,
     Seq,
@@ -45,7 +46,7 @@ Precision = Annotated[
 
 
 def verify(
-    model: ModelName, cluster: ClusterName, plan: PlanFile = None, pin: PinTexts = None, micro_batches: MicroBatches = None, offload: Offload = False,
+    model: ModelName, cluster: ClusterName, plan: PlanFile = None, pin: PinTexts = None, micro_batches: MicroBatches = None, offload: Offload = False, pipelines: Pipelines = False,
     batch: Batch = None, seq: Seq = None, dtype: Precision = None, steps: Steps = 10, seed: Seed = 0, json: Json = False, debug: Debug = False,
 ) -> int:  # fmt: skip
     """Train MODEL both ways, parallel and in one process, and compare loss, every gradient and every parameter. Exit 5 if they differ."""
@@ -53,7 +54,7 @@ def verify(
     check_name(model)
     if dtype not in (None, *DTYPES):
         raise UsageError(f"--dtype {dtype}: the comparison is made in {', '.join(DTYPES)}")
-    asked = Asked(pins=checked_pins(pin, machines), micro_batches=micro_batches, offload=offload)
+    asked = Asked(pins=checked_pins(pin, machines), micro_batches=micro_batches, offload=offload, pipelines=pipelines)
     given = None if plan is None else read_plan(plan, machines, asked)
     narrow = asked_for(given, "bfloat16" if dtype == "bfloat16" else None, "float32")
     with working("loading torch") as progress:

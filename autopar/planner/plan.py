@@ -89,13 +89,13 @@ def _plan_graph(graph: OpGraph, cluster: Cluster, options: Options, progress: Pr
 
 
 def _may_be_pipelined(pins: Pins, options: Options, *, fits: bool) -> bool:
-    """Where degrees or the mesh are given, only if a pipeline is too. One microbatch in a pipeline is no faster than the devices of one
-    stage, which the meshes include."""
+    """Where it is asked for, or nothing else fits. Where degrees or the mesh are given, only if a pipeline is too. One microbatch in a
+    pipeline is no faster than the devices of one stage, which the meshes include."""
     if pins.wants_pipeline:
         return True
     if pins.pp == 1 or pins.mesh_axes or options.mesh is not None:
         return False
-    return options.free_micro_batches or options.micro_batches > 1 or not fits
+    return not fits or (options.pipelines and (options.free_micro_batches or options.micro_batches > 1))
 
 
 def _finish(cluster: Cluster, best: Candidate, bound_s: float, batch: Sequence[frozenset[int]], status: str, tokens: int) -> Planned:

@@ -38,7 +38,8 @@ CLOSE = 0.02
 @dataclass(frozen=True)
 class Options:
     """What the user asks for beside model and cluster. `tokens` per step is for the report only; the graph is that of one of
-    `micro_batches`, of which a pipeline may choose another number where they are free; `offload`: optimizer state lives on the host."""
+    `micro_batches`, of which a pipeline may choose another number where they are free; `offload`: optimizer state lives on the host; `pipelines`: they are
+    looked at even where no pin asks for one and a plan without fits."""
 
     pins: Sequence[str] = ()
     mesh: Mesh | None = None
@@ -49,6 +50,7 @@ class Options:
     precision: Precision = Precision()
     offload: bool = False
     free_micro_batches: bool = False
+    pipelines: bool = False
 
 
 @dataclass(frozen=True)
