@@ -109,8 +109,7 @@ class Program:
     @cached_property
     def backward_segments(self) -> tuple[bool, ...]:
         """Whether a backward runs through each segment."""
-        live, ops = self.graph.differentiated, self.graph.ops
-        return tuple(any(v in live for i in segment.ops for v in ops[i].results) for segment in self.graph.segments)
+        return tuple(not self.graph.differentiated.isdisjoint(wiring.results) for wiring in self.graph.wirings)
 
     def needed(self, op: int, k: int) -> Layout:
         """Layout in which operand k of an op is used."""
@@ -132,7 +131,7 @@ class Program:
         """(value, whole route from where it is produced, whether a gradient comes back), for every use in program order."""
         live, seeds = self.graph.differentiated, self.graph.seeds
         for i, op in enumerate(self.graph.ops):
-            used = any(v in live for v in op.results)
+            used = not live.isdisjoint(op.results)
             for k, v in enumerate(op.operands):
                 yield v, self.full_route(v, self.routes[i, k]), used and v in live
         for v, route in zip(self.graph.outputs, self.output_routes):
@@ -141,14 +140,16 @@ class Program:
             yield v, self.full_route(v, route), False
 
     def full_route(self, value: int, tail: Route) -> Route:
-        head = self.relay.get(value, (self.produced[value],))
-        return (*head, *tail[1:])
+        head = self.relay.get(value)
+        return tail if head is None else (*head, *tail[1:])
 
     @cached_property
     def moves(self) -> tuple[Move, ...]:
         """Every distinct step: uses that share the beginning of a route share its steps, so gradients are summed first."""
         seen: dict[tuple[int, Route], Move] = {}
         for value, route, live in self.all_routes():
+            if len(route) == 1:
+                continue
             for n, step in enumerate(route_steps(route), start=1):
                 key = (value, route[: n + 1])
                 if key not in seen or (live and not seen[key].live):

@@ -184,10 +184,15 @@ class OpGraph:
         return tuple(Segment(block, range(first, last)) for block, first, last in runs)
 
     @cached_property
+    def metas(self) -> tuple[int, ...]:
+        """A number per value, the same for equal metas: it hashes faster."""
+        known: dict[TensorMeta, int] = {}
+        return tuple([known.setdefault(value.meta, len(known)) for value in self.values])
+
+    @cached_property
     def calls(self) -> tuple[int, ...]:
         """A number per op, the same for ops of the same kind, arguments and metas of operands and results."""
-        metas: dict[TensorMeta, int] = {}
-        meta = [metas.setdefault(value.meta, len(metas)) for value in self.values]  # a number hashes faster
+        meta = self.metas
         known: dict[tuple[Any, ...], int] = {}
         found = []
         for op in self.ops:
