@@ -145,4 +145,4 @@ def key_of(entries: Sequence[Entry], node: int, around: Sequence[int]) -> Key:
     """The tables that meet in a node, with its role (0) and those of its neighbours (1, 2, ...) instead of node numbers."""
     role = {other: i for i, other in enumerate(around, start=1)}
     role[node] = 0
-    return tuple(sorted([(table, tuple([role[n] for n in scope])) for table, scope in entries]))
+    return tuple(sorted([(table, tuple(map(role.__getitem__, scope))) for table, scope in entries]))

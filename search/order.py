@@ -64,12 +64,13 @@ def find_order(
         around = graph[node]
         alive.discard(node)
         for other in around:
-            graph[other].discard(node)
-            if fits:
-                graph[other].update(around)
-                graph[other].discard(other)
-        for other in around:
-            now = _work(sizes, graph, other)
+            near = graph[other]
+            near.discard(node)
+            now = work[other] // sizes[node]
+            for third in around if fits else ():
+                if third != other and third not in near:
+                    near.add(third)
+                    now *= sizes[third]
             if now != work[other]:
                 work[other] = now
                 heapq.heappush(heap, (now, classes[other], other))
@@ -79,7 +80,7 @@ def find_order(
         else:
             fixed.append(node)
     given = set(fixed)  # a node can be fixed after it was a neighbour: its state is given from the start all the same
-    ordered = tuple(Step(node, tuple(n for n in around if n not in given)) for node, around in steps)
+    ordered = tuple([Step(node, tuple([n for n in around if n not in given] if given else around)) for node, around in steps])
     return Order(ordered, tuple(sorted(fixed)), largest)
 
 

@@ -86,7 +86,7 @@ def whole(problem: SearchProblem) -> Shrunk:
 def canonical(problem: SearchProblem) -> SearchProblem:
     """The same problem with one object per distinct table (float64, contiguous) and one edge u < v per pair of nodes."""
     unique = _UniqueTables()
-    nodes = tuple([Node(n.name, unique.table(n.cost_s), unique.table(n.memory_bytes)) for n in problem.nodes])
+    nodes = tuple([unique.node(n) for n in problem.nodes])
     bundles: dict[tuple[int, int], list[Edge]] = {}
     for edge in problem.edges:
         bundles.setdefault((edge.u, edge.v) if edge.u < edge.v else (edge.v, edge.u), []).append(edge)
@@ -109,8 +109,16 @@ class _UniqueTables:
             self._by_source[key] = source, self._by_content.setdefault((array.shape, array.tobytes()), array)
         return self._by_source[key][1]
 
+    def node(self, node: Node) -> Node:
+        cost_s, memory_bytes = self.table(node.cost_s), self.table(node.memory_bytes)
+        return node if cost_s is node.cost_s and memory_bytes is node.memory_bytes else Node(node.name, cost_s, memory_bytes)
+
     def edge(self, u: int, v: int, bundle: list[Edge]) -> Edge:
         """One edge for all those between two nodes."""
+        first = bundle[0]
+        if len(bundle) == 1 and first.u == u and self.table(first.cost_s) is first.cost_s:
+            if first.memory_bytes is None or self.table(first.memory_bytes) is first.memory_bytes:
+                return first
         key = tuple([number for e in bundle for number in (id(e.cost_s), id(e.memory_bytes), e.u > e.v)])
         if key not in self._merged:
             memories = [self.table(e.memory_bytes, e.u > e.v) for e in bundle if e.memory_bytes is not None]
