@@ -127,13 +127,14 @@ class Program:
             total *= n
         return total
 
-    def all_routes(self) -> Iterator[tuple[int, Route, bool]]:
-        """(value, whole route from where it is produced, whether a gradient comes back), for every use in program order."""
-        live, seeds = self.graph.differentiated, self.graph.seeds
-        for i, op in enumerate(self.graph.ops):
-            used = not live.isdisjoint(op.results)
-            for k, v in enumerate(op.operands):
-                yield v, self.full_route(v, self.routes[i, k]), used and v in live
+    def moving(self) -> Iterator[tuple[int, Route, bool]]:
+        """(value, whole route from where it is produced, whether a gradient comes back), for every use on a route of some steps, in program
+        order."""
+        live, seeds, ops, relay = self.graph.differentiated, self.graph.seeds, self.graph.ops, self.relay
+        for (i, k), tail in self.routes.items():
+            v = ops[i].operands[k]
+            if len(tail) > 1 or v in relay:
+                yield v, self.full_route(v, tail), v in live and not live.isdisjoint(ops[i].results)
         for v, route in zip(self.graph.outputs, self.output_routes):
             yield v, self.full_route(v, route), v in seeds
         for (_, v), route in zip(self.graph.updates, self.update_routes):
@@ -147,9 +148,7 @@ class Program:
     def moves(self) -> tuple[Move, ...]:
         """Every distinct step: uses that share the beginning of a route share its steps, so gradients are summed first."""
         seen: dict[tuple[int, Route], Move] = {}
-        for value, route, live in self.all_routes():
-            if len(route) == 1:
-                continue
+        for value, route, live in self.moving():
             for n, step in enumerate(route_steps(route), start=1):
                 key = (value, route[: n + 1])
                 if key not in seen or (live and not seen[key].live):

@@ -168,7 +168,7 @@ class OpGraph:
         float64 counts as float32, so that the double-precision copy that verification runs is the same computation.
         """
         lines = [f"{v.meta}{v.role}{v.source}" for v in self.values]
-        lines += [f"{op.kind}{op.operands}{op.results}{op.args}" for op in self.ops]
+        lines += [f"{op.kind}{op.operands}{op.results}{arguments}" for op, arguments in zip(self.ops, self._arguments, strict=True)]
         text = "\n".join([*lines, f"{self.outputs}{self.updates}"]).replace("float64", "float32")
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -190,13 +190,18 @@ class OpGraph:
         return tuple([known.setdefault(value.meta, len(known)) for value in self.values])
 
     @cached_property
+    def _arguments(self) -> tuple[str, ...]:
+        """The arguments of every op as text, which tells 1 from 1.0 and True."""
+        return tuple([str(op.args) for op in self.ops])
+
+    @cached_property
     def calls(self) -> tuple[int, ...]:
         """A number per op, the same for ops of the same kind, arguments and metas of operands and results."""
         meta = self.metas
         known: dict[tuple[Any, ...], int] = {}
         found = []
-        for op in self.ops:
-            key = (op.kind, op.args, tuple([meta[v] for v in op.operands]), tuple([meta[v] for v in op.results]))
+        for op, arguments in zip(self.ops, self._arguments, strict=True):
+            key = (op.kind, arguments, tuple([meta[v] for v in op.operands]), tuple([meta[v] for v in op.results]))
             found.append(known.setdefault(key, len(known)))
         return tuple(found)
 

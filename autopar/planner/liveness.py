@@ -213,11 +213,10 @@ class _Walk:
                 self._launch(-1 - (s << 10) - n, unit)
 
     def _differentiate(self, step: Step, run: Run, saved: Iterable[int], last: bool) -> None:
-        memory, numbers, moment = self.memory, run.numbers, step.moment or run.block
-        arrived = [self.gradient.pop(numbers[n]) for n in step.results if numbers[n] in self.gradient]
-        found = []
-        for n, num_bytes, new in step.gradients if arrived else ():
-            found.append((numbers[n], num_bytes, memory.hold(arrived[0]) if new is None else memory.new(new, "temporaries")))
+        memory, numbers, gradient, moment = self.memory, run.numbers, self.gradient, step.moment or run.block
+        arrived = [gradient.pop(numbers[n]) for n in step.results if numbers[n] in gradient]
+        if arrived:
+            found = [memory.hold(arrived[0]) if new is None else memory.new(new, "temporaries") for _, _, new in step.gradients]
         if step.collective:
             memory.note("backward", moment, communication=step.backward_workspace_bytes)
         else:
@@ -226,19 +225,21 @@ class _Walk:
             memory.drop(storage)
         for storage in saved:
             memory.drop(storage)
-        for n, num_bytes, storage in found:
-            self._add(n, num_bytes, storage, moment)
+        for (here, num_bytes, _), storage in zip(step.gradients, found) if arrived else ():
+            n = numbers[here]
+            if n in gradient:
+                self._add(n, num_bytes, storage, moment)
+            else:
+                gradient[n] = storage
             if n in self.awaited:
                 self.awaited[n] -= 1
                 if self.awaited[n] == 0:
-                    self._arrived(self.holdings.parameters[self.steps.leaves[n]], self.gradient.pop(n), last)
+                    self._arrived(self.holdings.parameters[self.steps.leaves[n]], gradient.pop(n), last)
 
     def _add(self, n: int, num_bytes: int, storage: int, moment: str) -> None:
         """Sum in the memory of one of the two where nobody else reads it."""
-        memory, before = self.memory, self.gradient.get(n)
-        if before is None:
-            self.gradient[n] = storage
-        elif not memory.shared(before):
+        memory, before = self.memory, self.gradient[n]
+        if not memory.shared(before):
             memory.drop(storage)
         elif not memory.shared(storage):
             memory.drop(before)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -34,6 +35,13 @@ Hub = tuple[States | None, list[tuple[int | None, int | None, np.ndarray, np.nda
 """What joins a value to its users within a segment: the states of its relay, and (node, node, seconds, bytes) of every edge."""
 
 
+class Copied(NamedTuple):
+    """What copies of a segment share: states by op of the segment, and a name for each value that stays inside, by local number."""
+
+    states: list[tuple[int, States]]
+    inside: list[tuple[int, tuple[int, int]]]
+
+
 @dataclass
 class ProblemBuilder:
     """Builds the `SearchProblem` of one graph on one mesh. Arrays of equal operators and edges are shared objects."""
@@ -55,9 +63,9 @@ class ProblemBuilder:
         self._layout_cache: dict[tuple, States] = {}
         self._cuts_cache: dict[tuple[int, ...], frozenset[tuple[int, int]]] = {}
         self._meta = self.graph.metas
-        self._copies: dict[tuple, tuple[int, list[tuple[int, States]]]] = {}
-        self._inside: dict[int, tuple[int, int, int]] = {}
-        self._hub_cache: dict[tuple[int, int], Hub] = {}
+        self._copies: dict[tuple, Copied] = {}
+        self._inside: dict[int, tuple[tuple[int, int], int]] = {}
+        self._hubs: dict[tuple[int, int] | None, Hub] = {}
         self.ops: dict[int, int] = {}
         self.op_of: dict[int, int] = {}
         self.saved = _saved_values(self.graph, self.rules)
@@ -79,14 +87,15 @@ class ProblemBuilder:
         params = {v: self._add_param(v) for v in self.graph.params}
         relays: dict[int, int] = {}
         for v in sorted(searched):
-            place = self._inside.get(v)
-            if place is None or place[:2] not in self._hub_cache:
+            name, first = self._inside.get(v, (None, 0))
+            hub = self._hubs.get(name)
+            if hub is None:
                 first_edge = len(self.edges)
                 self._join(v, params.get(v), ends.get(v, []), relays)
-                if place is not None:
-                    self._hub_cache[place[:2]] = self._hub(self.edges[first_edge:], relays.get(v), place[2])
+                if name is not None:
+                    self._hubs[name] = self._hub(self.edges[first_edge:], relays.get(v), first)
             else:
-                self._join_alike(v, self._hub_cache[place[:2]], place[2], relays)
+                self._join_alike(v, hub, first, relays)
         blocks = self._add_modes()
         problem = SearchProblem(tuple(self.nodes), tuple(self.edges), memory_limit_bytes)
         return problem, Ports(ops, params, relays, outputs, blocks, tuple(self.states))
@@ -125,17 +134,17 @@ class ProblemBuilder:
         kept = segment.ops.start not in self.block_of
         leaving = () if kept else tuple([self._leaves_block(graph.producer[wiring.values[n]][0], wiring.values[n]) for n in wiring.crossing])
         flags = tuple([(v in searched, v in graph.differentiated, v in self.saved) for v in wiring.values])
-        key = (wiring.form, flags, kept, leaving, self.batch[segment.ops.start : segment.ops.stop] if self.constraints.strict else (), s if named else -1)
+        key = (wiring.form, wiring.crossing, flags, kept, leaving, self.batch[segment.ops.start : segment.ops.stop] if self.constraints.strict else (), s if named else -1)
         if key not in self._copies:
             mine = [i for i in segment.ops if not searched.isdisjoint(graph.ops[i].operands)]
-            self._copies[key] = len(self._copies), [(i - segment.ops.start, self._op_states(i)) for i in mine]
-        kind, found = self._copies[key]
-        for offset, states in found:
+            local = (n for n in range(len(wiring.entries), len(flags)) if n not in wiring.crossing)
+            self._copies[key] = Copied([(i - segment.ops.start, self._op_states(i)) for i in mine], [(n, (len(self._copies), n)) for n in local])
+        copied, values = self._copies[key], wiring.values
+        for offset, states in copied.states:
             i = segment.ops.start + offset
             self.op_of[len(self.nodes)] = i
             self.ops[i] = self._add(graph.ops[i].name, states)
-        crossing = set(wiring.crossing)
-        self._inside.update({v: (kind, n, first) for n, v in enumerate(wiring.results, start=len(wiring.entries)) if n not in crossing})
+        self._inside.update([(values[n], (name, first)) for n, name in copied.inside])
 
     def _add(self, name: str, states: States) -> int:
         self.nodes.append(Node(name, states.seconds, states.memory_bytes))
