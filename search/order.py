@@ -46,7 +46,7 @@ def find_order(
     for u, v in pairs:
         graph[u].add(v)
         graph[v].add(u)
-    work = [_work(sizes, graph, node) for node in range(len(sizes))]
+    work = [size * math.prod([sizes[other] for other in around]) for size, around in zip(sizes, graph, strict=True)]
     heap = [(work[node], classes[node], node) for node in range(len(sizes))]
     heapq.heapify(heap)
     alive = set(range(len(sizes)))
@@ -83,6 +83,3 @@ def find_order(
     ordered = tuple([Step(node, tuple([n for n in around if n not in given] if given else around)) for node, around in steps])
     return Order(ordered, tuple(sorted(fixed)), largest)
 
-
-def _work(sizes: Sequence[int], graph: list[set[int]], node: int) -> int:
-    return sizes[node] * math.prod([sizes[other] for other in graph[node]])

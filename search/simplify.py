@@ -119,13 +119,15 @@ class _UniqueTables:
 
     def edge(self, u: int, v: int, bundle: list[Edge]) -> Edge:
         """One edge for all those between two nodes: the one there is, where nothing changes."""
-        key = tuple([number for e in bundle for number in (id(e.cost_s), id(e.memory_bytes), e.u > e.v)])
+        first = bundle[0]
+        key: tuple[int, ...] = (id(first.cost_s), id(first.memory_bytes), first.u > first.v)
+        if len(bundle) > 1:
+            key = tuple([number for e in bundle for number in (id(e.cost_s), id(e.memory_bytes), e.u > e.v)])
         if key not in self._merged:
             memories = [self.table(e.memory_bytes, e.u > e.v) for e in bundle if e.memory_bytes is not None]
             costs = [self.table(e.cost_s, e.u > e.v) for e in bundle]
             self._merged[key] = self.total(costs), self.total(memories) if memories else None
         cost_s, memory_bytes = self._merged[key]
-        first = bundle[0]
         same = first.u == u and first.cost_s is cost_s and first.memory_bytes is memory_bytes
         return first if same and len(bundle) == 1 else Edge(u, v, cost_s, memory_bytes)
 
