@@ -19,10 +19,15 @@ from autopar.planner.pins import parse_pins
 from autopar.planner.plan import plan_graph
 from autopar.planner.search import MEMORY_SHARE, Options
 from autopar.rewrite.build import build
-from autopar.runtime.distributed import connect, device_mesh
+from autopar.runtime.distributed import connect, connect_stages, device_mesh
 from autopar.runtime.microbatches import batch_size, split_batch
-from autopar.runtime.module import ParallelModule
+from autopar.runtime.module import ParallelModule, SpmdModule
+from autopar.runtime.pipeline_module import PipelineModule
+from autopar.runtime.share import Share
+from autopar.runtime.store import HOST
 from autopar.runtime.weights import Weights
+from autopar.schedules.plan import schedule_of
+from autopar.stages import cut_into_stages
 from autopar.trace.capture import Traced, trace
 from autopar.verification import VerifyReport, as_call, verify
 
@@ -60,8 +65,8 @@ def _retrace(model: nn.Module, example_inputs: Any) -> Callable[[int], OpGraph |
     return graph
 
 
-def _micro_batches(model: nn.Module, example_inputs: Any, pins: Sequence[str], given: int) -> int:
-    """The number of microbatches: as given, or from the pinned number of samples per data-parallel rank and microbatch."""
+def _micro_batches(model: nn.Module, example_inputs: Any, pins: Sequence[str], given: int | None) -> int | None:
+    """The number of microbatches: as given, or from the pinned number of samples per data-parallel rank and microbatch; None: any."""
     parsed = parse_pins(pins)
     if parsed.micro_batch is None:
         return given
@@ -81,11 +86,12 @@ def default_precision(model: nn.Module) -> Precision:
 
 def _options(
     model: nn.Module, example_inputs: Any, *, pins: Sequence[str] = (), mesh: Mesh | None = None, tokens: int = 0, time_limit_s: float = 30.0,
-    max_memory: float = MEMORY_SHARE, micro_batches: int = 1, precision: Precision | None = None, offload: bool = False,
+    max_memory: float = MEMORY_SHARE, micro_batches: int | None = None, precision: Precision | None = None, offload: bool = False,
 ) -> Options:  # fmt: skip
+    number = _micro_batches(model, example_inputs, pins, micro_batches)
     return Options(
         pins=tuple(pins), mesh=mesh, memory_share=max_memory, time_limit_s=time_limit_s, tokens=tokens, offload=offload,
-        micro_batches=_micro_batches(model, example_inputs, pins, micro_batches), precision=precision or default_precision(model),
+        micro_batches=number or 1, free_micro_batches=number is None, precision=precision or default_precision(model),
     )  # fmt: skip
 
 
@@ -104,8 +110,8 @@ def plan(model: nn.Module, cluster: Cluster, example_inputs: Any = None, **optio
     """The best plan found for a model on a cluster. Needs no device and no weights: meta tensors do.
 
     `example_inputs` are one global batch. Options: `pins` constrain the search (`"tp=2"`, `"zero=3"`, `"*.mlp.*=tp:o"`); `mesh` fixes
-    the mesh, else all of one and two axes are searched; `max_memory` is the share of a device's memory a plan may use;
-    `micro_batches` the number of passes that make a step; `precision` the dtypes beside the model's own; `offload` keeps the
+    the mesh (of one stage, where `pp` is pinned), else all of one and two axes are searched, and pipelines of them; `max_memory` is the share
+    of a device's memory a plan may use; `micro_batches` the number of passes that make a step, else one, or as many as suit a pipeline; `precision` the dtypes beside the model's own; `offload` keeps the
     optimizer's state on the host. Raises TraceError, UsageError, InfeasibleError.
     """
     return plan_timed(model, cluster, example_inputs, **options)[0]
@@ -126,15 +132,37 @@ def parallelize(
         wanted = _options(model, example_inputs, **options)
         traced = _trace(model, example_inputs, wanted.micro_batches)
         plan = _agree(plan_graph(traced.graph, cluster, wanted, retrace=_retrace(model, example_inputs)).plan)
-    program = bind(plan, traced.graph)
     device = device or (torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() and dist.get_backend() == "nccl" else torch.device("cpu"))
+    make = _whole if plan.pipeline is None else _staged
+    return make(plan, traced, Weights(model, seed=seed), device, seed).train(model.training)
+
+
+def _whole(plan: Plan, traced: Traced, weights: Weights, device: torch.device, seed: int) -> ParallelModule:
+    program = bind(plan, traced.graph)
     built = build(program, traced, device)
     rank = connect(program.mesh, program.groups, device, seed=seed)
     rank.offload = program.residency.offload
     mesh = device_mesh(program.mesh, device)
-    stored_mesh = device_mesh(program.mesh, torch.device("cpu")) if rank.offload else mesh
-    module = ParallelModule(program, built.module, built.inputs, built.positions, traced, Weights(model, seed=seed), rank, mesh, stored_mesh)
-    return module.train(model.training)
+    stored_mesh = device_mesh(program.mesh, HOST) if rank.offload else mesh
+    return SpmdModule(program, built.module, built.inputs, built.positions, traced, weights, rank, mesh, stored_mesh)
+
+
+def _staged(plan: Plan, traced: Traced, weights: Weights, device: torch.device, seed: int) -> ParallelModule:
+    """This rank's stages of a pipeline; every rank cuts them all, and emits its own."""
+    stages = cut_into_stages(bind(plan, traced.graph), plan.pipeline)
+    schedule, forward = schedule_of(stages), schedule_of(stages, "forward")
+    places = connect_stages(plan.mesh, stages.pipeline, stages.whole.groups, (stages.ranks_of(s) for s in stages.shared.values()), device, seed=seed)
+    module = PipelineModule(stages, schedule, forward, traced, places)
+    offload = plan.residency.offload
+    stored_mesh = device_mesh(plan.whole_mesh, HOST)[plan.mesh.names] if offload else places.whole[plan.mesh.names]
+    splits = stages.pipeline.schedule == "zero-bubble"
+    for number in schedule.stages_of(places.rank):
+        program = stages.stages[number].program
+        built = build(program, traced, device, split_backward=splits)
+        rank = places.stage_rank_of(plan.mesh)
+        rank.offload = offload
+        module.add_stage(number, Share(program, built.module, built.inputs, built.positions, traced.constants, weights, rank, stored_mesh, module), splits=splits)
+    return module
 
 
 def _agree(plan: Plan) -> Plan:

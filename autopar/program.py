@@ -52,7 +52,8 @@ class Program:
     `produced[v]` is the layout in which value v comes into being, after the deferred gradient reduction of a parameter
     (`deferred[v]`: axes over which the gradient of parameter v is summed once per optimizer step). `relay[v]` is the
     route to the layout in which v is handed to several users. `routes[op, k]` leads from there to operand k;
-    `output_routes[i]` to the i-th output; `update_routes[i]` to the i-th buffer update.
+    `output_routes[i]` to the i-th output; `update_routes[i]` to the i-th buffer update. The last `num_handed` outputs go to other
+    stages of a pipeline, in any layout.
     """
 
     graph: OpGraph
@@ -67,6 +68,7 @@ class Program:
     output_routes: tuple[Route, ...]
     update_routes: tuple[Route, ...]
     residency: Residency[int] = Residency()
+    num_handed: int = 0
 
     @cached_property
     def stored(self) -> Mapping[int, Layout]:
@@ -135,10 +137,20 @@ class Program:
             v = ops[i].operands[k]
             if len(tail) > 1 or v in relay:
                 yield v, self.full_route(v, tail), v in live and not live.isdisjoint(ops[i].results)
-        for v, route in zip(self.graph.outputs, self.output_routes):
-            yield v, self.full_route(v, route), v in seeds
+        for n, (v, route) in enumerate(zip(self.graph.outputs, self.output_routes)):
+            yield v, self.full_route(v, route), v in seeds and (n >= self.first_handed or v not in self.handed)
         for (_, v), route in zip(self.graph.updates, self.update_routes):
             yield v, self.full_route(v, route), False
+
+    @property
+    def first_handed(self) -> int:
+        """The first output that goes to another stage."""
+        return len(self.graph.outputs) - self.num_handed
+
+    @property
+    def handed(self) -> tuple[int, ...]:
+        """Values that go to other stages; the gradient of one comes through this output, not through one for the user."""
+        return self.graph.outputs[self.first_handed :]
 
     def full_route(self, value: int, tail: Route) -> Route:
         head = self.relay.get(value)

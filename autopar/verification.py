@@ -15,12 +15,15 @@ from autopar.core.residency import Precision
 from autopar.errors import VerificationError
 from autopar.planner.bind import bind
 from autopar.program import Program
-from autopar.rewrite.build import Built, build
+from autopar.rewrite.build import build
 from autopar.runtime.microbatches import Batch, loss_weights, split_batch
 from autopar.runtime.rank import Stream
 from autopar.runtime.reference import Reference
-from autopar.runtime.simulated_module import MakeOptimizer, SimulatedModule
+from autopar.runtime.simulated_module import Column, MakeOptimizer, SimulatedModule
+from autopar.runtime.simulated_pipeline import SimulatedPipeline
 from autopar.runtime.weights import Weights, shard, unshard
+from autopar.schedules.plan import schedule_of
+from autopar.stages import Stages, cut_into_stages
 from autopar.trace.capture import Traced, trace
 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 3e-2}
@@ -91,15 +94,15 @@ class _OneProcess:
         self.params = [self.values[n] for n in self.names]
         self.optimizer = make([p for p in self.params if p.requires_grad])
 
-    def step(self, cotangents: Sequence[torch.Tensor] | None) -> tuple[list[list[torch.Tensor]], list[torch.Tensor | None]]:
-        """(outputs of every piece, gradients of all parameters) of one step; the parameters are then updated."""
+    def step(self, cotangents: Sequence[torch.Tensor] | None) -> tuple[list[list[torch.Tensor]], dict[str, torch.Tensor | None]]:
+        """(outputs of every piece, gradients of all parameters by name) of one step; the parameters are then updated."""
         self.optimizer.zero_grad()
         found = []
         for n, piece in enumerate(self.pieces):
             self.stream.microbatch = n
             found.append(self._run(piece, cotangents))
         self.stream.microbatch = 0
-        grads = [None if p.grad is None else p.grad.clone() for p in self.params]
+        grads = {n: None if p.grad is None else p.grad.clone() for n, p in zip(self.names, self.params)}
         self.optimizer.step()
         self.stream.step += 1
         return found, grads
@@ -139,12 +142,13 @@ def verify(
     batch = example_inputs if isinstance(example_inputs, dict) else as_call(example_inputs)[0]
     pieces = split_batch(batch, plan.residency.micro_batches)
     traced = trace(model, *_call(pieces[0]), float64=wide)
-    program = bind(plan, traced.graph)
+    stages = cut_into_stages(bind(plan, traced.graph), plan.pipeline)
     elements = traced.graph.num_params
     if elements > MAX_ELEMENTS:
         raise VerificationError(f"{plan.model} has {elements / 1e9:.1f} billion parameters; verify a model of the same class with fewer layers")
     progress("emitting")
-    built = build(program, traced)
+    splits = plan.pipeline is not None and plan.pipeline.schedule == "zero-bubble"
+    built = [build(stage.program, traced, split_backward=splits) for stage in stages.stages]
     weights = Weights(model, seed=seed)
     values = {v: _wider(weights.get(x.source[0]), wide) for v, x in enumerate(traced.graph.values) if x.role in ("param", "buffer")}
     values |= {v: _wider(traced.constants[x.source[0]], wide) for v, x in enumerate(traced.graph.values) if x.role == "constant"}
@@ -155,7 +159,15 @@ def verify(
     if len(cut) > 1 and not _draws(traced.graph):  # one pass over the whole batch is the harder question
         once = trace(model, *_call(batch), float64=wide)
         whole = [_Piece(once, _tensors(once, batch, wide), 1.0)]
-    return _compare(program, built, whole, cut, values, steps, dtype, seed, progress)
+    make = _make_optimizer(dtype)
+    modules = [
+        SimulatedModule(stage.program, b.module, b.inputs, b.positions, {v: x for v, x in values.items() if stage.program.graph.values[v].role != "elsewhere"}, make, seed, splits=splits)
+        for stage, b in zip(stages.stages, built)
+    ]
+    mesh = SimulatedPipeline(stages, schedule_of(stages), modules)
+    names = {traced.graph.values[v].source[0]: x for v, x in values.items()}
+    one = _OneProcess(whole, names, plan.residency.precision, seed, make)
+    return _compare(mesh, one, cut, steps, dtype, seed, progress)
 
 
 def _call(batch: Batch) -> tuple[tuple, dict[str, Any]]:
@@ -194,30 +206,31 @@ def _make_optimizer(dtype: str) -> MakeOptimizer:
 
 
 def _compare(
-    program: Program, built: Built, whole: Sequence[_Piece], cut: Sequence[_Piece], values: dict[int, torch.Tensor], steps: int, dtype: str, seed: int,
-    progress: Callable[[str], None],
-) -> VerifyReport:  # fmt: skip
-    graph = program.graph
-    make = _make_optimizer(dtype)
-    one = _OneProcess(whole, {graph.values[v].source[0]: x for v, x in values.items()}, program.residency.precision, seed, make)
-    mesh = SimulatedModule(program, built.module, built.inputs, built.positions, values, make, seed)
+    mesh: SimulatedPipeline, one: _OneProcess, cut: Sequence[_Piece], steps: int, dtype: str, seed: int, progress: Callable[[str], None]
+) -> VerifyReport:
+    graph = mesh.stages.whole.graph
     cotangents = _cotangents(graph, dtype, seed)
     worst = _Worst(NEGLIGIBLE[dtype])
+    numbers = [v for v, value in enumerate(graph.values) if value.role == "input"]
+    inputs, weights = [dict(zip(numbers, piece.inputs)) for piece in cut], [piece.weight for piece in cut]
     for step in range(max(steps, 1)):
         progress(f"step {step + 1} of {steps}")
         expected, expected_grads = one.step(cotangents)
-        outputs, grads = mesh.step([piece.inputs for piece in cut], [piece.weight for piece in cut], cotangents)
+        outputs = mesh.step(inputs, weights, cotangents)
+        grads = [module.gradients() for module in mesh.modules]
+        mesh.update()
         if step == 0:
-            counted = [rank.counter.ledger for rank in mesh.ranks]
-        if len(whole) == len(cut):
-            for n, out in enumerate(expected):
-                worst.outputs(program, out, [row[n * len(out) : (n + 1) * len(out)] for row in outputs])
+            counted = mesh.counted()
+        if len(one.pieces) == len(cut):
+            for want, columns in zip(expected, outputs):
+                worst.outputs(mesh.stages.whole, want, columns)
         else:
-            worst.loss_of_pieces(program, expected[0], outputs, [piece.weight for piece in cut])
-        worst.gradients(program, expected_grads, grads)
+            worst.loss_of_pieces(mesh.stages.whole, expected[0], outputs, weights)
+        worst.gradients(mesh.stages, expected_grads, grads)
         if step in (0, steps - 1):
-            worst.parameters(program, one.values, [stored | fixed for stored, fixed in zip(mesh.stored, mesh.fixed)])
-    return worst.report(program, counted, dtype, steps)
+            for stage, module in zip(mesh.stages.stages, mesh.modules):
+                worst.parameters(stage.program, one.values, [stored | fixed for stored, fixed in zip(module.stored, module.fixed)])
+    return worst.report(mesh.stages, counted, dtype, steps)
 
 
 def _cotangents(graph: Any, dtype: str, seed: int) -> list[torch.Tensor] | None:
@@ -236,41 +249,46 @@ class _Worst:
         self.loss = self.grad = self.norm = self.param = 0.0
         self.name = ""
 
-    def outputs(self, program: Program, expected: Sequence[torch.Tensor], found: Sequence[Sequence[torch.Tensor]]) -> None:
+    def outputs(self, program: Program, expected: Sequence[torch.Tensor], found: Sequence[Column]) -> None:
         for n, v in enumerate(program.graph.outputs):
             layout = program.full_route(v, program.output_routes[n])[-1]
-            whole = unshard([out[n].detach() for out in found], layout, program.mesh, program.graph.values[v].meta.shape)
+            whole = unshard(found[n], layout, program.mesh, program.graph.values[v].meta.shape)
             error = relative(whole, expected[n].detach())
-            replicas = max(relative(out[n].detach(), shard(whole, layout, program.mesh, program.mesh.coordinates(r))) for r, out in enumerate(found))
+            replicas = max(relative(x, shard(whole, layout, program.mesh, program.mesh.coordinates(r))) for r, x in enumerate(found[n]))
             self.loss = max(self.loss, error, replicas)
 
-    def loss_of_pieces(self, program: Program, expected: Sequence[torch.Tensor], found: Sequence[Sequence[torch.Tensor]], weights: Sequence[float]) -> None:
+    def loss_of_pieces(self, program: Program, expected: Sequence[torch.Tensor], found: Sequence[Sequence[Column]], weights: Sequence[float]) -> None:
         """The loss of a batch against the weighted losses of its microbatches (other outputs have other shapes)."""
         for v in program.graph.seeds:
-            n, width = program.graph.outputs.index(v), len(program.graph.outputs)
-            for row in found:
-                total = sum(w * row[k * width + n] for k, w in enumerate(weights))
+            n = program.graph.outputs.index(v)
+            for r in range(program.mesh.num_ranks):
+                total = sum(w * columns[n][r] for w, columns in zip(weights, found))
                 self.loss = max(self.loss, relative(torch.as_tensor(total), expected[n]))
 
-    def gradients(self, program: Program, expected: Sequence[torch.Tensor | None], found: Sequence[Sequence[torch.Tensor | None]]) -> None:
-        total = math.sqrt(sum(float(g.norm()) ** 2 for g in expected if g is not None))
-        squares = 0.0
-        for n, v in enumerate(program.graph.params):
-            want = expected[n]
-            parts = [row[n] for row in found]
-            if want is None and all(p is None or not p.any() for p in parts):
-                continue
-            shape, layout = program.graph.values[v].meta.shape, program.stored[v]
-            filled = [p if p is not None else shard(torch.zeros(shape, dtype=want.dtype), layout, program.mesh, program.mesh.coordinates(r)) for r, p in enumerate(parts)] if want is not None else [p for p in parts if p is not None]
-            whole = unshard(filled, layout, program.mesh, shape)
-            replicas = max(float((p - shard(whole, layout, program.mesh, program.mesh.coordinates(r))).norm()) for r, p in enumerate(filled))
-            want = torch.zeros_like(whole) if want is None else want
-            floor = self.negligible * total
-            error = max(relative(whole, want, floor), replicas / max(float(want.norm()), floor, 1e-300))
-            squares += float(whole.norm()) ** 2
-            if not error <= self.grad:
-                self.grad, self.name = error, program.graph.values[v].source[0]
-        self.norm = max(self.norm, abs(math.sqrt(squares) - total) / max(total, 1e-300))
+    def gradients(self, stages: Stages, expected: Mapping[str, torch.Tensor | None], found: Sequence[Sequence[Sequence[torch.Tensor | None]]]) -> None:
+        """`found`: by stage, rank and parameter of the stage."""
+        total = math.sqrt(sum(float(g.norm()) ** 2 for g in expected.values() if g is not None))
+        squares: dict[int, float] = {}
+        for stage, rows in zip(stages.stages, found):
+            for n, v in enumerate(stage.program.graph.params):
+                name = stage.program.graph.values[v].source[0]
+                error, squares[v] = self._gradient(stage.program, v, expected[name], [row[n] for row in rows], self.negligible * total)
+                if not error <= self.grad:
+                    self.grad, self.name = error, name
+        self.norm = max(self.norm, abs(math.sqrt(sum(squares.values())) - total) / max(total, 1e-300))
+
+    @staticmethod
+    def _gradient(program: Program, v: int, want: torch.Tensor | None, parts: Sequence[torch.Tensor | None], floor: float) -> tuple[float, float]:
+        """(error of one parameter's gradient, its squared norm)."""
+        if want is None and all(p is None or not p.any() for p in parts):
+            return 0.0, 0.0
+        shape, layout, mesh = program.graph.values[v].meta.shape, program.stored[v], program.mesh
+        dtype = next((p.dtype for p in (want, *parts) if p is not None))
+        mine = [shard(torch.zeros(shape, dtype=dtype), layout, mesh, mesh.coordinates(r)) if p is None else p for r, p in enumerate(parts)]
+        whole = unshard(mine, layout, mesh, shape)
+        replicas = max(float((p - shard(whole, layout, mesh, mesh.coordinates(r))).norm()) for r, p in enumerate(mine))
+        want = torch.zeros_like(whole) if want is None else want
+        return max(relative(whole, want, floor), replicas / max(float(want.norm()), floor, 1e-300)), float(whole.norm()) ** 2
 
     def parameters(self, program: Program, expected: Mapping[str, torch.Tensor], found: Sequence[Mapping[int, torch.Tensor]]) -> None:
         values = program.graph.values
@@ -284,18 +302,21 @@ class _Worst:
             whole = unshard([row[v].detach() for row in found], layout, program.mesh, value.meta.shape)
             self.param = max(self.param, relative(whole, expected[value.source[0]].detach(), floor))
 
-    def report(self, program: Program, counted: Sequence[Ledger], dtype: str, steps: int) -> VerifyReport:
-        predicted = program.ledger
+    def report(self, stages: Stages, counted: Sequence[Ledger], dtype: str, steps: int) -> VerifyReport:
+        """`counted`: of every rank of the whole mesh, stage by stage."""
+        per_stage = stages.whole.mesh.num_ranks
+        predicted = [stages.ledger(rank) for rank in range(stages.pipeline.num_ranks) for _ in range(per_stage)]
         limit = TOLERANCE[dtype]
         checks = (("loss or output", self.loss), ("gradient", self.grad), ("gradient norm", self.norm), ("parameter", self.param))
         failures = [f"{name} differs by {error:.1e}, allowed {limit:.0e}" for name, error in checks if not error <= limit]
-        wrong = [r for r, ledger in enumerate(counted) if ledger != predicted]
-        if wrong:
-            failures.append(f"rank {wrong[0]} communicated {counted[wrong[0]].total_bytes} bytes, predicted {predicted.total_bytes}")
+        wrong = next((r for r, ledger in enumerate(counted) if ledger != predicted[r]), None)
+        if wrong is not None:
+            failures.append(f"rank {wrong} communicated {counted[wrong].total_bytes} bytes, predicted {predicted[wrong].total_bytes}")
+        shown = wrong if wrong is not None else max(range(len(predicted)), key=lambda r: predicted[r].total_bytes)
         return VerifyReport(
-            equal=not failures, dtype=dtype, num_ranks=program.mesh.num_ranks, steps=steps, loss_rel_err=self.loss, grad_rel_err_max=self.grad,
-            grad_norm_rel_err=self.norm, param_rel_err_max=self.param, worst_parameter=self.name, bytes_predicted=predicted.total_bytes,
-            bytes_counted=(counted[wrong[0]] if wrong else counted[0]).total_bytes, ops_without_rule=program.ops_without_rule, failures=tuple(failures),
+            equal=not failures, dtype=dtype, num_ranks=len(predicted), steps=steps, loss_rel_err=self.loss, grad_rel_err_max=self.grad,
+            grad_norm_rel_err=self.norm, param_rel_err_max=self.param, worst_parameter=self.name, bytes_predicted=predicted[shown].total_bytes,
+            bytes_counted=counted[shown].total_bytes, ops_without_rule=stages.whole.ops_without_rule, failures=tuple(failures),
         )  # fmt: skip
 
 

@@ -91,8 +91,8 @@ class _Buffered:
         """When the parameters of a stage are gathered."""
         self.updated: dict[int, float] = defaultdict(float)
         """When the gradients of a stage are reduced and summed with those of tied weights."""
-        self.parked: dict[Action, int] = {}
-        """Receives and TIEs with the rank that waits for them."""
+        self.parked: dict[Action, list[int]] = defaultdict(list)
+        """Receives and TIEs with the ranks that wait for them."""
         self.groups = {group[0]: sorted({schedule.placement[stage] for stage in group}) for group in schedule.tied}
         self.joined: dict[int, list[tuple[int, Action]]] = defaultdict(list)
         self.needed: dict[tuple[bool, int, int | None], list[Action]] = defaultdict(list)
@@ -137,7 +137,7 @@ class _Buffered:
             receives = self.needed[action.kind is Kind.F, action.stage, action.microbatch]
         for event in (*receives, *self.ties_before(action)):
             if event not in self.arrived:
-                self.parked[event] = rank
+                self.parked[event].append(rank)
                 return False
             start = max(start, self.arrived[event])
         end = start + self.prices.seconds(action)
@@ -174,8 +174,8 @@ class _Buffered:
 
     def arrive(self, now_s: float, event: Action, time_s: float) -> None:
         self.arrived[event] = time_s
-        if event in self.parked:
-            self.resume(now_s, self.parked.pop(event))
+        for rank in self.parked.pop(event, ()):
+            self.resume(now_s, rank)
 
     def join(self, time_s: float, rank: int, tie: Action) -> None:
         """The sum over a tied group begins when its last rank is there."""
@@ -228,8 +228,8 @@ class _Blocking(_Buffered):
     def meet(self, time_s: float, rank: int, action: Action) -> bool:
         """A send and its receive happen when both ranks are there, and both go on at its end."""
         peer = self.schedule.placement[action.partner.stage]
-        if self.parked.pop(action.partner, None) is None:
-            self.parked[action] = rank
+        if not self.parked.pop(action.partner, None):
+            self.parked[action].append(rank)
             return False
         send, source, target = (action, rank, peer) if action.kind in SENDS else (action.partner, peer, rank)
         end = time_s + self.prices.message(send)[0]

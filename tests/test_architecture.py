@@ -7,24 +7,25 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CORE = {"autopar.errors", "autopar.core"}
-PLANNING = CORE | {"autopar.rules", "autopar.program"}
+PLANNING = CORE | {"autopar.rules", "autopar.program", "autopar.stages"}
 # floor -> (third-party roots it may import, autopar floors it may import)
 FLOORS: dict[str, tuple[set[str], set[str]]] = {
     "autopar.errors": (set(), set()),
     "autopar.core": ({"numpy", "tomlkit"}, {"autopar.errors", "autopar.core"}),
     "autopar.rules": (set(), CORE),
     "autopar.program": (set(), CORE),
-    "autopar.schedules": (set(), CORE),
+    "autopar.stages": (set(), CORE | {"autopar.program"}),
+    "autopar.schedules": (set(), CORE | {"autopar.stages"}),
     "autopar.cost_models": ({"numpy"}, CORE),
     "autopar.search": ({"numpy", "networkx", "ortools"}, CORE),
     "autopar.planner": ({"numpy"}, PLANNING | {"autopar.schedules", "autopar.cost_models", "autopar.search"}),
     "autopar.trace": ({"torch"}, CORE),
-    "autopar.runtime": ({"torch"}, CORE | {"autopar.program", "autopar.schedules"}),
-    "autopar.rewrite": ({"torch"}, CORE | {"autopar.program", "autopar.trace", "autopar.runtime"}),
+    "autopar.runtime": ({"torch"}, CORE | {"autopar.program", "autopar.stages", "autopar.schedules"}),
+    "autopar.rewrite": ({"torch"}, CORE | {"autopar.program", "autopar.stages", "autopar.trace", "autopar.runtime"}),
     "autopar.checkpoint": ({"torch", "safetensors"}, CORE | {"autopar.runtime"}),
     "autopar.models": ({"torch", "transformers"}, CORE),
-    "autopar.verification": ({"torch"}, PLANNING | {"autopar.planner", "autopar.trace", "autopar.rewrite", "autopar.runtime"}),
-    "autopar.api": ({"torch"}, PLANNING | {"autopar.planner", "autopar.trace", "autopar.rewrite", "autopar.runtime", "autopar.verification"}),
+    "autopar.verification": ({"torch"}, PLANNING | {"autopar.schedules", "autopar.planner", "autopar.trace", "autopar.rewrite", "autopar.runtime"}),
+    "autopar.api": ({"torch"}, PLANNING | {"autopar.schedules", "autopar.planner", "autopar.trace", "autopar.rewrite", "autopar.runtime", "autopar.verification"}),
     "autopar.cli": ({"typer", "rich", "torch"}, PLANNING | {"autopar", "autopar.planner", "autopar.api", "autopar.verification", "autopar.models", "autopar.runtime"}),
     "autopar.__main__": (set(), {"autopar.cli"}),
     "autopar": (set(), CORE | {"autopar.api", "autopar.verification", "autopar.checkpoint"}),

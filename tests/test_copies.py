@@ -105,7 +105,7 @@ def test_planning_is_the_same_where_copies_are_not_seen(graph: OpGraph, options:
     planned, apart = plan_graph(graph, CLUSTER, options), plan_graph(one_by_one(graph), CLUSTER, options)
     assert decided(planned) == decided(apart)
     program = replace(planned.program, graph=one_by_one(graph))
-    for engine in (Engine(), Engine(copies=True, one_by_one=True)):
+    for engine in (Engine(), Engine(receives=True, one_by_one=True)):
         assert memory_use(planned.program, engine) == memory_use(program, engine)
 
 

@@ -24,7 +24,7 @@ MAX_NORM = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """`trained`: the part of their names that trained parameters have in common."""
+    """`trained`: the part of their names that trained parameters have in common; `width`: of a model that has one."""
 
     model: str
     pins: tuple[str, ...]
@@ -32,14 +32,19 @@ class Case:
     dtype: str = "float64"
     offload: bool = False
     trained: str = ""
+    width: int = 0
 
     def load(self) -> LoadedModel:
         """A batch whose rows have unequal numbers of targets where the model has tokens, so that microbatches and ranks have too."""
-        loaded = load_model(self.model, batch=12, seq=12, device="cpu", dtype=self.dtype, ragged="mlp" not in self.model)
+        overrides = {"width": self.width} if self.width else None
+        loaded = load_model(self.model, batch=12, seq=12, device="cpu", dtype=self.dtype, ragged="mlp" not in self.model, overrides=overrides)
         for name, p in loaded.module.named_parameters():
             p.requires_grad_(self.trained in name)
         return loaded
 
+
+WIDE = 512
+"""Weights of 2 MiB, which travel without company and without a copy."""
 
 CASES = {
     2: (
@@ -54,12 +59,16 @@ CASES = {
         Case(model="mlp-tiny", pins=("dp=2", "zero=2"), dtype="bfloat16", offload=True),
         Case(model="gpt2-tiny", pins=("dp=2", "zero=3", "recompute=full"), trained="ln_"),
         Case(model="gpt2-tiny", pins=("dp=2", "zero=1"), micro_batches=3, trained="mlp"),
+        Case(model="mlp-tiny", pins=("dp=2", "zero=0"), width=WIDE),
+        Case(model="mlp-tiny", pins=("dp=2", "zero=1"), width=WIDE),
+        Case(model="mlp-tiny", pins=("dp=2", "zero=2"), micro_batches=3, width=WIDE),
     ),
     4: (
         Case(model="gpt2-tiny", pins=("dp=2", "tp=2", "zero=1"), micro_batches=3, dtype="bfloat16"),
         Case(model="gpt2-tiny", pins=("dp=2", "tp=2", "zero=2", "recompute=selective"), offload=True),
         Case(model="llama-tiny", pins=("dp=2", "tp=2", "zero=3", "recompute=full"), micro_batches=3),
         Case(model="gpt2-tiny", pins=("dp=4", "zero=3")),
+        Case(model="mlp-tiny", pins=("dp=4", "zero=1"), width=WIDE),
     ),
 }
 

@@ -12,12 +12,12 @@ from autopar.core.mesh import Mesh
 from autopar.errors import PinConflictError
 from autopar.models.load import load_model
 from autopar.models.own import TransformerBlock
-from autopar.planner.plan import Planned, plan_graph
-from autopar.planner.search import Options
-from autopar.planner.problem import ProblemBuilder
 from autopar.planner.pins import Pins
+from autopar.planner.plan import Planned, plan_graph
+from autopar.planner.problem import ProblemBuilder
 from autopar.planner.roles import Constraints, batch_factors
 from autopar.planner.rulebook import rules_of
+from autopar.planner.search import Options
 from autopar.planner.states import Pricing
 from autopar.search.elimination import minimise
 from autopar.trace.capture import Traced, trace

@@ -18,10 +18,10 @@ from autopar.models.load import load_model
 from autopar.planner.keeping import Keeping
 from autopar.planner.pins import Pins
 from autopar.planner.plan import plan_graph
-from autopar.planner.search import Options
 from autopar.planner.problem import ProblemBuilder
 from autopar.planner.roles import Constraints, batch_factors
 from autopar.planner.rulebook import rules_of
+from autopar.planner.search import Options
 from autopar.planner.states import Pricing
 from autopar.runtime.microbatches import split_batch
 from autopar.search.solve import solve

@@ -8,6 +8,9 @@ from functools import lru_cache
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import autopar
 from autopar.models.load import LoadedModel, load_model
@@ -60,6 +63,43 @@ def test_dropout_draws_the_same_when_computed_again(mode: str) -> None:
     plan = autopar.plan(loaded.module, autopar.Cluster.local(4), loaded.kwargs, pins=("dp=2", "tp=2", "zero=3", f"recompute={mode}"), micro_batches=2)
     report = autopar.verify(loaded.module, plan, loaded.kwargs, steps=2)
     assert report.equal, str(report)
+
+
+class Mixing(nn.Module):
+    """Attention with nothing after it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return x + F.scaled_dot_product_attention(q, k, v, dropout_p=0.2).transpose(1, 2).flatten(2)
+
+
+class Mixed(nn.Module):
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Mixing(width) for _ in range(depth))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x.square().mean()
+
+
+def test_what_is_computed_again_ends_when_all_is_there() -> None:
+    """In an attention that ends its block: with the probabilities, before they are multiplied with the values."""
+    model, batch = Mixed(8, 3), (torch.randn(2, 6, 8),)
+    counted, predicted = {}, {}
+    for mode in MODES:
+        plan = autopar.plan(model, autopar.Cluster.local(1), batch, pins=(f"recompute={mode}",))
+        predicted[mode] = plan.predicted.recomputed_flops
+        with FlopCounterMode(display=False) as counter:
+            assert autopar.verify(model, plan, batch, steps=1).equal
+        counted[mode] = counter.get_total_flops()
+    assert 0 < predicted["selective"] < predicted["full"]
+    assert {mode: counted[mode] - counted["none"] for mode in MODES} == predicted
 
 
 @pytest.mark.parametrize("ranks", (2, 3))

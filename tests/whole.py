@@ -13,9 +13,9 @@ from autopar.core.mesh import Mesh
 from autopar.core.plan import Plan, Prediction, Proof
 from autopar.planner.bind import decisions
 from autopar.planner.decode import decode
-from autopar.planner.problem import Ports, ProblemBuilder
 from autopar.planner.keeping import Keeping
 from autopar.planner.pins import Pins
+from autopar.planner.problem import Ports, ProblemBuilder
 from autopar.planner.roles import Constraints, batch_factors
 from autopar.planner.rulebook import rules_of
 from autopar.planner.states import Pricing

@@ -64,7 +64,7 @@ def write_rank(stage: Path, rank: int, values: Mapping[str, Any], tensors: Mappi
         if dtype_name(held.local.dtype) not in DTYPES:
             raise UsageError(f"{key} is {held.local.dtype}, which safetensors cannot store; leave it out of the state")
     writers = _writers(tensors)
-    mine = {key: held for key, held in tensors.items() if writers[key] == held.replicas.number and held.local.numel()}
+    mine = {key: held for key, held in tensors.items() if writers.get(key) == held.replicas.number and held.local.numel()}
     name = f"rank-{rank:05d}.safetensors"
     entries = {key: TensorEntry(held.shape, dtype_name(held.local.dtype), ((name, held.part),) if key in mine else ()) for key, held in tensors.items()}
     file = write_tensors(stage / name, {key: held.local for key, held in mine.items()})
@@ -72,10 +72,12 @@ def write_rank(stage: Path, rank: int, values: Mapping[str, Any], tensors: Mappi
 
 
 def _writers(tensors: Mapping[str, Held]) -> dict[str, int]:
-    """Which replica writes each tensor: the one with the least to write so far. By size of the whole, which is the same on all ranks."""
+    """Which replica writes each tensor: the one with the least to write so far. By size of the whole, which is the same on all replicas."""
     found: dict[str, int] = {}
     loads: dict[int, list[int]] = {}
     for key, held in tensors.items():
+        if held.elsewhere:
+            continue
         load = loads.setdefault(held.replicas.count, [0] * held.replicas.count)
         found[key] = load.index(min(load))
         load[found[key]] += math.prod(held.shape) * held.local.itemsize

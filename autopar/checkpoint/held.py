@@ -25,12 +25,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Held:
-    """`local` is the part `part` of a tensor of `shape`; `replicas` hold the same part, and one of them writes it."""
+    """`local` is the part `part` of a tensor of `shape`; `replicas` hold the same part, and one of them writes it, unless the tensor is
+    written `elsewhere`: by another stage of a pipeline that has it too."""
 
     local: torch.Tensor
     shape: tuple[int, ...]
     part: Part
     replicas: Place
+    elsewhere: bool = False
 
 
 def hold(x: torch.Tensor, replicas: Place) -> Held:

@@ -8,7 +8,7 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from autopar.checkpoint.part import Run
 from autopar.checkpoint.peers import Peers
 from autopar.checkpoint.reader import Reader, dtype_name
 from autopar.checkpoint.tree import Encoder, Ref, decode
+from autopar.core.pipeline import PP
 from autopar.errors import CheckpointError, FileFormatError
 from autopar.runtime.module import ParallelModule
 
@@ -33,12 +34,18 @@ class TrainingState:
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer | None, peers: Peers) -> None:
         self._module, self._optimizer, self._peers = module, optimizer, peers
         self._everyone = ranks_of(module, peers)
+        self._elsewhere = not_written(module)
         self._parameters = dict(module.named_parameters(remove_duplicate=False))
         self._buffers = dict(module.named_buffers(remove_duplicate=False))
         self._names: dict[torch.Tensor, list[str]] = {}
         for name, parameter in self._parameters.items():
             self._names.setdefault(parameter, []).append(name)
-        self._held = {x: hold(x, self._everyone) for x in (*self._names, *self._buffers.values())}
+        named = {x: names[0] for x, names in self._names.items()} | {x: name for name, x in self._buffers.items()}
+        self._held = {x: self._hold(x, name) for x, name in named.items()}
+
+    def _hold(self, x: torch.Tensor, name: str) -> Held:
+        """A parameter or buffer, or what belongs to one."""
+        return replace(hold(x, self._everyone), elsewhere=name in self._elsewhere)
 
     def encode(self, state: Any) -> tuple[Tree, dict[str, Held]]:
         """(JSON, tensors by key) of this rank. `state` is the same on all ranks; rank 0's is kept."""
@@ -46,7 +53,7 @@ class TrainingState:
         tree = {
             "parameters": {name: self._held[x] for name, x in self._parameters.items()},
             "buffers": {name: self._held[x] for name, x in self._buffers.items()},
-            "gradients": {names[0]: hold(x.grad, self._everyone) for x, names in self._names.items() if x.grad is not None},
+            "gradients": {names[0]: self._hold(x.grad, names[0]) for x, names in self._names.items() if x.grad is not None},
             "addends": self._addends(),
             "stream": asdict(self._module.stream) if isinstance(self._module, ParallelModule) else {},
             "optimizer": self._optimizer_tree(self._optimizer) if self._optimizer else {},
@@ -62,11 +69,11 @@ class TrainingState:
             like[name], other[name] = {}, {}
             for key, value in entries.items():
                 if _is_like(key, value, parameter):
-                    like[name][key] = hold(value, self._everyone)
+                    like[name][key] = self._hold(value, name)
                 elif isinstance(value, DTensor):
                     raise CheckpointError(f"{key} of {name} has shape {tuple(value.shape)}, unlike its parameter; only plain tensors may, use another optimizer")
                 else:
-                    other[name][key] = hold(value.clone(), self._everyone) if isinstance(value, torch.Tensor) else value
+                    other[name][key] = self._hold(value.clone(), name) if isinstance(value, torch.Tensor) else value
         groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
         group_of = {self._name(p): n for n, group in enumerate(optimizer.param_groups) for p in group["params"]}
         return {"groups": groups, "group_of": group_of, "like_parameter": like, "other": other}
@@ -184,10 +191,16 @@ class TrainingState:
 
 
 def ranks_of(module: nn.Module, peers: Peers) -> Place:
-    """This rank among those that hold the module's plain tensors."""
+    """This rank among those that hold the module's plain tensors: all, or those of its stage."""
     if isinstance(module, ParallelModule):
-        return place(module.device_mesh, range(module.device_mesh.ndim))
+        names = module.device_mesh.mesh_dim_names or ()
+        return place(module.device_mesh, [a for a in range(module.device_mesh.ndim) if names[a] != PP])
     return Place(peers.rank, peers.num_ranks)
+
+
+def not_written(module: nn.Module) -> frozenset[str]:
+    """Parameters and buffers that another stage of a pipeline has too and writes."""
+    return module.duplicates if isinstance(module, ParallelModule) else frozenset()
 
 
 def _is_like(key: str, value: Any, parameter: torch.Tensor) -> bool:

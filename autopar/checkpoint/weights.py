@@ -10,6 +10,7 @@ import secrets
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from autopar.checkpoint.manifest import Manifest, TensorEntry
 from autopar.checkpoint.part import whole
 from autopar.checkpoint.peers import Peers
 from autopar.checkpoint.reader import DTYPES, Reader
-from autopar.checkpoint.state import ranks_of
+from autopar.checkpoint.state import not_written, ranks_of
 from autopar.core.json_file import read_json
 from autopar.errors import CheckpointError, FileFormatError
 
@@ -63,8 +64,8 @@ def save_weights(folder: str | Path, module: nn.Module, *, max_file_bytes: int =
     peers, folder = Peers.here(), Path(folder)
     stage = Path(peers.on_first(lambda: str(_begin(folder))))
     with peers.together():
-        place = ranks_of(module, peers)
-        write_rank(stage, peers.rank, {}, {names[0]: hold(x, place) for x, names in _saved(module).items()})
+        place, elsewhere = ranks_of(module, peers), not_written(module)
+        write_rank(stage, peers.rank, {}, {names[0]: replace(hold(x, place), elsewhere=names[0] in elsewhere) for x, names in _saved(module).items()})
     peers.on_first(lambda: seal(stage, peers.num_ranks))
     files: Mapping[str, Sequence[str]] = {}
     with peers.together():

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from autopar.core.cluster import Cluster
 from autopar.core.layout import format_layout
+from autopar.core.pipeline import PP
 from autopar.core.plan import Plan
 
 LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)|(?<=\.)\d+$")
@@ -49,15 +50,18 @@ def axis_uses(plan: Plan, cluster: Cluster) -> tuple[AxisUse, ...]:
     kinds = {name: OVERLOAD_AND_NUMBER.sub("", name) for name, _ in plan.ops}
     words = {name: dict(item.partition(":")[::2] for item in strategy.split(",") if item) for name, strategy in plan.ops}
     uses = []
-    inner = plan.mesh.num_ranks
-    for axis in plan.mesh.axes:
+    inner = plan.num_ranks
+    for axis in plan.whole_mesh.axes:
         inner //= axis.size
+        link = cluster.intra_node if inner * axis.size <= cluster.devices_per_node else cluster.inter_node
+        if plan.pipeline is not None and axis.name == PP:
+            uses.append(AxisUse(axis.name, axis.size, link.name, f"the model into {plan.pipeline.num_stages} stages, schedule {plan.pipeline.schedule}"))
+            continue
         cuts: dict[str, Counter[str]] = {}
         for name, kind in kinds.items():
             word = words[name].get(axis.name, "I")
             if WORKING.search(kind) and word not in ("I", "R"):
                 cuts.setdefault(kind, Counter())[word] += 1
-        link = cluster.intra_node if inner * axis.size <= cluster.devices_per_node else cluster.inter_node
         uses.append(AxisUse(axis.name, axis.size, link.name, "; ".join(_words(kind, counts) for kind, counts in cuts.items()) or "nothing"))
     return tuple(uses)
 

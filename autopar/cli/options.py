@@ -38,9 +38,11 @@ ClusterName = Annotated[str, typer.Option("--cluster", "-c", help="local:4, h100
 Batch = Annotated[int | None, typer.Option("--batch", min=1, max=LARGEST_COUNT, help="Global batch. [default: 8, or one per device if more]")]
 Seq = Annotated[int | None, typer.Option("--seq", min=1, max=LARGEST_COUNT, help="Sequence length. [default: the model's own]")]
 PinTexts = Annotated[
-    list[str] | None, typer.Option("--pin", help="dp=2, tp=4, zero=3, recompute=full, micro_batch=2 or '*.mlp.*=tp:o'; may be repeated.")
+    list[str] | None, typer.Option("--pin", help="dp=2, tp=4, pp=2, schedule=1f1b, virtual=2, zero=3, recompute=full, micro_batch=2 or '*.mlp.*=tp:o'; may be repeated.")
 ]
-MicroBatches = Annotated[int, typer.Option("--micro-batches", min=1, max=LARGEST_COUNT, help="Passes that make one step; they share the batch.")]
+MicroBatches = Annotated[
+    int | None, typer.Option("--micro-batches", min=1, max=LARGEST_COUNT, help="Passes that make one step; they share the batch. [default: 1, or what suits a pipeline]")
+]
 Offload = Annotated[bool, typer.Option("--offload", help="Keep the optimizer's state on the host.")]
 PlanFile = Annotated[Path | None, typer.Option("--plan", help="A plan written by `autopar plan -o`, instead of a new one.")]
 Steps = Annotated[int, typer.Option("--steps", min=1, max=1_000_000, help="Optimizer steps.")]
@@ -54,14 +56,14 @@ class Asked:
     """What the command line fixes of a plan; `dtype` None: the command's default."""
 
     pins: tuple[str, ...] = ()
-    micro_batches: int = 1
+    micro_batches: int | None = None
     offload: bool = False
     dtype: str | None = None
 
     def options(self) -> list[str]:
         """As they are typed; the dtype is no decision of the plan."""
         pins = [f"--pin {text!r}" if "*" in text else f"--pin {text}" for text in self.pins]
-        return [*pins, *([f"--micro-batches {self.micro_batches}"] if self.micro_batches > 1 else []), *(["--offload"] if self.offload else [])]
+        return [*pins, *([f"--micro-batches {self.micro_batches}"] if self.micro_batches else []), *(["--offload"] if self.offload else [])]
 
 
 def asked_for(plan: Plan | None, dtype: str | None, default: str) -> str:
@@ -81,9 +83,9 @@ def checked_pins(texts: Sequence[str] | None, cluster: Cluster) -> tuple[str, ..
     return pins
 
 
-def global_batch(batch: int | None, cluster: Cluster, micro_batches: int = 1) -> int:
+def global_batch(batch: int | None, cluster: Cluster, micro_batches: int | None = None) -> int:
     """The batch asked for, or the smallest one of at least 8 samples that all devices share evenly in every microbatch."""
-    shares = cluster.num_devices * micro_batches
+    shares = cluster.num_devices * (micro_batches or 1)
     return batch or shares * math.ceil(SMALLEST_DEFAULT_BATCH / shares)
 
 
@@ -92,9 +94,9 @@ def read_plan(path: Path, cluster: Cluster, asked: Asked) -> Plan:
     for option in asked.options():
         raise UsageError(f"{option} and --plan {path}: a plan is complete; leave one of them out")
     plan = Plan.load(path)
-    if plan.mesh.num_ranks != cluster.num_devices:
+    if plan.num_ranks != cluster.num_devices:
         raise PlanMismatchError(
-            f"{path}: made for {plan.mesh.num_ranks} devices ({plan.mesh}), {cluster.name} has {cluster.num_devices}; "
+            f"{path}: made for {plan.num_ranks} devices ({plan.mesh}), {cluster.name} has {cluster.num_devices}; "
             "give the cluster it was made for, or plan again"
         )
     return plan

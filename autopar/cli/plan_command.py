@@ -44,7 +44,7 @@ AllowGap = Annotated[bool, typer.Option("--allow-gap", help="Exit 0, not 4, when
 
 def plan(
     model: ModelName, cluster: ClusterName, batch: Batch = None, seq: Seq = None, dtype: DType = None, pin: PinTexts = None,
-    micro_batches: MicroBatches = 1, offload: Offload = False, budget: Budget = 30.0, max_memory: MaxMemory = 0.9, out: OutFile = None, allow_gap: AllowGap = False, json: Json = False, debug: Debug = False,
+    micro_batches: MicroBatches = None, offload: Offload = False, budget: Budget = 30.0, max_memory: MaxMemory = 0.9, out: OutFile = None, allow_gap: AllowGap = False, json: Json = False, debug: Debug = False,
 ) -> int:  # fmt: skip
     """Find the best layout of MODEL on a cluster. Needs no device, no weights and no network."""
     machines = Cluster.parse(cluster)

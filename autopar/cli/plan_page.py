@@ -1,6 +1,7 @@
 """The page that `autopar plan` prints."""
 
 from collections import Counter
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -9,6 +10,7 @@ from autopar.cli.layout import Group, axis_uses, parameter_groups
 from autopar.cli.units import count, duration, size
 from autopar.core.cluster import Cluster
 from autopar.core.memory import MemoryUse
+from autopar.core.pipeline import StagePrediction
 from autopar.core.plan import Plan
 
 MAX_ROWS = 40
@@ -23,11 +25,17 @@ def print_plan(page: Console, plan: Plan, cluster: Cluster, *, tokens: bool, nex
     page.print()
     page.print(_axes_table(plan, cluster))
     page.print()
+    if p.stages:
+        page.print(_stage_table(p.stages))
+        page.print()
     page.print(_parameter_table(parameter_groups(plan)))
     page.print(LEGEND, style="dim")
     page.print()
     rate = f"; {count(p.tokens_per_s)} {'tokens' if tokens else 'samples'}/s" if p.tokens_per_s else ""
     time = f"{duration(p.step_time_s)} = {duration(p.compute_s)} compute + {duration(p.communication_s)} communication"
+    if plan.pipeline is not None:
+        waiting = max(0.0, p.step_time_s - p.compute_s - p.communication_s)
+        time += f" + {duration(waiting)} waiting on the busiest rank; bubble {p.bubble:.1%}"
     lines = [
         ("time", f"{time}{rate}; MFU {p.mfu:.1%}"),
         ("memory", _memory(p.memory)),
@@ -66,6 +74,16 @@ def _memory(memory: MemoryUse) -> str:
     return f"{size(memory.high_bytes)} at the fullest moment ({memory.moment}) = {' + '.join(parts)}"
 
 
+def _stage_table(stages: Sequence[StagePrediction]) -> Table:
+    """Seconds per microbatch, bytes per device."""
+    table = Table("STAGE", "RANK", "BLOCKS", "PARAMETERS", "FORWARD", "BACKWARD", "IN FLIGHT", "PEAK MEMORY", "SENDS A STEP", box=None, pad_edge=False)
+    for n, s in enumerate(stages):
+        blocks = s.first if s.first == s.last else f"{s.first} - {s.last}"
+        figures = count(s.num_params), duration(s.forward_s), duration(s.backward_s), str(s.in_flight), size(s.peak_memory_bytes), size(s.sent_bytes)
+        table.add_row(str(n), str(s.rank), blocks, *figures)
+    return table
+
+
 def _axes_table(plan: Plan, cluster: Cluster) -> Table:
     table = Table("AXIS", "RANKS", "LINKS", "CUTS", box=None, pad_edge=False)
     for use in axis_uses(plan, cluster):
@@ -99,5 +117,5 @@ def _proof(plan: Plan) -> str:
 def _notes(plan: Plan) -> list[str]:
     idle = [axis for axis in plan.mesh.axes if axis.name.startswith("idle") and axis.size > 1]
     advice = "all compute the same, cutting costs more than it saves here; use"
-    found = [f"the ranks of axis {axis.name} {advice} {plan.mesh.num_ranks // axis.size} devices, or more work per step" for axis in idle]
+    found = [f"the ranks of axis {axis.name} {advice} {plan.num_ranks // axis.size} devices, or more work per step" for axis in idle]
     return [*found, *plan.notes]

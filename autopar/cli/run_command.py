@@ -47,7 +47,7 @@ Compare = Annotated[bool, typer.Option("--compare/--no-compare", help="Train in 
 
 
 def run(
-    model: ModelName, cluster: ClusterName, plan: PlanFile = None, pin: PinTexts = None, micro_batches: MicroBatches = 1, offload: Offload = False,
+    model: ModelName, cluster: ClusterName, plan: PlanFile = None, pin: PinTexts = None, micro_batches: MicroBatches = None, offload: Offload = False,
     batch: Batch = None, seq: Seq = None, dtype: DType = None, steps: Steps = 10, lr: LearningRate = 1e-3, text: TextFile = None, compare: Compare = True, seed: Seed = 0, json: Json = False, debug: Debug = False,
 ) -> int:  # fmt: skip
     """Train MODEL on the processes of local:N, by a plan, with real gloo communication. Exit 5 if the losses are not those of one process."""
@@ -123,7 +123,7 @@ def _train(job: "Job", plan: Plan, show: Callable[[int, float], None]) -> list[f
         show(len(losses), loss)
 
     try:
-        launch(on_rank, plan.mesh.num_ranks, job, on_message=arrived, preload=PRELOAD)
+        launch(on_rank, plan.num_ranks, job, on_message=arrived, preload=PRELOAD)
     except PlanMismatchError as error:
         raise PlanMismatchError(f"{error}; for run a plan is made with --dtype float32 or bfloat16, and if the model has dropout run with --no-compare") from error
     return losses
@@ -134,7 +134,7 @@ def _print_training(job: "Job", plan: Plan, expected: list[float] | None) -> lis
     from autopar.cli.training import difference
 
     page = output()
-    ranks = plan.mesh.num_ranks
+    ranks = plan.num_ranks
     data = "random numbers" if job.text is None else f"a text of {len(job.text)} bytes"
 
     def head() -> None:

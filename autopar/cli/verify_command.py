@@ -45,7 +45,7 @@ Precision = Annotated[
 
 
 def verify(
-    model: ModelName, cluster: ClusterName, plan: PlanFile = None, pin: PinTexts = None, micro_batches: MicroBatches = 1, offload: Offload = False,
+    model: ModelName, cluster: ClusterName, plan: PlanFile = None, pin: PinTexts = None, micro_batches: MicroBatches = None, offload: Offload = False,
     batch: Batch = None, seq: Seq = None, dtype: Precision = None, steps: Steps = 10, seed: Seed = 0, json: Json = False, debug: Debug = False,
 ) -> int:  # fmt: skip
     """Train MODEL both ways, parallel and in one process, and compare loss, every gradient and every parameter. Exit 5 if they differ."""

@@ -11,6 +11,9 @@ MIN_BUCKET_BYTES = 1 << 20
 MIN_BUCKETS = 2
 """Gradients that would fill fewer buckets are cut into about this many, so that a small model hides its reduction too."""
 
+ALONE = 0.25
+"""The part of a bucket from which on a tensor travels alone: what it saves is the copy to its neighbours' side and back."""
+
 IN_FLIGHT = 2
 """Buckets that are gathered or reduce-scattered at a time: the memory of the oldest is wanted back before one more is packed."""
 
@@ -21,14 +24,18 @@ def bucket_limit(total_bytes: int) -> int:
 
 
 def chunks(members: Sequence[int], size: Callable[[int], int]) -> list[list[int]]:
-    """Runs of about the size of a bucket, in order."""
+    """Runs of about the size of a bucket, in order; large members are runs of their own."""
     limit = bucket_limit(sum(size(v) for v in members))
-    found: list[list[int]] = [[]]
+    found: list[list[int]] = []
+    run: list[int] = []
     filled = 0
     for v in members:
-        if found[-1] and filled + size(v) > limit:
-            found.append([])
-            filled = 0
-        found[-1].append(v)
+        if size(v) >= max(MIN_BUCKET_BYTES, ALONE * limit):
+            found.append([v])
+            continue
+        if not run or filled + size(v) > limit:
+            run, filled = [], 0
+            found.append(run)
+        run.append(v)
         filled += size(v)
     return found

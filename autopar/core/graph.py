@@ -46,7 +46,7 @@ class Value:
 
     name: str
     meta: TensorMeta
-    role: str = "op"  # op | param | buffer | input | constant
+    role: str = "op"  # op | param | buffer | input | constant | elsewhere (of another stage of a pipeline)
     source: tuple[str, ...] = ()
 
 
@@ -107,6 +107,7 @@ class OpGraph:
     """Values and the ops between them, ops in topological order.
 
     `outputs` are value ids returned to the user, `updates` maps a buffer's value id to the value that replaces it.
+    `differentiate`: the seeds of the backward, where they are not what the outputs say (a stage of a pipeline).
     """
 
     values: tuple[Value, ...]
@@ -114,6 +115,7 @@ class OpGraph:
     outputs: tuple[int, ...]
     updates: tuple[tuple[int, int], ...] = ()
     name: str = ""
+    differentiate: tuple[int, ...] | None = None
 
     @cached_property
     def producer(self) -> dict[int, tuple[int, int]]:
@@ -145,6 +147,8 @@ class OpGraph:
     @cached_property
     def seeds(self) -> tuple[int, ...]:
         """Outputs that a training step differentiates: the scalar loss where there is one, else every floating output."""
+        if self.differentiate is not None:
+            return self.differentiate
         floating = [v for v in self.outputs if self.values[v].meta.requires_grad]
         return tuple([v for v in floating if self.values[v].meta.shape == ()][:1] or floating)
 

@@ -73,7 +73,7 @@ def legal_step(layout: Layout, step: Step) -> bool:
 def moved_bytes(primitive: str, group_size: int, local_bytes: float) -> float:
     """Bytes one rank receives, for a primitive whose input on a rank has `local_bytes` (ring or pairwise algorithms)."""
     n = group_size
-    if primitive in TRANSFERS:
+    if primitive in TRANSFERS or primitive == "receive":  # a "send" is received elsewhere
         return local_bytes
     if n <= 1:
         return 0.0

@@ -8,12 +8,13 @@ from typing import Any
 from autopar.core.layout import Layout, parse_placement
 from autopar.core.memory import MemoryUse
 from autopar.core.mesh import Mesh, MeshAxis
+from autopar.core.pipeline import PP, Pipeline, StagePrediction
 from autopar.core.residency import Precision, Residency
 from autopar.core.units import size
 from autopar.core.zero import Zero
 from autopar.errors import FileFormatError, LayoutError, PlanMismatchError, UsageError
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MAX_FILE_BYTES = 64 << 20
 MAX_RANKS = 1 << 24
 
@@ -21,7 +22,8 @@ MAX_RANKS = 1 << 24
 @dataclass(frozen=True)
 class Prediction:
     """What the cost model expects of one training step on one rank. `recomputed_flops`: of contractions done a second time;
-    `peak_memory_bytes`: the upper end of `memory`, which is what a device must have."""
+    `peak_memory_bytes`: the upper end of `memory`, which is what a device must have. Of a pipeline: the rank that computes longest, the
+    memory of the fullest, the bytes of that which receives most; `bubble`: share of the step that a rank is idle, all ranks together."""
 
     step_time_s: float
     compute_s: float
@@ -32,6 +34,8 @@ class Prediction:
     tokens_per_s: float = 0.0
     mfu: float = 0.0
     memory: MemoryUse = MemoryUse(moment="unknown")
+    bubble: float = 0.0
+    stages: tuple[StagePrediction, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class Plan:
     predicted: Prediction
     proof: Proof
     residency: Residency[str] = Residency()
+    pipeline: Pipeline | None = None
     notes: tuple[str, ...] = ()
     schema_version: int = field(default=SCHEMA_VERSION)
 
@@ -79,6 +84,7 @@ class Plan:
             "proof": asdict(self.proof),
             "notes": list(self.notes),
             "residency": _residency_data(self.residency, self.mesh),
+            "pipeline": None if self.pipeline is None else asdict(self.pipeline),
             "params": {name: _text(layout) for name, layout in self.params},
             "ops": dict(self.ops),
             "relays": {name: _route_text(route) for name, route in self.relays},
@@ -121,10 +127,8 @@ class Plan:
     @classmethod
     def _from_dict(cls, data: dict[str, Any]) -> "Plan":
         mesh = Mesh(tuple(MeshAxis(_str(name), _count(size)) for name, size in data["mesh"]))
-        if mesh.num_ranks > MAX_RANKS:
-            raise ValueError(f"mesh {mesh} has more than {MAX_RANKS} ranks")
         n = len(mesh.axes)
-        return cls(
+        plan = cls(
             graph_digest=_str(data["graph_digest"]),
             model=_str(data["model"]),
             cluster=_str(data["cluster"]),
@@ -136,8 +140,21 @@ class Plan:
             predicted=_prediction(data["predicted"]),
             proof=Proof(**_numbers(data["proof"], Proof)),
             residency=_residency(data["residency"], mesh),
+            pipeline=_pipeline(data["pipeline"], n),
             notes=tuple(_str(x) for x in data["notes"]),
         )
+        if plan.num_ranks > MAX_RANKS:
+            raise ValueError(f"{plan.num_ranks} ranks; at most {MAX_RANKS}")
+        return plan
+
+    @property
+    def whole_mesh(self) -> Mesh:
+        """The mesh of all ranks."""
+        return self.mesh if self.pipeline is None else self.pipeline.whole_mesh(self.mesh)
+
+    @property
+    def num_ranks(self) -> int:
+        return self.whole_mesh.num_ranks
 
     def check_graph(self, digest: str, model: str) -> None:
         """Raise PlanMismatchError unless the plan was made for the graph with this digest."""
@@ -151,12 +168,15 @@ class Plan:
         """The layout as people say it: `dp4(zero3) x tp2, recompute 8/32, 2 microbatches`."""
         stages = {a: max(z.stage for z in self.residency.zero.values() if a in z.axes) for z in self.residency.zero.values() for a in z.axes}
         axes = [f"{axis.name}{axis.size}" + (f"(zero{stages[a]})" if a in stages else "") for a, axis in enumerate(self.mesh.axes)]
+        if self.pipeline is not None:
+            axes = [text if axis.size > 1 else "" for text, axis in zip(axes, self.mesh.axes)]
+            axes.insert(self.pipeline.position, f"{PP}{self.pipeline.num_ranks}({self.pipeline.schedule}{_virtual(self.pipeline)})")
         extras = [f"recompute {list(self.residency.recompute.values()).count(mode)} {mode}" for mode in sorted(set(self.residency.recompute.values()))]
         if self.residency.micro_batches > 1:
             extras.append(f"{self.residency.micro_batches} microbatches")
         if self.residency.offload:
             extras.append("optimizer state on the host")
-        return ", ".join([" x ".join(axes) or "1", *extras])
+        return ", ".join([" x ".join(filter(None, axes)) or "1", *extras])
 
     def __str__(self) -> str:
         p = self.predicted
@@ -164,6 +184,19 @@ class Plan:
             f"{self.model} on {self.cluster}: {self.summary()}, predicted {p.step_time_s * 1e3:.1f} ms/step, "
             f"{size(p.peak_memory_bytes)}, gap {self.proof.gap:.2%} ({self.proof.status})"
         )
+
+
+def _virtual(pipeline: Pipeline) -> str:
+    return f" v{pipeline.virtual_stages}" if pipeline.virtual_stages > 1 else ""
+
+
+def _pipeline(data: Any, num_axes: int) -> Pipeline | None:
+    if data is None:
+        return None
+    position = data["position"]
+    if not isinstance(position, int) or isinstance(position, bool) or not 0 <= position <= num_axes:
+        raise ValueError(f"position {str(position)[:60]!r} of the pipeline's axis")
+    return Pipeline(_count(data["num_ranks"]), tuple(_str(x) for x in data["starts"]), _str(data["schedule"]), position)
 
 
 def _residency_data(residency: Residency[str], mesh: Mesh) -> dict[str, Any]:
@@ -191,8 +224,9 @@ def _residency(data: dict[str, Any], mesh: Mesh) -> Residency[str]:
 
 
 def _prediction(data: Any) -> Prediction:
-    numbers = {name: value for name, value in data.items() if name != "memory"}
-    return Prediction(**_numbers(numbers, Prediction), memory=MemoryUse(**_numbers(data["memory"], MemoryUse)))
+    numbers = {name: value for name, value in data.items() if name not in ("memory", "stages")}
+    stages = tuple(StagePrediction(**_numbers(stage, StagePrediction)) for stage in data.get("stages", ()))
+    return Prediction(**_numbers(numbers, Prediction), memory=MemoryUse(**_numbers(data["memory"], MemoryUse)), stages=stages)
 
 
 def _text(layout: Layout) -> str:

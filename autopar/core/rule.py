@@ -64,7 +64,8 @@ class Kept(NamedTuple):
 class OpRule:
     """The factor rule of one operator call. Sizes are global; `flops` counts the whole forward.
 
-    `saved_operands`/`saved_results`: what the backward reads again, `kept`: what it keeps beside that (see `keeps_operand`).
+    `saved_operands`/`saved_results`: what the backward reads again, `kept`: what it keeps beside that (see `keeps_operand`);
+    `tail_flops`: those done after all of `kept` is there.
     `inner`: the collectives the operator issues itself when a factor is cut.
     """
 
@@ -80,6 +81,7 @@ class OpRule:
     saved_operands: tuple[int, ...] = ()
     saved_results: tuple[int, ...] = ()
     kept: tuple[Kept, ...] = ()
+    tail_flops: float = 0.0
     inner: tuple[InnerCollective, ...] = ()
     known: bool = True
 
@@ -99,6 +101,13 @@ class OpRule:
         factor, and nothing where that one is frozen.
         """
         return k in self.saved_operands and any(not any({j, k} <= carried for carried in self.carries) for j in differentiated)
+
+    @property
+    def flops_until_kept(self) -> float:
+        """Those of a forward that ends when all that the backward needs is there."""
+        if self.saved_results or not self.known:
+            return self.flops
+        return self.flops - self.tail_flops if self.kept else 0.0
 
     def kept_bytes(self, strategy: Strategy, mesh: Mesh) -> int:
         """Bytes of `kept` on one rank."""

@@ -20,6 +20,15 @@ class Memory:
         parts, moment = self._peak
         return MemoryUse(moment=" of ".join(moment), **parts)
 
+    @property
+    def num_storages(self) -> int:
+        """How many there have been so far: the number of the next one."""
+        return len(self._sizes)
+
+    def held_between(self, first: int, end: int) -> int:
+        """Bytes of those storages from number `first` to before `end` that are still held."""
+        return sum(self._sizes[n] for n in range(first, end) if self._count[n])
+
     def new(self, num_bytes: int, part: str) -> int:
         self.parts[part] += num_bytes
         self.total += num_bytes

@@ -8,6 +8,8 @@ from functools import cached_property
 
 from autopar.core.buckets import chunks
 from autopar.core.graph import DTYPE_BYTES
+from autopar.cost_models.memory import adam
+from autopar.planner.allocator import Memory
 from autopar.program import Program
 
 
@@ -53,18 +55,27 @@ class Group:
         return sum(h.reduced for h in self.members)
 
     @property
+    def rows_of_others(self) -> int:
+        """What the others send to be added, where that is held by itself."""
+        return self.rows - self.part
+
+    @property
+    def sent_whole(self) -> bool:
+        """Whether the one gradient is itself the rows that are sent."""
+        return len(self.members) == 1 and self.members[0].straight and self.members[0].reduced == self.members[0].part
+
+    @property
     def gathered_rows(self) -> int:
         return sum(h.part * h.ranks for h in self.members)
 
     @property
-    def received_bytes(self) -> int:
-        """Rows of all ranks, where there are several."""
-        return self.gathered_rows if self.members[0].ranks > 1 else 0
-
-    @property
     def in_flight_bytes(self) -> int:
-        """What bringing the working copies up to date holds: what is sent, where it is no stored tensor, and what is received."""
-        return sum(h.part for h in self.members if h.inside or h.part != h.stored) + self.received_bytes
+        """What bringing the working copies up to date holds: what is sent, where it is no stored tensor, and what is received; nothing
+        where the one working copy is filled in place."""
+        if len(self.members) == 1 and self.members[0].straight and self.members[0].inside:
+            return 0
+        received = self.gathered_rows if self.members[0].ranks > 1 else 0
+        return received + sum(h.part for h in self.members if h.inside or h.part != h.stored)
 
     @property
     def copies(self) -> int:
@@ -139,3 +150,48 @@ class Holdings:
             runs = chunks(list(by_value), lambda v, of=by_value: of[v].working)
             found += [Group(of_kind[0].stage, tuple(by_value[v] for v in run), of_kind[0].trained) for run in runs]
         return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beside:
+    """Bytes that a rank holds beside the program that is walked, and that do not change meanwhile."""
+
+    parameters: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+
+
+def received_bytes(program: Program) -> int:
+    """Bytes that come from other stages, of one microbatch."""
+    values = program.graph.values
+    return sum(program.local_bytes(v, program.produced[v]) for v, value in enumerate(values) if value.role == "input" and not value.source)
+
+
+def resident(program: Program, holdings: Holdings, beside: Beside) -> Memory:
+    """What is there before a step: parameters, optimizer state, buffers and the batch."""
+    graph, residency = program.graph, program.residency
+    held = holdings.parameters.values()
+    parameters = sum(h.device_bytes(offload=residency.offload) for h in held)
+    for value in graph.values:
+        if value.role in ("buffer", "constant") or (value.role == "input" and value.source):
+            parameters += value.meta.num_bytes * (residency.micro_batches if value.role == "input" else 1)
+    optimizer = 0
+    for h in held:
+        stored = residency.precision.stored(graph.values[h.value].meta.dtype)
+        if h.trained and not residency.offload:
+            optimizer += h.stored // DTYPE_BYTES[stored] * adam(stored, master=None).optimizer_bytes
+    return Memory(
+        parameters=parameters + beside.parameters,
+        optimizer=optimizer + beside.optimizer,
+        gradients=beside.gradients,
+        activations=received_bytes(program) + beside.activations,
+    )
+
+
+def state_of(program: Program) -> Beside:
+    """What a program holds between its microbatches: parameters, optimizer state, gradients."""
+    holdings = Holdings(program)
+    parts = resident(program, holdings, Beside()).parts
+    gradients = sum(h.working if h.stage < 2 else h.reduced for h in holdings.parameters.values() if h.trained)
+    return Beside(parameters=parts["parameters"], gradients=gradients, optimizer=parts["optimizer"])

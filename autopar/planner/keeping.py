@@ -50,6 +50,16 @@ class Use:
     returned: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """Seconds of a parameter's collectives: of every forward and every backward of a microbatch, before and after all of them."""
+
+    forward_s: float
+    backward_s: float
+    gather_s: float
+    reduce_s: float
+
+
 def uses(graph: OpGraph) -> dict[int, Use]:
     """The use of every parameter."""
     live = graph.differentiated
@@ -109,19 +119,22 @@ class Sharding:
 
     def seconds(self, meta: TensorMeta, layout: Layout, zero: Zero | None, deferred: tuple[int, ...], use: Use) -> float:
         """What gathering a parameter and summing its gradient costs in one step, where the gradient is summed over `deferred`."""
+        found = self.exchange(meta, layout, zero, deferred, use)
+        return self.keeping.micro_batches * (found.forward_s + found.backward_s) + found.gather_s + found.reduce_s
+
+    def exchange(self, meta: TensorMeta, layout: Layout, zero: Zero | None, deferred: tuple[int, ...], use: Use) -> Exchange:
+        """The same by when it is done."""
         used, part = self._elements(meta, layout, zero)
         width = meta.num_bytes / max(meta.numel, 1)
         if zero is None:
-            return self.pricing.gradient_reduction(deferred, used * width) if use.live else 0.0
-        times = self.keeping.micro_batches
-        gathers = times * (use.forward + use.backward) if zero.stage == 3 else 1
-        scatters = 1 if zero.stage == 1 else times * (use.forward if zero.stage == 3 else 1)
-        total = zero.stage * TIE_BREAK_S + gathers * self.pricing.collective("all_gather", zero.axes, part * width)
-        if use.live:
-            rest = tuple(a for a in deferred if a not in zero.axes)
-            total += scatters * self.pricing.collective("reduce_scatter", zero.axes, used * width)
-            total += self.pricing.gradient_reduction(rest, part * width) * (use.forward if zero.stage == 3 else 1)
-        return total
+            return Exchange(0.0, 0.0, 0.0, self.pricing.gradient_reduction(deferred, used * width) if use.live else 0.0)
+        gather = self.pricing.collective("all_gather", zero.axes, part * width)
+        scatter = self.pricing.collective("reduce_scatter", zero.axes, used * width) if use.live else 0.0
+        rest = tuple(a for a in deferred if a not in zero.axes)
+        reduce = self.pricing.gradient_reduction(rest, part * width) if use.live else 0.0
+        if zero.stage == 3:
+            return Exchange(use.forward * gather, use.backward * gather + use.forward * scatter, 0.0, use.forward * reduce + 3 * TIE_BREAK_S)
+        return Exchange(0.0, scatter if zero.stage == 2 else 0.0, gather, reduce + zero.stage * TIE_BREAK_S + (scatter if zero.stage == 1 else 0.0))
 
 
 def kept_by_selective(op: Op, operands: Sequence[TensorMeta]) -> bool:
@@ -149,24 +162,25 @@ def recomputed_flops(program: Program) -> float:
     for segment, backward in zip(program.graph.segments, program.backward_segments, strict=True):
         mode = modes.get(segment.block, "none")
         if mode != "none" and backward:
-            total += sum(_local_flops(program, i) for i in _computed_again(program, segment) if mode == "full" or not _kept(program, i))
+            again = _computed_again(program, segment)
+            total += sum(_local(program, i, flops) for i, flops in again if mode == "full" or not _kept(program, i))
     return total * program.residency.micro_batches
 
 
-def _computed_again(program: Program, segment: Segment) -> range:
-    """Operators of a block up to the last that keeps something for its backward: torch's checkpoint stops there, before that
-    operator where it keeps only what it was given."""
+def _computed_again(program: Program, segment: Segment) -> list[tuple[int, float]]:
+    """(operator, its flops that are done again): torch's checkpoint stops when the last of what the block keeps for its backward is there."""
     live, ops, rules = program.graph.differentiated, program.graph.ops, program.rules
     for i in reversed(segment.ops):
         rule = rules[i]
-        if any(v in live for v in ops[i].results) and (rule.saved_operands or rule.saved_results or not rule.known):
-            return range(segment.ops.start, i + (1 if rule.saved_results or not rule.known else 0))
-    return range(0)
+        if any(v in live for v in ops[i].results) and (rule.saved_operands or rule.saved_results or rule.kept or not rule.known):
+            return [*((k, rules[k].flops) for k in range(segment.ops.start, i)), (i, rule.flops_until_kept)]
+    return []
 
 
-def _local_flops(program: Program, i: int) -> float:
+def _local(program: Program, i: int, flops: float) -> float:
+    """A rank's share of an operator's flops."""
     rule = program.rules[i]
-    return rule.flops / rule.degree(program.strategies[i], program.mesh) if rule.cost == "contract" else 0.0
+    return flops / rule.degree(program.strategies[i], program.mesh) if rule.cost == "contract" else 0.0
 
 
 def _kept(program: Program, i: int) -> bool:

@@ -4,6 +4,9 @@ What is walked is what the runtime does: the forward of every segment, whose val
 them; the backward in reverse, with gradients in the memory that autograd gives them (those of sums and views share it); what blocks
 compute again; weights gathered one unit ahead; gradients in buckets; the optimizer. Microbatches after the second are like it, so at most
 three are walked: one on empty gradients, one on full ones, one that ends in the reduction.
+
+A stage of a pipeline is a program of its own. What its rank holds besides (`Beside`: other microbatches in flight, its other stages) stays
+as it is while this program runs. What is received is kept until it has been differentiated, and so is what is handed on.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,11 +15,9 @@ from functools import cached_property
 
 from autopar.core.buckets import IN_FLIGHT
 from autopar.core.cluster import Cluster
-from autopar.core.graph import DTYPE_BYTES
 from autopar.core.memory import MemoryUse
-from autopar.cost_models.memory import adam
 from autopar.planner.allocator import Memory
-from autopar.planner.held import Group, Held, Holdings
+from autopar.planner.held import Beside, Group, Held, Holdings, received_bytes, resident
 from autopar.planner.steps import Run, Step, Steps, steps_of
 from autopar.program import Program
 
@@ -26,15 +27,15 @@ MARGIN = 0.03
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """What executes a step. `copies`: collectives of whole buffers hold as much again while under way, as over gloo; `one_by_one`: the optimizer updates one
+    """What executes a step. `receives`: a reduce-scatter holds what all others send before it adds, as over gloo; `one_by_one`: the optimizer updates one
     parameter after the other, as torch does on a CPU, elsewhere all at once with a temporary for each."""
 
-    copies: bool = False
+    receives: bool = False
     one_by_one: bool = False
 
     @classmethod
     def of(cls, cluster: Cluster) -> "Engine":
-        return cls(copies=cluster.is_local, one_by_one=cluster.is_local)
+        return cls(receives=cluster.is_local, one_by_one=cluster.is_local)
 
 
 Values = dict[int, int]
@@ -61,6 +62,8 @@ class _Walk:
     awaited: dict[int, int] = field(default_factory=dict)
     missing: dict[int, int] = field(default_factory=dict)
     filling: Values = field(default_factory=dict)
+    handed: list[int] = field(default_factory=list)
+    first_storage: list[int] = field(default_factory=list)
 
     # --- what is known beforehand ------------------------------------------------------------------------------------
 
@@ -97,12 +100,17 @@ class _Walk:
 
     def forward(self) -> None:
         values: Values = {}
+        self.first_storage = []
         for s, run in enumerate(self.steps.runs):
+            self.first_storage.append(self.memory.num_storages)
             weights = self._gather(s, back=False, moment=("forward", run.where))
             if self.mode(s) != "none":
                 self.inputs[s] = {o: self.memory.hold(values[o]) for n in run.script.inputs if (o := run.numbers[n]) in values}
             self._run(s, values, "forward", keep=self.mode(s) == "none")
             self._drop(weights)
+        handed = self.steps.ends[self.program.first_handed : len(self.program.graph.outputs)]
+        owners = dict.fromkeys(owner for owner, live in handed if live)
+        self.handed = [self.memory.move(self.memory.hold(values[o]), "activations") for o in owners if o in values]
         self._drop(values.values())  # the loss has read them
 
     def _run(self, s: int, values: Values, what: str, *, keep: bool) -> None:
@@ -147,11 +155,10 @@ class _Walk:
             self._drop(self.fetched[1] if self.fetched is not None else ())
             self._fetch(s, moment)
         assert self.fetched is not None
-        (*rows, copy), self.fetched = self.fetched[1], None
+        rows, self.fetched = self.fetched[1], None
         ahead = self.neighbours[s][0 if back else 1]
         if ahead is not None:
             self._fetch(ahead, moment)
-        self.memory.drop(copy)
         found = []
         for unit, row in zip(self.units[s], rows):
             found.append(self.memory.new(unit.copies, "parameters") if unit.copies else self.memory.move(self.memory.hold(row), "parameters"))
@@ -160,17 +167,12 @@ class _Walk:
         return found
 
     def _fetch(self, s: int, moment: tuple[str, str]) -> None:
-        """The last of the storages is what the backend copies."""
-        sizes = [unit.gathered_rows for unit in self.units[s]]
-        self.fetched = (s, [self.memory.new(size, "communication") for size in (*sizes, self._copied(sum(sizes)))])
+        self.fetched = (s, [self.memory.new(unit.gathered_rows, "communication") for unit in self.units[s]])
         self.memory.note(*moment)
-
-    def _copied(self, num_bytes: int) -> int:
-        return num_bytes if self.engine.copies else 0
 
     def refresh(self) -> None:
         """Working copies, gathered once a step."""
-        open_at_a_time = [g.in_flight_bytes + self._copied(g.received_bytes) for g in self.holdings.flats]
+        open_at_a_time = [g.in_flight_bytes for g in self.holdings.flats]
         for n in range(len(open_at_a_time)):
             self.memory.note("gathering of parameters", communication=sum(open_at_a_time[n : n + IN_FLIGHT]))
 
@@ -186,6 +188,7 @@ class _Walk:
                 del self.saved[s, i]
         for n, num_bytes in self.steps.seeds:
             self.gradient[n] = self.memory.new(num_bytes, "temporaries")
+        self._drop(self.handed)
         for s in reversed(range(len(runs))):
             self._back(s, last)
         self._drop(self.gradient.values())
@@ -268,7 +271,12 @@ class _Walk:
                 self._launch(b, bucket)
 
     def _fill(self, key: int, bucket: Group, grads: list[int]) -> None:
-        """Copy gradients to the rows of their bucket and drop them."""
+        """Copy gradients to the rows of their bucket and drop them; of a leaf's that is alone the rows are made."""
+        if key >= 0 and bucket.sent_whole:
+            while len(self.in_flight) >= IN_FLIGHT:
+                self._collect()
+            self.filling[key] = self.memory.move(grads[0], "communication")
+            return
         if key not in self.filling:
             while len(self.in_flight) >= IN_FLIGHT:
                 self._collect()
@@ -281,7 +289,7 @@ class _Walk:
         if bucket.stage == 0:
             self.totals[key] = rows
         else:
-            sent = [rows, self.memory.new(self._copied(bucket.rows), "communication")]
+            sent = [rows, self.memory.new(bucket.rows_of_others if self.engine.receives else 0, "communication")]
             self.in_flight.append((key, sent, self.memory.new(bucket.part, "communication")))
             self.memory.note("reduction of gradients")
 
@@ -319,26 +327,22 @@ class _Walk:
         memory.drop(storage)
 
 
-def _resident(program: Program, holdings: Holdings) -> Memory:
-    """What is there before a step: parameters, optimizer state, buffers and the batch."""
-    graph, residency = program.graph, program.residency
-    held = holdings.parameters.values()
-    parameters = sum(h.device_bytes(offload=residency.offload) for h in held)
-    for value in graph.values:
-        if value.role in ("buffer", "constant", "input"):
-            parameters += value.meta.num_bytes * (residency.micro_batches if value.role == "input" else 1)
-    optimizer = 0
-    for h in held:
-        stored = residency.precision.stored(graph.values[h.value].meta.dtype)
-        if h.trained and not residency.offload:
-            optimizer += h.stored // DTYPE_BYTES[stored] * adam(stored, master=None).optimizer_bytes
-    return Memory(parameters=parameters, optimizer=optimizer)
+def kept_by_segment(program: Program) -> tuple[int, ...]:
+    """For each segment, and for what leads to the outputs, the bytes of its results that one microbatch keeps from forward to backward; what
+    comes from other stages is counted with the first."""
+    holdings = Holdings(program)
+    memory = resident(program, holdings, Beside())
+    walk = _Walk(program, steps_of(program), holdings, memory, Engine())
+    walk.forward()
+    first = [*walk.first_storage, memory.num_storages]
+    kept = [memory.held_between(a, b) for a, b in zip(first, first[1:])]
+    return (kept[0] + received_bytes(program), *kept[1:])
 
 
-def memory_use(program: Program, engine: Engine = Engine()) -> MemoryUse:
+def memory_use(program: Program, engine: Engine = Engine(), beside: Beside = Beside()) -> MemoryUse:
     """The fullest moment of a training step with AdamW on one rank."""
     holdings = Holdings(program)
-    memory = _resident(program, holdings)
+    memory = resident(program, holdings, beside)
     walk = _Walk(program, steps_of(program), holdings, memory, engine)
     walk.refresh()
     times = min(program.residency.micro_batches, 3)

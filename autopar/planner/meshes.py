@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 
 from autopar.core.cluster import Cluster
-from autopar.core.graph import OpGraph
 from autopar.core.mesh import Mesh, MeshAxis
 from autopar.errors import UsageError
 from autopar.planner.pins import Pins
@@ -12,24 +11,24 @@ from autopar.program import Program
 
 
 def forced_mesh(pins: Pins, cluster: Cluster) -> Mesh | None:
-    """The mesh that pinned degrees make; the degree that is not pinned takes the devices that are left."""
+    """The mesh of a stage that pinned degrees make; the degree that is not pinned takes the devices that are left. None: any mesh."""
     given = dict(pins.mesh_axes)
+    devices, ranks = cluster.num_devices, pins.pp or 1
+    product = math.prod(given.values())
+    if devices % (product * ranks) or (len(given) == 2 and product * ranks != devices):
+        text = " x ".join(f"{k}={v}" for k, v in {**({"pp": ranks} if pins.pp else {}), **given}.items())
+        raise UsageError(f"pins {text} make {product * ranks} devices, {cluster.name} has {devices}; choose degrees whose product {'is' if len(given) == 2 else 'divides'} {devices}")
     if not given:
         return None
-    n = cluster.num_devices
-    product = math.prod(given.values())
-    if n % product or (len(given) == 2 and product != n):
-        text = " x ".join(f"{k}={v}" for k, v in given.items())
-        raise UsageError(f"pins {text} make {product} devices, {cluster.name} has {n}; choose degrees whose product is {n}")
+    n = devices // ranks
     for name in ("dp", "tp"):
         given.setdefault(name, n // product)
     axes = tuple(MeshAxis(name, given[name]) for name in ("dp", "tp") if given[name] > 1)
     return Mesh(axes or (MeshAxis("dp", 1),))
 
 
-def candidate_meshes(cluster: Cluster) -> tuple[Mesh, ...]:
-    """All meshes of one axis and of two axes with as many ranks as devices, outermost first."""
-    n = cluster.num_devices
+def candidate_meshes(n: int) -> tuple[Mesh, ...]:
+    """All meshes of one axis and of two axes with `n` ranks, outermost first."""
     one = Mesh((MeshAxis("a", n),))
     two = [Mesh((MeshAxis("a", k), MeshAxis("b", n // k))) for k in range(2, n) if n % k == 0 and n // k > 1]
     return (one, *two)
@@ -48,7 +47,12 @@ def role_names(program: Program, batch: Sequence[frozenset[int]]) -> tuple[str, 
     return tuple(name if names.count(name) == 1 else name + "abc"[names[:i].count(name)] for i, name in enumerate(names))
 
 
-def work_flops(graph: OpGraph, program: Program) -> float:
-    """Model flops of a training step: contractions forward, and twice that backward."""
+def flops_share(cluster: Cluster, program: Program, step_s: float) -> float:
+    """Model flops of a training step (contractions forward, and twice that backward), as a share of what all devices could do meanwhile (MFU)."""
+    graph = program.graph
     live = graph.differentiated
-    return sum(r.flops * (3 if any(v in live for v in op.results) else 1) for op, r in zip(graph.ops, program.rules) if r.cost == "contract")
+    flops = sum(r.flops * (3 if any(v in live for v in op.results) else 1) for op, r in zip(graph.ops, program.rules) if r.cost == "contract")
+    dtype = graph.values[graph.params[0]].meta.dtype if graph.params else "float32"
+    peaks = dict(cluster.device.peak_flops_per_s)
+    peak = peaks.get(dtype, peaks["float32"]) * cluster.num_devices
+    return program.residency.micro_batches * flops / (peak * step_s) if step_s else 0.0

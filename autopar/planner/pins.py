@@ -1,15 +1,19 @@
-"""What a user fixes: `dp=2`, `zero=3`, `recompute=full`, or a word for a named parameter or operator."""
+"""What a user fixes: `dp=2`, `pp=4`, `schedule=1f1b`, `zero=3`, `recompute=full`, or a word for a named parameter or operator."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autopar.core.residency import RECOMPUTE
 from autopar.errors import PinConflictError, UsageError
+from autopar.schedules.orders import ORDERS
 
-DEGREES = ("dp", "tp", "sp", "cp", "ep", "pp", "vpp")
-OTHERS = ("zero", "micro_batch", "recompute")
-LATER = ("cp", "ep", "pp", "vpp")
+DEGREES = ("dp", "tp", "pp", "sp", "cp", "ep")
+OTHERS = ("zero", "micro_batch", "recompute", "schedule", "virtual")
+LATER = ("cp", "ep")
 """Degrees that this version does not search yet; 1 is what it does and is accepted."""
+
+SCHEDULES = tuple(name for name in ORDERS if name != "forward")
+"""Those that train."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +32,21 @@ class Pin:
 @dataclass(frozen=True)
 class Pins:
     """All user constraints: mesh degrees by role, ZeRO stage, samples per data-parallel rank and microbatch, recomputation of every
-    block, and words for names."""
+    block, words for names; of a pipeline its length, its schedule and its stages per rank (`virtual`)."""
 
     degrees: tuple[tuple[str, int], ...] = ()
     named: tuple[Pin, ...] = ()
     zero: int | None = None
     micro_batch: int | None = None
     recompute: str | None = None
+    pp: int | None = None
+    schedule: str | None = None
+    virtual: int | None = None
+
+    @property
+    def wants_pipeline(self) -> bool:
+        """Whether only a pipeline does what is asked."""
+        return (self.pp or 1) > 1 or self.schedule is not None or self.virtual is not None
 
     @property
     def mesh_axes(self) -> tuple[tuple[str, int], ...]:
@@ -60,13 +72,33 @@ def parse_pins(texts: Sequence[str]) -> Pins:
             raise PinConflictError(f"pins {found[key][1]!r} and {text!r} contradict each other; keep one")
         found[key] = (value, text)
     values = {key: value for key, (value, _) in found.items()}
+    _check_pipeline(values)
     return Pins(
         degrees=tuple((k, int(v)) for k, v in values.items() if k in ("dp", "tp")),
         named=tuple(named),
         zero=int(values["zero"]) if "zero" in values else None,
         micro_batch=int(values["micro_batch"]) if "micro_batch" in values else None,
         recompute=values.get("recompute"),
+        pp=int(values["pp"]) if "pp" in values else None,
+        schedule=values.get("schedule"),
+        virtual=int(values["virtual"]) if "virtual" in values else None,
     )
+
+
+def _check_pipeline(values: dict[str, str]) -> None:
+    """Refuse what no pipeline can be."""
+    schedule, virtual, zero = values.get("schedule"), int(values.get("virtual", "0")), values.get("zero", "0")
+    if values.get("pp") == "1" and ("schedule" in values or "virtual" in values):
+        raise PinConflictError("pin pp=1 is no pipeline, it has neither schedule nor virtual stages; leave them out or pin a larger pp")
+    if schedule == "interleaved" and virtual == 1:
+        raise PinConflictError("pins schedule=interleaved and virtual=1 contradict each other: with one stage per rank it is 1f1b; pin virtual=2 or more")
+    if schedule == "1f1b" and virtual > 1:
+        raise PinConflictError(f"pins schedule=1f1b and virtual={virtual} contradict each other: 1f1b has one stage per rank; pin schedule=interleaved")
+    if schedule == "zero-bubble" and zero in ("2", "3"):
+        raise PinConflictError(
+            f"pins schedule=zero-bubble and zero={zero} contradict each other: the two halves of a split backward would each reduce-scatter the gradients "
+            "of every microbatch, twice the traffic; pin zero=1 or schedule=1f1b"
+        )
 
 
 def _split(entry: str) -> list[str]:
@@ -79,6 +111,10 @@ def _check(key: str, value: str, text: str) -> None:
     if key == "recompute":
         if value not in RECOMPUTE:
             raise UsageError(f"--pin {text!r}: recompute is {', '.join(RECOMPUTE)}")
+        return
+    if key == "schedule":
+        if value not in SCHEDULES:
+            raise UsageError(f"--pin {text!r}: schedule is {', '.join(SCHEDULES)}")
         return
     if not value.isdigit() or len(value) > 6 or (int(value) < 1 and key not in ("zero", "sp")):
         raise UsageError(f"--pin {text!r}: {value!r} is not a positive whole number")

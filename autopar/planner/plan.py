@@ -15,15 +15,22 @@ from autopar.core.plan import Plan, Prediction, Proof
 from autopar.planner.advice import Retrace, infeasible
 from autopar.planner.bind import decisions
 from autopar.planner.keeping import recomputed_flops
-from autopar.planner.meshes import candidate_meshes, forced_mesh, role_names, work_flops
-from autopar.planner.pins import parse_pins
+from autopar.planner.lengths import Pipelines, Task
+from autopar.planner.meshes import candidate_meshes, flops_share, forced_mesh, role_names
+from autopar.planner.pins import Pins, parse_pins
+from autopar.planner.pipelines import StagedCandidate
 from autopar.planner.roles import batch_factors
 from autopar.planner.rulebook import rules_of
 from autopar.planner.search import Candidate, DoesNotFit, MeshSearch, Options
+from autopar.planner.staging import pipeline_prediction
 from autopar.program import Program
 from autopar.search.terms import Terms
 
 Progress = Callable[[str], None]
+
+
+PIPELINE_GAIN = 1.05
+"""A pipeline is taken where it is so many times faster: what a rank spends on its actions between computations is not priced."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ def _plan_graph(graph: OpGraph, cluster: Cluster, options: Options, progress: Pr
     rules = rules_of(graph)
     batch = batch_factors(graph, rules)
     forced = forced_mesh(pins, cluster)
-    meshes = (options.mesh,) if options.mesh else (forced,) if forced else candidate_meshes(cluster)
+    meshes = () if pins.wants_pipeline else (options.mesh,) if options.mesh else (forced,) if forced else candidate_meshes(cluster.num_devices)
     found: list[Candidate] = []
     failures: list[tuple[MeshSearch, DoesNotFit]] = []
     for mesh in meshes:
@@ -72,20 +79,34 @@ def _plan_graph(graph: OpGraph, cluster: Cluster, options: Options, progress: Pr
             found.append(search.best())
         except DoesNotFit as error:
             failures.append((search, error))
-    if not found:
-        raise infeasible(failures, retrace)
-    best = min(found, key=lambda c: (c.assignment.cost_s, len(c.program.mesh.axes)))
-    bound = min(c.assignment.bound_s for c in found)
-    return _finish(graph, cluster, best, bound, batch, options, len(found))
+    best = min(found, key=lambda c: (c.step_s, len(c.program.mesh.axes)), default=None)
+    bound = min((c.assignment.bound_s for c in found), default=math.inf)
+    below_s = best.step_s / PIPELINE_GAIN if best is not None else math.inf
+    pipelines = Pipelines(Task(graph, rules, batch, options), cluster, pins, retrace, below_s, progress)
+    piped = pipelines.best() if _may_be_pipelined(pins, options, fits=best is not None) else None
+    if piped is not None and piped.step_s < below_s:
+        return _finish(cluster, piped, min(bound, pipelines.bound_s), batch, _pipeline_status(piped, pipelines.num_tried, len(found)), options.tokens)
+    if best is None:
+        raise infeasible([*failures, *pipelines.failures], retrace)
+    return _finish(cluster, best, bound, batch, _status(best, len(found), pipelines.num_tried), options.tokens)
 
 
-def _finish(graph: OpGraph, cluster: Cluster, best: Candidate, bound_s: float, batch: Sequence[frozenset[int]], options: Options, num_meshes: int) -> Planned:
-    program = best.program
+def _may_be_pipelined(pins: Pins, options: Options, *, fits: bool) -> bool:
+    """Where degrees or the mesh are given, only if a pipeline is too. One microbatch in a pipeline is no faster than the devices of one
+    stage, which the meshes include."""
+    if pins.wants_pipeline:
+        return True
+    if pins.pp == 1 or pins.mesh_axes or options.mesh is not None:
+        return False
+    return options.free_micro_batches or options.micro_batches > 1 or not fits
+
+
+def _finish(cluster: Cluster, best: Candidate, bound_s: float, batch: Sequence[frozenset[int]], status: str, tokens: int) -> Planned:
+    program, graph = best.program, best.program.graph
     if any(name in ("a", "b") for name in program.mesh.names):
         names = role_names(program, batch)
         mesh = Mesh(tuple(MeshAxis(name, axis.size) for name, axis in zip(names, program.mesh.axes)))
         program = replace(program, mesh=mesh)
-    a = best.assignment
     unknown = program.ops_without_rule
     plan = Plan(
         graph_digest=graph.digest,
@@ -93,20 +114,29 @@ def _finish(graph: OpGraph, cluster: Cluster, best: Candidate, bound_s: float, b
         cluster=cluster.name,
         mesh=program.mesh,
         **decisions(program, program.mesh),
-        predicted=_predict(graph, cluster, best, program, options.tokens),
-        proof=Proof(a.cost_s, bound_s, max(0.0, a.cost_s - bound_s) / max(a.cost_s, 1e-300), a.solver, _status(best, num_meshes)),
+        predicted=pipeline_prediction(cluster, best.staged, tokens) if isinstance(best, StagedCandidate) else _predict(cluster, best, tokens),
+        proof=Proof(best.step_s, bound_s, max(0.0, best.step_s - bound_s) / max(best.step_s, 1e-300), best.assignment.solver, status),
+        pipeline=best.staged.stages.pipeline if isinstance(best, StagedCandidate) else None,
         notes=tuple(f"no rule for {kind}: computed replicated" for kind in unknown),
     )
     return Planned(plan, program)
 
 
-def _status(best: Candidate, num_meshes: int) -> str:
-    """Where memory binds, plans compete within a linear limit."""
+def _status(best: Candidate, num_meshes: int, num_pipelines: int) -> str:
+    """Where memory binds, plans compete within a linear limit. Pipelines that were tried are no part of the bound."""
     binding = ", within a linear memory limit" if best.problem.memory_limit_bytes is not None else ""
-    return f"{best.assignment.proof} over {num_meshes} mesh{'es' * (num_meshes > 1)}{binding}"
+    tried = f", and none of {num_pipelines} pipelines tried is faster by {PIPELINE_GAIN - 1:.0%}" if num_pipelines else ""
+    return f"{best.assignment.proof} over {num_meshes} mesh{'es' * (num_meshes > 1)}{binding}{tried}"
 
 
-def _predict(graph: OpGraph, cluster: Cluster, best: Candidate, program: Program, tokens: int) -> Prediction:
+def _pipeline_status(best: StagedCandidate, num_pipelines: int, num_meshes: int) -> str:
+    budget = "budget, " if best.assignment.proof == "budget" else ""
+    meshes = f" and {num_meshes} mesh{'es' * (num_meshes > 1)}" if num_meshes else ""
+    cut = "its cut is the best of this sharding and schedule" if best.exact else "its cut the best found"
+    return f"{budget}the fastest of {num_pipelines} pipelines{meshes} tried, {cut}; the bound is the least compute of any"
+
+
+def _predict(cluster: Cluster, best: Candidate, tokens: int) -> Prediction:
     choices, problem, ports = best.assignment.choices, best.problem, best.ports
     blocks = tuple(ports.block_node.values())
     states, terms = np.asarray(choices, dtype=int), Terms(problem)
@@ -116,17 +146,14 @@ def _predict(graph: OpGraph, cluster: Cluster, best: Candidate, program: Program
     again = math.fsum(of_edges[np.isin(terms.u, blocks)].tolist())
     compute, communication = compute + again, communication - again
     step = compute + communication
-    dtype = graph.values[graph.params[0]].meta.dtype if graph.params else "float32"
-    peaks = dict(cluster.device.peak_flops_per_s)
-    peak = peaks.get(dtype, peaks["float32"]) * cluster.num_devices
     return Prediction(
         step_time_s=step,
         compute_s=compute,
         communication_s=communication,
         peak_memory_bytes=best.memory.high_bytes,
         memory=best.memory,
-        communicated_bytes=program.ledger.total_bytes,
-        recomputed_flops=recomputed_flops(program),
+        communicated_bytes=best.program.ledger.total_bytes,
+        recomputed_flops=recomputed_flops(best.program),
         tokens_per_s=tokens / step if step else 0.0,
-        mfu=work_flops(graph, program) / (peak * step) if step else 0.0,
+        mfu=flops_share(cluster, best.program, step),
     )

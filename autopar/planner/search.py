@@ -36,7 +36,7 @@ CLOSE = 0.02
 @dataclass(frozen=True)
 class Options:
     """What the user asks for beside model and cluster. `tokens` per step is for the report only; the graph is that of one of
-    `micro_batches`; `offload`: optimizer state lives on the host."""
+    `micro_batches`, of which a pipeline may choose another number where they are free; `offload`: optimizer state lives on the host."""
 
     pins: Sequence[str] = ()
     mesh: Mesh | None = None
@@ -46,6 +46,7 @@ class Options:
     micro_batches: int = 1
     precision: Precision = Precision()
     offload: bool = False
+    free_micro_batches: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,10 @@ class Candidate:
     problem: SearchProblem
     ports: Ports
     engine: Engine
+
+    @property
+    def step_s(self) -> float:
+        return self.assignment.cost_s
 
     @cached_property
     def memory(self) -> MemoryUse:
@@ -93,6 +98,11 @@ class MeshSearch:
         return {}
 
     @property
+    def num_parts(self) -> int:
+        """On how many ranks what the linear model of memory sums lies in parts."""
+        return 1
+
+    @property
     def limit_bytes(self) -> float:
         return self.cluster.device.memory_bytes * self.options.memory_share
 
@@ -114,13 +124,13 @@ class MeshSearch:
             raise DoesNotFit(found, limit)
         last = fastest
         for _ in range(ROUNDS):
-            linear = last.assignment.memory_bytes + limit - last.memory.high_bytes
+            linear = last.assignment.memory_bytes + self.num_parts * (limit - last.memory.high_bytes)
             last = self._solved(self.keeping, linear if low < linear < high and last is not found else (low + high) / 2)
             if last.memory.high_bytes > limit:
                 high = last.assignment.memory_bytes
             else:
                 low = max(low, last.assignment.memory_bytes)
-                found = min(found, last, key=lambda c: c.assignment.cost_s)
+                found = min(found, last, key=lambda c: c.step_s)
             if high - low < CLOSE * low:
                 break
         return found
@@ -139,10 +149,10 @@ class MeshSearch:
     def _solved(self, keeping: Keeping, linear_limit_bytes: float | None) -> Candidate:
         whole, ports = self.problem(keeping)
         problem = whole if linear_limit_bytes is None else replace(whole, memory_limit_bytes=linear_limit_bytes)
-        return self._candidate(keeping, problem, ports, solve(problem, time_limit_s=self._time_limit_s(linear_limit_bytes)))
+        return self._candidate(keeping, problem, ports, self._solve(problem))
 
-    def _time_limit_s(self, linear_limit_bytes: float | None) -> float:
-        return self.options.time_limit_s / (ROUNDS if linear_limit_bytes is not None else 1)
+    def _solve(self, problem: SearchProblem) -> Assignment:
+        return solve(problem, time_limit_s=self.options.time_limit_s / (ROUNDS if problem.memory_limit_bytes is not None else 1))
 
     def problem(self, keeping: Keeping) -> tuple[SearchProblem, Ports]:
         """What is searched, without a memory limit, and what its nodes stand for; built once for all limits."""

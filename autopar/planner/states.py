@@ -1,9 +1,10 @@
 """What each operator may do on a mesh and what that costs: strategies, their layouts, seconds and bytes."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, cached_property, partial
 
 import numpy as np
 
@@ -12,10 +13,11 @@ from autopar.core.graph import DTYPE_BYTES, TensorMeta
 from autopar.core.layout import Layout, Placement, local_shape
 from autopar.core.mesh import Mesh
 from autopar.core.moves import COLLECTIVES
+from autopar.core.pipeline import with_pipeline
 from autopar.core.redistribute import Redistribution, layout_space
 from autopar.core.rule import Choice, OpRule, Strategy, nest, strategies
 from autopar.core.zero import Zero
-from autopar.cost_models.collectives import collective_seconds
+from autopar.cost_models.collectives import Span, algorithm_seconds, collective_seconds
 from autopar.cost_models.compute import op_seconds
 from autopar.planner.roles import Allowed
 from autopar.program import without_r
@@ -55,13 +57,44 @@ class States:
 
 @dataclass
 class Pricing:
-    """Seconds of operators and steps on one mesh of one cluster, memoised. A cache, not a value: one per search."""
+    """Seconds of operators and steps on one mesh of one cluster, memoised. A cache, not a value: one per search.
+
+    The mesh may be that of one stage of a pipeline, `pp`: how many ranks that has and where its axis stands among those of the mesh.
+    """
 
     cluster: Cluster
     mesh: Mesh
+    pp: tuple[int, int] = (1, 0)
     _steps: dict[tuple[str, tuple[int, ...], float], float] = field(default_factory=dict)
     _reductions: dict[tuple[tuple[int, ...], float], float] = field(default_factory=dict)
     _spaces: dict[tuple, Redistribution] = field(default_factory=dict)
+    _computed: dict[tuple[float, float, str, str], float] = field(default_factory=dict)
+
+    @cached_property
+    def whole(self) -> Mesh:
+        """The mesh of all devices, whose strides say which links a group spans."""
+        return self.mesh if self.pp[0] == 1 else with_pipeline(self.mesh, *self.pp)
+
+    def _in_whole(self, axes: tuple[int, ...]) -> tuple[int, ...]:
+        return axes if self.pp[0] == 1 else tuple(a + (a >= self.pp[1]) for a in axes)
+
+    def compute(self, flops: float, num_bytes: float, dtype: str, kind: str) -> float:
+        """Seconds of the forward of one operator with these local flops and bytes."""
+        key = flops, num_bytes, dtype, kind
+        if key not in self._computed:
+            self._computed[key] = float(op_seconds(self.cluster.device, flops, num_bytes, dtype if dtype in PRICED_DTYPES else "float32", kind))
+        return self._computed[key]
+
+    def message(self, num_bytes: float) -> float:
+        """Seconds of a message of this many bytes from a rank to the next one of the pipeline."""
+        return float(collective_seconds(self.cluster, self.whole, "send", (self.pp[1],), num_bytes)) if num_bytes else 0.0
+
+    def tie(self, ranks: tuple[int, ...], num_bytes: float) -> float:
+        """Seconds of an all-reduce of this many bytes over these ranks of the pipeline."""
+        stride, per_node = self.whole.strides[self.pp[1]], self.cluster.devices_per_node
+        nodes = Counter(rank * stride // per_node for rank in ranks)
+        span = Span(len(ranks), len(nodes), max(nodes.values()), min(nodes.values()))
+        return float(min(algorithm_seconds(self.cluster, span, "all_reduce", num_bytes).values()))
 
     def step(self, primitive: str, axis: int, local_bytes: float) -> float:
         """Seconds of one primitive along one axis with this many local input bytes."""
@@ -69,7 +102,7 @@ class Pricing:
 
     def _step(self, primitive: str, axes: tuple[int, ...], local_bytes: float) -> float:
         if primitive in COLLECTIVES:
-            return float(collective_seconds(self.cluster, self.mesh, primitive, axes, local_bytes))
+            return float(collective_seconds(self.cluster, self.whole, primitive, self._in_whole(axes), local_bytes))
         passes = LOCAL_COPIES[primitive]
         return passes * float(op_seconds(self.cluster.device, 0.0, 2 * local_bytes, "float32", "pointwise")) if passes else 0.0
 

@@ -97,10 +97,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Steps:
-    """`runs[s]`: segment s; one more at the end for what leads to the outputs. `seeds`: (node, bytes) that the backward starts from;
-    `leaves`: node -> parameter."""
+    """`runs[s]`: segment s; one more at the end for what leads to the outputs. `ends`: for every output, then every update, the node whose
+    memory it lies in, if any, and whether a gradient comes back. `seeds`: (node, bytes) that the backward starts from; `leaves`: node -> parameter."""
 
     runs: tuple[Run, ...]
+    ends: tuple[tuple[int | None, bool], ...]
     seeds: tuple[tuple[int, int], ...]
     leaves: Mapping[int, int]
 
@@ -125,7 +126,7 @@ class _Builder:
     def build(self) -> Steps:
         program, graph = self.program, self.program.graph
         for v, value in enumerate(graph.values):
-            if value.role != "op":
+            if value.role not in ("op", "elsewhere"):
                 layout = program.produced[v]
                 self._add(v, layout, (layout,), held=True)
         known: dict[Any, Script] = {}
@@ -145,7 +146,8 @@ class _Builder:
         scripts.append(self._finish())
         seeds = tuple((n, self.nodes[n].num_bytes) for v, n in zip(graph.outputs, ends) if v in graph.seeds)
         leaves = {self.found[v][program.produced[v],]: v for v in graph.params}
-        return Steps(self._runs(scripts, bases, {o for n in ends if (o := self.owners[n]) is not None}), seeds, leaves)
+        runs = self._runs(scripts, bases, {o for n in ends if (o := self.owners[n]) is not None})
+        return Steps(runs, tuple((self.owners[n], self.nodes[n].live) for n in ends), seeds, leaves)
 
     def _runs(self, scripts: Sequence[Numbered], bases: Sequence[int], ends: set[int]) -> tuple[Run, ...]:
         """With what expires where; `ends` never do. `bases`: the first node that each segment makes."""

@@ -12,6 +12,7 @@ from autopar.rewrite.blocks import split_into_blocks
 from autopar.rewrite.check import check_emitted, check_program
 from autopar.rewrite.emit import emit
 from autopar.rewrite.spelling import spell
+from autopar.rewrite.split import put_off_weight_gradients
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,14 @@ class Built:
     positions: Mapping[int, Mapping[int, int]]
 
 
-def build(program: Program, traced: Any, device: torch.device | None = None) -> Built:
-    """Emit a program for a device; raises VerificationError if what came out is not what the plan says."""
+def build(program: Program, traced: Any, device: torch.device | None = None, *, split_backward: bool = False) -> Built:
+    """Emit a program for a device; raises VerificationError if what came out is not what the plan says. `split_backward`: gradients of
+    weights can be put off."""
     check_program(program)
     emitted = emit(program, traced.gm, traced.node_of, device or torch.device("cpu"))
     check_emitted(program, emitted.graph)
+    if split_backward:
+        put_off_weight_gradients(emitted, program)
     spell(emitted.graph)
     split = split_into_blocks(emitted, program)
     return Built(split.module, emitted.inputs, split.positions)

@@ -30,7 +30,8 @@ def _routes(program: Program) -> Iterator[tuple[str, int, Route, Layout | None]]
         for k, v in enumerate(op.operands):
             yield f"{op.name} operand {k}", v, program.full_route(v, program.routes[i, k]), program.needed(i, k)
     for n, (v, route) in enumerate(zip(graph.outputs, program.output_routes)):
-        yield f"output {n}", v, program.full_route(v, route), None
+        route = program.full_route(v, route)
+        yield f"output {n}", v, route, route[-1] if n >= program.first_handed else None
     for (buffer, v), route in zip(graph.updates, program.update_routes):
         yield f"update of {graph.values[buffer].source[0]}", v, program.full_route(v, route), None
 

@@ -39,7 +39,7 @@ class _Emitter:
     def emit(self) -> Emitted:
         graph = self.program.graph
         for v, value in enumerate(graph.values):
-            if value.role != "op":
+            if value.role not in ("op", "elsewhere"):
                 name = value.source[0] if value.role in ("param", "buffer") else self.node_of[v]
                 node = self.graph.placeholder("".join(c if c.isalnum() else "_" for c in name))
                 self.nodes[v, (self.program.produced[v],)] = node

@@ -1,5 +1,6 @@
 """Fused attention and the losses."""
 
+import math
 from typing import Any
 
 from autopar.core.rule import OpRule
@@ -49,8 +50,9 @@ def _kept_by_kernel(call: Call, rows: list, mask: list[str | None]) -> dict[str,
 
 
 def _kept_written_out(call: Call, scores: list) -> dict[str, Any]:
-    """The probabilities, the mask of the dropout and their product."""
-    return {"saves": ["query", "key", "value"], "keeps": [(scores, call.meta("query").dtype)] * 3}
+    """The probabilities, the mask of the dropout and their product, all before the product with the values."""
+    q, v = call.shape("query"), call.shape("value")
+    return {"saves": ["query", "key", "value"], "keeps": [(scores, call.meta("query").dtype)] * 3, "tail_flops": 2.0 * math.prod(q[:3]) * v[2] * v[3]}
 
 
 @rule("autopar.token_cross_entropy.default")

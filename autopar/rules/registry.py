@@ -63,6 +63,7 @@ class Call:
         keeps: Sequence[tuple[DimSpec, str]] = (),
         inner: Sequence[tuple[str, str, DimSpec, int, int]] = (),
         flops: float | None = None,
+        tail_flops: float = 0.0,
     ) -> OpRule:
         """Assemble the rule. `linear` lists sets of operand names in which the operator is jointly linear.
 
@@ -89,6 +90,7 @@ class Call:
             flops=0.0 if cost == "view" else flops,
             saved_operands=tuple(k for a in saves for k in position.get(a, ())),
             saved_results=tuple(saves_results),
+            tail_flops=tail_flops,
             kept=tuple(Kept(_code(dims, names), dtype) for dims, dtype in keeps),
             inner=tuple(InnerCollective(names.index(f), prim, _code(dims, names), fwd, bwd) for f, prim, dims, fwd, bwd in inner if f in names),
         )

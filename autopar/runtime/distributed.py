@@ -1,6 +1,6 @@
 """Ranks on `torch.distributed`: process groups for every set of mesh axes that a program communicates over."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -9,12 +9,16 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from autopar.core.mesh import Mesh
+from autopar.core.pipeline import PP, Pipeline
 from autopar.errors import PlanMismatchError, UsageError
-from autopar.runtime.rank import Rank, Stream
+from autopar.runtime.rank import Counter, Rank, Stream
 
 # torch 2.13 renamed them and warns about the old names.
 ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+SUM_TAG = 0x5EED
+"""Keeps the messages of a sum apart from those of others."""
 
 REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
@@ -27,16 +31,35 @@ class Work(Protocol):
 
 @dataclass(frozen=True)
 class Summed:
-    """A reduce-scatter made of an all-to-all and a sum: gloo's own sends and adds about twice as much (torch 2.13, 1 to 24 MB)."""
+    """A reduce-scatter made of messages and a sum: gloo's own sends and adds about twice as much (torch 2.13, 1 to 24 MB).
 
-    exchange: dist.Work
+    `rows`: [members, n], of which `me` is this member's; `received`: that row of every other member.
+    """
+
     rows: torch.Tensor
+    me: int
     received: torch.Tensor
     result: torch.Tensor
+    messages: Sequence[Work]
 
     def wait(self) -> None:
-        self.exchange.wait()
-        torch.sum(self.received, 0, out=self.result)
+        for message in self.messages:
+            message.wait()
+        first, *others = self.received
+        torch.add(self.rows[self.me], first, out=self.result)
+        for row in others:
+            self.result.add_(row)
+
+
+@dataclass(frozen=True)
+class Several:
+    """Collectives that are waited for together."""
+
+    works: tuple[Work, ...]
+
+    def wait(self) -> None:
+        for work in self.works:
+            work.wait()
 
 
 @dataclass(frozen=True)
@@ -65,15 +88,36 @@ class GroupExchange:
     def start_all_gather(self, row: torch.Tensor) -> tuple[torch.Tensor, Work]:
         """(rows of all members, the work to wait for)."""
         rows = row.new_empty((self.size, row.numel()))
+        if self.gloo:
+            rows[dist.get_rank(self.group)].copy_(row)
+            return rows, self.start_filling(rows)
         return rows, ALL_GATHER(rows.view(-1), row, group=self.group, async_op=True)
+
+    def start_filling(self, rows: torch.Tensor) -> Work:
+        """An all-gather in place: of rows [members, n], contiguous, this member's own is there and the others come.
+
+        Over gloo it is made of broadcasts from place to place: its own all-gather copies everything once more (torch 2.13, 1 to 24 MB).
+        """
+        if self.gloo:
+            return Several(tuple(dist.broadcast(row, group=self.group, group_src=n, async_op=True) for n, row in enumerate(rows)))
+        return ALL_GATHER(rows.view(-1), rows[dist.get_rank(self.group)], group=self.group, async_op=True)
 
     def start_reduce_scatter(self, rows: torch.Tensor) -> tuple[torch.Tensor, Work]:
         """(this member's row summed over all members, the work to wait for)."""
         row = rows.new_empty(rows.shape[1])
-        if self.gloo:
-            received = torch.empty_like(rows)
-            return row, Summed(dist.all_to_all_single(received, rows, group=self.group, async_op=True), rows, received, row)
+        if self.gloo and self.size > 1:
+            return row, self._start_sum(rows, row)
         return row, REDUCE_SCATTER(row, rows.view(-1), group=self.group, async_op=True)
+
+    def _start_sum(self, rows: torch.Tensor, result: torch.Tensor) -> Summed:
+        me = dist.get_rank(self.group)
+        received = rows.new_empty((self.size - 1, rows.shape[1]))
+        messages = []
+        for k in range(1, self.size):
+            to, source = (me + k) % self.size, (me - k) % self.size
+            messages.append(dist.isend(rows[to], group=self.group, group_dst=to, tag=SUM_TAG))
+            messages.append(dist.irecv(received[k - 1], group=self.group, group_src=source, tag=SUM_TAG))
+        return Summed(rows, me, received, result, messages)
 
     def start_all_reduce(self, x: torch.Tensor) -> tuple[torch.Tensor, Work]:
         """Sum in place."""
@@ -104,6 +148,52 @@ def connect(mesh: Mesh, axis_sets: Iterable[tuple[int, ...]], device: torch.devi
             if me in ranks:
                 exchanges["+".join(mesh.names[a] for a in axes)] = GroupExchange(group, len(ranks), dist.get_backend(group) == "gloo")
     return Rank(mesh, me, device, exchanges, Stream(seed))
+
+
+@dataclass(frozen=True)
+class Places:
+    """A process among the stages of a pipeline: its rank in the pipeline and in its stage's mesh, the processes with the same place in
+    other stages (`peers`, by rank of the pipeline), and what it communicates through. `shared`: groups for weights of several stages."""
+
+    rank: int
+    stage_rank: int
+    peers: tuple[int, ...]
+    exchanges: Mapping[str, GroupExchange]
+    shared: Mapping[tuple[int, ...], dist.ProcessGroup]
+    whole: DeviceMesh
+    device: torch.device
+    stream: Stream
+    counter: Counter
+
+    def stage_mesh(self, mesh: Mesh) -> DeviceMesh:
+        """The part of the whole mesh that is this stage's."""
+        return self.whole[mesh.names]
+
+    def stage_rank_of(self, mesh: Mesh) -> Rank:
+        """This process as a rank of a stage; every stage has units of its own, all share the counter and the random stream."""
+        return Rank(mesh, self.stage_rank, self.device, self.exchanges, self.stream, self.counter)
+
+
+def connect_stages(mesh: Mesh, pipeline: Pipeline, axis_sets: Iterable[tuple[int, ...]], shared: Iterable[tuple[int, ...]], device: torch.device, *, seed: int = 0) -> Places:
+    """This process in a pipeline of stages on meshes like `mesh`; `shared`: sets of pipeline ranks that share weights.
+
+    Every process must call this with the same arguments.
+    """
+    whole = pipeline.whole_mesh(mesh)
+    axis = whole.names.index(PP)
+    rank = connect(whole, [tuple(whole.names.index(mesh.names[a]) for a in axes) for axes in axis_sets], device, seed=seed)
+    groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    for ranks in sorted({tuple(ranks) for ranks in shared if len(ranks) > 1}):
+        for line in whole.groups((axis,)):
+            members = [line[r] for r in ranks]
+            group = dist.new_group(members)
+            if rank.rank in members:
+                groups[ranks] = group
+    place = whole.coordinates(rank.rank)
+    inside = [c for a, c in enumerate(place) if a != axis]
+    stage_rank = sum(c * stride for c, stride in zip(inside, mesh.strides))
+    exchanges = {name: x for name, x in rank.exchanges.items() if isinstance(x, GroupExchange)}
+    return Places(place[axis], stage_rank, whole.group(rank.rank, (axis,)), exchanges, groups, device_mesh(whole, device), device, rank.stream, rank.counter)
 
 
 def device_mesh(mesh: Mesh, device: torch.device) -> DeviceMesh:

@@ -20,6 +20,7 @@ class Parts:
         self.padded = any(not cut.even for cut in self.cuts)
         # What every step asks of every tensor is worked out once: a Python call a tensor is what a small model's step waits for.
         self.straight = [cut.even and cut.dim == 0 and cut.outer == 1 for cut in self.cuts]
+        self.whole = len(self.cuts) == 1 and self.straight[0]  # the memory of the one tensor is that of the rows
         self.own_numels = [cut.numel(me) for cut in self.cuts]
         self.own_shapes = [cut.part_shape(me) for cut in self.cuts]
 

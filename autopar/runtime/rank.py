@@ -58,7 +58,7 @@ class Rank:
     """One rank of a mesh. `exchanges` maps axis names joined by '+' to the communication of that group (absent when simulated).
 
     `units`: what is gathered for each segment of the program; `tape`: where a block that is computed again keeps the results of its
-    collectives."""
+    collectives; `deferred`: where a backward of inputs only leaves what the gradients of weights need (`split.py`)."""
 
     mesh: Mesh
     rank: int
@@ -70,6 +70,7 @@ class Rank:
     offload: bool = False
     tape: Any = None
     replaying: bool = False
+    deferred: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]] | None = None
 
     def __post_init__(self) -> None:
         self.coordinates = dict(zip(self.mesh.names, self.mesh.coordinates(self.rank)))

@@ -84,16 +84,24 @@ class Reducer:
                 self._launch(bucket)
 
     def _take(self, bucket: Bucket, i: int) -> None:
-        """Copy a gradient to its bucket and drop it: its memory serves the next one while it is warm."""
+        """Copy a gradient to its bucket and drop it: its memory serves the next one while it is warm. One that is alone is the bucket."""
         leaf = self.leaves[bucket.members[i]]
-        self._put(bucket, i, leaf.grad)
-        leaf.grad = None
+        grad, leaf.grad = leaf.grad, None
+        if grad is not None and bucket.parts.whole and grad.dtype == bucket.dtype and grad.is_contiguous():
+            bucket.missing.discard(i)
+            self._make_room()
+            bucket.rows = grad.view(bucket.parts.ranks, -1)
+        else:
+            self._put(bucket, i, grad)
+
+    def _make_room(self) -> None:
+        while len(self._scattered) >= IN_FLIGHT:
+            self._collect(self._scattered[0])
 
     def _put(self, bucket: Bucket, i: int, grad: torch.Tensor | None) -> None:
         bucket.missing.discard(i)
         if bucket.rows is None:
-            while len(self._scattered) >= IN_FLIGHT:
-                self._collect(self._scattered[0])
+            self._make_room()
             bucket.rows = bucket.parts.rows(bucket.dtype, self.rank.device)
         if grad is None:
             bucket.parts.clear(bucket.rows, i)
@@ -138,8 +146,21 @@ class Reducer:
         for bucket in self.buckets:
             if bucket.work is not None:
                 self._collect(bucket)
-        if not self.enabled:
-            return
+        if self.enabled:
+            self._deliver()
+
+    def complete(self) -> None:
+        """Sum and deliver what backwards without a sum have left; nothing where the last one did."""
+        for bucket in self.buckets:
+            if bucket.stage < 2 and any(self.leaves[v].grad is not None for v in bucket.members):
+                bucket.missing = set(range(len(bucket.members)))
+                self._launch(bucket)
+        for bucket in self.buckets:
+            if bucket.work is not None:
+                self._collect(bucket)
+        self._deliver()
+
+    def _deliver(self) -> None:
         self._sum_over_rest()
         for bucket in self.buckets:
             if bucket.total is not None:

@@ -25,8 +25,8 @@ class Unit(Protocol):
         """(the arguments with whole weights in place of stored parts, those weights)."""
         ...
 
-    def again(self) -> list[torch.Tensor]:
-        """The weights once more, for the backward."""
+    def again(self, *, first: bool = False) -> list[torch.Tensor]:
+        """The weights once more, for the backward; `first`: it has just begun, what is there is of another one."""
         ...
 
 
@@ -135,7 +135,7 @@ class _Ask(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
-        ctx.unit.again()
+        ctx.unit.again(first=True)
         return (None, *grads)
 
 

@@ -1,4 +1,4 @@
-"""Training on a simulated mesh: what `ParallelModule` does on one rank, for all ranks of a mesh inside one process.
+"""Training on a simulated mesh: what `Share` does on one rank, for all ranks of a mesh inside one process.
 
 Written without buckets, prefetch or flat buffers: one parameter at a time, so that it is a check on those, not a copy.
 """
@@ -15,6 +15,9 @@ from autopar.runtime.rank import Rank
 from autopar.runtime.simulate import Simulation, simulated_ranks
 from autopar.runtime.weights import shard
 
+Column = list[torch.Tensor]
+"""One value on every rank."""
+
 MakeOptimizer = Callable[[list[torch.Tensor]], torch.optim.Optimizer]
 
 
@@ -26,8 +29,9 @@ class SimulatedModule:
 
     def __init__(
         self, program: Program, module: GraphModule, inputs: Sequence[int], positions: Mapping[int, Mapping[int, int]], values: Mapping[int, torch.Tensor],
-        make: MakeOptimizer, seed: int = 0,
+        make: MakeOptimizer, seed: int = 0, *, splits: bool = False,
     ) -> None:  # fmt: skip
+        self.splits = splits
         self.program, self.module, self.inputs = program, module, tuple(inputs)
         self.ranks: list[Rank] = simulated_ranks(program.mesh, seed=seed)
         graph = program.graph
@@ -106,36 +110,39 @@ class SimulatedModule:
     def _reduction(self, v: int) -> torch.dtype:
         return getattr(torch, self.program.residency.precision.reduced(self.program.graph.values[v].meta.dtype))
 
-    def step(
-        self, batches: Sequence[Sequence[torch.Tensor]], weights: Sequence[float], cotangents: Sequence[torch.Tensor] | None = None
-    ) -> tuple[list[list[torch.Tensor]], list[list[torch.Tensor | None]]]:
-        """One optimizer step over microbatches: (outputs of every rank and microbatch, gradients of every rank's stored parameters)."""
+    def start(self) -> None:
+        """Begin a step: take over what the optimizers left."""
         self._refresh()
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        outputs: list[list[torch.Tensor]] = [[] for _ in self.ranks]
-        for n, (batch, weight) in enumerate(zip(batches, weights)):
-            self.ranks[0].stream.microbatch = n
-            results = self.simulation.run(self.module, self._rows(batch))
-            self._backward([out for out, _ in results], weight, cotangents)
-            self._scatter_appeared()
-            for row, (out, _) in zip(outputs, results):
-                row += [x.detach() for x in out]
-            self._update([updates for _, updates in results])
-        self.ranks[0].stream.microbatch = 0
-        self._complete()
-        grads = [[None if mine[v].grad is None else mine[v].grad.clone() for v in self.program.graph.params] for mine in self.stored]
+
+    def compute(self, microbatch: int, given: Mapping[int, Column]) -> list[Column]:
+        """The program's outputs from what is neither parameter nor buffer, by value number."""
+        self.ranks[0].stream.microbatch = microbatch
+        rows = [
+            [leaves[v] if v in leaves else fixed[v] if v in fixed else given[v][r] for v in self.inputs]
+            for r, (leaves, fixed) in enumerate(zip(self.leaves, self.fixed))
+        ]
+        results = self.simulation.run(self.module, rows)
+        self._update_buffers([updates for _, updates in results])
+        return [list(column) for column in zip(*(outputs for outputs, _ in results))]
+
+    def differentiate(self, tensors: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], *, last: bool) -> None:
+        """One backward, of all ranks together."""
+        if tensors:
+            torch.autograd.backward(tensors, grads)
+        self._scatter_appeared()
+
+    def gradients(self) -> list[list[torch.Tensor | None]]:
+        """Every rank's gradients of its stored parameters."""
+        return [[None if (g := mine[v].grad) is None else g.clone() for v in self.program.graph.params] for mine in self.stored]
+
+    def update(self) -> None:
+        """The optimizer steps, and the end of the step."""
         for optimizer in self.optimizers:
             optimizer.step()
+        self.ranks[0].stream.microbatch = 0
         self.ranks[0].stream.step += 1
-        return outputs, grads
-
-    def _rows(self, batch: Sequence[torch.Tensor]) -> list[list[Any]]:
-        rows = []
-        for leaves, fixed in zip(self.leaves, self.fixed):
-            given = iter(batch)
-            rows.append([leaves[v] if v in leaves else fixed[v] if v in fixed else next(given) for v in self.inputs])
-        return rows
 
     def _refresh(self) -> None:
         for v in self.program.graph.params:
@@ -143,18 +150,6 @@ class SimulatedModule:
                 for leaves, whole in zip(self.leaves, self.gather(v)):
                     leaves[v].detach().copy_(whole)
                     leaves[v].grad = None
-
-    def _backward(self, outputs: Sequence[Sequence[torch.Tensor]], weight: float, cotangents: Sequence[torch.Tensor] | None) -> None:
-        """One backward through all ranks; every output is whole on each rank, and so is its gradient."""
-        graph = self.program.graph
-        tensors, grads = [], []
-        for out in outputs:
-            for n, v in enumerate(graph.seeds):
-                t = out[graph.outputs.index(v)]
-                tensors.append(t)
-                grads.append(weight * (torch.ones_like(t) if cotangents is None else cotangents[n]))
-        if tensors:
-            torch.autograd.backward(tensors, grads)
 
     def _scatter_appeared(self) -> None:
         """Stage 2: no whole gradient outlives a backward."""
@@ -176,7 +171,7 @@ class SimulatedModule:
             part = part.to(mine[v].dtype)
             mine[v].grad = part if mine[v].grad is None else mine[v].grad + part
 
-    def _complete(self) -> None:
+    def finish(self) -> None:
         """What is summed once per step."""
         for v in self._live(1):
             self._add(v, self.scatter(v, [self._grad(leaves[v]) for leaves in self.leaves]))
@@ -209,7 +204,7 @@ class SimulatedModule:
         """Elements that travel for a stored part."""
         return self.cut(v, rank).padded if self.stage(v) else self.stored[rank][v].numel()
 
-    def _update(self, updates: Sequence[Sequence[torch.Tensor]]) -> None:
+    def _update_buffers(self, updates: Sequence[Sequence[torch.Tensor]]) -> None:
         for fixed, new in zip(self.fixed, updates):
             with torch.no_grad():
                 for (buffer, _), x in zip(self.program.graph.updates, new):
@@ -240,8 +235,8 @@ class _Units:
             weights += list(whole)
         return given, weights
 
-    def again(self) -> list[torch.Tensor]:
-        if self._again is None:
+    def again(self, *, first: bool = False) -> list[torch.Tensor]:
+        if first or self._again is None:
             with torch.no_grad():
                 self._again = [w for v in self.position for w in self.owner.gather(v)]
         return self._again

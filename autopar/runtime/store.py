@@ -92,6 +92,11 @@ class Flat:
     parts: Parts
     buffer: torch.Tensor | None
 
+    @property
+    def in_place(self) -> bool:
+        """Whether the working tensor is itself the rows of its gather."""
+        return self.buffer is None and self.parts.whole
+
 
 class Store:
     """Makes the stored parameters of a rank and keeps what the program computes with up to date.
@@ -184,15 +189,22 @@ class Store:
     def _take_in(self, flat: Flat, rows: torch.Tensor, work: Any) -> None:
         if work is not None:
             work.wait()
-        flat.parts.unpack_into(rows, [self.leaves[v].detach() for v in flat.members])
+        if not flat.in_place:
+            flat.parts.unpack_into(rows, [self.leaves[v].detach() for v in flat.members])
 
     def _gather(self, flat: Flat) -> tuple[torch.Tensor, Any]:
+        """(rows of all ranks, what to wait for)."""
+        axes = self.names(flat.kind.axes)
+        exchange = self.rank.exchanges.get(axes)
+        if flat.in_place:
+            rows = self.leaves[flat.members[0]].detach().view(flat.parts.ranks, -1)
+            self.rank.count("all_gather", axes, rows[flat.parts.me])
+            assert isinstance(exchange, GroupExchange)
+            return rows, exchange.start_filling(rows)
         row = self._row(flat)
         if flat.parts.ranks == 1:
             return row.view(1, -1), None
-        axes = self.names(flat.kind.axes)
         self.rank.count("all_gather", axes, row)
-        exchange = self.rank.exchanges[axes]
         assert isinstance(exchange, GroupExchange)
         return exchange.start_all_gather(row)
 

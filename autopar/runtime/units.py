@@ -88,9 +88,9 @@ class Units:
             given[p] = w
         return given, weights
 
-    def again(self) -> list[torch.Tensor]:
+    def again(self, *, first: bool = False) -> list[torch.Tensor]:
         """The weights for the backward, in the order of `gather`; there until all their gradients are."""
-        if self._again is None:
+        if first or self._again is None:
             with torch.no_grad():
                 self._again = self.fetch(self.before)
             if self.after is not None and not self.after.trains:

@@ -124,7 +124,8 @@ def cases(draw: st.DrawFn) -> tuple[Schedule, PipelineCost]:
     microbatches = ranks * draw(st.integers(1, 2)) if virtual == 2 else draw(st.integers(1, 6))
     stages = ranks * virtual
     edges = (*chain(stages), *([Edge(0, stages - 1)] if stages > 2 and draw(st.booleans()) else []))
-    schedule = make_schedule(name, ranks, microbatches, virtual, edges=edges, tied=[(0, stages - 1)] if stages > 1 else [])
+    tied = sorted(draw(st.sets(st.integers(0, stages - 1), min_size=2))) if stages > 1 else []
+    schedule = make_schedule(name, ranks, microbatches, virtual, edges=edges, tied=[tied] if tied else [])
     if schedule.training:
         schedule = add_updates(schedule, replicas=2, zero_stage=draw(st.integers(0, 3)))
     seconds = st.integers(0, 8).map(lambda n: n / 4)

@@ -149,3 +149,14 @@ def test_tables_are_minimised_whatever_the_tiles(sizes: tuple[int, ...]) -> None
     result = sum_and_minimise(operands)
     assert result.shape == sizes[1:]
     np.testing.assert_allclose(result, total.min(axis=0), rtol=1e-14)
+
+
+def test_a_hub_of_one_state_with_more_neighbours_than_an_array_has_axes() -> None:
+    """Rotary embeddings on one device: one state, read by every layer."""
+    layers = 70
+    reads = [Node(f"read {n}", np.array([1.0]), np.zeros(1)) for n in range(layers)]
+    computes = [Node(f"compute {n}", np.array([2.0, 1.0]), np.zeros(2)) for n in range(layers)]
+    edges = [Edge(0, 1 + n, np.array([[0.5]])) for n in range(layers)]
+    edges += [Edge(1 + n, 1 + layers + n, np.array([[0.0, 3.0]])) for n in range(layers)]
+    found = minimise(SearchProblem((Node("hub", np.zeros(1), np.zeros(1)), *reads, *computes), tuple(edges)))
+    assert found.exact and found.value == layers * 3.5 and set(found.choices) == {0}

@@ -1,0 +1,132 @@
+"""The best pipeline of one length on one mesh per stage: the program of a whole microbatch, cut into stages.
+
+All stages have meshes of one shape, and the sharding is searched for the whole graph at once: every operator is in one stage, so that every
+stage has its own. Where memory binds, the linear model counts the activations of as many microbatches as are in flight on the fullest rank,
+and the stages together may hold as much as all ranks have; the liveness of the built stages decides.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+
+import numpy as np
+
+from autopar.core.memory import MemoryUse
+from autopar.core.problem import Assignment, Edge, SearchProblem
+from autopar.core.schedule import Kind
+from autopar.errors import InfeasibleError
+from autopar.planner.blocks import Blocks, Order
+from autopar.planner.cuts import Cut, best_cut, formula_cut
+from autopar.planner.keeping import Keeping
+from autopar.planner.problem import Ports
+from autopar.planner.search import Candidate, MeshSearch
+from autopar.planner.staging import Staged
+from autopar.planner.states import Pricing
+from autopar.schedules.orders import make_order
+
+TRIES = 4
+"""How often a cut is made again under a lower limit, where its stages hold more than the table said."""
+
+
+@dataclass(frozen=True)
+class StagedCandidate(Candidate):
+    """A sharding with its cut. `exact`: no other cut of it is faster."""
+
+    staged: Staged
+    exact: bool = False
+
+    @property
+    def step_s(self) -> float:
+        return self.staged.timeline.step_time_s
+
+    @property
+    def memory(self) -> MemoryUse:  # type: ignore[override]
+        return self.staged.worst_memory
+
+
+@dataclass(frozen=True)
+class StageSearch(MeshSearch):
+    """All plans of a pipeline that runs in this order, its axis at `position` among those of the mesh of a stage."""
+
+    order: Order
+    position: int
+
+    @cached_property
+    def pricing(self) -> Pricing:
+        return Pricing(self.cluster, self.mesh, (self.order.num_ranks, self.position))
+
+    @property
+    def num_parts(self) -> int:
+        return self.order.num_ranks
+
+    @property
+    def given(self) -> Keeping:
+        return self._possible(super().given)
+
+    @property
+    def keeping(self) -> Keeping:
+        return self._possible(super().keeping)
+
+    def _possible(self, keeping: Keeping) -> Keeping:
+        """A split backward would reduce-scatter the gradients of every microbatch twice, so it goes with stages 0 and 1."""
+        return replace(keeping, stages=tuple(s for s in keeping.stages if s < 2)) if self.order.schedule == "zero-bubble" else keeping
+
+    def problem(self, keeping: Keeping) -> tuple[SearchProblem, Ports]:
+        problem, ports = super().problem(keeping)
+        return _in_flight(problem, ports, in_flight(self.order)), ports
+
+    def sharded(self) -> Candidate:
+        """The fastest sharding, memory and cuts aside: the same for all orders."""
+        keeping = self.given.narrowed(self.pins)
+        problem, ports = super().problem(keeping)
+        return super()._candidate(keeping, problem, ports, self._solve(problem))
+
+    def _candidate(self, keeping: Keeping, problem: SearchProblem, ports: Ports, assignment: Assignment) -> Candidate:
+        return self.staged(super()._candidate(keeping, problem, ports, assignment))
+
+    def staged(self, found: Candidate, *, best: bool = False) -> StagedCandidate:
+        """A sharding cut into stages: by the formula, or by the `best` cut found; the leanest of those tried where none fits."""
+        blocks, limit = Blocks(found.program, self.pricing), self.limit_bytes
+        leanest: StagedCandidate | None = None
+        for _ in range(TRIES):
+            try:
+                cut = (best_cut if best else formula_cut)(blocks, self.order, limit)
+            except InfeasibleError:
+                break
+            made = _made(found, blocks, cut, self.order)
+            if leanest is None or made.memory.high_bytes < leanest.memory.high_bytes:
+                leanest = made
+            if made.memory.high_bytes <= self.limit_bytes:
+                return made
+            limit -= made.memory.high_bytes - self.limit_bytes
+        return leanest or _made(found, blocks, formula_cut(blocks, self.order, float("inf")), self.order)
+
+
+def _made(found: Candidate, blocks: Blocks, cut: Cut, order: Order) -> StagedCandidate:
+    staged = Staged.of(blocks, cut, order, found.engine)
+    return StagedCandidate(found.program, found.assignment, found.problem, found.ports, found.engine, staged, cut.exact)
+
+
+@lru_cache(maxsize=256)
+def in_flight(order: Order) -> float:
+    """Microbatches of all stages of a rank whose activations it holds at once, on the fullest rank."""
+    most = 0
+    for actions in make_order(order.schedule, order.num_ranks, order.num_microbatches, order.virtual).ranks:
+        held = 0
+        for action in actions:
+            held += {Kind.F: 1, Kind.B: -1, Kind.W: -1}.get(action.kind, 0)
+            most = max(most, held)
+    return most / order.virtual
+
+
+def _in_flight(problem: SearchProblem, ports: Ports, times: float) -> SearchProblem:
+    """The problem with the activations of `times` microbatches; what parameters hold stays."""
+    params, known = set(ports.param_node.values()), {}
+
+    def more(table: np.ndarray | None) -> np.ndarray | None:
+        if table is not None and id(table) not in known:
+            known[id(table)] = (table, times * table)  # the table is kept, so that its id stays its own
+        return None if table is None else known[id(table)][1]
+
+    nodes = tuple(node if n in params else replace(node, memory_bytes=more(node.memory_bytes)) for n, node in enumerate(problem.nodes))
+    edges = tuple(Edge(e.u, e.v, e.cost_s, more(e.memory_bytes)) for e in problem.edges)
+    return replace(problem, nodes=nodes, edges=edges)

@@ -1,0 +1,156 @@
+"""A program cut into the stages of a pipeline: their programs built, their step simulated, their memory walked."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+from autopar.core.cluster import Cluster
+from autopar.core.graph import block_of
+from autopar.core.memory import MemoryUse
+from autopar.core.pipeline import Pipeline, StagePrediction
+from autopar.core.plan import Prediction
+from autopar.core.schedule import Kind
+from autopar.core.timeline import Timeline
+from autopar.cost_models.pipeline import EdgeCost, StageCost
+from autopar.planner.blocks import Blocks, Order, timed
+from autopar.planner.cuts import Cut
+from autopar.planner.held import Beside, state_of
+from autopar.planner.keeping import recomputed_flops
+from autopar.planner.liveness import Engine, kept_by_segment, memory_use
+from autopar.planner.meshes import flops_share
+from autopar.planner.states import Pricing
+from autopar.planner.work import compute_seconds, put_off_bytes, total_seconds
+from autopar.program import Program
+from autopar.stages import Stage, Stages, cut_into_stages
+
+
+@dataclass(frozen=True)
+class Staged:
+    """What a plan predicts of a pipeline comes from here: the programs that its ranks run, not the table that chose the cut."""
+
+    stages: Stages
+    order: Order
+    pricing: Pricing
+    engine: Engine
+
+    @classmethod
+    def of(cls, blocks: Blocks, cut: Cut, order: Order, engine: Engine) -> "Staged":
+        """Raises UsageError where a cut cannot be made."""
+        graph = blocks.program.graph
+        names = tuple(graph.ops[blocks.starts[b]].name for b in cut.cuts)
+        pipeline = Pipeline(order.num_ranks, names, order.schedule, blocks.pricing.pp[1])
+        return cls(cut_into_stages(blocks.program, pipeline), order, blocks.pricing, engine)
+
+    @cached_property
+    def costs(self) -> tuple[StageCost, ...]:
+        return tuple(self._cost(stage.program) for stage in self.stages.stages)
+
+    def _cost(self, program: Program) -> StageCost:
+        forward, inputs, weights, gather, reduce = total_seconds(program, self.pricing).tolist()
+        return StageCost(
+            forward_s=forward, input_gradient_s=inputs, weight_gradient_s=weights, gather_s=gather, reduce_s=reduce,
+            activation_bytes=sum(kept_by_segment(program)), weight_activation_bytes=put_off_bytes(program, range(len(program.graph.ops))),
+        )  # fmt: skip
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        stages, price = self.stages, self.pricing.message
+        sizes = [(stages.message_bytes(e.source, e.target), stages.message_bytes(e.source, e.target, back=True)) for e in stages.edges]
+        messages = tuple(EdgeCost(activation_s=price(there), gradient_s=price(back), activation_bytes=there, gradient_bytes=back) for there, back in sizes)
+        return timed(self.order, self.costs, stages.edges, messages, stages.tied, tuple(map(self._tie_s, stages.tied)))
+
+    def _tie_s(self, group: tuple[int, ...]) -> float:
+        stages = self.stages
+        inside = [v for v, members in stages.shared.items() if set(members) <= set(group) and v in stages.whole.graph.differentiated]
+        by_value = [(stages.ranks_of(stages.shared[v]), stages.tied_bytes(v)) for v in inside]
+        return sum(self.pricing.tie(ranks, size) for ranks, size in by_value if len(ranks) > 1)
+
+    @cached_property
+    def memory(self) -> tuple[MemoryUse, ...]:
+        """Of each rank at its fullest."""
+        return tuple(self._rank_memory(rank) for rank in range(self.order.num_ranks))
+
+    def _rank_memory(self, rank: int) -> MemoryUse:
+        """One stage computes while microbatches in flight and the rank's other stages are held at their most."""
+        here = [stage for stage in self.stages.stages if self.stages.placement[stage.number] == rank]
+        return max((self._memory_beside(stage, here, rank) for stage in here), key=lambda m: m.high_bytes)
+
+    def _memory_beside(self, stage: Stage, here: list[Stage], rank: int) -> MemoryUse:
+        others = [state_of(other.program) for other in here if other is not stage]
+        in_flight = self.timeline.peak_bytes(rank) - self.costs[stage.number].activation_bytes
+        beside = Beside(
+            parameters=sum(o.parameters for o in others), gradients=sum(o.gradients for o in others), optimizer=sum(o.optimizer for o in others),
+            activations=max(0, in_flight),
+        )  # fmt: skip
+        return memory_use(stage.program, self.engine, beside)
+
+    @property
+    def worst_memory(self) -> MemoryUse:
+        return max(self.memory, key=lambda m: m.high_bytes)
+
+    @property
+    def communicated_bytes(self) -> int:
+        """Of the rank that receives most."""
+        return max(self.stages.ledger(rank).total_bytes for rank in range(self.order.num_ranks))
+
+    def stage_prediction(self, stage: Stage) -> StagePrediction:
+        rank, cost, graph = self.stages.placement[stage.number], self.costs[stage.number], stage.program.graph
+        here = [s for s in self.stages.stages if self.stages.placement[s.number] == rank]
+        first, last = self._ends(stage.number)
+        return StagePrediction(
+            rank=rank,
+            first=first,
+            last=last,
+            num_params=sum(graph.values[v].meta.numel for v in graph.params),
+            forward_s=cost.forward_s,
+            backward_s=cost.input_gradient_s + cost.weight_gradient_s,
+            in_flight=self._in_flight(stage.number),
+            peak_memory_bytes=self._memory_beside(stage, here, rank).high_bytes,
+            sent_bytes=self._sent_bytes(stage.number),
+        )
+
+    def _ends(self, stage: int) -> tuple[str, str]:
+        """The first and the last block or module of a stage."""
+        ops, starts = self.stages.whole.graph.ops, ("", *self.stages.pipeline.starts)
+        number = {op.name: i for i, op in enumerate(ops)} | {"": 0}
+        end = number[starts[stage + 1]] if stage + 1 < len(starts) else len(ops)
+        paths = [block_of(op.module_path) or op.module_path for op in ops[number[starts[stage]] : end] if op.module_path]
+        return (paths[0], paths[-1]) if paths else ("", "")
+
+    def _in_flight(self, stage: int) -> int:
+        """Microbatches between the begin of their forward and the end of their backward, at most."""
+        spans = [span for span in self.timeline.spans if span.lane == "compute" and span.action.stage == stage]
+        changes = [(span.start_s, 1) for span in spans if span.action.kind is Kind.F]
+        changes += [(span.end_s, -1) for span in spans if span.action.kind in (Kind.B, Kind.W)]
+        return max(accumulate(change for _, change in sorted(changes)))
+
+    def _sent_bytes(self, stage: int) -> int:
+        stages, placement = self.stages, self.stages.placement
+        times = stages.whole.residency.micro_batches
+        away = [e for e in stages.edges if placement[e.source] != placement[e.target]]
+        there = sum(stages.message_bytes(e.source, e.target) for e in away if e.source == stage)
+        return times * (there + sum(stages.message_bytes(e.source, e.target, back=True) for e in away if e.target == stage))
+
+
+def pipeline_prediction(cluster: Cluster, staged: Staged, tokens: int) -> Prediction:
+    """The figures of the rank that computes longest, of the fullest, and of the one that receives most."""
+    timeline, stages, times = staged.timeline, staged.stages, staged.order.num_microbatches
+    step = timeline.step_time_s
+    busiest = max(range(timeline.num_ranks), key=timeline.busy_s)
+    here = [stage for stage in stages.stages if stages.placement[stage.number] == busiest]
+    compute = times * sum(compute_seconds(stage.program, staged.pricing) for stage in here)
+    once = sum(staged.costs[stage.number].gather_s + staged.costs[stage.number].reduce_s for stage in here)
+    by_rank = [[s.program for s in stages.stages if stages.placement[s.number] == rank] for rank in range(timeline.num_ranks)]
+    return Prediction(
+        step_time_s=step,
+        compute_s=compute,
+        communication_s=timeline.busy_s(busiest) - compute + once,
+        peak_memory_bytes=staged.worst_memory.high_bytes,
+        memory=staged.worst_memory,
+        communicated_bytes=staged.communicated_bytes,
+        recomputed_flops=max(sum(map(recomputed_flops, programs)) for programs in by_rank),
+        tokens_per_s=tokens / step if step else 0.0,
+        mfu=flops_share(cluster, stages.whole, step),
+        bubble=timeline.bubble_fraction,
+        stages=tuple(map(staged.stage_prediction, stages.stages)),
+    )

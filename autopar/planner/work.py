@@ -1,0 +1,196 @@
+"""What a program costs, piece by piece: the prices that the search put on its tables, read off the program that came out of it.
+
+A *piece* is one thing that is computed or sent: an operator, a move, the collectives of a parameter. It belongs to the operators that want
+it, and a stage of a pipeline does each of its pieces once, however many of its operators want it. So the cost of any run of operators is
+the sum over the pieces that they want, and stages are priced without being built.
+"""
+
+from collections.abc import Hashable, Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from autopar.core.graph import DTYPE_BYTES, OpGraph
+from autopar.core.moves import step_input_bytes
+from autopar.planner.keeping import Keeping, Sharding, Use, kept_by_selective
+from autopar.planner.states import BACKWARD_WORK, Pricing
+from autopar.program import Program, Route, route_steps
+
+PHASES = ("forward_s", "input_gradient_s", "weight_gradient_s", "gather_s", "reduce_s")
+"""Seconds of one microbatch (its forward, the two halves of its backward), and before and after all microbatches of a step."""
+
+SPLIT = ("aten.linear.default", "aten.addmm.default", "aten.mm.default")
+"""Contractions whose weight gradient can wait (`runtime/split.py`); other operators make it with the gradient of their input."""
+
+NOTHING = (0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+class Piece(NamedTuple):
+    """`op`: number of an operator that wants it; pieces of equal `key` are one. `seconds`: by phase; `state_bytes`: of a parameter."""
+
+    op: int
+    key: Hashable
+    seconds: tuple[float, ...] = NOTHING
+    state_bytes: float = 0.0
+
+
+def pieces(program: Program, pricing: Pricing, parts: int = 1) -> Iterator[Piece]:
+    """The pieces of a program in its order; those of each operator it has. `parts`: of a microbatch so many times smaller, as an estimate."""
+    return _Pieces(program, pricing, parts).all()
+
+
+def total_seconds(program: Program, pricing: Pricing) -> np.ndarray:
+    """Seconds of a whole program by phase."""
+    found = {piece.key: piece.seconds for piece in pieces(program, pricing)}
+    return np.array([NOTHING, *found.values()]).sum(axis=0)
+
+
+def compute_seconds(program: Program, pricing: Pricing) -> float:
+    """Of these, what operators take in the forward and backward of a microbatch."""
+    return sum(sum(piece.seconds) for piece in pieces(program, pricing) if isinstance(piece.key, tuple) and piece.key[0] == "op")
+
+
+def step_seconds(program: Program, pricing: Pricing) -> float:
+    """Seconds of a training step of a program that is no part of a pipeline."""
+    forward, inputs, weights, gather, reduce = total_seconds(program, pricing).tolist()
+    return program.residency.micro_batches * (forward + inputs + weights) + gather + reduce
+
+
+class _Pieces:
+    def __init__(self, program: Program, pricing: Pricing, parts: int) -> None:
+        self.program, self.graph, self.pricing, self.parts = program, program.graph, pricing, parts
+        graph = self.graph
+        self.weights = _made_of_weights(graph)
+        self.computed = _searched(graph)
+        self.block = {i: segment.block for segment in graph.segments for i in segment.ops if segment.block}
+        self.live_moves = _live_moves(program)
+        residency = program.residency
+        self.sharding = Sharding(pricing, Keeping(micro_batches=residency.micro_batches, precision=residency.precision, offload=residency.offload))
+
+    def all(self) -> Iterator[Piece]:
+        graph, last = self.graph, len(self.graph.ops) - 1
+        for i, op in enumerate(graph.ops):
+            if self.computed.isdisjoint(op.operands):
+                continue  # made of inputs alone: the search takes it for free, and so does this
+            yield Piece(i, ("op", op.name), self._op(i))
+            for k, v in enumerate(op.operands):
+                yield from self._moves(i, v, self.program.full_route(v, self.program.routes[i, k]))
+        ends = [*zip(graph.outputs, self.program.output_routes), *zip((v for _, v in graph.updates), self.program.update_routes)]
+        for v, route in ends:
+            yield from self._moves(graph.producer.get(v, (last, 0))[0], v, self.program.full_route(v, route))
+        yield from self._states(last)
+
+    def _share(self, v: int) -> float:
+        """What is left of a value in a smaller microbatch."""
+        return 1.0 if v in self.weights else 1.0 / self.parts
+
+    def _op(self, i: int) -> tuple[float, ...]:
+        program, graph = self.program, self.graph
+        op, rule, strategy = graph.ops[i], program.rules[i], program.strategies[i]
+        moved = sum(program.local_bytes(v, program.needed(i, k)) * self._share(v) for k, v in enumerate(op.operands))
+        moved += sum(program.local_bytes(v, program.produced[v]) * self._share(v) for v in op.results)
+        dtype = graph.values[op.results[0]].meta.dtype if op.results else "float32"
+        share = max((self._share(v) for v in op.results), default=1.0)
+        forward = self.pricing.compute(rule.flops / rule.degree(strategy, program.mesh) * share, moved, dtype, rule.cost)
+        differentiable = [v for v in op.operands if graph.values[v].meta.requires_grad]
+        backward = BACKWARD_WORK[rule.cost] * forward if differentiable and any(graph.values[v].meta.requires_grad for v in op.results) else 0.0
+        inputs, weights = _halves(backward, differentiable, self.weights) if op.kind in SPLIT else (backward, 0.0)
+        again = forward if self._computed_again(i) else 0.0
+        inside, inside_back = self._inner(i, bool(backward), share)
+        return (forward + inside, inputs + again + inside_back, weights, 0.0, 0.0)
+
+    def _computed_again(self, i: int) -> bool:
+        mode = self.program.residency.recompute.get(self.block.get(i, ""), "none")
+        op = self.graph.ops[i]
+        if mode == "none" or self.graph.differentiated.isdisjoint(op.results):
+            return False
+        return mode == "full" or not kept_by_selective(op, [self.graph.values[v].meta for v in op.operands])
+
+    def _inner(self, i: int, differentiable: bool, share: float) -> tuple[float, float]:
+        """Collectives inside an operator, forward and backward."""
+        program = self.program
+        op, rule, strategy = self.graph.ops[i], program.rules[i], program.strategies[i]
+        there = back = 0.0
+        for inner in rule.inner:
+            size = rule.local_numel(inner.dims, strategy, program.mesh) * DTYPE_BYTES[self.graph.values[op.results[0]].meta.dtype] * share
+            seconds = sum(self.pricing.step(inner.primitive, a, size) for a, choice in enumerate(strategy) if choice == ("cut", inner.factor))
+            there += inner.forward * seconds
+            back += inner.backward * seconds if differentiable else 0.0
+        return there, back
+
+    def _moves(self, i: int, v: int, route: Route) -> Iterator[Piece]:
+        """The moves of a value for an operator; those to where it is handed to its users are made with it."""
+        if v not in self.computed:
+            return
+        handed, maker = len(self.program.relay.get(v, ())), self.graph.producer.get(v, (i, 0))[0]
+        for n, step in enumerate(route_steps(route), start=1):
+            size = self.program.local_bytes(v, route[n - 1]) * self._share(v)
+            there = self.pricing.step(step.forward, step.axis, size)
+            back = 0.0
+            if (v, route[: n + 1]) in self.live_moves:
+                back = self.pricing.step(step.backward, step.axis, step_input_bytes(step.backward, step, self.program.mesh, size, backward=True))
+            seconds = (there, 0.0, back, 0.0, 0.0) if v in self.weights else (there, back, 0.0, 0.0, 0.0)
+            yield Piece(maker if n < handed else i, ("move", v, route[: n + 1]), seconds)
+
+    def _states(self, last: int) -> Iterator[Piece]:
+        """Parameters: their memory, and the collectives that keep their parts and their copies together."""
+        program, graph = self.program, self.graph
+        for s, (segment, taken, back) in enumerate(zip(graph.segments, program.gathered, program.backward_segments)):
+            for v in taken:
+                yield Piece(segment.ops.start, ("unit", v, s), self._exchange(v, Use(1, int(back), v in graph.differentiated)))
+        ends = {*graph.outputs, *(v for _, v in graph.updates)}
+        for v in graph.params:
+            zero = program.residency.zero.get(v)
+            seconds = NOTHING if zero is not None and zero.stage == 3 else self._exchange(v, Use(1, 1, v in graph.differentiated))
+            size = self.sharding.memory_bytes(graph.values[v].meta, program.storage[v], zero, v in graph.differentiated)
+            users = [i for i, _ in graph.consumers[v]] + ([last] if v in ends else [])
+            for i in users:
+                yield Piece(i, ("state", v), seconds, size)
+
+    def _exchange(self, v: int, use: Use) -> tuple[float, ...]:
+        program = self.program
+        found = self.sharding.exchange(self.graph.values[v].meta, program.storage[v], program.residency.zero.get(v), program.deferred[v], use)
+        return (found.forward_s, 0.0, found.backward_s, found.gather_s, found.reduce_s)
+
+
+def _live_moves(program: Program) -> frozenset[tuple[int, Route]]:
+    """(value, route up to and with a move) of the moves that a gradient comes back through."""
+    return frozenset((v, route[:n]) for v, route, live in program.moving() if live for n in range(2, len(route) + 1))
+
+
+def _searched(graph: OpGraph) -> frozenset[int]:
+    """What depends on a parameter, of this stage or of those that it receives from."""
+    found = {*graph.params, *(v for v, value in enumerate(graph.values) if value.role == "input" and not value.source)}
+    for op in graph.ops:
+        if not found.isdisjoint(op.operands):
+            found.update(op.results)
+    return frozenset(found)
+
+
+def _made_of_weights(graph: OpGraph) -> frozenset[int]:
+    """Parameters, and what is computed from them and from no input: the same for every sample."""
+    found = {v for v, value in enumerate(graph.values) if value.role in ("param", "buffer", "constant")}
+    for op in graph.ops:
+        if op.operands and all(v in found for v in op.operands):
+            found.update(op.results)
+    return frozenset(found)
+
+
+def _halves(backward_s: float, differentiable: list[int], weights: frozenset[int]) -> tuple[float, float]:
+    """The backward of a contraction in gradients of inputs and gradients of weights: a product for each."""
+    of_weights = [v in weights for v in differentiable]
+    share = 0.0 if not any(of_weights) else 1.0 if all(of_weights) else 0.5
+    return (1 - share) * backward_s, share * backward_s
+
+
+def put_off_bytes(program: Program, ops: Iterable[int]) -> int:
+    """Bytes that the second half of a split backward needs of these operators: inputs of contractions with weights, gradients of their results."""
+    graph, kept = program.graph, {}
+    for i in ops:
+        op = graph.ops[i]
+        if op.kind in SPLIT and not graph.differentiated.isdisjoint(op.results):
+            for k, v in enumerate(op.operands):
+                if graph.values[v].meta.requires_grad and graph.values[v].role != "param":
+                    kept[v, program.needed(i, k)] = program.local_bytes(v, program.needed(i, k))
+            kept[op.results[0], "gradient"] = program.local_bytes(op.results[0], program.produced[op.results[0]])
+    return sum(kept.values())
