@@ -132,7 +132,8 @@ class _Decoder:
         final = tuple(self.route(v, start[v], end, nodes.get(n)) for n, (v, end) in enumerate(zip(self.graph.finals, ends)))
         n = len(self.graph.outputs)
         return Program(
-            self.graph, self.mesh, tuple(self.rules), tuple(self.strategies), storage, deferred, tuple(produced), relay, routes, final[:n], final[n:], self.residency()
+            self.graph, self.mesh, tuple(self.rules), tuple(self.strategies), storage, deferred, tuple(produced), relay,
+            routes, final[:n], final[n:], self.residency()
         )  # fmt: skip
 
     def _add_routes(self, s: int, start: Sequence[Layout], routes: dict[tuple[int, int], Route], known: dict[tuple, list[Route]]) -> None:

@@ -134,7 +134,8 @@ class ProblemBuilder:
         kept = segment.ops.start not in self.block_of
         leaving = () if kept else tuple([self._leaves_block(graph.producer[wiring.values[n]][0], wiring.values[n]) for n in wiring.crossing])
         flags = tuple([(v in searched, v in graph.differentiated, v in self.saved) for v in wiring.values])
-        key = (wiring.form, wiring.crossing, flags, kept, leaving, self.batch[segment.ops.start : segment.ops.stop] if self.constraints.strict else (), s if named else -1)
+        batch = self.batch[segment.ops.start : segment.ops.stop] if self.constraints.strict else ()
+        key = (wiring.form, wiring.crossing, flags, kept, leaving, batch, s if named else -1)  # a pin may name a single operator
         if key not in self._copies:
             mine = [i for i in segment.ops if not searched.isdisjoint(graph.ops[i].operands)]
             local = (n for n in range(len(wiring.entries), len(flags)) if n not in wiring.crossing)
