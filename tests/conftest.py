@@ -1,5 +1,8 @@
 """Options of the test suite, and one thread per process so that runs side by side do not fight over cores."""
 
+import multiprocessing
+from multiprocessing import forkserver
+
 import pytest
 import torch
 
@@ -24,3 +27,17 @@ def long(request: pytest.FixtureRequest) -> bool:
 def kills(request: pytest.FixtureRequest) -> int:
     """How many times a training run is killed."""
     return int(request.config.getoption("--kills"))
+
+
+@pytest.fixture(scope="session")
+def warm_ranks() -> None:
+    """Ranks of this session are forked from a process that has behind it what all of them need."""
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        forkserver.set_forkserver_preload(["tests.warm"])
+        forkserver.ensure_running()
+
+
+@pytest.fixture(autouse=True)
+def _ranks(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("gloo"):
+        request.getfixturevalue("warm_ranks")

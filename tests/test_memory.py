@@ -45,8 +45,8 @@ TWO_RANKS = [
 @pytest.mark.gloo
 @pytest.mark.parametrize("cases,num_ranks", [(ONE_RANK, 1), (TWO_RANKS, 2)], ids=["one rank", "two ranks"])
 def test_predicted_peak_is_near_the_measured_and_never_below(cases: list, num_ranks: int, long: bool) -> None:
-    if not long:
-        pytest.skip("measured on processes with --long: the pair of ranks is not within its bound yet")
+    """Every third pair by default; all with --long."""
+    cases = cases if long else cases[::3]
     plans = []
     for name, given, pins, pieces in cases:
         loaded = load_model(name, device="meta", **given)

@@ -56,7 +56,9 @@ def test_a_shrinking_budget_turns_sharding_and_recomputation_on() -> None:
         try:
             found.append(plan_graph(graph, shrunk(cluster, int(whole * share)), options).plan)
         except InfeasibleError as error:
-            assert re.search(r"\d+ over the limit of \d+ .* at its fullest moment, \w+ of .*; it would fit", str(error))
+            needs = re.search(r"needs (\d+) bytes .* over the limit of \d+ .* at its fullest moment, \w+ of .*; it would fit", str(error))
+            assert needs
+            found.append(plan_graph(graph, shrunk(cluster, int(needs[1])), options).plan)
             break
         assert found[-1].predicted.peak_memory_bytes <= whole * share
     assert share < 0.4
@@ -68,6 +70,9 @@ def test_a_shrinking_budget_turns_sharding_and_recomputation_on() -> None:
     highest = [max((z.stage for z in p.residency.zero.values()), default=0) for p in found]
     assert highest[0] == 0 and highest[-1] == 3 and set(highest) == {0, 1, 2, 3}, "between the ends stages and recomputation take turns"
     assert found[-1].residency.recompute
+    for less in found:
+        modes = [less.residency.recompute.get(f"model.transformer.h.{n}", less.residency.recompute.get(f"transformer.h.{n}", "none")) for n in range(4)]
+        assert modes == sorted(modes, key=("full", "selective", "none").index), "early blocks are held longest"
 
 
 class Blocks(nn.Module):

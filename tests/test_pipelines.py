@@ -113,5 +113,8 @@ def test_cuts_that_cannot_be() -> None:
         cut_into_stages(program, Pipeline(2, (names[-1],)))
     with pytest.raises(UsageError, match="as many stages"):
         Pipeline(2, (names[4], names[6]))
+    sharded = Work.of("gpt2-tiny", 2)
+    with pytest.raises(UsageError, match="twice per microbatch"):
+        simulated(sharded, cut(sharded.plan(("dp=2", "zero=2"), 2), sharded.traced.graph, 2, "zero-bubble", 1, 0))
     again = replace(plan, pipeline=Pipeline(2, (names[4],), "gpipe", 1))
     assert type(plan).from_json(again.to_json()) == again and again.num_ranks == 2

@@ -13,7 +13,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import autopar
+from autopar import api, verification
 from autopar.models.load import LoadedModel, load_model
+from tests.tracing import traced_once
 
 MESHES = {"(2)": ("dp=2",), "(4)": ("dp=4",), "(2, 2)": ("dp=2", "tp=2")}
 STAGES, MODES, DTYPES, PIECES, MODELS = (0, 1, 2, 3), ("none", "selective", "full"), ("float64", "bfloat16"), (1, 3), ("gpt2-tiny", "llama-tiny", "mlp-tiny")
@@ -25,6 +27,13 @@ SPREAD = EVERYTHING[:: len(EVERYTHING) // 16 | 1]
 @lru_cache(maxsize=16)
 def load(name: str, pieces: int, dtype: str) -> LoadedModel:
     return load_model(name, batch=4 * pieces, seq=12, device="cpu", dtype="bfloat16" if dtype == "bfloat16" else "float32")
+
+
+@pytest.fixture(autouse=True)
+def remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is planned and verified here is traced once."""
+    monkeypatch.setattr(api, "trace", traced_once)
+    monkeypatch.setattr(verification, "trace", traced_once)
 
 
 def check(name: str, mesh: str, stage: int, mode: str, dtype: str, pieces: int, **options: object) -> None:

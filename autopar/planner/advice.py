@@ -7,8 +7,6 @@ from dataclasses import replace
 from autopar.core.graph import OpGraph
 from autopar.core.memory import MemoryUse
 from autopar.errors import AutoparError, InfeasibleError
-from autopar.planner.roles import batch_factors
-from autopar.planner.rulebook import rules_of
 from autopar.planner.search import Candidate, DoesNotFit, MeshSearch
 
 Retrace = Callable[[int], OpGraph | None]
@@ -57,9 +55,7 @@ def _changes(search: MeshSearch, retrace: Retrace) -> Iterator[tuple[str, MeshSe
         yield "zero=3 and recompute=full", replace(search, pins=replace(pins, zero=3, recompute="full"))
     times = search.options.micro_batches
     while (graph := retrace(times := 2 * times)) is not None and times <= MAX_FACTOR * search.options.micro_batches:
-        rules = rules_of(graph)
-        options = replace(search.options, micro_batches=times)
-        yield f"{times} microbatches", replace(search, graph=graph, rules=rules, batch=batch_factors(graph, rules), options=options)
+        yield f"{times} microbatches", search.with_micro_batches(graph, times)
     if not search.options.offload:
         yield "offload=True", replace(search, options=replace(search.options, offload=True))
     factor = 2

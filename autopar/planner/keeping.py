@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -186,3 +187,22 @@ def _local(program: Program, i: int, flops: float) -> float:
 def _kept(program: Program, i: int) -> bool:
     op = program.graph.ops[i]
     return kept_by_selective(op, [program.graph.values[v].meta for v in op.operands])
+
+
+def recomputed_early(program: Program) -> Program:
+    """The same number of recomputed blocks, but the earliest of those that are alike: what an early block keeps is there at every later
+    moment, what the last keeps is made again just when most is held. The search's linear model does not tell them apart."""
+    graph, modes = program.graph, program.residency.recompute
+    if not modes:
+        return program
+    looks: dict[str, list[Any]] = {}
+    for segment in graph.segments:
+        if segment.block:
+            ops = [(graph.ops[i].kind, program.strategies[i], [graph.values[v].meta for v in graph.ops[i].results]) for i in segment.ops]
+            looks.setdefault(segment.block, []).append(ops)
+    alike: dict[str, list[str]] = {}
+    for block, look in looks.items():
+        alike.setdefault(repr(look), []).append(block)
+    order = sorted(RECOMPUTE, key=RECOMPUTE.index, reverse=True)
+    moved = {b: m for blocks in alike.values() for b, m in zip(blocks, sorted((modes.get(b, "none") for b in blocks), key=order.index))}
+    return replace(program, residency=replace(program.residency, recompute={b: m for b, m in moved.items() if m != "none"}))

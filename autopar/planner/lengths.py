@@ -34,7 +34,7 @@ MAX_SHAPES = 24
 MAX_PER_RANK = 8
 """Microbatches for each rank of a pipeline: with more the bubble is small, and every one has its launches."""
 
-MAX_GRAPHS = 3
+MAX_GRAPHS = 2
 """Numbers of microbatches whose graphs are made."""
 
 MAX_SHARDED = 6
@@ -45,6 +45,8 @@ MAX_PLACED = 2
 
 MAX_BUILT = 3
 """Pipelines whose best cut is sought, and whose memory is walked; as many are searched within the limit where they do not fit."""
+
+ROUNDING = 1e-9
 
 CLOSE = 1.05
 """A pipeline this much slower by the formula's cut may still be the fastest by the best."""
@@ -100,12 +102,9 @@ class Pipelines:
     def best(self) -> StagedCandidate | None:
         """The fastest that fits; None where there is none, with the reasons in `failures`."""
         shapes = self._shapes()
-        given = self.task.options.micro_batches
         rows = [row for ranks, mesh in shapes for row in self._rows(self.task, ranks, mesh, self._numbers(ranks))]
         if self.task.options.free_micro_batches:
             rows = self._retraced(rows)
-        else:
-            rows = [row for row in rows if row.search.order.num_microbatches == given]
         return self._built(self._placed(self._near(rows)))
 
     # --- shapes ------------------------------------------------------------------------------------------------------
@@ -141,19 +140,22 @@ class Pipelines:
             return [given]
         sizes = [v.meta.shape[0] for v in self.task.graph.values if v.role == "input" and v.meta.shape]
         batch = math.gcd(*sizes)
-        return [m for m in range(max(2, ranks // 2), min(batch, MAX_PER_RANK * ranks) + 1) if batch % m == 0]
+        return [1, *(m for m in range(max(2, ranks // 2), min(batch, MAX_PER_RANK * ranks) + 1) if batch % m == 0)]
 
     def _orders(self, ranks: int, micro_batches: int) -> Iterator[Order]:
-        pins = self.pins
-        names = [pins.schedule] if pins.schedule else ["1f1b", "zero-bubble", "interleaved", "gpipe"]
-        for name in names:
-            virtuals = [pins.virtual] if pins.virtual else [2, 4] if name == "interleaved" else [1]
-            for virtual in virtuals:
+        for name in [self.pins.schedule] if self.pins.schedule else ["1f1b", "zero-bubble", "interleaved", "gpipe"]:
+            for virtual in [self.pins.virtual] if self.pins.virtual else [2, 4] if name == "interleaved" else [1]:
                 order = Order(name, ranks, micro_batches, virtual)
-                searched = not pins.schedule and ((virtual > 1) != (name == "interleaved") or (name == "zero-bubble" and pins.zero in (2, 3)))
-                odd = name == "interleaved" and micro_batches % ranks and not (pins.schedule and not self.task.options.free_micro_batches)
-                if not searched and not odd and order.num_stages <= self._num_blocks:
+                if order.num_stages <= self._num_blocks and self._suits(order):
                     yield order
+
+    def _suits(self, order: Order) -> bool:
+        """Whether an order is one of those to look at; where all of it is given it is, and `make_order` says if it cannot be."""
+        if self.pins.schedule and not self.task.options.free_micro_batches:
+            return True
+        if order.schedule == "interleaved":
+            return order.virtual > 1 and order.num_microbatches % order.num_ranks == 0
+        return bool(self.pins.schedule) or (order.virtual == 1 and not (order.schedule == "zero-bubble" and self.pins.zero in (2, 3)))
 
     # --- rows --------------------------------------------------------------------------------------------------------
 
@@ -164,10 +166,8 @@ class Pipelines:
     def _rows(self, task: Task, ranks: int, mesh: Mesh, numbers: Sequence[int], position: int = 0) -> Iterator[Row]:
         """A row for every order; estimates where the number of microbatches is not that of the task."""
         self.progress(f"searching pipelines of {ranks} on mesh {mesh}")
-        first = self._search(task, mesh, Order("gpipe", ranks, numbers[0] if numbers else 1), position)
-        base = first.sharded() if numbers else None
-        if base is None:
-            return
+        first = self._search(task, mesh, Order("gpipe", ranks, 1), position)
+        base = first.sharded()
         least = math.fsum(float(base.problem.nodes[n].cost_s.min()) for n in base.ports.op_node.values())
         self.bound_s = min(self.bound_s, least / ranks)
         whole = Blocks(base.program, first.pricing)
@@ -184,7 +184,7 @@ class Pipelines:
     def _near(self, rows: Sequence[Row]) -> list[Row]:
         """Rows that may be among the fastest, the fastest first; those that look as if they fitted come before those that do not."""
         wanted = [row for row in rows if row.step_s < CLOSE * self.below_s]
-        return sorted(wanted, key=lambda row: (not row.fits, row.step_s))
+        return sorted(wanted, key=lambda row: (not row.fits, float(f"{row.step_s:.9g}")))  # of equals the first: orders are listed by their memory
 
     def _retraced(self, estimates: Sequence[Row]) -> list[Row]:
         """Rows from the graphs of the numbers of microbatches that look best."""
@@ -205,6 +205,8 @@ class Pipelines:
 
     def _task(self, micro_batches: int) -> Task | None:
         """The task with this number of microbatches; None where the batch does not divide."""
+        if micro_batches == self.task.options.micro_batches:
+            return self.task
         if micro_batches not in self._tasks:
             self.progress(f"tracing one of {micro_batches} microbatches")
             graph = self.retrace(micro_batches)
@@ -247,7 +249,7 @@ class Pipelines:
             made = row.search.staged(row.base, best=True)
             if made.memory.high_bytes > row.search.limit_bytes:
                 tight.append(row)
-            elif best is None or made.step_s < best.step_s:
+            elif best is None or made.step_s < best.step_s * (1 - ROUNDING):
                 best = made
         for row in tight[:MAX_BUILT]:
             if best is not None and row.step_s >= best.step_s:

@@ -7,13 +7,15 @@ and the stages together may hold as much as all ranks have; the liveness of the 
 
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from typing import Self
 
 import numpy as np
 
+from autopar.core.graph import OpGraph
 from autopar.core.memory import MemoryUse
 from autopar.core.problem import Assignment, Edge, SearchProblem
 from autopar.core.schedule import Kind
-from autopar.errors import InfeasibleError
+from autopar.errors import InfeasibleError, UsageError
 from autopar.planner.blocks import Blocks, Order
 from autopar.planner.cuts import Cut, best_cut, formula_cut
 from autopar.planner.keeping import Keeping
@@ -66,8 +68,13 @@ class StageSearch(MeshSearch):
     def keeping(self) -> Keeping:
         return self._possible(super().keeping)
 
+    def with_micro_batches(self, graph: OpGraph, number: int) -> Self:
+        return replace(super().with_micro_batches(graph, number), order=replace(self.order, num_microbatches=number))
+
     def _possible(self, keeping: Keeping) -> Keeping:
         """A split backward would reduce-scatter the gradients of every microbatch twice, so it goes with stages 0 and 1."""
+        if self.order.schedule == "zero-bubble" and self.pins.zero in (2, 3):
+            raise UsageError(f"schedule zero-bubble does not go with zero={self.pins.zero}")
         return replace(keeping, stages=tuple(s for s in keeping.stages if s < 2)) if self.order.schedule == "zero-bubble" else keeping
 
     def problem(self, keeping: Keeping) -> tuple[SearchProblem, Ports]:

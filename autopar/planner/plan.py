@@ -133,7 +133,7 @@ def _pipeline_status(best: StagedCandidate, num_pipelines: int, num_meshes: int)
     budget = "budget, " if best.assignment.proof == "budget" else ""
     meshes = f" and {num_meshes} mesh{'es' * (num_meshes > 1)}" if num_meshes else ""
     cut = "its cut is the best of this sharding and schedule" if best.exact else "its cut the best found"
-    return f"{budget}the fastest of {num_pipelines} pipelines{meshes} tried, {cut}; the bound is the least compute of any"
+    return f"{budget}the fastest of {num_pipelines} pipelines{meshes} tried, {cut}; the bound is the least compute of any of these"
 
 
 def _predict(cluster: Cluster, best: Candidate, tokens: int) -> Prediction:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Self
 
 from autopar.core.cluster import Cluster
 from autopar.core.graph import OpGraph
@@ -13,11 +14,12 @@ from autopar.core.residency import Precision
 from autopar.core.rule import OpRule
 from autopar.errors import InfeasibleError
 from autopar.planner.decode import decode
-from autopar.planner.keeping import Keeping
+from autopar.planner.keeping import Keeping, recomputed_early
 from autopar.planner.liveness import Engine, memory_use
 from autopar.planner.pins import Pins
 from autopar.planner.problem import Ports, ProblemBuilder
-from autopar.planner.roles import Constraints
+from autopar.planner.roles import Constraints, batch_factors
+from autopar.planner.rulebook import rules_of
 from autopar.planner.states import Pricing
 from autopar.program import Program
 from autopar.search.lagrange import leanest
@@ -162,8 +164,13 @@ class MeshSearch:
         return self._problems[keeping]
 
     def _candidate(self, keeping: Keeping, problem: SearchProblem, ports: Ports, assignment: Assignment) -> Candidate:
-        program = decode(self.graph, self.rules, self.pricing, ports, assignment.choices, keeping)
+        program = recomputed_early(decode(self.graph, self.rules, self.pricing, ports, assignment.choices, keeping))
         return Candidate(program, assignment, problem, ports, Engine.of(self.cluster))
+
+    def with_micro_batches(self, graph: OpGraph, number: int) -> Self:
+        """The same with this graph of one of so many microbatches."""
+        rules = rules_of(graph)
+        return replace(self, graph=graph, rules=rules, batch=batch_factors(graph, rules), options=replace(self.options, micro_batches=number))
 
     def with_more_nodes(self, factor: int) -> "MeshSearch":
         """The same on a cluster of `factor` times as many nodes, the outermost axis longer."""

@@ -144,7 +144,7 @@ def pipeline_prediction(cluster: Cluster, staged: Staged, tokens: int) -> Predic
     return Prediction(
         step_time_s=step,
         compute_s=compute,
-        communication_s=timeline.busy_s(busiest) - compute + once,
+        communication_s=max(0.0, timeline.busy_s(busiest) - compute) + once,
         peak_memory_bytes=staged.worst_memory.high_bytes,
         memory=staged.worst_memory,
         communicated_bytes=staged.communicated_bytes,

@@ -153,12 +153,15 @@ def connect(mesh: Mesh, axis_sets: Iterable[tuple[int, ...]], device: torch.devi
 @dataclass(frozen=True)
 class Places:
     """A process among the stages of a pipeline: its rank in the pipeline and in its stage's mesh, the processes with the same place in
-    other stages (`peers`, by rank of the pipeline), and what it communicates through. `shared`: groups for weights of several stages."""
+    other stages (`peers`, by rank of the pipeline), and what it communicates through. `up` and `down`: groups for messages to higher and to
+    lower ranks of the pipeline; `shared`: groups for weights of several stages."""
 
     rank: int
     stage_rank: int
     peers: tuple[int, ...]
     exchanges: Mapping[str, GroupExchange]
+    up: dist.ProcessGroup
+    down: dist.ProcessGroup
     shared: Mapping[tuple[int, ...], dist.ProcessGroup]
     whole: DeviceMesh
     device: torch.device
@@ -174,6 +177,11 @@ class Places:
         return Rank(mesh, self.stage_rank, self.device, self.exchanges, self.stream, self.counter)
 
 
+def _own_group(lines: Iterable[Sequence[int]], me: int) -> dist.ProcessGroup:
+    """A new group for every line of ranks; that of this process."""
+    return next(group for line, group in [(line, dist.new_group(list(line))) for line in lines] if me in line)
+
+
 def connect_stages(mesh: Mesh, pipeline: Pipeline, axis_sets: Iterable[tuple[int, ...]], shared: Iterable[tuple[int, ...]], device: torch.device, *, seed: int = 0) -> Places:
     """This process in a pipeline of stages on meshes like `mesh`; `shared`: sets of pipeline ranks that share weights.
 
@@ -182,6 +190,8 @@ def connect_stages(mesh: Mesh, pipeline: Pipeline, axis_sets: Iterable[tuple[int
     whole = pipeline.whole_mesh(mesh)
     axis = whole.names.index(PP)
     rank = connect(whole, [tuple(whole.names.index(mesh.names[a]) for a in axes) for axes in axis_sets], device, seed=seed)
+    # One group a direction: NCCL runs what two ranks exchange in one group in turn, and they would wait for each other's receives.
+    up, down = (_own_group(whole.groups((axis,)), rank.rank) for _ in range(2))
     groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
     for ranks in sorted({tuple(ranks) for ranks in shared if len(ranks) > 1}):
         for line in whole.groups((axis,)):
@@ -193,7 +203,7 @@ def connect_stages(mesh: Mesh, pipeline: Pipeline, axis_sets: Iterable[tuple[int
     inside = [c for a, c in enumerate(place) if a != axis]
     stage_rank = sum(c * stride for c, stride in zip(inside, mesh.strides))
     exchanges = {name: x for name, x in rank.exchanges.items() if isinstance(x, GroupExchange)}
-    return Places(place[axis], stage_rank, whole.group(rank.rank, (axis,)), exchanges, groups, device_mesh(whole, device), device, rank.stream, rank.counter)
+    return Places(place[axis], stage_rank, whole.group(rank.rank, (axis,)), exchanges, up, down, groups, device_mesh(whole, device), device, rank.stream, rank.counter)
 
 
 def device_mesh(mesh: Mesh, device: torch.device) -> DeviceMesh:

@@ -77,7 +77,7 @@ class PipelineModule(ParallelModule):
         """One of this rank's stages, in order."""
         self._shares[number] = share
         self._runs[number] = StageRun(self._stages.stages[number], ShareEngine(share, splits), self._stages.whole.graph.seeds)
-        self._post = ProcessPost(self._stages, share.rank, self._places.peers, self._places.shared, {s: x.store for s, x in self._shares.items()})
+        self._post = ProcessPost(self._stages, share.rank, self._places, {s: x.store for s, x in self._shares.items()})
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise UsageError("a pipeline runs whole steps: call train_step(batch), or evaluate(batch) for the loss without gradients")

@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 
 from autopar.core.pipeline import PP
-from autopar.core.schedule import Action
+from autopar.core.schedule import SENDS, Action
+from autopar.runtime.distributed import Places
 from autopar.runtime.rank import Rank
 from autopar.runtime.stage_run import Columns
 from autopar.runtime.store import Store
@@ -15,25 +16,27 @@ from autopar.stages import Stages
 
 
 class ProcessPost:
-    """Of one process. `peers[p]`: the global rank of the process on rank p of the pipeline that has this one's place in its stage;
-    `groups`: process groups by the pipeline's ranks in them. Messages of a pair of ranks come in one order, so they need no tags."""
+    """Of one process. Messages from one rank to another come in one order, so they need no tags."""
 
-    def __init__(self, stages: Stages, rank: Rank, peers: tuple[int, ...], groups: Mapping[tuple[int, ...], dist.ProcessGroup], stores: Mapping[int, Store]) -> None:
-        self.stages, self.rank, self.peers, self.groups, self.stores = stages, rank, peers, groups, stores
+    def __init__(self, stages: Stages, rank: Rank, places: Places, stores: Mapping[int, Store]) -> None:
+        self.stages, self.rank, self.places, self.stores = stages, rank, places, stores
         self._sent: list[tuple[Any, torch.Tensor]] = []
         self._coming: dict[Action, list[tuple[int, torch.Tensor, Any]]] = {}
         self._before: dict[torch.nn.Parameter, torch.Tensor | None] = {}
 
-    def _peer(self, action: Action) -> int:
+    def _peer(self, action: Action) -> tuple[int, dist.ProcessGroup]:
+        """(global rank of the process with this one's place on the other rank, group for that direction)."""
         assert action.peer is not None
-        return self.peers[self.stages.placement[action.peer]]
+        other = self.stages.placement[action.peer]
+        upwards = (other > self.places.rank) == (action.kind in SENDS)
+        return self.places.peers[other], self.places.up if upwards else self.places.down
 
     def send(self, action: Action, columns: Columns) -> None:
         self._sent = [(work, x) for work, x in self._sent if not work.is_completed()]
         for (x,) in columns.values():
             x = x.contiguous()
             self.rank.counter.add("send", PP, 2, x.numel() * x.element_size())
-            self._sent.append((dist.isend(x, self._peer(action)), x))
+            self._sent.append((dist.isend(x, *self._peer(action)), x))
 
     def expect(self, action: Action) -> None:
         """Post the receive."""
@@ -42,7 +45,7 @@ class ProcessPost:
         for v in self.stages.message(action):
             shape, dtype = program.local_shape(v, program.produced[v]), getattr(torch, program.graph.values[v].meta.dtype)
             x = torch.empty(shape, dtype=dtype, device=self.rank.device)
-            coming.append((v, x, dist.irecv(x, self._peer(action))))
+            coming.append((v, x, dist.irecv(x, *self._peer(action))))
         self._coming[action] = coming
 
     def receive(self, action: Action) -> Columns:
@@ -75,7 +78,7 @@ class ProcessPost:
             assert isinstance(total, torch.Tensor)
             if len(ranks) > 1:
                 self.rank.counter.add("all_reduce", PP, len(ranks), total.numel() * total.element_size())
-                dist.all_reduce(total, group=self.groups[ranks])
+                dist.all_reduce(total, group=self.places.shared[ranks])
             for p in parameters:
                 with torch.no_grad():
                     before = self._before.pop(p)

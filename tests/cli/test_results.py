@@ -38,6 +38,21 @@ def test_plan_json(call: Call, tmp_path: Path) -> None:
     assert plan == Plan.load(path) and plan.predicted.step_time_s == found["predicted"]["step_time_s"] > 0
 
 
+def test_the_page_of_a_pipeline_lists_its_stages(call: Call, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    pins = ("--pin", "pp=2", "--pin", "dp=2", "--pin", "schedule=gpipe")
+    called = call("plan", "mlp-tiny", "--cluster", "local:4", "--batch", "16", "--micro-batches", "4", *pins, "-o", path)
+    assert (called.code, called.err) == (0, "")
+    plan, lines = Plan.load(path), called.out.splitlines()
+    assert plan.pipeline is not None and plan.num_ranks == 4
+    assert lines[0].startswith("pp2(gpipe) x dp2, 4 microbatches") and "bubble" in called.out
+    first = next(n for n, line in enumerate(lines) if line.startswith("STAGE"))
+    for n, stage in enumerate(plan.predicted.stages):
+        words = lines[first + 1 + n].split()
+        assert words[:2] == [str(n), str(stage.rank)] and stage.first in words and stage.last in words and "4" in words
+    assert [use.name for use in axis_uses(plan, Cluster.local(4))] == ["pp", "dp"]
+
+
 def test_the_same_command_gives_the_same_plan(call: Call, plan_text: str, tmp_path: Path) -> None:
     path = tmp_path / "again.json"
     assert call("plan", *PLANNED, "-o", path).code == 0

@@ -1,4 +1,4 @@
-"""The resume example under the real `torchrun`: ranks are killed, it restarts them, and the end is that of an undisturbed run."""
+"""The resume example under the real `torchrun`: a rank is killed, it restarts all, and the end is that of an undisturbed run."""
 
 import os
 import re
@@ -14,6 +14,7 @@ import torch
 from autopar.checkpoint.folder import MANIFEST, checkpoints
 from autopar.checkpoint.manifest import Manifest
 from autopar.checkpoint.reader import Reader
+from autopar.runtime.launch import launch
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "resume.py"
@@ -40,22 +41,23 @@ def ranks_of(process: subprocess.Popen) -> list[int]:
 
 @pytest.mark.gloo
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks through /proc")
-def test_torchrun_restarts_it(tmp_path: Path) -> None:
+def test_torchrun_restarts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    import resume  # type: ignore[import-not-found]  # a script, not a module of the package
+
     killed, calm, log = tmp_path / "killed", tmp_path / "calm", tmp_path / "log"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
     run = start([*torchrun, str(SCRIPT), str(killed), "--steps", str(STEPS), "--every", "2"], log)
     try:
-        for life, victim in enumerate((0, 1), start=1):
-            while len(re.findall("starting here", log.read_text())) < life or len(checkpoints(killed)) < 2:
-                assert run.poll() is None, log.read_text()[-3000:]
-                time.sleep(0.01)
-            os.kill(ranks_of(run)[victim], signal.SIGKILL)
+        while len(checkpoints(killed)) < 2:
+            assert run.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.01)
+        os.kill(ranks_of(run)[1], signal.SIGKILL)
         assert run.wait(300) == 0, log.read_text()[-3000:]
     finally:
         run.terminate()
     starts = [int(step) for step in re.findall(r"step +(\d+)  starting here", log.read_text())]
-    assert starts[0] == 0 and len(starts) == 3 and 0 < starts[1] <= starts[2] < STEPS
-    alone = start([sys.executable, str(SCRIPT), str(calm), "--steps", str(STEPS), "--every", str(STEPS)], tmp_path / "calm.log")
-    assert alone.wait(300) == 0, (tmp_path / "calm.log").read_text()[-3000:]
+    assert len(starts) == 2 and 0 == starts[0] < starts[1] < STEPS
+    launch(resume.train, 2, resume.Settings(str(calm), STEPS, every=STEPS))
     found, want = tensors(killed), tensors(calm)
     assert found.keys() == want.keys() and all(torch.equal(x, want[key]) for key, x in found.items())
