@@ -111,8 +111,7 @@ class Program:
     @cached_property
     def backward_segments(self) -> tuple[bool, ...]:
         """Whether a backward runs through each segment."""
-        live, ops = self.graph.differentiated, self.graph.ops
-        return tuple(any(v in live for i in segment.ops for v in ops[i].results) for segment in self.graph.segments)
+        return tuple(not self.graph.differentiated.isdisjoint(wiring.results) for wiring in self.graph.wirings)
 
     def needed(self, op: int, k: int) -> Layout:
         """Layout in which operand k of an op is used."""
@@ -130,13 +129,14 @@ class Program:
             total *= n
         return total
 
-    def all_routes(self) -> Iterator[tuple[int, Route, bool]]:
-        """(value, whole route from where it is produced, whether a gradient comes back), for every use in program order."""
-        live, seeds = self.graph.differentiated, self.graph.seeds
-        for i, op in enumerate(self.graph.ops):
-            used = any(v in live for v in op.results)
-            for k, v in enumerate(op.operands):
-                yield v, self.full_route(v, self.routes[i, k]), used and v in live
+    def moving(self) -> Iterator[tuple[int, Route, bool]]:
+        """(value, whole route from where it is produced, whether a gradient comes back), for every use on a route of some steps, in program
+        order."""
+        live, seeds, ops, relay = self.graph.differentiated, self.graph.seeds, self.graph.ops, self.relay
+        for (i, k), tail in self.routes.items():
+            v = ops[i].operands[k]
+            if len(tail) > 1 or v in relay:
+                yield v, self.full_route(v, tail), v in live and not live.isdisjoint(ops[i].results)
         for n, (v, route) in enumerate(zip(self.graph.outputs, self.output_routes)):
             yield v, self.full_route(v, route), v in seeds and (n >= self.first_handed or v not in self.handed)
         for (_, v), route in zip(self.graph.updates, self.update_routes):
@@ -153,14 +153,14 @@ class Program:
         return self.graph.outputs[self.first_handed :]
 
     def full_route(self, value: int, tail: Route) -> Route:
-        head = self.relay.get(value, (self.produced[value],))
-        return (*head, *tail[1:])
+        head = self.relay.get(value)
+        return tail if head is None else (*head, *tail[1:])
 
     @cached_property
     def moves(self) -> tuple[Move, ...]:
         """Every distinct step: uses that share the beginning of a route share its steps, so gradients are summed first."""
         seen: dict[tuple[int, Route], Move] = {}
-        for value, route, live in self.all_routes():
+        for value, route, live in self.moving():
             for n, step in enumerate(route_steps(route), start=1):
                 key = (value, route[: n + 1])
                 if key not in seen or (live and not seen[key].live):

@@ -40,7 +40,9 @@ from torch.nn.parallel import DistributedDataParallel
 import autopar
 from autopar.models.load import load_model
 
-LEARNING_RATE = 0.05
+LEARNING_RATE = 0.005
+"""So small that rounding has not grown into the losses after some hundred steps on one batch."""
+
 ADAM_RATE = 1e-4
 MAX_LOSS_ERROR = 1e-4
 WARM_UP = 3

@@ -74,7 +74,7 @@ def write_recipe(unary: Sequence[int], pairs: Sequence[tuple[int, int, int]], st
         kind = known.setdefault(key_of(bucket, step.node, around), len(known))
         kinds.append(kind)
         if around:
-            buckets[min([first[other] for other in around])].append((num_tables + kind, around))
+            buckets[min([first[other] for other in around]) if len(around) > 1 else first[around[0]]].append((num_tables + kind, around))
     return Recipe(tuple(steps), tuple(kinds), tuple(known), num_tables)
 
 
@@ -143,6 +143,6 @@ def number_tables(graph: CostGraph) -> tuple[list[np.ndarray], list[int], list[t
 
 def key_of(entries: Sequence[Entry], node: int, around: Sequence[int]) -> Key:
     """The tables that meet in a node, with its role (0) and those of its neighbours (1, 2, ...) instead of node numbers."""
-    role = {other: i for i, other in enumerate(around, start=1)}
+    role = dict(zip(around, range(1, len(around) + 1)))
     role[node] = 0
     return tuple(sorted([(table, tuple([role[n] for n in scope])) for table, scope in entries]))

@@ -49,7 +49,8 @@ def find_order(
     for u, v in pairs:
         graph[u].add(v)
         graph[v].add(u)
-    work = [_work(sizes, graph, node) for node in range(len(sizes))]
+    entries = [size * math.prod([sizes[other] for other in around]) for size, around in zip(sizes, graph, strict=True)]
+    work = [_work(table, len(around)) for table, around in zip(entries, graph, strict=True)]
     heap = [(work[node], classes[node], node) for node in range(len(sizes))]
     heapq.heapify(heap)
     alive = set(range(len(sizes)))
@@ -57,35 +58,38 @@ def find_order(
     fixed: list[int] = []
     largest = 1
     while heap:
-        entries, _, node = heapq.heappop(heap)
-        if node not in alive or entries != work[node]:
+        least, _, node = heapq.heappop(heap)
+        if node not in alive or least != work[node]:
             continue  # a newer entry of this node is in the heap
-        fits = entries // sizes[node] <= limit_entries
+        fits = least // sizes[node] <= limit_entries
         if not fits:
-            heapq.heappush(heap, (entries, classes[node], node))
+            heapq.heappush(heap, (least, classes[node], node))
             node = min(alive, key=lambda n: (reluctance[n] if reluctance else 0, -work[n], n))
         around = graph[node]
         alive.discard(node)
         for other in around:
-            graph[other].discard(node)
-            if fits:
-                graph[other].update(around)
-                graph[other].discard(other)
-        for other in around:
-            now = _work(sizes, graph, other)
+            near = graph[other]
+            near.discard(node)
+            table = entries[other] // sizes[node]
+            for third in around if fits else ():
+                if third != other and third not in near:
+                    near.add(third)
+                    table *= sizes[third]
+            entries[other] = table
+            now = _work(table, len(near))
             if now != work[other]:
                 work[other] = now
                 heapq.heappush(heap, (now, classes[other], other))
         if fits:
             steps.append((node, sorted(around)))
-            largest = max(largest, entries // sizes[node])
+            largest = max(largest, least // sizes[node])
         else:
             fixed.append(node)
     given = set(fixed)  # a node can be fixed after it was a neighbour: its state is given from the start all the same
-    ordered = tuple(Step(node, tuple(n for n in around if n not in given)) for node, around in steps)
+    ordered = tuple([Step(node, tuple([n for n in around if n not in given] if given else around)) for node, around in steps])
     return Order(ordered, tuple(sorted(fixed)), largest)
 
 
-def _work(sizes: Sequence[int], graph: list[set[int]], node: int) -> int:
+def _work(entries: int, num_neighbours: int) -> int:
     """Entries of the table; twice as many for every axis too many, so that a node of one state waits until it has fewer neighbours."""
-    return sizes[node] * math.prod([sizes[other] for other in graph[node]]) << max(0, len(graph[node]) - MAX_NEIGHBOURS)
+    return entries if num_neighbours <= MAX_NEIGHBOURS else entries << num_neighbours - MAX_NEIGHBOURS

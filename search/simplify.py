@@ -79,14 +79,14 @@ class Shrunk:
 
 def whole(problem: SearchProblem) -> Shrunk:
     """A problem from which nothing was dropped."""
-    states: dict[int, np.ndarray] = {}
-    return Shrunk(problem, tuple(states.setdefault(node.num_states, np.arange(node.num_states)) for node in problem.nodes))
+    states = {size: np.arange(size) for size in {node.num_states for node in problem.nodes}}
+    return Shrunk(problem, tuple([states[node.num_states] for node in problem.nodes]))
 
 
 def canonical(problem: SearchProblem) -> SearchProblem:
     """The same problem with one object per distinct table (float64, contiguous) and one edge u < v per pair of nodes."""
     unique = _UniqueTables()
-    nodes = tuple([Node(n.name, unique.table(n.cost_s), unique.table(n.memory_bytes)) for n in problem.nodes])
+    nodes = tuple([unique.node(n) for n in problem.nodes])
     bundles: dict[tuple[int, int], list[Edge]] = {}
     for edge in problem.edges:
         bundles.setdefault((edge.u, edge.v) if edge.u < edge.v else (edge.v, edge.u), []).append(edge)
@@ -109,14 +109,27 @@ class _UniqueTables:
             self._by_source[key] = source, self._by_content.setdefault((array.shape, array.tobytes()), array)
         return self._by_source[key][1]
 
+    def node(self, node: Node) -> Node:
+        """The node with canonical tables."""
+        key = id(node.cost_s), id(node.memory_bytes)
+        if key not in self._merged:
+            self._merged[key] = self.table(node.cost_s), self.table(node.memory_bytes)
+        cost_s, memory_bytes = self._merged[key]
+        return node if cost_s is node.cost_s and memory_bytes is node.memory_bytes else Node(node.name, cost_s, memory_bytes)
+
     def edge(self, u: int, v: int, bundle: list[Edge]) -> Edge:
-        """One edge for all those between two nodes."""
-        key = tuple([number for e in bundle for number in (id(e.cost_s), id(e.memory_bytes), e.u > e.v)])
+        """One edge for all those between two nodes: the one there is, where nothing changes."""
+        first = bundle[0]
+        key: tuple[int, ...] = (id(first.cost_s), id(first.memory_bytes), first.u > first.v)
+        if len(bundle) > 1:
+            key = tuple([number for e in bundle for number in (id(e.cost_s), id(e.memory_bytes), e.u > e.v)])
         if key not in self._merged:
             memories = [self.table(e.memory_bytes, e.u > e.v) for e in bundle if e.memory_bytes is not None]
             costs = [self.table(e.cost_s, e.u > e.v) for e in bundle]
             self._merged[key] = self.total(costs), self.total(memories) if memories else None
-        return Edge(u, v, *self._merged[key])
+        cost_s, memory_bytes = self._merged[key]
+        same = first.u == u and first.cost_s is cost_s and first.memory_bytes is memory_bytes
+        return first if same and len(bundle) == 1 else Edge(u, v, cost_s, memory_bytes)
 
     def total(self, tables: list[np.ndarray]) -> np.ndarray:
         if len(tables) == 1:

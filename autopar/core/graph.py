@@ -71,6 +71,28 @@ class Segment:
     ops: range
 
 
+@dataclass(frozen=True, slots=True)
+class Wiring:
+    """A segment seen from inside: values are numbered locally, first the `entries` that it takes in, in order of use, then the
+    `results` of its ops. Segments of one `form` are copies: the same calls, joined in the same way. What is derived from a segment
+    alone, and from what enters and leaves it, is the same for all of them and is made once.
+
+    `operands`: local numbers of the operands of all ops, one after the other; `crossing`: local numbers of the results that other
+    segments use or that are outputs.
+    """
+
+    form: int
+    entries: tuple[int, ...]
+    results: tuple[int, ...]
+    operands: tuple[int, ...]
+    crossing: tuple[int, ...]
+
+    @property
+    def values(self) -> tuple[int, ...]:
+        """Value id by local number."""
+        return self.entries + self.results
+
+
 def block_of(path: str) -> str:
     """The repeated block an operator belongs to: its module path up to the first list index."""
     parts = path.split(".")
@@ -150,7 +172,7 @@ class OpGraph:
         float64 counts as float32, so that the double-precision copy that verification runs is the same computation.
         """
         lines = [f"{v.meta}{v.role}{v.source}" for v in self.values]
-        lines += [f"{op.kind}{op.operands}{op.results}{op.args}" for op in self.ops]
+        lines += [f"{op.kind}{op.operands}{op.results}{arguments}" for op, arguments in zip(self.ops, self._arguments, strict=True)]
         text = "\n".join([*lines, f"{self.outputs}{self.updates}"]).replace("float64", "float32")
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -164,6 +186,55 @@ class OpGraph:
                 runs.append([block, i, i])
             runs[-1][2] = i + 1
         return tuple(Segment(block, range(first, last)) for block, first, last in runs)
+
+    @cached_property
+    def metas(self) -> tuple[int, ...]:
+        """A number per value, the same for equal metas: it hashes faster."""
+        known: dict[TensorMeta, int] = {}
+        return tuple([known.setdefault(value.meta, len(known)) for value in self.values])
+
+    @cached_property
+    def _arguments(self) -> tuple[str, ...]:
+        """The arguments of every op as text, which tells 1 from 1.0 and True."""
+        return tuple([str(op.args) for op in self.ops])
+
+    @cached_property
+    def calls(self) -> tuple[int, ...]:
+        """A number per op, the same for ops of the same kind, arguments and metas of operands and results."""
+        meta = self.metas
+        known: dict[tuple[Any, ...], int] = {}
+        found = []
+        for op, arguments in zip(self.ops, self._arguments, strict=True):
+            key = (op.kind, arguments, tuple([meta[v] for v in op.operands]), tuple([meta[v] for v in op.results]))
+            found.append(known.setdefault(key, len(known)))
+        return tuple(found)
+
+    @cached_property
+    def finals(self) -> tuple[int, ...]:
+        """Outputs, then what replaces buffers."""
+        return (*self.outputs, *(v for _, v in self.updates))
+
+    @cached_property
+    def wirings(self) -> tuple[Wiring, ...]:
+        """Every segment from inside."""
+        entries, results, operands = [], [], []
+        for segment in self.segments:
+            ops = self.ops[segment.ops.start : segment.ops.stop]
+            made = tuple([v for op in ops for v in op.results])
+            inside = set(made)
+            given = tuple(dict.fromkeys([v for op in ops for v in op.operands if v not in inside]))
+            local = {v: n for n, v in enumerate(given + made)}
+            entries.append(given)
+            results.append(made)
+            operands.append(tuple([local[v] for op in ops for v in op.operands]))
+        used = {v for given in entries for v in given}.union(self.finals)
+        forms: dict[tuple[Any, ...], int] = {}
+        found = []
+        for segment, given, made, inner in zip(self.segments, entries, results, operands, strict=True):
+            key = (self.calls[segment.ops.start : segment.ops.stop], inner)
+            crossing = tuple([n for n, v in enumerate(made, start=len(given)) if v in used])
+            found.append(Wiring(forms.setdefault(key, len(forms)), given, made, inner, crossing))
+        return tuple(found)
 
     def text(self) -> str:
         """One line per op, for people."""

@@ -64,21 +64,15 @@ class SearchProblem:
     base_memory_bytes: float = 0.0
 
     def __post_init__(self) -> None:
-        seen: set[tuple[int, ...]] = set()  # arrays are shared by many layers: look into each combination once
         sizes = [len(node.cost_s) if node.cost_s.ndim else 0 for node in self.nodes]
-        for node in self.nodes:
-            tables = id(node.cost_s), id(node.memory_bytes)
-            if tables not in seen:
-                _check_node(node)
-                seen.add(tables)
-        for edge in self.edges:
-            u, v = edge.u, edge.v
-            if not (0 <= u < len(sizes) and 0 <= v < len(sizes)) or u == v:
-                raise UsageError(f"edge ({u}, {v}) does not join two different nodes of 0..{len(sizes) - 1}")
-            placed = id(edge.cost_s), id(edge.memory_bytes), sizes[u], sizes[v]
-            if placed not in seen:
-                _check_edge(edge, self.nodes)
-                seen.add(placed)
+        num = len(sizes)
+        for u, v in [(e.u, e.v) for e in self.edges if not (0 <= e.u < num and 0 <= e.v < num) or e.u == e.v]:
+            raise UsageError(f"edge ({u}, {v}) does not join two different nodes of 0..{num - 1}")
+        # arrays are shared by many layers: look into each combination once
+        for node in {(id(node.cost_s), id(node.memory_bytes)): node for node in reversed(self.nodes)}.values():
+            _check_node(node)
+        for edge in {(id(e.cost_s), id(e.memory_bytes), sizes[e.u], sizes[e.v]): e for e in reversed(self.edges)}.values():
+            _check_edge(edge, self.nodes)
         limit = self.memory_limit_bytes
         if limit is not None and not limit >= 0:
             raise UsageError(f"memory limit {limit!r} bytes is not a number >= 0; leave it None for no limit")

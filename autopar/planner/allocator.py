@@ -8,9 +8,17 @@ class Memory:
 
     def __init__(self, **parts: int) -> None:
         self.parts = dict.fromkeys(PARTS, 0) | parts
-        self.peak = MemoryUse(moment="between steps", **self.parts)
-        self._sizes: list[tuple[int, str]] = []
+        self.total = sum(self.parts.values())
+        self._most = self.total
+        self._peak = (self.parts.copy(), ("between steps",))
+        self._sizes: list[int] = []
+        self._part: list[str] = []
         self._count: list[int] = []
+
+    @property
+    def peak(self) -> MemoryUse:
+        parts, moment = self._peak
+        return MemoryUse(moment=" of ".join(moment), **parts)
 
     @property
     def num_storages(self) -> int:
@@ -19,11 +27,13 @@ class Memory:
 
     def held_between(self, first: int, end: int) -> int:
         """Bytes of those storages from number `first` to before `end` that are still held."""
-        return sum(self._sizes[n][0] for n in range(first, end) if self._count[n])
+        return sum(self._sizes[n] for n in range(first, end) if self._count[n])
 
     def new(self, num_bytes: int, part: str) -> int:
         self.parts[part] += num_bytes
-        self._sizes.append((num_bytes, part))
+        self.total += num_bytes
+        self._sizes.append(num_bytes)
+        self._part.append(part)
         self._count.append(1)
         return len(self._count) - 1
 
@@ -32,23 +42,31 @@ class Memory:
         return storage
 
     def drop(self, storage: int) -> None:
-        self._count[storage] -= 1
-        if self._count[storage] == 0:
-            num_bytes, part = self._sizes[storage]
-            self.parts[part] -= num_bytes
+        count = self._count[storage] = self._count[storage] - 1
+        if count == 0:
+            num_bytes = self._sizes[storage]
+            self.parts[self._part[storage]] -= num_bytes
+            self.total -= num_bytes
 
     def shared(self, storage: int) -> bool:
         return self._count[storage] > 1
 
     def move(self, storage: int, part: str) -> int:
         """Count it under another part from now on."""
-        num_bytes, before = self._sizes[storage]
-        self.parts[before] -= num_bytes
-        self.parts[part] += num_bytes
-        self._sizes[storage] = (num_bytes, part)
+        before = self._part[storage]
+        if before != part:
+            num_bytes = self._sizes[storage]
+            self.parts[before] -= num_bytes
+            self.parts[part] += num_bytes
+            self._part[storage] = part
         return storage
 
-    def note(self, moment: str, **passing: int) -> None:
-        """Look whether this is the fullest moment; `passing`: bytes by part that are held only now."""
-        if sum(self.parts.values()) + sum(passing.values()) > self.peak.expected_bytes:
-            self.peak = MemoryUse(moment=moment, **{part: size + passing.get(part, 0) for part, size in self.parts.items()})
+    def note(self, *moment: str, temporaries: int = 0, communication: int = 0) -> None:
+        """Look whether this is the fullest moment (`backward`, `layers.3`: "backward of layers.3"); bytes given are held only now."""
+        total = self.total + temporaries + communication
+        if total > self._most:
+            self._most = total
+            parts = self.parts.copy()
+            parts["temporaries"] += temporaries
+            parts["communication"] += communication
+            self._peak = parts, moment

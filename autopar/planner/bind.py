@@ -10,7 +10,7 @@ from autopar.core.mesh import Mesh
 from autopar.core.moves import legal_step
 from autopar.core.plan import Plan
 from autopar.core.residency import Residency
-from autopar.core.rule import OpRule
+from autopar.core.rule import OpRule, Strategy
 from autopar.errors import LayoutError, PlanMismatchError
 from autopar.planner.rulebook import rules_of
 from autopar.program import Program, Route, route_steps, without_r
@@ -29,13 +29,17 @@ def named(residency: Residency[int], graph: OpGraph) -> Residency[str]:
 def decisions(program: Program, mesh: Mesh) -> dict[str, Any]:
     """The decision fields of a plan; `mesh` gives the axes their final names."""
     graph = program.graph
-    ops = tuple((op.name, rule.describe(s, mesh)) for op, rule, s in zip(graph.ops, program.rules, program.strategies))
+    words: dict[tuple[int, Strategy], str] = {}
+    for rule, strategy in zip(program.rules, program.strategies):
+        if (id(rule), strategy) not in words:
+            words[id(rule), strategy] = rule.describe(strategy, mesh)
+    ops = tuple([(op.name, words[id(rule), strategy]) for op, rule, strategy in zip(graph.ops, program.rules, program.strategies)])
     params = tuple((graph.values[v].source[0], program.storage[v]) for v in graph.params)
     relays = tuple((graph.values[v].name, route) for v, route in sorted(program.relay.items()))
-    routes = [(f"{graph.ops[i].name}.{k}", route) for (i, k), route in program.routes.items()]
-    routes += [(f"output.{n}", route) for n, route in enumerate(program.output_routes)]
-    routes += [(f"update.{n}", route) for n, route in enumerate(program.update_routes)]
-    return {"residency": named(program.residency, graph), "ops": ops, "params": params, "relays": relays, "routes": tuple((name, route) for name, route in routes if len(route) > 1)}
+    routes = [(f"{graph.ops[i].name}.{k}", route) for (i, k), route in program.routes.items() if len(route) > 1]
+    routes += [(f"output.{n}", route) for n, route in enumerate(program.output_routes) if len(route) > 1]
+    routes += [(f"update.{n}", route) for n, route in enumerate(program.update_routes) if len(route) > 1]
+    return {"residency": named(program.residency, graph), "ops": ops, "params": params, "relays": relays, "routes": tuple(routes)}
 
 
 class _Binder:

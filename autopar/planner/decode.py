@@ -39,15 +39,13 @@ class _Decoder:
 
         Its inputs are on every rank already, so cutting it costs nothing.
         """
-        wanted: dict[int, set[Layout]] = {}
-        for v in (*self.graph.outputs, *(u for _, u in self.graph.updates)):
-            wanted.setdefault(v, set()).add(self.whole)
+        finals = set(self.graph.finals)
         for i in range(len(self.graph.ops) - 1, -1, -1):
-            op = self.graph.ops[i]
             if i not in self.ports.op_node:
-                self.strategies[i] = self._free_strategy(i, [wanted.get(v, set()) for v in op.results])
-            for k, v in enumerate(op.operands):
-                wanted.setdefault(v, set()).add(self.needed(i, k))
+                demands = [{self.needed(j, k) for j, k in self.graph.consumers[v]} for v in self.graph.ops[i].results]
+                for v, wanted in zip(self.graph.ops[i].results, demands, strict=True):
+                    wanted.update((self.whole,) if v in finals else ())
+                self.strategies[i] = self._free_strategy(i, demands)
 
     def _free_strategy(self, i: int, demands: list[set[Layout]]) -> Strategy:
         rule, default = self.rules[i], tuple(Choice("I") for _ in self.mesh.axes)
@@ -71,20 +69,18 @@ class _Decoder:
         made, want = rule.result_placement(j, choice), target[axis]
         return made.kind == want.kind and made.dim == want.dim
 
-    def produced(self) -> tuple[Layout, ...]:
-        layouts = []
-        for v, value in enumerate(self.graph.values):
-            if v in self.graph.producer:
-                i, j = self.graph.producer[v]
-                if i in self.ports.op_node:
-                    node = self.ports.op_node[i]
-                    layouts.append(self.ports.states[node].result_layouts[j][self.choices[node]])
-                    continue
-                layout = self.rules[i].result_layout(j, self.strategies[i], self.mesh)
-                layouts.append(layout if value.meta.requires_grad else without_r(layout))
-            else:
-                layouts.append(self.whole)
-        return tuple(layouts)
+    def produced(self) -> list[Layout]:
+        layouts = [self.whole] * len(self.graph.values)
+        nodes, states, choices = self.ports.op_node, self.ports.states, self.choices
+        for i, op in enumerate(self.graph.ops):
+            node = nodes.get(i)
+            for j, v in enumerate(op.results):
+                if node is not None:
+                    layouts[v] = states[node].result_layouts[j][choices[node]]
+                else:
+                    layout = self.rules[i].result_layout(j, self.strategies[i], self.mesh)
+                    layouts[v] = layout if self.graph.values[v].meta.requires_grad else without_r(layout)
+        return layouts
 
     def route(self, v: int, src: Layout, dst: Layout, node: int | None, k: int = 0, *, relayed: bool = True) -> Route:
         """The cheapest route to port k of a node, among all the layouts that the search had for it: what it priced is what is run."""
@@ -113,7 +109,7 @@ class _Decoder:
 
     def program(self) -> Program:
         self.follow_demand()
-        produced = list(self.produced())
+        produced = self.produced()
         storage: dict[int, Layout] = {}
         deferred: dict[int, tuple[int, ...]] = {}
         relay: dict[int, Route] = {}
@@ -127,17 +123,31 @@ class _Decoder:
             if there != produced[v]:
                 relay[v] = self.route(v, produced[v], there, node, relayed=False)
         start = [relay[v][-1] if v in relay else produced[v] for v in range(len(self.graph.values))]
-        nodes = self.ports.op_node
-        routes = {
-            (i, k): self.route(v, start[v], self.needed(i, k), nodes.get(i), k) for i, op in enumerate(self.graph.ops) for k, v in enumerate(op.operands)
-        }
+        routes: dict[tuple[int, int], Route] = {}
+        known: dict[tuple, list[Route]] = {}
+        for s in range(len(self.graph.segments)):
+            self._add_routes(s, start, routes, known)
         nodes = self.ports.output_node
-        ends = [self.layout_at(nodes[n]) if n in nodes else self.whole for n in range(len(self._finals()))]
-        final = tuple(self.route(v, start[v], end, nodes.get(n)) for n, (v, end) in enumerate(zip(self._finals(), ends)))
+        ends = [self.layout_at(nodes[n]) if n in nodes else self.whole for n in range(len(self.graph.finals))]
+        final = tuple(self.route(v, start[v], end, nodes.get(n)) for n, (v, end) in enumerate(zip(self.graph.finals, ends)))
         n = len(self.graph.outputs)
         return Program(
-            self.graph, self.mesh, tuple(self.rules), tuple(self.strategies), storage, deferred, tuple(produced), relay, routes, final[:n], final[n:], self.residency()
+            self.graph, self.mesh, tuple(self.rules), tuple(self.strategies), storage, deferred, tuple(produced), relay,
+            routes, final[:n], final[n:], self.residency()
         )  # fmt: skip
+
+    def _add_routes(self, s: int, start: Sequence[Layout], routes: dict[tuple[int, int], Route], known: dict[tuple, list[Route]]) -> None:
+        """Routes to the operands of a segment; copies in the same states that are given the same have the same ones."""
+        segment, wiring, ports = self.graph.segments[s], self.graph.wirings[s], self.ports
+        nodes = [ports.op_node.get(i) for i in segment.ops]
+        states = tuple([self.strategies[i] if n is None else (id(ports.states[n]), self.choices[n]) for i, n in zip(segment.ops, nodes)])
+        places = [(i, k) for i in segment.ops for k in range(len(self.graph.ops[i].operands))]
+        ends = [(n, v) for n, v in enumerate(wiring.values) if n < len(wiring.entries) or v in ports.relay_node]
+        key = (wiring.form, states, tuple([(n, start[v], id(self._source(v, relayed=True))) for n, v in ends]))
+        if key not in known:
+            operands = [self.graph.ops[i].operands[k] for i, k in places]
+            known[key] = [self.route(v, start[v], self.needed(i, k), ports.op_node.get(i), k) for v, (i, k) in zip(operands, places, strict=True)]
+        routes.update(zip(places, known[key]))
 
     def residency(self) -> Residency[int]:
         zero, recompute = {}, {}
@@ -151,9 +161,6 @@ class _Decoder:
                 recompute[block] = mode
         given = self.keeping
         return Residency(zero=zero, recompute=recompute, micro_batches=given.micro_batches, precision=given.precision, offload=given.offload)
-
-    def _finals(self) -> tuple[int, ...]:
-        return (*self.graph.outputs, *(v for _, v in self.graph.updates))
 
     def _first_use(self, v: int) -> Layout:
         if v in self.ports.relay_node:

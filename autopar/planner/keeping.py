@@ -65,12 +65,12 @@ def uses(graph: OpGraph) -> dict[int, Use]:
     """The use of every parameter."""
     live = graph.differentiated
     found: dict[int, list[bool]] = {v: [] for v in graph.params}
-    for segment in graph.segments:
-        back = any(v in live for i in segment.ops for v in graph.ops[i].results)
-        taken = {v for i in segment.ops for v in graph.ops[i].operands if v in found}
-        for v in taken:
-            found[v].append(back)
-    ends = {*graph.outputs, *(v for _, v in graph.updates)}
+    for wiring in graph.wirings:
+        back = not live.isdisjoint(wiring.results)
+        for v in wiring.entries:
+            if v in found:
+                found[v].append(back)
+    ends = set(graph.finals)
     return {v: Use(len(segments), sum(segments), v in live, v in ends) for v, segments in found.items()}
 
 

@@ -18,7 +18,7 @@ from autopar.core.cluster import Cluster
 from autopar.core.memory import MemoryUse
 from autopar.planner.allocator import Memory
 from autopar.planner.held import Beside, Group, Held, Holdings, received_bytes, resident
-from autopar.planner.storages import Step, Steps, steps_of
+from autopar.planner.steps import Run, Step, Steps, steps_of
 from autopar.program import Program
 
 MARGIN = 0.03
@@ -68,25 +68,6 @@ class _Walk:
     # --- what is known beforehand ------------------------------------------------------------------------------------
 
     @cached_property
-    def expiring(self) -> Mapping[tuple[int, int], list[int]]:
-        """(segment, step) -> memory that nothing reads after it; what enters a segment lives until its end."""
-        last: dict[int | None, tuple[int, int]] = {}
-        made: dict[int, int] = {}
-        for s, segment in enumerate(self.steps.segments):
-            for i, step in enumerate(segment):
-                for n in (*step.operands, *step.results):
-                    owner = self.steps.nodes[n].owner
-                    if owner is not None:
-                        made.setdefault(owner, s)
-                        last[owner] = max(last.get(owner, (0, 0)), (s, i if made[owner] == s else len(segment)))
-        for n in self.steps.ends:
-            last.pop(self.steps.nodes[n].owner, None)
-        found: dict[tuple[int, int], list[int]] = {}
-        for owner, place in last.items():
-            found.setdefault(place, []).append(owner)
-        return found
-
-    @cached_property
     def units(self) -> tuple[tuple[Group, ...], ...]:
         return (*self.holdings.units(), ())
 
@@ -101,11 +82,10 @@ class _Walk:
     def contributions(self) -> Mapping[int, int]:
         """How many steps contribute to the gradient of each parameter."""
         found: dict[int, int] = {}
-        for segment in self.steps.segments:
-            for step in segment:
-                for n in step.operands if step.live else ():
-                    if self.steps.nodes[n].live and n in self.steps.leaves:
-                        found[n] = found.get(n, 0) + 1
+        for run in self.steps.runs:
+            for n, times in run.script.contributions:
+                if run.numbers[n] in self.steps.leaves:
+                    found[run.numbers[n]] = found.get(run.numbers[n], 0) + times
         return found
 
     @cached_property
@@ -121,48 +101,53 @@ class _Walk:
     def forward(self) -> None:
         values: Values = {}
         self.first_storage = []
-        for s, segment in enumerate(self.steps.segments):
+        for s, run in enumerate(self.steps.runs):
             self.first_storage.append(self.memory.num_storages)
-            weights = self._gather(s, back=False, moment=f"forward of {_where(segment)}")
+            weights = self._gather(s, back=False, moment=("forward", run.where))
             if self.mode(s) != "none":
-                self.inputs[s] = {o: self.memory.hold(values[o]) for o in self._read(segment) if o in values}
+                self.inputs[s] = {o: self.memory.hold(values[o]) for n in run.script.inputs if (o := run.numbers[n]) in values}
             self._run(s, values, "forward", keep=self.mode(s) == "none")
             self._drop(weights)
         handed = self.steps.ends[self.program.first_handed : len(self.program.graph.outputs)]
-        owners = dict.fromkeys(self.steps.nodes[n].owner for n in handed if self.steps.nodes[n].live)
+        owners = dict.fromkeys(owner for owner, live in handed if live)
         self.handed = [self.memory.move(self.memory.hold(values[o]), "activations") for o in owners if o in values]
         self._drop(values.values())  # the loss has read them
 
-    def _read(self, segment: Iterable[Step]) -> dict[int, None]:
-        return dict.fromkeys(o for step in segment for n in step.operands if (o := self.steps.nodes[n].owner) is not None)
-
     def _run(self, s: int, values: Values, what: str, *, keep: bool) -> None:
-        memory, nodes, mode = self.memory, self.steps.nodes, self.mode(s)
+        memory, mode, run = self.memory, self.mode(s), self.steps.runs[s]
+        numbers, expiring, tape = run.numbers, run.expiring, self.taped.get(s, {})
         again = what != "forward"
-        for i, step in enumerate(self.steps.segments[s]):
-            for n in step.results:
-                if nodes[n].owner == n:
-                    values[n] = self.taped[s].pop(n) if again and n in self.taped.get(s, ()) else memory.new(nodes[n].num_bytes, "temporaries")
+        for i, step in enumerate(run.script.steps):
+            for n, num_bytes in step.made:
+                o = numbers[n]
+                values[o] = tape.pop(o) if again and o in tape else memory.new(num_bytes, "temporaries")
             kept = [memory.new(step.kept_bytes, "activations" if keep else "temporaries")] if step.kept_bytes else []
-            memory.note(f"{what} of {step.moment}", **{"communication" if step.collective else "temporaries": step.workspace_bytes})
+            if step.collective:
+                memory.note(what, step.moment or run.block, communication=step.workspace_bytes)
+            else:
+                memory.note(what, step.moment or run.block, temporaries=step.workspace_bytes)
             if keep and step.recorded:
-                for o in dict.fromkeys(nodes[n].owner for n in step.saved):
+                for n in step.saved:
+                    o = numbers[n]
                     if o in values:
                         kept.append(memory.move(memory.hold(values[o]), "activations"))
                 self.saved[s, i] = kept
-            else:
+            elif kept:
                 self._drop(kept)
             if not again and (step.collective if mode == "full" else step.collective or step.contraction if mode == "selective" else False):
-                tape = self.taped.setdefault(s, {})
-                tape.update({n: memory.move(memory.hold(values[n]), "activations") for n in step.results if nodes[n].owner == n})
-            self._drop(values.pop(o) for o in self.expiring.get((s, i), ()) if o in values)
-        self._drop(values.pop(o) for o in self.expiring.get((s, len(self.steps.segments[s])), ()) if o in values)
+                taped = self.taped.setdefault(s, {})
+                taped.update({numbers[n]: memory.move(memory.hold(values[numbers[n]]), "activations") for n, _ in step.made})
+            for n in expiring.get(i, ()):
+                o = numbers[n]
+                if o in values:
+                    memory.drop(values.pop(o))
+        self._drop(values.pop(numbers[n]) for n in expiring.get(len(run.script.steps), ()) if numbers[n] in values)
 
     def _drop(self, storages: Iterable[int]) -> None:
         for storage in list(storages):
             self.memory.drop(storage)
 
-    def _gather(self, s: int, *, back: bool, moment: str) -> list[int]:
+    def _gather(self, s: int, *, back: bool, moment: tuple[str, str]) -> list[int]:
         """Weights of a segment; those of the segment that comes next are on their way when these are there."""
         if not self.units[s]:
             return []
@@ -177,13 +162,13 @@ class _Walk:
         found = []
         for unit, row in zip(self.units[s], rows):
             found.append(self.memory.new(unit.copies, "parameters") if unit.copies else self.memory.move(self.memory.hold(row), "parameters"))
-            self.memory.note(moment)
+            self.memory.note(*moment)
             self.memory.drop(row)
         return found
 
-    def _fetch(self, s: int, moment: str) -> None:
+    def _fetch(self, s: int, moment: tuple[str, str]) -> None:
         self.fetched = (s, [self.memory.new(unit.gathered_rows, "communication") for unit in self.units[s]])
-        self.memory.note(moment)
+        self.memory.note(*moment)
 
     def refresh(self) -> None:
         """Working copies, gathered once a step."""
@@ -196,29 +181,31 @@ class _Walk:
     def backward(self, *, last: bool) -> None:
         self.awaited = dict(self.contributions)
         self.missing = {b: len(bucket.members) for b, bucket in enumerate(self.holdings.buckets)}
+        runs = self.steps.runs
         for (s, i), storages in list(self.saved.items()):
-            if not self.steps.segments[s][i].live:
+            if not runs[s].script.steps[i].live:
                 self._drop(storages)
                 del self.saved[s, i]
-        for n in self.steps.seeds:
-            self.gradient[n] = self.memory.new(self.steps.nodes[n].num_bytes, "temporaries")
+        for n, num_bytes in self.steps.seeds:
+            self.gradient[n] = self.memory.new(num_bytes, "temporaries")
         self._drop(self.handed)
-        for s in reversed(range(len(self.steps.segments))):
+        for s in reversed(range(len(runs))):
             self._back(s, last)
         self._drop(self.gradient.values())
         self.gradient.clear()
         self._end(last)
 
     def _back(self, s: int, last: bool) -> None:
-        segment = self.steps.segments[s]
-        weights = self._gather(s, back=True, moment=f"backward of {_where(segment)}") if any(step.live for step in segment) else []
+        run = self.steps.runs[s]
+        weights = self._gather(s, back=True, moment=("backward", run.where)) if run.script.live else []
         if self.mode(s) != "none":
             values = {o: self.memory.hold(storage) for o, storage in self.inputs[s].items()}
             self._run(s, values, "computing again", keep=True)
             self._drop(values.values())
-        for i in reversed(range(len(segment))):
-            if segment[i].live:
-                self._differentiate(segment[i], self.saved.pop((s, i), []), last)
+        for i in reversed(range(len(run.script.steps))):
+            step = run.script.steps[i]
+            if step.live:
+                self._differentiate(step, run, self.saved.pop((s, i), ()), last)
         self._drop(self.inputs.pop(s, {}).values())
         self._drop(self.taped.pop(s, {}).values())
         self._drop(weights)
@@ -228,35 +215,41 @@ class _Walk:
                 self._fill(-1 - (s << 10) - n, unit, grads)
                 self._launch(-1 - (s << 10) - n, unit)
 
-    def _differentiate(self, step: Step, saved: list[int], last: bool) -> None:
-        nodes, memory = self.steps.nodes, self.memory
-        arrived = [self.gradient.pop(n) for n in step.results if n in self.gradient]
-        found = []
-        for n, size in zip(step.operands, step.gradients) if arrived else ():
-            if nodes[n].live:
-                found.append((n, memory.hold(arrived[0]) if size is None else memory.new(size, "temporaries")))
-        memory.note(f"backward of {step.moment}", **{"communication" if step.collective else "temporaries": step.backward_workspace_bytes})
-        self._drop([*arrived, *saved])
-        for n, storage in found:
-            self._add(n, storage, step.moment)
+    def _differentiate(self, step: Step, run: Run, saved: Iterable[int], last: bool) -> None:
+        memory, numbers, gradient, moment = self.memory, run.numbers, self.gradient, step.moment or run.block
+        arrived = [gradient.pop(numbers[n]) for n in step.results if numbers[n] in gradient]
+        if arrived:
+            found = [memory.hold(arrived[0]) if new is None else memory.new(new, "temporaries") for _, _, new in step.gradients]
+        if step.collective:
+            memory.note("backward", moment, communication=step.backward_workspace_bytes)
+        else:
+            memory.note("backward", moment, temporaries=step.backward_workspace_bytes)
+        for storage in arrived:
+            memory.drop(storage)
+        for storage in saved:
+            memory.drop(storage)
+        for (here, num_bytes, _), storage in zip(step.gradients, found) if arrived else ():
+            n = numbers[here]
+            if n in gradient:
+                self._add(n, num_bytes, storage, moment)
+            else:
+                gradient[n] = storage
             if n in self.awaited:
                 self.awaited[n] -= 1
                 if self.awaited[n] == 0:
-                    self._arrived(self.holdings.parameters[self.steps.leaves[n]], self.gradient.pop(n), last)
+                    self._arrived(self.holdings.parameters[self.steps.leaves[n]], gradient.pop(n), last)
 
-    def _add(self, n: int, storage: int, moment: str) -> None:
+    def _add(self, n: int, num_bytes: int, storage: int, moment: str) -> None:
         """Sum in the memory of one of the two where nobody else reads it."""
-        memory, before = self.memory, self.gradient.get(n)
-        if before is None:
-            self.gradient[n] = storage
-        elif not memory.shared(before):
+        memory, before = self.memory, self.gradient[n]
+        if not memory.shared(before):
             memory.drop(storage)
         elif not memory.shared(storage):
             memory.drop(before)
             self.gradient[n] = storage
         else:
-            self.gradient[n] = memory.new(self.steps.nodes[n].num_bytes, "temporaries")
-            memory.note(f"backward of {moment}")
+            self.gradient[n] = memory.new(num_bytes, "temporaries")
+            memory.note("backward", moment)
             self._drop((before, storage))
 
     def _arrived(self, held: Held, storage: int, last: bool) -> None:
@@ -332,10 +325,6 @@ class _Walk:
             memory.new(sum(h.stored for h in members), "gradients")
             memory.note("reduction of gradients")
         memory.drop(storage)
-
-
-def _where(segment: tuple[Step, ...]) -> str:
-    return segment[0].moment if segment else "outputs"
 
 
 def kept_by_segment(program: Program) -> tuple[int, ...]:

@@ -77,14 +77,14 @@ class StageSearch(MeshSearch):
             raise UsageError(f"schedule zero-bubble does not go with zero={self.pins.zero}")
         return replace(keeping, stages=tuple(s for s in keeping.stages if s < 2)) if self.order.schedule == "zero-bubble" else keeping
 
-    def _problem(self, keeping: Keeping, linear_limit_bytes: float | None) -> tuple[SearchProblem, Ports]:
-        problem, ports = super()._problem(keeping, linear_limit_bytes)
+    def problem(self, keeping: Keeping) -> tuple[SearchProblem, Ports]:
+        problem, ports = super().problem(keeping)
         return _in_flight(problem, ports, in_flight(self.order)), ports
 
     def sharded(self) -> Candidate:
         """The fastest sharding, memory and cuts aside: the same for all orders."""
         keeping = self.given.narrowed(self.pins)
-        problem, ports = super()._problem(keeping, None)
+        problem, ports = super().problem(keeping)
         return super()._candidate(keeping, problem, ports, self._solve(problem))
 
     def _candidate(self, keeping: Keeping, problem: SearchProblem, ports: Ports, assignment: Assignment) -> Candidate:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from autopar.core.cluster import Cluster
 from autopar.core.graph import OpGraph
 from autopar.core.mesh import Mesh, MeshAxis
@@ -22,6 +24,7 @@ from autopar.planner.rulebook import rules_of
 from autopar.planner.search import Candidate, DoesNotFit, MeshSearch, Options
 from autopar.planner.staging import pipeline_prediction
 from autopar.program import Program
+from autopar.search.terms import Terms
 
 Progress = Callable[[str], None]
 
@@ -135,10 +138,12 @@ def _pipeline_status(best: StagedCandidate, num_pipelines: int, num_meshes: int)
 
 def _predict(cluster: Cluster, best: Candidate, tokens: int) -> Prediction:
     choices, problem, ports = best.assignment.choices, best.problem, best.ports
-    blocks = set(ports.block_node.values())
-    compute = math.fsum(problem.nodes[n].cost_s[choices[n]] for n in ports.op_node.values())
-    communication = math.fsum(e.cost_s[choices[e.u], choices[e.v]] for e in problem.edges)
-    again = math.fsum(e.cost_s[choices[e.u], choices[e.v]] for e in problem.edges if e.u in blocks)
+    blocks = tuple(ports.block_node.values())
+    states, terms = np.asarray(choices, dtype=int), Terms(problem)
+    of_edges = terms.of_edges(states[terms.u], states[terms.v])[0]
+    compute = math.fsum(terms.of_nodes(states)[0][list(ports.op_node.values())].tolist())
+    communication = math.fsum(of_edges.tolist())
+    again = math.fsum(of_edges[np.isin(terms.u, blocks)].tolist())
     compute, communication = compute + again, communication - again
     step = compute + communication
     return Prediction(

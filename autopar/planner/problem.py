@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,6 +31,17 @@ class Ports:
     states: tuple[States, ...]
 
 
+Hub = tuple[States | None, list[tuple[int | None, int | None, np.ndarray, np.ndarray | None]]]
+"""What joins a value to its users within a segment: the states of its relay, and (node, node, seconds, bytes) of every edge."""
+
+
+class Copied(NamedTuple):
+    """What copies of a segment share: states by op of the segment, and a name for each value that stays inside, by local number."""
+
+    states: list[tuple[int, States]]
+    inside: list[tuple[int, tuple[int, int]]]
+
+
 @dataclass
 class ProblemBuilder:
     """Builds the `SearchProblem` of one graph on one mesh. Arrays of equal operators and edges are shared objects."""
@@ -50,8 +62,10 @@ class ProblemBuilder:
         self._edge_cache: dict[tuple, tuple[np.ndarray, np.ndarray | None]] = {}
         self._layout_cache: dict[tuple, States] = {}
         self._cuts_cache: dict[tuple[int, ...], frozenset[tuple[int, int]]] = {}
-        metas: dict[TensorMeta, int] = {}
-        self._meta: list[int] = [metas.setdefault(value.meta, len(metas)) for value in self.graph.values]  # a number hashes faster
+        self._meta = self.graph.metas
+        self._copies: dict[tuple, Copied] = {}
+        self._inside: dict[int, tuple[tuple[int, int], int]] = {}
+        self._hubs: dict[tuple[int, int] | None, Hub] = {}
         self.ops: dict[int, int] = {}
         self.op_of: dict[int, int] = {}
         self.saved = _saved_values(self.graph, self.rules)
@@ -62,11 +76,9 @@ class ProblemBuilder:
         self.block_of = blocks if self.keeping.recompute != ("none",) else {}
 
     def build(self, memory_limit_bytes: float | None) -> tuple[SearchProblem, Ports]:
-        searched, finals = self.graph.searched, self._finals()
-        for i, op in enumerate(self.graph.ops):
-            if not searched.isdisjoint(op.operands):
-                self.ops[i] = self._add_op(i)
-                self.op_of[self.ops[i]] = i
+        searched, finals = self.graph.searched, self.graph.finals
+        for s in range(len(self.graph.segments)):
+            self._add_segment(s)
         ops = self.ops
         outputs = {n: self._add_output(n, v) for n, v in enumerate(finals) if v in searched}
         ends: dict[int, list[tuple[int, int]]] = {}
@@ -75,30 +87,72 @@ class ProblemBuilder:
         params = {v: self._add_param(v) for v in self.graph.params}
         relays: dict[int, int] = {}
         for v in sorted(searched):
-            uses = [(ops[i], k) for i, k in self.graph.consumers[v]] + ends.get(v, [])
-            source = params.get(v) if v in params else ops[self.graph.producer[v][0]]
-            if not uses:
-                continue
-            port = 0 if v in params else self.graph.producer[v][1]
-            if len(uses) > 1:
-                relays[v] = self._add_relay(v, uses, source, port)
-                self._connect(v, source, port, relays[v], 0, from_param=v in params)
-                source, port = relays[v], 0
-            for node, k in uses:
-                self._connect(v, source, port, node, k, from_param=v in params and v not in relays)
+            name, first = self._inside.get(v, (None, 0))
+            hub = self._hubs.get(name)
+            if hub is None:
+                first_edge = len(self.edges)
+                self._join(v, params.get(v), ends.get(v, []), relays)
+                if name is not None:
+                    self._hubs[name] = self._hub(self.edges[first_edge:], relays.get(v), first)
+            else:
+                self._join_alike(v, hub, first, relays)
         blocks = self._add_modes()
         problem = SearchProblem(tuple(self.nodes), tuple(self.edges), memory_limit_bytes)
         return problem, Ports(ops, params, relays, outputs, blocks, tuple(self.states))
 
-    def _finals(self) -> tuple[int, ...]:
-        return (*self.graph.outputs, *(v for _, v in self.graph.updates))
+    def _join(self, v: int, param: int | None, ends: Sequence[tuple[int, int]], relays: dict[int, int]) -> None:
+        """A value with its users, through a relay where there are several."""
+        users = [(self.ops[i], k) for i, k in self.graph.consumers[v]] + list(ends)
+        if not users:
+            return
+        from_param = param is not None
+        source, port = (param, 0) if param is not None else (self.ops[self.graph.producer[v][0]], self.graph.producer[v][1])
+        if len(users) > 1:
+            relays[v] = self._add_relay(v, users, source, port)
+            self._connect(v, source, port, relays[v], 0, from_param=from_param)
+            source, port, from_param = relays[v], 0, False
+        for node, k in users:
+            self._connect(v, source, port, node, k, from_param=from_param)
+
+    def _hub(self, edges: Sequence[Edge], relay: int | None, first: int) -> Hub:
+        """What was made around a value, with nodes as distances from the `first` of the segment, None for the relay."""
+        ends = [tuple(None if node == relay else node - first for node in (e.u, e.v)) for e in edges]
+        return (None if relay is None else self.states[relay]), [(u, w, e.cost_s, e.memory_bytes) for (u, w), e in zip(ends, edges)]
+
+    def _join_alike(self, v: int, hub: Hub, first: int, relays: dict[int, int]) -> None:
+        """As a copy of a value that was joined before."""
+        states, edges = hub
+        relay = -1
+        if states is not None:
+            relay = relays[v] = self._add(f"{self.graph.values[v].name}.relay", states)
+        self.edges += [Edge(relay if u is None else first + u, relay if w is None else first + w, seconds, memory) for u, w, seconds, memory in edges]
+
+    def _add_segment(self, s: int) -> None:
+        """Nodes of the searched operators. Copies of a segment have the same states, and the same edges between them."""
+        graph, segment, wiring = self.graph, self.graph.segments[s], self.graph.wirings[s]
+        first, searched, named = len(self.nodes), graph.searched, bool(self.constraints.pins.named)
+        kept = segment.ops.start not in self.block_of
+        leaving = () if kept else tuple([self._leaves_block(graph.producer[wiring.values[n]][0], wiring.values[n]) for n in wiring.crossing])
+        flags = tuple([(v in searched, v in graph.differentiated, v in self.saved) for v in wiring.values])
+        batch = self.batch[segment.ops.start : segment.ops.stop] if self.constraints.strict else ()
+        key = (wiring.form, wiring.crossing, flags, kept, leaving, batch, s if named else -1)  # a pin may name a single operator
+        if key not in self._copies:
+            mine = [i for i in segment.ops if not searched.isdisjoint(graph.ops[i].operands)]
+            local = (n for n in range(len(wiring.entries), len(flags)) if n not in wiring.crossing)
+            self._copies[key] = Copied([(i - segment.ops.start, self._op_states(i)) for i in mine], [(n, (len(self._copies), n)) for n in local])
+        copied, values = self._copies[key], wiring.values
+        for offset, states in copied.states:
+            i = segment.ops.start + offset
+            self.op_of[len(self.nodes)] = i
+            self.ops[i] = self._add(graph.ops[i].name, states)
+        self._inside.update([(values[n], (name, first)) for n, name in copied.inside])
 
     def _add(self, name: str, states: States) -> int:
         self.nodes.append(Node(name, states.seconds, states.memory_bytes))
         self.states.append(states)
         return len(self.nodes) - 1
 
-    def _add_op(self, i: int) -> int:
+    def _op_states(self, i: int) -> States:
         op, rule = self.graph.ops[i], self.rules[i]
         saved = tuple([j for j, v in enumerate(op.results) if (v in self.saved if i not in self.block_of else self._leaves_block(i, v))])
         allowed, prefer, words = self.constraints.allowed(op, rule, self.batch[i])
@@ -111,7 +165,7 @@ class ProblemBuilder:
         if not states.strategies:
             pins = [p.text for _, found in self.constraints.for_op(op, rule, self.batch[i]).values() for p in found]
             raise PinConflictError(f"no strategy of operator {op.name} ({op.kind}) satisfies pins {' and '.join(map(repr, pins))} on mesh {self.mesh}")
-        return self._add(op.name, states)
+        return states
 
     def _add_param(self, v: int) -> int:
         value = self.graph.values[v]
@@ -206,8 +260,7 @@ class ProblemBuilder:
 
     def _leaves_block(self, i: int, v: int) -> bool:
         """Whether a result is used outside the block that makes it; then it is kept, whatever the block recomputes."""
-        ends = (*self.graph.outputs, *(u for _, u in self.graph.updates))
-        return v in ends or any(self.block_of.get(j) != self.block_of[i] for j, _ in self.graph.consumers[v])
+        return v in self.graph.finals or any(self.block_of.get(j) != self.block_of[i] for j, _ in self.graph.consumers[v])
 
     def _add_modes(self) -> dict[str, int]:
         """A node per block for its mode of recomputation, joined to every operator that it makes cheaper to keep or dearer to run."""
@@ -274,11 +327,22 @@ def _wanting(graph: OpGraph, i: int) -> list[int]:
 def _saved_values(graph: OpGraph, rules: Sequence[OpRule]) -> frozenset[int]:
     """Values that the backward keeps: operands that a differentiated op saves, and results it saves itself."""
     live = graph.differentiated
-    params = set(graph.params)
     found: set[int] = set()
-    for i, (op, rule) in enumerate(zip(graph.ops, rules)):
-        if (rule.saved_operands or rule.saved_results) and not live.isdisjoint(op.results):
-            wanting = _wanting(graph, i)
-            found.update(v for k, v in enumerate(op.operands) if v not in params and rule.keeps_operand(k, wanting))
-            found.update(op.results[j] for j in rule.saved_results)
-    return frozenset(found)
+    known: dict[tuple, list[int]] = {}
+    for segment, wiring in zip(graph.segments, graph.wirings, strict=True):
+        values = wiring.values
+        key = (wiring.form, tuple([v in live for v in values]))
+        if key not in known:
+            local = {v: n for n, v in enumerate(values)}
+            known[key] = [local[v] for i in segment.ops for v in _saved_by(graph, rules[i], i)]
+        found.update([values[n] for n in known[key]])
+    return frozenset(found.difference(graph.params))
+
+
+def _saved_by(graph: OpGraph, rule: OpRule, i: int) -> list[int]:
+    """Operands and results that the backward of an operator reads."""
+    op = graph.ops[i]
+    if not (rule.saved_operands or rule.saved_results) or graph.differentiated.isdisjoint(op.results):
+        return []
+    wanting = _wanting(graph, i)
+    return [v for k, v in enumerate(op.operands) if rule.keeps_operand(k, wanting)] + [op.results[j] for j in rule.saved_results]

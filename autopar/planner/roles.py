@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from autopar.core.graph import Op, OpGraph
+from autopar.core.graph import Op, OpGraph, Wiring
 from autopar.core.layout import Layout
 from autopar.core.mesh import Mesh
 from autopar.core.rule import Choice, OpRule, Strategy
@@ -20,21 +20,44 @@ def batch_factors(graph: OpGraph, rules: Sequence[OpRule]) -> tuple[frozenset[in
 
     Factors of different ops are the same when a value's dimension is made of both.
     """
-    extents: list[dict[int, int]] = [{} for _ in graph.ops]
-    batch_dims: dict[int, dict[int, int]] = {}
+    batch_dims: dict[int, Extents] = {}
     for v, value in enumerate(graph.values):
         if value.role == "input" and value.meta.shape:
             batch_dims[v] = {0: value.meta.shape[0]}
-    for i, (op, rule) in enumerate(zip(graph.ops, rules)):
-        for k, v in enumerate(op.operands):
-            for dim, extent in batch_dims.get(v, {}).items():
-                extents[i].update(_leading(rule, rule.operands[k][dim], extent))
-        for j, v in enumerate(op.results):
+    known: dict[tuple, tuple[list[frozenset[int]], list[Extents]]] = {}
+    factors: list[frozenset[int]] = []
+    for segment, wiring in zip(graph.segments, graph.wirings, strict=True):
+        entering = [batch_dims.get(v, {}) for v in wiring.entries]
+        key = (wiring.form, *(tuple(dims.items()) for dims in entering))
+        if key not in known:
+            known[key] = _batch_of_segment([graph.ops[i] for i in segment.ops], rules[segment.ops.start : segment.ops.stop], wiring, entering)
+        factors += known[key][0]
+        batch_dims.update(zip(wiring.results, known[key][1]))
+    return tuple(factors)
+
+
+Extents = dict[int, int]
+"""Dimension (or factor) -> how much of it is the batch."""
+
+
+def _batch_of_segment(ops: Sequence[Op], rules: Sequence[OpRule], wiring: Wiring, entering: Sequence[Extents]) -> tuple[list[frozenset[int]], list[Extents]]:
+    """(batch factors of each op, batch dimensions of each result) of a segment, given those of what enters."""
+    batch_dims: list[Extents] = [*entering, *({} for _ in wiring.results)]
+    found = []
+    place, made = 0, len(entering)
+    for op, rule in zip(ops, rules, strict=True):
+        extents: Extents = {}
+        for k, v in enumerate(wiring.operands[place : place + len(op.operands)]):
+            for dim, extent in batch_dims[v].items():
+                extents.update(_leading(rule, rule.operands[k][dim], extent))
+        for j in range(len(op.results)):
             for dim, parts in enumerate(rule.results[j]):
-                lead = [extents[i][f] for f in parts if f in extents[i]]
-                if lead and parts[0] in extents[i]:
-                    batch_dims.setdefault(v, {})[dim] = math.prod(lead)
-    return tuple(frozenset(found) for found in extents)
+                lead = [extents[f] for f in parts if f in extents]
+                if lead and parts[0] in extents:
+                    batch_dims[made + j][dim] = math.prod(lead)
+        place, made = place + len(op.operands), made + len(op.results)
+        found.append(frozenset(extents))
+    return found, batch_dims[len(entering) :]
 
 
 def _leading(rule: OpRule, parts: tuple[int, ...], extent: int) -> dict[int, int]:

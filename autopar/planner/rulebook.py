@@ -8,11 +8,8 @@ from autopar.rules.registry import rule_of
 
 def rules_of(graph: OpGraph) -> tuple[OpRule, ...]:
     """The factor rule of every operator; equal calls share one rule object."""
-    known: dict[tuple, OpRule] = {}
-    found = []
-    for op in graph.ops:
-        key = (op.kind, op.args, tuple(graph.values[v].meta for v in (*op.operands, *op.results)))
-        if key not in known:
-            known[key] = rule_of(op, graph)
-        found.append(known[key])
-    return tuple(found)
+    known: dict[int, OpRule] = {}
+    for call, op in zip(graph.calls, graph.ops, strict=True):
+        if call not in known:
+            known[call] = rule_of(op, graph)
+    return tuple([known[call] for call in graph.calls])

@@ -97,6 +97,10 @@ class MeshSearch:
     def pricing(self) -> Pricing:
         return Pricing(self.cluster, self.mesh)
 
+    @cached_property
+    def _problems(self) -> dict[Keeping, tuple[SearchProblem, Ports]]:
+        return {}
+
     @property
     def num_parts(self) -> int:
         """On how many ranks what the linear model of memory sums lies in parts."""
@@ -143,19 +147,23 @@ class MeshSearch:
     def leanest(self) -> Candidate:
         """The fastest of the plans that the linear model takes for those of about least memory: the very least may move whole tensors to
         save a few bytes of state."""
-        problem, _ = self._problem(self.keeping, None)
+        problem, _ = self.problem(self.keeping)
         return self._solved(self.keeping, leanest(problem).memory_bytes * (1 + CLOSE))
 
     def _solved(self, keeping: Keeping, linear_limit_bytes: float | None) -> Candidate:
-        problem, ports = self._problem(keeping, linear_limit_bytes)
+        whole, ports = self.problem(keeping)
+        problem = whole if linear_limit_bytes is None else replace(whole, memory_limit_bytes=linear_limit_bytes)
         return self._candidate(keeping, problem, ports, self._solve(problem))
 
     def _solve(self, problem: SearchProblem) -> Assignment:
         return solve(problem, time_limit_s=self.options.time_limit_s / (ROUNDS if problem.memory_limit_bytes is not None else 1))
 
-    def _problem(self, keeping: Keeping, linear_limit_bytes: float | None) -> tuple[SearchProblem, Ports]:
-        constraints = Constraints(self.mesh, self.pins, self.strict)
-        return ProblemBuilder(self.graph, self.rules, self.batch, self.pricing, constraints, keeping).build(linear_limit_bytes)
+    def problem(self, keeping: Keeping) -> tuple[SearchProblem, Ports]:
+        """What is searched, without a memory limit, and what its nodes stand for; built once for all limits."""
+        if keeping not in self._problems:
+            constraints = Constraints(self.mesh, self.pins, self.strict)
+            self._problems[keeping] = ProblemBuilder(self.graph, self.rules, self.batch, self.pricing, constraints, keeping).build(None)
+        return self._problems[keeping]
 
     def _candidate(self, keeping: Keeping, problem: SearchProblem, ports: Ports, assignment: Assignment) -> Candidate:
         program = recomputed_early(decode(self.graph, self.rules, self.pricing, ports, assignment.choices, keeping))

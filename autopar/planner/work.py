@@ -155,7 +155,7 @@ class _Pieces:
 
 def _live_moves(program: Program) -> frozenset[tuple[int, Route]]:
     """(value, route up to and with a move) of the moves that a gradient comes back through."""
-    return frozenset((v, route[:n]) for v, route, live in program.all_routes() if live for n in range(2, len(route) + 1))
+    return frozenset((v, route[:n]) for v, route, live in program.moving() if live for n in range(2, len(route) + 1))
 
 
 def _searched(graph: OpGraph) -> frozenset[int]:
