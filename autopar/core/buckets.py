@@ -23,14 +23,15 @@ def bucket_limit(total_bytes: int) -> int:
     return min(BUCKET_BYTES, max(MIN_BUCKET_BYTES, total_bytes // MIN_BUCKETS))
 
 
-def chunks(members: Sequence[int], size: Callable[[int], int]) -> list[list[int]]:
-    """Runs of about the size of a bucket, in order; large members are runs of their own."""
+def chunks(members: Sequence[int], size: Callable[[int], int], *, gathered: bool = False) -> list[list[int]]:
+    """Runs of about the size of a bucket, in order. Where they are `gathered` too, large members are runs of their own; a mere sum gains
+    nothing by that."""
     limit = bucket_limit(sum(size(v) for v in members))
     found: list[list[int]] = []
     run: list[int] = []
     filled = 0
     for v in members:
-        if size(v) >= max(MIN_BUCKET_BYTES, ALONE * limit):
+        if gathered and size(v) >= max(MIN_BUCKET_BYTES, ALONE * limit):
             found.append([v])
             continue
         if not run or filled + size(v) > limit:

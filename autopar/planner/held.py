@@ -147,7 +147,7 @@ class Holdings:
         found = []
         for of_kind in kinds.values():
             by_value = {h.value: h for h in of_kind}
-            runs = chunks(list(by_value), lambda v, of=by_value: of[v].working)
+            runs = chunks(list(by_value), lambda v, of=by_value: of[v].working, gathered=of_kind[0].flat)
             found += [Group(of_kind[0].stage, tuple(by_value[v] for v in run), of_kind[0].trained) for run in runs]
         return found
 

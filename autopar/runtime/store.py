@@ -125,7 +125,7 @@ class Store:
             if kind.stage or kind.dtype != kind.stored or self.program.residency.offload:
                 found.setdefault(kind, []).append(v)
         for kind, members in found.items():
-            for chunk in [members] if kind.stage == 3 else chunks(members, self._bytes):
+            for chunk in [members] if kind.stage == 3 else chunks(members, self._bytes, gathered=True):
                 yield kind, chunk
 
     def kind(self, v: int, segment: int = -1) -> Kind:
