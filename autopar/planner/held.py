@@ -120,13 +120,13 @@ class Holdings:
     @cached_property
     def flats(self) -> tuple[Group, ...]:
         """What is gathered once a step: working copies that are not the stored tensors."""
-        return tuple(g for g in self._groups([h for h in self.parameters.values() if h.flat and h.stage < 3]))
+        return tuple(g for g in self._groups([h for h in self.parameters.values() if h.flat and h.stage < 3], gathered=True))
 
     @cached_property
     def buckets(self) -> tuple[Group, ...]:
         """What is reduced together: stages 0 to 2."""
         plain = [h for h in reversed(self.parameters.values()) if h.stage == 0 and h.trained and h.reduced_over > 1]
-        return (*self._groups(plain), *(g for g in self.flats if g.stage and g.trained))
+        return (*self._groups(plain, gathered=False), *(g for g in self.flats if g.stage and g.trained))
 
     def units(self) -> tuple[tuple[Group, ...], ...]:
         """What is gathered for every segment."""
@@ -140,14 +140,14 @@ class Holdings:
             found.append(tuple(Group(3, tuple(members), members[0].trained) for members in kinds.values()))
         return tuple(found)
 
-    def _groups(self, members: Sequence[Held]) -> list[Group]:
+    def _groups(self, members: Sequence[Held], *, gathered: bool) -> list[Group]:
         kinds: dict[tuple, list[Held]] = {}
         for h in members:
             kinds.setdefault((h.key, h.trained), []).append(h)
         found = []
         for of_kind in kinds.values():
             by_value = {h.value: h for h in of_kind}
-            runs = chunks(list(by_value), lambda v, of=by_value: of[v].working, gathered=of_kind[0].flat)
+            runs = chunks(list(by_value), lambda v, of=by_value: of[v].working, gathered=gathered)
             found += [Group(of_kind[0].stage, tuple(by_value[v] for v in run), of_kind[0].trained) for run in runs]
         return found
 
