@@ -1,6 +1,7 @@
 """Pipelines cut anywhere, under every schedule, with unequal token counts and tied embeddings: the same gradients, the predicted bytes."""
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,8 @@ from autopar.core.pipeline import Pipeline
 from autopar.core.schedule import Kind, Schedule
 from autopar.errors import PlanMismatchError, ScheduleError, UsageError
 from autopar.planner.bind import bind
-from autopar.runtime.simulated_pipeline import SimulatedPipeline
+from autopar.runtime.simulated_pipeline import SimulatedPipeline, SimulatedPost
+from autopar.runtime.stage_run import StageRun
 from autopar.schedules.check import check
 from autopar.stages import cut_into_stages
 from tests.pipelines import Work, cut, outcome, simulated
@@ -86,6 +88,50 @@ def test_hybrids(name: str, seed: int, long: bool) -> None:
     plan = cut(work.plan(pins, devices, **options), work.traced.graph, ranks, schedule, 2 if schedule == "interleaved" else 1, seed)
     found = outcome(work, simulated(work, plan))
     assert found.loss < TOLERANCE and found.gradient < TOLERANCE and found.as_predicted, (found, plan.pipeline)
+
+
+Wrong = Callable[[pytest.MonkeyPatch], None]
+
+
+def tie_forgotten(mp: pytest.MonkeyPatch) -> None:
+    mp.setattr(SimulatedPost, "sum_shared", lambda self, rank, first: True)
+
+
+def last_answer_only(mp: pytest.MonkeyPatch) -> None:
+    """A value that several stages read gets the gradient of the last of them."""
+    mp.setattr(StageRun, "answer", lambda self, m, columns: self._of(m).answers.update(columns))
+
+
+def weights_never_done(mp: pytest.MonkeyPatch) -> None:
+    mp.setattr(StageRun, "backward_weights", StageRun.release)
+
+
+def answers_of_the_first_microbatch(mp: pytest.MonkeyPatch) -> None:
+    right = StageRun.answer
+    mp.setattr(StageRun, "answer", lambda self, m, columns: right(self, m, {v: [x if m == 0 else torch.zeros_like(x) for x in c] for v, c in columns.items()}))
+
+
+def microbatches_count_alike(mp: pytest.MonkeyPatch) -> None:
+    mp.setattr("tests.pipelines.loss_weights", lambda traced, pieces: [1 / len(pieces)] * len(pieces))
+
+
+MISTAKES: tuple[tuple[Wrong, str, str, int], ...] = (
+    (tie_forgotten, "gpt2-tiny", "1f1b", 2),
+    (last_answer_only, "t5-tiny", "1f1b", 4),
+    (weights_never_done, "llama-tiny", "zero-bubble", 2),
+    (answers_of_the_first_microbatch, "llama-tiny", "gpipe", 2),
+    (microbatches_count_alike, "llama-tiny", "1f1b", 2),
+)
+
+
+@pytest.mark.parametrize("wrong,model,schedule,ranks", MISTAKES, ids=lambda x: getattr(x, "__name__", str(x)))
+def test_mistakes_are_seen(wrong: Wrong, model: str, schedule: str, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would train, and its loss would look plausible."""
+    work = Work.of(model, 2)
+    plan = cut(work.plan(), work.traced.graph, ranks, schedule, 1, seed=3)  # of T5, a cut with a value that two later stages read
+    assert outcome(work, simulated(work, plan)).gradient < TOLERANCE
+    wrong(monkeypatch)
+    assert outcome(work, simulated(work, plan)).gradient > 1e-3
 
 
 def test_a_list_of_ones_own() -> None:
