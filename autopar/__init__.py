@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from autopar.core.cluster import Cluster
     from autopar.core.plan import Plan
     from autopar.core.residency import Precision
+    from autopar.core.schedule import Schedule
 
 __version__ = "0.1.0"
 
@@ -17,6 +18,7 @@ _HOME = {
     "Cluster": "autopar.core.cluster",
     "Plan": "autopar.core.plan",
     "Precision": "autopar.core.residency",
+    "Schedule": "autopar.core.schedule",
     "plan": "autopar.api",
     "parallelize": "autopar.api",
     "verify": "autopar.api",
@@ -27,7 +29,7 @@ _HOME = {
     "load_weights": "autopar.checkpoint.weights",
 }
 
-__all__ = ["Cluster", "Plan", "Precision", "VerifyReport", "load_checkpoint", "load_weights", "parallelize", "plan", "save_checkpoint", "save_weights", "verify"]
+__all__ = ["Cluster", "Plan", "Precision", "Schedule", "VerifyReport", "load_checkpoint", "load_weights", "parallelize", "plan", "save_checkpoint", "save_weights", "verify"]
 
 
 def __getattr__(name: str) -> Any:

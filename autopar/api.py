@@ -13,6 +13,7 @@ from autopar.core.graph import OpGraph
 from autopar.core.mesh import Mesh
 from autopar.core.plan import Plan
 from autopar.core.residency import Precision
+from autopar.core.schedule import Schedule
 from autopar.errors import UsageError
 from autopar.planner.bind import bind
 from autopar.planner.pins import parse_pins
@@ -26,7 +27,7 @@ from autopar.runtime.pipeline_module import PipelineModule
 from autopar.runtime.share import Share
 from autopar.runtime.store import HOST
 from autopar.runtime.weights import Weights
-from autopar.schedules.plan import schedule_of
+from autopar.schedules.plan import own_schedule, schedule_of, splits_backward
 from autopar.stages import cut_into_stages
 from autopar.trace.capture import Traced, trace
 from autopar.verification import VerifyReport, as_call, verify
@@ -120,13 +121,14 @@ def plan(model: nn.Module, cluster: Cluster, example_inputs: Any = None, **optio
 
 
 def parallelize(
-    model: nn.Module, cluster: Cluster, example_inputs: Any = None, *, plan: Plan | None = None, seed: int = 0, device: torch.device | None = None, **options: Any
+    model: nn.Module, cluster: Cluster, example_inputs: Any = None, *, plan: Plan | None = None, schedule: Schedule | None = None, seed: int = 0,
+    device: torch.device | None = None, **options: Any,
 ) -> ParallelModule:
     """Plan (unless a plan is given), rewrite for this rank and return the module to train; call under torchrun. `options`: of `plan`.
 
     Weights come from the model, or, where it is on the meta device, are initialised module by module from `seed`, so that
     no rank holds the whole model. Every rank calls the module with the same global batch (one microbatch at a time where the plan has
-    several: `train_step` cuts the batch).
+    several: `train_step` cuts the batch). `schedule`: lists of actions in place of those that a pipeline plan names.
     """
     if plan is not None:
         traced = _trace(model, example_inputs, plan.residency.micro_batches)
@@ -135,8 +137,12 @@ def parallelize(
         traced = _trace(model, example_inputs, wanted.micro_batches)
         plan = _agree(plan_graph(traced.graph, cluster, wanted, retrace=_retrace(model, example_inputs)).plan)
     device = device or (torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() and dist.get_backend() == "nccl" else torch.device("cpu"))
-    make = _whole if plan.pipeline is None else _staged
-    return make(plan, traced, Weights(model, seed=seed), device, seed).train(model.training)
+    weights = Weights(model, seed=seed)
+    if plan.pipeline is not None:
+        return _staged(plan, traced, weights, device, seed, schedule).train(model.training)
+    if schedule is not None:
+        raise UsageError(f"schedule {schedule.name} is for a pipeline, and the plan has none; leave it out, or pin pp")
+    return _whole(plan, traced, weights, device, seed).train(model.training)
 
 
 def _whole(plan: Plan, traced: Traced, weights: Weights, device: torch.device, seed: int) -> ParallelModule:
@@ -149,15 +155,15 @@ def _whole(plan: Plan, traced: Traced, weights: Weights, device: torch.device, s
     return SpmdModule(program, built.module, built.inputs, built.positions, traced, weights, rank, mesh, stored_mesh)
 
 
-def _staged(plan: Plan, traced: Traced, weights: Weights, device: torch.device, seed: int) -> ParallelModule:
+def _staged(plan: Plan, traced: Traced, weights: Weights, device: torch.device, seed: int, own: Schedule | None) -> ParallelModule:
     """This rank's stages of a pipeline; every rank cuts them all, and emits its own."""
     stages = cut_into_stages(bind(plan, traced.graph), plan.pipeline)
-    schedule, forward = schedule_of(stages), schedule_of(stages, "forward")
+    schedule, forward = own_schedule(own, stages) if own is not None else schedule_of(stages), schedule_of(stages, "forward")
     places = connect_stages(plan.mesh, stages.pipeline, stages.whole.groups, (stages.ranks_of(s) for s in stages.shared.values()), device, seed=seed)
     module = PipelineModule(stages, schedule, forward, traced, places)
     offload = plan.residency.offload
     stored_mesh = device_mesh(plan.whole_mesh, HOST)[plan.mesh.names] if offload else places.whole[plan.mesh.names]
-    splits = stages.pipeline.schedule == "zero-bubble"
+    splits = splits_backward(schedule)
     for number in schedule.stages_of(places.rank):
         program = stages.stages[number].program
         built = build(program, traced, device, split_backward=splits)

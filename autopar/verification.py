@@ -22,7 +22,7 @@ from autopar.runtime.reference import Reference
 from autopar.runtime.simulated_module import Column, MakeOptimizer, SimulatedModule
 from autopar.runtime.simulated_pipeline import SimulatedPipeline
 from autopar.runtime.weights import Weights, shard, unshard
-from autopar.schedules.plan import schedule_of
+from autopar.schedules.plan import schedule_of, splits_backward
 from autopar.stages import Stages, cut_into_stages
 from autopar.trace.capture import Traced, trace
 
@@ -147,7 +147,8 @@ def verify(
     if elements > MAX_ELEMENTS:
         raise VerificationError(f"{plan.model} has {elements / 1e9:.1f} billion parameters; verify a model of the same class with fewer layers")
     progress("emitting")
-    splits = plan.pipeline is not None and plan.pipeline.schedule == "zero-bubble"
+    schedule = schedule_of(stages)
+    splits = splits_backward(schedule)
     built = [build(stage.program, traced, split_backward=splits) for stage in stages.stages]
     weights = Weights(model, seed=seed)
     values = {v: _wider(weights.get(x.source[0]), wide) for v, x in enumerate(traced.graph.values) if x.role in ("param", "buffer")}
@@ -164,7 +165,7 @@ def verify(
         SimulatedModule(stage.program, b.module, b.inputs, b.positions, {v: x for v, x in values.items() if stage.program.graph.values[v].role != "elsewhere"}, make, seed, splits=splits)
         for stage, b in zip(stages.stages, built)
     ]
-    mesh = SimulatedPipeline(stages, schedule_of(stages), modules)
+    mesh = SimulatedPipeline(stages, schedule, modules)
     names = {traced.graph.values[v].source[0]: x for v, x in values.items()}
     one = _OneProcess(whole, names, plan.residency.precision, seed, make)
     return _compare(mesh, one, cut, steps, dtype, seed, progress)

@@ -14,6 +14,7 @@ from autopar.planner.bind import bind
 from autopar.runtime.simulated_pipeline import SimulatedPipeline, SimulatedPost
 from autopar.runtime.stage_run import StageRun
 from autopar.schedules.check import check
+from autopar.schedules.plan import own_schedule
 from autopar.stages import cut_into_stages
 from tests.pipelines import Work, cut, outcome, simulated
 
@@ -142,7 +143,9 @@ def test_a_list_of_ones_own() -> None:
     reversed_sums = tuple(tuple(sorted(actions, key=lambda a: a.kind is Kind.SEND_B)) for actions in own.ranks)
     with pytest.raises(ScheduleError):
         check(Schedule("late answers", own.num_microbatches, own.placement, own.edges, reversed_sums, own.tied))
-    check(own)
+    assert own_schedule(own, mesh.stages) == mesh.schedule
+    with pytest.raises(UsageError, match="microbatches 3, those of the plan are 2"):
+        own_schedule(replace(own, num_microbatches=3), mesh.stages)
     assert outcome(work, SimulatedPipeline(mesh.stages, own, mesh.modules)).gradient < TOLERANCE
 
 

@@ -1,6 +1,6 @@
 """The lists that run the stages of a plan."""
 
-from autopar.core.schedule import Schedule
+from autopar.core.schedule import Kind, Schedule
 from autopar.errors import UsageError
 from autopar.schedules.check import check
 from autopar.schedules.lower import make_schedule
@@ -19,3 +19,20 @@ def schedule_of(stages: Stages, name: str | None = None, num_microbatches: int |
     schedule = make_schedule(name or pipeline.schedule, pipeline.num_ranks, number, pipeline.virtual_stages, edges=stages.edges, tied=stages.tied)
     check(schedule)
     return schedule
+
+
+def own_schedule(schedule: Schedule, stages: Stages) -> Schedule:
+    """A list of the user's, if it runs these stages; raises UsageError where it is for others, ScheduleError where it cannot run."""
+    wanted = (stages.whole.residency.micro_batches, stages.placement, stages.edges, stages.tied, True)
+    given = (schedule.num_microbatches, schedule.placement, schedule.edges, schedule.tied, schedule.training)
+    names = ("microbatches", "placement", "edges", "tied stages", "training")
+    for name, a, b in zip(names, given, wanted):
+        if a != b:
+            raise UsageError(f"schedule {schedule.name}: {name} {a}, those of the plan are {b}; start from schedule_of(stages) and change the order")
+    check(schedule)
+    return schedule
+
+
+def splits_backward(schedule: Schedule) -> bool:
+    """Whether gradients of weights are put off."""
+    return any(action.kind is Kind.W for actions in schedule.ranks for action in actions)
