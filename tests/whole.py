@@ -35,7 +35,7 @@ SEED = 7
 
 def plan_of(program: Program) -> Plan:
     """The plan that names the program's decisions, with no prediction."""
-    nothing = Prediction(**{f.name: 0 for f in fields(Prediction) if f.name != "memory"})
+    nothing = Prediction(**{f.name: 0 for f in fields(Prediction) if f.name not in ("memory", "stages")})
     proof = Proof(0.0, 0.0, 0.0, "random", "none")
     return Plan(
         program.graph.digest, program.graph.name, "none", program.mesh, **decisions(program, program.mesh), predicted=nothing, proof=proof
