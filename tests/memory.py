@@ -1,9 +1,9 @@
 """What a rank really allocates while it trains: torch's own allocator reports, read from the profiler.
 
 The CPU allocator tells the profiler of every block it hands out and takes back, workspaces inside operators included. Blocks that a thread
-of the communication backend gives back are not reported; they are known to be free when their address is handed out again, so one step
-may read too high, never too low, and the smallest of several counts. A step that frees nothing that was there before it has the peak:
-what was there, plus the largest sum of blocks.
+of the communication backend gives back are not reported; they are known to be free when their address is handed out again, so a step may
+read too high, never too low. Which blocks those are changes from step to step, while the blocks handed out do not: after each of them the
+smallest of several steps counts. A step that frees nothing that was there before it has the peak: what was there, plus the largest sum.
 """
 
 import gc
@@ -20,7 +20,7 @@ import autopar
 from autopar.models.load import load_model
 from autopar.runtime.launch import Worker, launch
 
-STEPS = 3
+STEPS = 5
 
 Case = tuple[str, str, dict[str, Any]]
 """(model, plan as text, further arguments of `load_model`)."""
@@ -34,8 +34,8 @@ def held_bytes() -> int:
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
-def peak_during(run: Callable[[], Any]) -> int:
-    """The most bytes that are allocated at a time while `run` runs, beside those that were there before."""
+def allocations_during(run: Callable[[], Any]) -> list[tuple[int, int]]:
+    """For every block handed out while `run` runs: its bytes, and the bytes of all that are out then, beside those there before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     with tempfile.TemporaryDirectory() as folder:
@@ -43,15 +43,22 @@ def peak_during(run: Callable[[], Any]) -> int:
         profiler.export_chrome_trace(str(file))
         events = [e for e in json.loads(file.read_text())["traceEvents"] if e.get("name") == "[memory]"]
     blocks: dict[int, int] = {}
-    total = peak = 0
+    total, found = 0, []
     for event in sorted(events, key=lambda e: e["ts"]):
         address, num_bytes = event["args"]["Addr"], event["args"]["Bytes"]
         total -= blocks.pop(address, 0)
         if num_bytes > 0:
             blocks[address] = num_bytes
             total += num_bytes
-        peak = max(peak, total)
-    return peak
+            found.append((num_bytes, total))
+    return found
+
+
+def peak_of(steps: Sequence[Sequence[tuple[int, int]]]) -> int:
+    """The most bytes out at a time, from what several steps that do the same have reported."""
+    if len({tuple(num_bytes for num_bytes, _ in step) for step in steps}) == 1:
+        return max(min(total for _, total in same) for same in zip(*steps))
+    return min(max(total for _, total in step) for step in steps)
 
 
 def peak_of_a_step(name: str, plan: autopar.Plan, given: dict[str, Any]) -> int:
@@ -67,11 +74,12 @@ def peak_of_a_step(name: str, plan: autopar.Plan, given: dict[str, Any]) -> int:
         optimizer.step()
 
     step()
-    peaks = []
+    held, steps = [], []
     for _ in range(STEPS):
         optimizer.zero_grad()
-        peaks.append(held_bytes() + peak_during(step))
-    return min(peaks)
+        held.append(held_bytes())
+        steps.append(allocations_during(step))
+    return min(held) + peak_of(steps)
 
 
 def _rank(worker: Worker, cases: Sequence[Case]) -> None:
