@@ -60,22 +60,42 @@ class Recipe:
     num_tables: int
 
 
-def write_recipe(unary: Sequence[int], pairs: Sequence[tuple[int, int, int]], steps: Sequence[Step]) -> Recipe:
-    """The recipe for table `unary[i]` at node i and the tables of `pairs` (u, v, table), all of whose nodes are among the steps."""
+def write_recipe(unary: Sequence[int], pairs: Sequence[tuple[int, int, int]], order: Order) -> Recipe:
+    """The recipe for table `unary[i]` at node i and the tables of `pairs` (u, v, table), all of whose nodes are among the steps.
+
+    Steps that repeat those of another copy meet the same tables: they are not looked at.
+    """
+    steps = order.steps
     num_tables = max([*unary, *[table for _, _, table in pairs]], default=-1) + 1
     first = {step.node: position for position, step in enumerate(steps)}
-    buckets: list[list[Entry]] = [[(unary[step.node], (step.node,))] for step in steps]  # a table waits for the first of its nodes
-    for u, v, table in pairs:
-        buckets[min(first[u], first[v])].append((table, (u, v)))
+    repeated = {start + length: (start, length, times) for start, length, times in order.repeats}
+    copied = bytearray(len(steps))
+    for start, length, times in order.repeats:
+        copied[start + length : start + length * (1 + times)] = b"\1" * (length * times)
+    buckets: list[list[Entry]] = [[] if copy else [(unary[step.node], (step.node,))] for step, copy in zip(steps, copied)]
+    for u, v, table in pairs:  # a table waits for the first of its nodes
+        position = min(first[u], first[v])
+        if not copied[position]:
+            buckets[position].append((table, (u, v)))
     known: dict[tuple[Input, ...], int] = {}
-    kinds = []
-    for step, bucket in zip(steps, buckets, strict=True):
-        around = step.neighbours
-        kind = known.setdefault(key_of(bucket, step.node, around), len(known))
-        kinds.append(kind)
+    kinds: list[int] = []
+
+    def send(kind: int, around: tuple[int, ...]) -> None:
         if around:
-            buckets[min([first[other] for other in around]) if len(around) > 1 else first[around[0]]].append((num_tables + kind, around))
-    return Recipe(tuple(steps), tuple(kinds), tuple(known), num_tables)
+            position = min([first[other] for other in around]) if len(around) > 1 else first[around[0]]
+            if not copied[position]:
+                buckets[position].append((num_tables + kind, around))
+
+    for position, (step, bucket) in enumerate(zip(steps, buckets)):
+        if position in repeated:
+            start, length, times = repeated[position]
+            kinds += kinds[start:position] * times
+            for n in range(position, position + length * times):
+                send(kinds[n], steps[n].neighbours)
+        if not copied[position]:
+            kinds.append(known.setdefault(key_of(bucket, step.node, step.neighbours), len(known)))
+            send(kinds[-1], step.neighbours)
+    return Recipe(steps, tuple(kinds), tuple(known), num_tables)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +142,7 @@ def follow(store: TableStore, recipe: Recipe, tables: Sequence[np.ndarray]) -> F
 def run_steps(store: TableStore, graph: CostGraph, steps: Sequence[Step]) -> tuple[tuple[int, ...], float]:
     """(optimal choices, optimal value) of a graph whose nodes are all among the steps; the value is inf if nothing is allowed."""
     tables, unary, pairs = number_tables(graph)
-    forward = follow(store, write_recipe(unary, pairs, steps), tables)
+    forward = follow(store, write_recipe(unary, pairs, Order(tuple(steps), (), 0)), tables)
     value = forward.value
     return (forward.choices(store) if math.isfinite(value) else (0,) * len(unary)), value
 

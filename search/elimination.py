@@ -17,6 +17,7 @@ import numpy as np
 from autopar.core.problem import Assignment, Edge, Node, SearchProblem, evaluate
 from autopar.errors import InfeasibleError, UsageError
 from autopar.search.bucket import CostGraph, Recipe, follow, write_recipe
+from autopar.search.copies import alike
 from autopar.search.minibucket import bounded_minimum
 from autopar.search.order import Order, find_order
 from autopar.search.simplify import SECONDS, Price, PriceList, Shrunk, canonical, node_classes, shrink, whole
@@ -143,12 +144,6 @@ def prepare(problem: SearchProblem, prices: tuple[Price, ...], *, max_table_entr
     """
     part = shrunk or whole(canonical(problem))
     nodes, edges = part.problem.nodes, part.problem.edges
-    sizes = [node.num_states for node in nodes]
-    classes = tuple(node_classes(part.problem))
-    order = find_order(sizes, [(edge.u, edge.v) for edge in edges], classes)
-    fits = order.max_table_entries <= max_table_entries
-    if not fits and shrunk is None:
-        return prepare(problem, prices, max_table_entries=max_table_entries, shrunk=shrink(part.problem, prices))
     priced: list[Node | Edge] = []
     known: dict[tuple[int, int], int] = {}
 
@@ -159,7 +154,13 @@ def prepare(problem: SearchProblem, prices: tuple[Price, ...], *, max_table_entr
         return found
 
     unary, pairs = [number(node) for node in nodes], [(edge.u, edge.v, number(edge)) for edge in edges]
-    recipe = write_recipe(unary, pairs, order.steps) if fits else None
+    classes = tuple(node_classes(part.problem))
+    copies = alike(unary, pairs, problem.copies)
+    order = find_order([node.num_states for node in nodes], [(u, v) for u, v, _ in pairs], classes, copies=copies)
+    fits = order.max_table_entries <= max_table_entries
+    if not fits and shrunk is None:
+        return prepare(problem, prices, max_table_entries=max_table_entries, shrunk=shrink(part.problem, prices))
+    recipe = write_recipe(unary, pairs, order) if fits else None
     return Prepared(
         shrunk=part, terms=Terms(part.problem), classes=classes, order=order, priced=tuple(priced), recipe=recipe, max_table_entries=max_table_entries
     )

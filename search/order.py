@@ -4,20 +4,30 @@ The work of eliminating a node is its number of states times those of its neighb
 (min-weight, the weighted min-degree rule) finds the optimum width on trees and series-parallel graphs and good ones
 elsewhere. Ties go to the node class that appears first, then to the lower node number: with classes in front, all
 copies of a repeated block go through the same steps side by side, which is what makes their tables meet in the store.
+
+Where copies are known beforehand (`copies.py`), what is inside them and has few neighbours goes first, in an order that is
+found for one copy and repeated for the others.
 """
 
 import heapq
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from autopar.search.copies import Alike
 
 MAX_NEIGHBOURS = 62
 """A numpy array has at most 64 axes; one more is that of the node itself."""
 
+FEW_NEIGHBOURS = 2
+"""Up to here eliminating a node makes no graph wider, wherever in the order it comes."""
+
+GONE = -1
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Eliminate `node`; `neighbours` are those that remain at that time, ascending, and span its table."""
+    """Eliminate `node`; `neighbours` are those that remain at that time and span its table, ascending (in a copy: as in the first)."""
 
     node: int
     neighbours: tuple[int, ...]
@@ -25,20 +35,25 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Steps that eliminate every node but the `fixed` ones, and the entries of the largest table among the steps."""
+    """Steps that eliminate every node but the `fixed` ones, and the entries of the largest table among the steps.
+
+    `repeats`: (first step, length, number) of runs of steps that the same number of further runs right behind them repeat, copy by copy.
+    """
 
     steps: tuple[Step, ...]
     fixed: tuple[int, ...]
     max_table_entries: int
+    repeats: tuple[tuple[int, int, int], ...] = ()
 
 
 def find_order(
     sizes: Sequence[int],
-    pairs: Sequence[tuple[int, int]],
+    pairs: Iterable[tuple[int, int]],
     classes: Sequence[int],
     *,
     limit_entries: float = math.inf,
     reluctance: Sequence[int] | None = None,
+    copies: Sequence[Alike] = (),
 ) -> Order:
     """An order for nodes with these numbers of states, joined by `pairs`.
 
@@ -49,47 +64,97 @@ def find_order(
     for u, v in pairs:
         graph[u].add(v)
         graph[v].add(u)
-    entries = [size * math.prod([sizes[other] for other in around]) for size, around in zip(sizes, graph, strict=True)]
-    work = [_work(table, len(around)) for table, around in zip(entries, graph, strict=True)]
-    heap = [(work[node], classes[node], node) for node in range(len(sizes))]
-    heapq.heapify(heap)
-    alive = set(range(len(sizes)))
-    steps: list[tuple[int, list[int]]] = []
-    fixed: list[int] = []
-    largest = 1
-    while heap:
-        least, _, node = heapq.heappop(heap)
-        if node not in alive or least != work[node]:
-            continue  # a newer entry of this node is in the heap
-        fits = least // sizes[node] <= limit_entries
-        if not fits:
-            heapq.heappush(heap, (least, classes[node], node))
-            node = min(alive, key=lambda n: (reluctance[n] if reluctance else 0, -work[n], n))
-        around = graph[node]
-        alive.discard(node)
-        for other in around:
-            near = graph[other]
-            near.discard(node)
-            table = entries[other] // sizes[node]
-            for third in around if fits else ():
-                if third != other and third not in near:
-                    near.add(third)
-                    table *= sizes[third]
-            entries[other] = table
-            now = _work(table, len(near))
-            if now != work[other]:
-                work[other] = now
-                heapq.heappush(heap, (now, classes[other], other))
-        if fits:
-            steps.append((node, sorted(around)))
-            largest = max(largest, least // sizes[node])
-        else:
-            fixed.append(node)
+    ordering = _Ordering(sizes, classes, graph, limit_entries)
+    repeats = tuple([run for group in copies if (run := ordering.repeat(group))[1]])
+    fixed = ordering.eliminate(range(len(sizes)), reluctance)
     given = set(fixed)  # a node can be fixed after it was a neighbour: its state is given from the start all the same
-    ordered = tuple([Step(node, tuple([n for n in around if n not in given] if given else around)) for node, around in steps])
-    return Order(ordered, tuple(sorted(fixed)), largest)
+    ordered = tuple([Step(node, tuple([n for n in around if n not in given]) if given else around) for node, around in ordering.steps])
+    return Order(ordered, tuple(sorted(fixed)), ordering.largest, repeats)
 
 
-def _work(entries: int, num_neighbours: int) -> int:
-    """Entries of the table; twice as many for every axis too many, so that a node of one state waits until it has fewer neighbours."""
-    return entries if num_neighbours <= MAX_NEIGHBOURS else entries << num_neighbours - MAX_NEIGHBOURS
+@dataclass
+class _Ordering:
+    """A graph that loses its nodes one by one; `steps` are (node, its neighbours then)."""
+
+    sizes: Sequence[int]
+    classes: Sequence[int]
+    graph: list[set[int]]
+    limit_entries: float
+    steps: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
+    work: dict[int, int] = field(default_factory=dict)
+    largest: int = 1
+
+    def eliminate(self, nodes: Iterable[int], reluctance: Sequence[int] | None = None) -> list[int]:
+        """Eliminate those of these nodes that are there, the least work first; returns those that were fixed instead."""
+        sizes, classes, work, fixed = self.sizes, self.classes, self.work, []
+        heap = []
+        for node in nodes:
+            if work.get(node) != GONE:
+                work[node] = self._work(node)
+                heap.append((work[node], classes[node], node))
+        heapq.heapify(heap)
+        while heap:
+            least, _, node = heapq.heappop(heap)
+            if least != work[node]:
+                continue  # gone, or a newer entry of this node is in the heap
+            fits = least // sizes[node] <= self.limit_entries
+            if not fits:
+                heapq.heappush(heap, (least, classes[node], node))
+                left = (n for n, amount in work.items() if amount != GONE)
+                node = min(left, key=lambda n: (reluctance[n] if reluctance else 0, -work[n], n))
+                fixed.append(node)
+            for other in self._remove(node, joined=fits):
+                now = self._work(other)
+                if now != work[other]:
+                    work[other] = now
+                    heapq.heappush(heap, (now, classes[other], other))
+        return fixed
+
+    def repeat(self, group: Alike) -> tuple[int, int, int]:
+        """Eliminate what is inside copies and has few neighbours; (first step, steps in a copy, number of copies but the first)."""
+        start, first, sizes = len(self.steps), group.copies[0], self.sizes
+        inner = {first[k] for k in group.inner}
+        heap = [(self._work(node), self.classes[node], node) for node in inner]
+        heapq.heapify(heap)
+        while heap:
+            least, _, node = heapq.heappop(heap)
+            if self.work.get(node) == GONE or least != self._work(node):
+                continue
+            if len(self.graph[node]) > FEW_NEIGHBOURS or least // sizes[node] > self.limit_entries:
+                continue  # it comes again when it has fewer
+            for other in self._remove(node, joined=True):
+                if other in inner:
+                    heapq.heappush(heap, (self._work(other), self.classes[other], other))
+        found, role = self.steps[start:], {node: k for k, node in enumerate(first)}
+        roles = [(role[node], [role[n] for n in around]) for node, around in found]
+        stays = [k for k in range(len(first)) if self.work.get(first[k]) != GONE]
+        near = [[role[n] for n in self.graph[first[k]] if n in role] for k in stays]
+        for copy in group.copies[1:]:
+            for k, around in roles:
+                self.steps.append((copy[k], tuple([copy[n] for n in around])))
+                self.work[copy[k]] = GONE
+            mine = set(copy)
+            for k, others in zip(stays, near, strict=True):
+                self.graph[copy[k]] = {n for n in self.graph[copy[k]] if n not in mine}.union([copy[n] for n in others])
+        return start, len(roles), len(group.copies) - 1
+
+    def _remove(self, node: int, *, joined: bool) -> set[int]:
+        """Take a node out of the graph, in a step that joins its neighbours or by fixing it; its neighbours."""
+        graph, around = self.graph, self.graph[node]
+        if joined:
+            self.largest = max(self.largest, math.prod([self.sizes[n] for n in around]))
+            self.steps.append((node, tuple(sorted(around))))
+        self.work[node] = GONE
+        for other in around:
+            if joined and len(around) > 1:
+                graph[other] |= around
+                graph[other].discard(other)
+            graph[other].discard(node)
+        return around
+
+    def _work(self, node: int) -> int:
+        """Entries of the table of a node and its neighbours; twice as many for every axis too many, so that a node of one state waits until it
+        has fewer neighbours."""
+        around = self.graph[node]
+        entries = self.sizes[node] * math.prod([self.sizes[n] for n in around])
+        return entries if len(around) <= MAX_NEIGHBOURS else entries << len(around) - MAX_NEIGHBOURS

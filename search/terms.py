@@ -56,7 +56,9 @@ class Terms:
 
 def _by_table(items: Sequence[Node] | Sequence[Edge]) -> list[tuple[Node | Edge, np.ndarray]]:
     """One item for each distinct pair of tables, and the numbers of all that have them."""
-    groups: dict[tuple[int, int], list[int]] = {}
-    for i, item in enumerate(items):
-        groups.setdefault((id(item.cost_s), id(item.memory_bytes)), []).append(i)
-    return [(items[members[0]], np.array(members)) for members in groups.values()]
+    if not items:
+        return []
+    tables = np.array([(id(item.cost_s), id(item.memory_bytes)) for item in items])
+    order = np.lexsort(tables.T)
+    ends = np.flatnonzero((np.diff(tables[order], axis=0) != 0).any(axis=1)) + 1
+    return [(items[members[0]], members) for members in np.split(order, ends)]

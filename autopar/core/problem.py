@@ -55,13 +55,15 @@ class Edge:
 class SearchProblem:
     """Choose one state per node: least seconds, and at most `memory_limit_bytes` bytes where a limit is given.
 
-    Parallel edges add up. Two edges may share arrays, in either orientation.
+    Parallel edges add up. Two edges may share arrays, in either orientation. `copies`: groups of repeated blocks as the nodes that play the same
+    role in each, in the same order; a hint, which no result depends on. No node is in two of them.
     """
 
     nodes: tuple[Node, ...]
     edges: tuple[Edge, ...]
     memory_limit_bytes: float | None = None
     base_memory_bytes: float = 0.0
+    copies: tuple[tuple[tuple[int, ...], ...], ...] = ()
 
     def __post_init__(self) -> None:
         sizes = [len(node.cost_s) if node.cost_s.ndim else 0 for node in self.nodes]

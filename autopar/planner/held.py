@@ -3,7 +3,7 @@ and `units.py`."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from autopar.core.buckets import chunks
@@ -93,7 +93,16 @@ class Holdings:
 
     @cached_property
     def parameters(self) -> dict[int, Held]:
-        return {v: self._held(v) for v in self.program.graph.params}
+        """By value; parameters kept alike are looked at once."""
+        program = self.program
+        known: dict[tuple, Held] = {}
+        found = {}
+        for v in program.graph.params:
+            key = (program.graph.metas[v], program.storage[v], program.residency.zero.get(v), program.deferred[v], v in program.graph.differentiated)
+            if key not in known:
+                known[key] = self._held(v)
+            found[v] = known[key] if known[key].value == v else replace(known[key], value=v)
+        return found
 
     def _held(self, v: int) -> Held:
         program, residency = self.program, self.program.residency

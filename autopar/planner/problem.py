@@ -1,6 +1,6 @@
 """From a graph on one mesh to a table of numbers for the search: nodes are decisions, edges are redistributions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -64,6 +64,7 @@ class ProblemBuilder:
         self._cuts_cache: dict[tuple[int, ...], frozenset[tuple[int, int]]] = {}
         self._meta = self.graph.metas
         self._copies: dict[tuple, Copied] = {}
+        self._copy_of: list[Copied] = []
         self._inside: dict[int, tuple[tuple[int, int], int]] = {}
         self._hubs: dict[tuple[int, int] | None, Hub] = {}
         self.ops: dict[int, int] = {}
@@ -97,7 +98,7 @@ class ProblemBuilder:
             else:
                 self._join_alike(v, hub, first, relays)
         blocks = self._add_modes()
-        problem = SearchProblem(tuple(self.nodes), tuple(self.edges), memory_limit_bytes)
+        problem = SearchProblem(tuple(self.nodes), tuple(self.edges), memory_limit_bytes, copies=self._repeated(params, relays))
         return problem, Ports(ops, params, relays, outputs, blocks, tuple(self.states))
 
     def _join(self, v: int, param: int | None, ends: Sequence[tuple[int, int]], relays: dict[int, int]) -> None:
@@ -141,11 +142,25 @@ class ProblemBuilder:
             local = (n for n in range(len(wiring.entries), len(flags)) if n not in wiring.crossing)
             self._copies[key] = Copied([(i - segment.ops.start, self._op_states(i)) for i in mine], [(n, (len(self._copies), n)) for n in local])
         copied, values = self._copies[key], wiring.values
+        self._copy_of.append(copied)
         for offset, states in copied.states:
             i = segment.ops.start + offset
             self.op_of[len(self.nodes)] = i
             self.ops[i] = self._add(graph.ops[i].name, states)
         self._inside.update([(values[n], (name, first)) for n, name in copied.inside])
+
+    def _repeated(self, params: Mapping[int, int], relays: Mapping[int, int]) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """The nodes of copies of a segment: its operators, the parameters that only it uses, the relays of values that stay inside."""
+        users = self.graph.consumers
+        groups: dict[tuple, list[tuple[int, ...]]] = {}
+        for s, (segment, wiring) in enumerate(zip(self.graph.segments, self.graph.wirings)):
+            copied = self._copy_of[s]
+            mine = [n for n, v in enumerate(wiring.values[: len(wiring.entries)]) if v in params and all(i in segment.ops for i, _ in users[v])]
+            inside = [n for n, _ in copied.inside if wiring.values[n] in relays]
+            nodes = [self.ops[segment.ops.start + offset] for offset, _ in copied.states]
+            nodes += [params[wiring.values[n]] for n in mine] + [relays[wiring.values[n]] for n in inside]
+            groups.setdefault((id(copied), *mine, -1, *inside), []).append(tuple(nodes))
+        return tuple([tuple(group) for group in groups.values() if len(group) > 1])
 
     def _add(self, name: str, states: States) -> int:
         self.nodes.append(Node(name, states.seconds, states.memory_bytes))

@@ -11,7 +11,7 @@ import pytest
 
 from autopar.core.problem import Edge, Node, SearchProblem, evaluate
 from autopar.errors import InfeasibleError, UsageError
-from autopar.search.elimination import eliminate, minimise
+from autopar.search.elimination import eliminate, minimise, prepare
 from autopar.search.simplify import BYTES, SECONDS, Price
 from autopar.search.tables import sum_and_minimise
 
@@ -160,3 +160,37 @@ def test_a_hub_of_one_state_with_more_neighbours_than_an_array_has_axes() -> Non
     edges += [Edge(1 + n, 1 + layers + n, np.array([[0.0, 3.0]])) for n in range(layers)]
     found = minimise(SearchProblem((Node("hub", np.zeros(1), np.zeros(1)), *reads, *computes), tuple(edges)))
     assert found.exact and found.value == layers * 3.5 and set(found.choices) == {0}
+
+
+def _repeated(seed: int) -> SearchProblem:
+    """Copies of a random block in a ring, joined by one of their nodes to the next; in some seeds one copy has tables of its own, or the
+    hint names roles in another order."""
+    rng = np.random.default_rng(seed)
+    num_copies, roles = int(rng.integers(2, 5)), int(rng.integers(3, 6))
+    sizes = rng.integers(1, 4, roles)
+    blocks = [[rng.integers(0, 9, size).astype(float) for size in sizes]] * num_copies
+    inner = [(u, v, rng.integers(0, 9, (sizes[u], sizes[v])).astype(float)) for u in range(roles) for v in range(u) if rng.random() < 0.5]
+    between = rng.integers(0, 9, (sizes[0], sizes[-1])).astype(float)
+    if seed % 3 == 1:
+        blocks[-1] = [table + 1.0 for table in blocks[0]]
+    nodes = [Node(f"{c}.{k}", table, np.zeros(len(table))) for c, block in enumerate(blocks) for k, table in enumerate(block)]
+    edges = [Edge(c * roles + u, c * roles + v, table) for c in range(num_copies) for u, v, table in inner]
+    edges += [Edge(c * roles, (c - 1) % num_copies * roles + roles - 1, between) for c in range(num_copies)]
+    copies = [tuple(range(c * roles, (c + 1) * roles)) for c in range(num_copies)]
+    if seed % 3 == 2:
+        copies[0] = tuple(reversed(copies[0]))
+    return SearchProblem(tuple(nodes), tuple(edges), copies=(tuple(copies),))
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_named_copies_change_no_result(seed: int) -> None:
+    problem = _repeated(seed)
+    named, unnamed = minimise(problem), minimise(replace(problem, copies=()))
+    assert evaluate(problem, named.choices)[0] == named.value == unnamed.value and named.exact
+
+
+def test_what_is_inside_named_copies_is_ordered_once() -> None:
+    prepared = [prepare(replace(_repeated(seed), copies=()) if bare else _repeated(seed), (SECONDS,)) for seed in range(0, 120, 3) for bare in (True, False)]
+    assert all(sorted(s.node for s in p.order.steps) == list(range(len(p.classes))) for p in prepared), "every node goes once"
+    assert not any(p.order.repeats for p in prepared[::2])
+    assert sum(bool(p.order.repeats) for p in prepared[1::2]) > 20
