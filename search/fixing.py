@@ -41,16 +41,10 @@ def restrict(prepared: Prepared, multiplier: float, slack_s: float) -> Shrunk | 
 
     None where the tables of the backward pass would be too large. Pairs that go become forbidden.
     """
-    steps = prepared.order.steps
-    if prepared.recipe is None:
+    found = _followed(prepared, multiplier)
+    if found is None:
         return None
-    graph = prepared.graph(Price(1.0, multiplier))
-    sizes = graph.sizes
-    work = {kind: math.prod([sizes[n] for n in (step.node, *step.neighbours)]) for kind, step in zip(prepared.recipe.kinds, steps, strict=True)}
-    if sum(work.values()) > MAX_WORK:
-        return None
-    store = TableStore()
-    forward = follow(store, prepared.recipe, prepared.tables(Price(1.0, multiplier)))
+    store, graph, forward = found
     slack_s += MARGIN * abs(forward.value)
     regrets = find_regrets(store, graph, forward)
     kept = [np.flatnonzero(regret <= slack_s) for regret in regrets.at_nodes]
@@ -63,6 +57,24 @@ def restrict(prepared: Prepared, multiplier: float, slack_s: float) -> Shrunk | 
         edges.append(Edge(edge.u, edge.v, cost_s, None if edge.memory_bytes is None else edge.memory_bytes[part]))
     problem = replace(source.problem, nodes=nodes, edges=tuple(edges))
     return Shrunk(problem, tuple(states[k] for states, k in zip(source.kept, kept, strict=True)))
+
+
+def regrets_at(prepared: Prepared, multiplier: float) -> Regrets | None:
+    """How much more than the optimum at a price of memory plans with a given state, or pair of states, cost; None where the tables would be too large."""
+    found = _followed(prepared, multiplier)
+    return find_regrets(*found) if found is not None else None
+
+
+def _followed(prepared: Prepared, multiplier: float) -> tuple[TableStore, CostGraph, Forward] | None:
+    if prepared.recipe is None:
+        return None
+    graph = prepared.graph(Price(1.0, multiplier))
+    sizes = graph.sizes
+    work = {kind: math.prod([sizes[n] for n in (step.node, *step.neighbours)]) for kind, step in zip(prepared.recipe.kinds, prepared.order.steps, strict=True)}
+    if sum(work.values()) > MAX_WORK:
+        return None
+    store = TableStore()
+    return store, graph, follow(store, prepared.recipe, prepared.tables(Price(1.0, multiplier)))
 
 
 def find_regrets(store: TableStore, graph: CostGraph, forward: Forward) -> Regrets:

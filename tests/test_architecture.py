@@ -25,8 +25,9 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
     "autopar.checkpoint": ({"torch", "safetensors"}, CORE | {"autopar.runtime"}),
     "autopar.models": ({"torch", "transformers"}, CORE),
     "autopar.verification": ({"torch"}, PLANNING | {"autopar.schedules", "autopar.planner", "autopar.trace", "autopar.rewrite", "autopar.runtime"}),
-    "autopar.api": ({"torch"}, PLANNING | {"autopar.schedules", "autopar.planner", "autopar.trace", "autopar.rewrite", "autopar.runtime", "autopar.verification"}),
-    "autopar.cli": ({"typer", "rich", "torch"}, PLANNING | {"autopar", "autopar.planner", "autopar.api", "autopar.verification", "autopar.models", "autopar.runtime"}),
+    "autopar.request": ({"torch"}, PLANNING | {"autopar.schedules", "autopar.planner", "autopar.trace", "autopar.runtime", "autopar.verification"}),
+    "autopar.api": ({"torch"}, PLANNING | {"autopar.schedules", "autopar.planner", "autopar.trace", "autopar.rewrite", "autopar.runtime", "autopar.verification", "autopar.request"}),
+    "autopar.cli": ({"typer", "rich", "torch"}, PLANNING | {"autopar", "autopar.planner", "autopar.api", "autopar.request", "autopar.verification", "autopar.models", "autopar.runtime"}),
     "autopar.__main__": (set(), {"autopar.cli"}),
     "autopar": (set(), CORE | {"autopar.api", "autopar.verification", "autopar.checkpoint"}),
 }

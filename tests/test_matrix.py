@@ -6,7 +6,7 @@ import itertools
 import pytest
 
 import autopar
-import autopar.api
+import autopar.request
 import autopar.verification
 from autopar.core.mesh import Mesh
 from tests.test_end_to_end import DROPOUT_FIELDS, MODELS, compute_bound, load, prove
@@ -26,7 +26,7 @@ def _trace_once(long: bool):  # noqa: ANN202
     if not long:
         pytest.skip("the whole matrix runs with --long")
     known: dict = {}
-    real = autopar.api.trace
+    real = autopar.request.trace
 
     def remembered(model, args, kwargs, *, name="", float64=False):  # noqa: ANN001, ANN202
         key = (id(model), float64)
@@ -35,7 +35,7 @@ def _trace_once(long: bool):  # noqa: ANN202
         return known[key][0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(autopar.api, "trace", remembered)
+        patch.setattr(autopar.request, "trace", remembered)
         patch.setattr(autopar.verification, "trace", remembered)
         yield
 

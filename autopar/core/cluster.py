@@ -7,10 +7,12 @@ node r // devices_per_node.
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from autopar.core.device import Device, Link, Source, device_values, link_values, read_device, read_link, sources
 from autopar.core.toml_file import Table, parse_toml, read_toml
@@ -153,7 +155,23 @@ class Cluster:
         """The file that `load` reads back to an equal cluster."""
         import tomlkit  # here: it takes 60 ms to import, and only who writes a file should wait for it
 
-        return tomlkit.dumps(_to_values(self))
+        return tomlkit.dumps(self.to_values())
+
+    def to_values(self) -> dict[str, Any]:
+        """What a file says of it, table by table."""
+        return {
+            "name": self.name,
+            "num_nodes": self.num_nodes,
+            "devices_per_node": self.devices_per_node,
+            "device": device_values(self.device),
+            "intra_node": link_values(self.intra_node),
+            "inter_node": link_values(self.inter_node),
+        }
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any], where: str) -> "Cluster":
+        """The cluster of such tables; raises FileFormatError with `where` in front."""
+        return _from_table(Table(where, (), values))
 
     def __str__(self) -> str:
         def tier(link: Link) -> str:
@@ -173,17 +191,6 @@ def _from_table(table: Table) -> Cluster:
         intra_node=read_link(table.table("intra_node")),
         inter_node=read_link(table.table("inter_node")),
     )
-
-
-def _to_values(cluster: Cluster) -> dict[str, object]:
-    return {
-        "name": cluster.name,
-        "num_nodes": cluster.num_nodes,
-        "devices_per_node": cluster.devices_per_node,
-        "device": device_values(cluster.device),
-        "intra_node": link_values(cluster.intra_node),
-        "inter_node": link_values(cluster.inter_node),
-    }
 
 
 def _num_cores() -> int:

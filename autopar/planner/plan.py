@@ -35,10 +35,11 @@ PIPELINE_GAIN = 1.05
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan with the program it stands for."""
+    """A plan with the program it stands for, and the best of each mesh and pipeline it was chosen from, the fastest first."""
 
     plan: Plan
     program: Program
+    candidates: tuple[Candidate, ...] = ()
 
 
 def plan_graph(
@@ -79,16 +80,22 @@ def _plan_graph(graph: OpGraph, cluster: Cluster, options: Options, progress: Pr
             found.append(search.best())
         except DoesNotFit as error:
             failures.append((search, error))
-    best = min(found, key=lambda c: (c.step_s, len(c.program.mesh.axes)), default=None)
+    best = next(iter(_by_time(found)), None)
     bound = min((c.assignment.bound_s for c in found), default=math.inf)
     below_s = best.step_s / PIPELINE_GAIN if best is not None else math.inf
     pipelines = Pipelines(Task(graph, rules, batch, options), cluster, pins, retrace, below_s, progress)
     piped = pipelines.best() if _may_be_pipelined(pins, options, fits=best is not None) else None
     if piped is not None and piped.step_s < below_s:
-        return _finish(cluster, piped, min(bound, pipelines.bound_s), batch, _pipeline_status(piped, pipelines.num_tried, len(found)), options.tokens)
+        status = _pipeline_status(piped, pipelines.num_tried, len(found))
+        return replace(_finish(cluster, piped, min(bound, pipelines.bound_s), batch, status, options.tokens), candidates=(piped, *_by_time(found)))
     if best is None:
         raise infeasible([*failures, *pipelines.failures], retrace)
-    return _finish(cluster, best, bound, batch, _status(best, len(found), pipelines.num_tried), options.tokens)
+    planned = _finish(cluster, best, bound, batch, _status(best, len(found), pipelines.num_tried), options.tokens)
+    return replace(planned, candidates=_by_time(found))
+
+
+def _by_time(found: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    return tuple(sorted(found, key=lambda c: (c.step_s, len(c.program.mesh.axes))))
 
 
 def _may_be_pipelined(pins: Pins, options: Options, *, fits: bool) -> bool:
@@ -99,6 +106,13 @@ def _may_be_pipelined(pins: Pins, options: Options, *, fits: bool) -> bool:
     if pins.pp == 1 or pins.mesh_axes or options.mesh is not None:
         return False
     return not fits or (options.pipelines and (options.free_micro_batches or options.micro_batches > 1))
+
+
+def plan_of(candidate: Candidate, cluster: Cluster, tokens: int = 0) -> Plan:
+    """A candidate that was not taken, as a plan of its own."""
+    graph = candidate.program.graph
+    batch = batch_factors(graph, rules_of(graph))
+    return _finish(cluster, candidate, candidate.assignment.bound_s, batch, "the best of its mesh", tokens).plan
 
 
 def _finish(cluster: Cluster, best: Candidate, bound_s: float, batch: Sequence[frozenset[int]], status: str, tokens: int) -> Planned:

@@ -1,0 +1,98 @@
+"""`autopar whatif`: the plan again on a changed machine, or on a row of them."""
+
+import math
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from autopar.cli.console import output, print_json, working
+from autopar.cli.options import Asked, Batch, ClusterName, Debug, Json, MicroBatches, ModelName, Offload, PinTexts, Pipelines, Seq, checked_pins, global_batch
+from autopar.cli.plan_command import DType, default_dtype
+from autopar.cli.points import Point, given, print_points
+from autopar.cli.units import duration, size
+from autopar.core.change import changed
+from autopar.core.cluster import Cluster
+from autopar.core.units import shown
+from autopar.errors import InfeasibleError, UsageError
+from autopar.models.load import check_name
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from autopar.request import Request
+
+MAX_POINTS = 200
+SAME = "as it is"
+
+Changes = Annotated[list[str] | None, typer.Option("--set", help="inter_node.bandwidth*=2, device.memory=40GB, num_nodes=4; may be repeated, all together are one machine.")]
+Sweep = Annotated[str | None, typer.Option("--sweep", help="inter_node.bandwidth*=0.25..4:9: factors from 0.25 to 4 in 9 equal ratios, a plan for each.")]
+
+
+def whatif(
+    model: ModelName, cluster: ClusterName, changes: Changes = None, sweep: Sweep = None, batch: Batch = None, seq: Seq = None, dtype: DType = None,
+    pin: PinTexts = None, micro_batches: MicroBatches = None, offload: Offload = False, pipelines: Pipelines = False, json: Json = False, debug: Debug = False,
+) -> int:  # fmt: skip
+    """Plan MODEL again where the machine has other numbers: what changes, and where the best plan becomes another one."""
+    machines = Cluster.parse(cluster)
+    check_name(model)
+    if not changes and not sweep:
+        raise UsageError("whatif needs a change: --set inter_node.bandwidth*=2, or --sweep inter_node.bandwidth*=0.25..4:9")
+    base = changed(machines, changes or ())
+    texts = _swept(sweep) if sweep else []
+    clusters = {text: changed(base, [text]) for text in texts} if sweep else {SAME: machines, ", ".join(changes or ()): base}
+    asked = Asked(pins=checked_pins(pin, machines), micro_batches=micro_batches, offload=offload, pipelines=pipelines, dtype=dtype or default_dtype(machines))
+    with working("loading torch") as progress:
+        from autopar.models.load import load_model
+        from autopar.request import Request
+
+        largest = max(clusters.values(), key=lambda c: c.num_devices)
+        loaded = load_model(model, batch=global_batch(batch, largest, micro_batches), seq=seq, device="meta", dtype=asked.dtype)
+        request = Request(loaded.module, loaded.kwargs)
+        points = []
+        for text, machine in clusters.items():
+            progress(f"planning with {text}")
+            points.append(_point(request, text, machine, asked, loaded.tokens_per_batch))
+    if json:
+        print_json({"model": loaded.name, "cluster": machines.name, "plans": [p.content() for p in points]})
+    elif sweep:
+        _print_sweep(output(), points)
+    else:
+        print_points(output(), points, machines)
+    return 0
+
+
+def _point(request: "Request", name: str, cluster: Cluster, asked: Asked, tokens: int) -> Point:
+    try:
+        plan = request.planned(cluster, **given(asked), tokens=tokens).plan
+    except InfeasibleError as error:
+        return Point(name, None, None, str(error))
+    return Point(name, plan, request.appraised(plan, cluster))
+
+
+def _swept(text: str) -> list[str]:
+    """The changes of a sweep, from its first factor to its last."""
+    key, times, numbers = text.partition("*=")
+    ends, _, count = numbers.partition(":")
+    first, dots, last = ends.partition("..")
+    try:
+        low, high, number = float(first), float(last), int(count)
+    except ValueError:
+        low, high, number = 0.0, 0.0, 0
+    if not (times and dots and 0 < low < math.inf and 0 < high < math.inf and 2 <= number <= MAX_POINTS):
+        raise UsageError(f"--sweep {shown(text)}: write KEY*=FIRST..LAST:POINTS with factors above 0 and 2 to {MAX_POINTS} points, such as inter_node.bandwidth*=0.25..4:9")
+    return [f"{key}*={low * (high / low) ** (n / (number - 1)):.4g}" for n in range(number)]
+
+
+def _print_sweep(page: "Console", points: list[Point]) -> None:
+    from rich.table import Table
+
+    table = Table("CHANGE", "PLAN", "STEP", "MEMORY", "", box=None, pad_edge=False)
+    before = None
+    for p in points:
+        if p.plan is None or p.appraisal is None:
+            table.add_row(p.name, "none fits", "", "", p.refusal.partition(";")[0])
+        else:
+            note = "another plan" if before not in (None, p.plan.summary()) else ""
+            table.add_row(p.name, p.plan.summary(), duration(p.appraisal.step_s), size(p.appraisal.memory.high_bytes), note)
+        before = p.plan.summary() if p.plan is not None else "none fits"
+    page.print(table)

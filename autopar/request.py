@@ -1,0 +1,99 @@
+"""What is asked: a model, one global batch, and what is fixed of the plan. Traces each size of microbatch once."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from autopar.core.cluster import Cluster
+from autopar.core.graph import OpGraph
+from autopar.core.mesh import Mesh
+from autopar.core.plan import Plan
+from autopar.core.residency import Precision
+from autopar.errors import UsageError
+from autopar.planner.appraisal import Appraisal, appraise
+from autopar.planner.pins import parse_pins
+from autopar.planner.plan import Planned, plan_graph
+from autopar.planner.search import MEMORY_SHARE, Options
+from autopar.runtime.microbatches import batch_size, split_batch
+from autopar.trace.capture import Traced, trace
+from autopar.verification import as_call
+
+Progress = Callable[[str], None]
+
+
+def quiet(text: str) -> None:
+    """The default progress: none."""
+
+
+@dataclass
+class Request:
+    """`model` with `example_inputs`, one global batch of it: a dict of keyword arguments or a tuple, by default the model's own `dummy_inputs`."""
+
+    model: nn.Module
+    example_inputs: Any = None
+    _traced: dict[int, Traced] = field(default_factory=dict)
+    trace_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        inputs = self.example_inputs if self.example_inputs is not None else getattr(self.model, "dummy_inputs", None)
+        if inputs is None:
+            raise UsageError(f"{type(self.model).__name__} offers no dummy_inputs; pass example_inputs (a dict of keyword arguments or a tuple)")
+        self.args, self.kwargs = as_call(inputs)
+
+    @property
+    def batch_size(self) -> int:
+        return batch_size(self.kwargs or self.args)
+
+    def traced(self, micro_batches: int = 1) -> Traced:
+        """One microbatch, traced."""
+        if micro_batches not in self._traced:
+            start = time.perf_counter()
+            piece = split_batch(self.kwargs or self.args, micro_batches)[0]
+            self._traced[micro_batches] = trace(self.model, () if self.kwargs else piece, piece if self.kwargs else {})
+            self.trace_s += time.perf_counter() - start
+        return self._traced[micro_batches]
+
+    def graph(self, micro_batches: int) -> OpGraph | None:
+        """The graph of one of a number of microbatches; None where the batch does not divide into as many."""
+        return self.traced(micro_batches).graph if self.batch_size % micro_batches == 0 else None
+
+    def options(
+        self, *, pins: Sequence[str] = (), mesh: Mesh | None = None, tokens: int = 0, time_limit_s: float = 30.0, max_memory: float = MEMORY_SHARE,
+        micro_batches: int | None = None, precision: Precision | None = None, offload: bool = False, pipelines: bool = False,
+    ) -> Options:  # fmt: skip
+        """What is fixed of the plan; the keywords of `autopar.plan`."""
+        number = self._micro_batches(pins, micro_batches)
+        return Options(
+            pins=tuple(pins), mesh=mesh, memory_share=max_memory, time_limit_s=time_limit_s, tokens=tokens, offload=offload, pipelines=pipelines,
+            micro_batches=number or 1, free_micro_batches=number is None, precision=precision or default_precision(self.model),
+        )  # fmt: skip
+
+    def _micro_batches(self, pins: Sequence[str], given: int | None) -> int | None:
+        """The number of microbatches: as given, or from the pinned number of samples per data-parallel rank and microbatch; None: any."""
+        parsed = parse_pins(pins)
+        if parsed.micro_batch is None:
+            return given
+        per_pass = parsed.micro_batch * dict(parsed.degrees).get("dp", 1)
+        if self.batch_size % per_pass:
+            raise UsageError(f"pin micro_batch={parsed.micro_batch}: {per_pass} samples a pass over all data-parallel ranks do not divide the batch of {self.batch_size}")
+        return self.batch_size // per_pass
+
+    def planned(self, cluster: Cluster, *, progress: Progress = quiet, **given: Any) -> Planned:
+        """The best plan on a cluster. Raises InfeasibleError where none fits."""
+        options = self.options(**given)
+        progress("tracing")
+        return plan_graph(self.traced(options.micro_batches).graph, cluster, options, progress, self.graph)
+
+    def appraised(self, plan: Plan, cluster: Cluster) -> Appraisal:
+        """What a plan costs on a cluster, term by term. Raises PlanMismatchError where it is for another model or batch."""
+        return appraise(plan, self.traced(plan.residency.micro_batches).graph, cluster)
+
+
+def default_precision(model: nn.Module) -> Precision:
+    """A half-precision model is updated through a float32 master copy."""
+    half = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
+    return Precision(master="float32") if half else Precision()

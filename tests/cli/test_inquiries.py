@@ -1,0 +1,78 @@
+"""`compare`, `explain`, `whatif`: numbers that add up, pages that name what they compare, refusals in one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.calling import Call, assert_refused
+
+GIVEN = ("mlp-tiny", "--cluster", "h100-sxm:1x4", "--batch", "64")
+
+
+def test_compare_prices_names_pins_and_files_alike(call: Call, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    assert call("plan", *GIVEN, "--pin", "dp=2", "--pin", "tp=2", "-o", path).code == 0
+    called = call("compare", *GIVEN, "searched", "ddp", "dp=2,tp=2", path, "--json")
+    assert (called.code, called.err) == (0, "")
+    plans = json.loads(called.out)["plans"]
+    assert [p["name"] for p in plans] == ["searched", "ddp", "dp=2,tp=2", str(path)]
+    for p in plans:
+        assert sum(p["terms_s"].values()) == pytest.approx(p["step_time_s"], rel=1e-12)
+        assert p["step_time_s"] >= plans[0]["step_time_s"] * (1 - 1e-9)
+    assert {k: v for k, v in plans[2].items() if k != "name"} == {k: v for k, v in plans[3].items() if k != "name"}
+
+
+def test_the_page_of_a_comparison(call: Call) -> None:
+    called = call("compare", *GIVEN, "searched", "tp")
+    assert (called.code, called.err) == (0, "")
+    lines = called.out.splitlines()
+    assert lines[0].split() == ["searched", "tp"] and any(line.startswith("step") for line in lines)
+    assert lines[-1].startswith("tp against searched: ")
+
+
+def test_explain_gives_decisions_other_meshes_and_reasons(call: Call) -> None:
+    asked = ("--why-not", "tp=4", "--why-not", "tp=3", "--top", "2")
+    called = call("explain", *GIVEN, *asked, "--json")
+    assert (called.code, called.err) == (0, "")
+    found = json.loads(called.out)
+    assert found["decisions"] and all(d["extra_s"] > -1e-9 and d["chosen"] != d["alternative"] for d in found["decisions"])
+    assert len(found["other_meshes"]) == 1 and found["other_meshes"][0]["step_time_s"] >= found["plan"]["step_time_s"]
+    slower, refused = found["why_not"]
+    assert slower["step_time_s"] >= found["plan"]["step_time_s"] and "tp=3" in refused["refusal"]
+    page = call("explain", *GIVEN, *asked).out
+    assert "DECISION" in page and "why not tp=4: " in page and "why not tp=3: pins tp=3 make 3 devices" in page
+
+
+def test_whatif_plans_again(call: Call) -> None:
+    forced = ("--pin", "dp=2", "--pin", "tp=2")
+    called = call("whatif", *GIVEN, *forced, "--set", "intra_node.bandwidth*=0.001", "--json")
+    assert (called.code, called.err) == (0, "")
+    before, after = json.loads(called.out)["plans"]
+    assert (before["name"], after["name"]) == ("as it is", "intra_node.bandwidth*=0.001") and after["step_time_s"] > before["step_time_s"]
+    called = call("whatif", *GIVEN, *forced, "--sweep", "intra_node.bandwidth*=0.001..1:4", "--json")
+    steps = [p["step_time_s"] for p in json.loads(called.out)["plans"]]
+    assert len(steps) == 4 and steps == sorted(steps, reverse=True)
+    assert "another plan" in call("whatif", *GIVEN[:3], "--batch", "65536", "--sweep", "intra_node.latency*=0.001..10000:3").out
+
+
+def test_memory_that_no_plan_fits_is_a_point_too(call: Call) -> None:
+    called = call("whatif", *GIVEN, "--pin", "dp=4", "--set", "device.memory=1 kB")
+    assert (called.code, called.err) == (0, "") and "no plan fits" in called.out
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        (("compare", *GIVEN, "ddpp"), ["'ddpp' is no plan", "megatron:tp8,pp4"]),
+        (("compare", *GIVEN, "nothing.json"), ["nothing.json"]),
+        (("compare", *GIVEN, "tp=3"), ["tp=3", "4"]),
+        (("compare", *GIVEN, "megatron:tp8"), ["megatron:tp8", "has 4"]),
+        (("explain", *GIVEN, "--why-not", "fast"), ["'fast' is no plan"]),
+        (("whatif", *GIVEN), ["--set", "--sweep"]),
+        (("whatif", *GIVEN, "--set", "device.colour=red"), ["device.colour"]),
+        (("whatif", *GIVEN, "--sweep", "device.memory*=1..2"), ["--sweep", "POINTS"]),
+    ],
+)  # fmt: skip
+def test_refusals(call: Call, arguments: tuple[str, ...], words: list[str]) -> None:
+    assert_refused(call(*arguments), 2, words)

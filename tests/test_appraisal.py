@@ -1,0 +1,111 @@
+"""What is said of a plan beside another: recomputed from its program, and true of the search."""
+
+from typing import Any
+
+import pytest
+
+from autopar.core.change import changed
+from autopar.core.cluster import Cluster
+from autopar.errors import UsageError
+from autopar.models.load import load_model
+from autopar.planner.baselines import baseline_pins
+from autopar.planner.explain import decisions_of
+from autopar.request import Request
+
+PLANS: list[tuple[tuple[str, ...], dict[str, Any]]] = [
+    ((), {}),
+    (("dp=2", "tp=2"), {}),
+    (("dp=4", "zero=3"), {"micro_batches": 2}),
+    (("dp=2", "zero=2", "recompute=full"), {"micro_batches": 2}),
+    (("tp=2", "dp=2", "recompute=selective", "zero=1"), {}),
+    (("pp=2", "tp=2", "schedule=1f1b"), {"micro_batches": 4}),
+    (("pp=2", "dp=2", "schedule=interleaved", "virtual=2"), {"micro_batches": 4}),
+]
+
+
+def request_for(name: str, **given: Any) -> Request:
+    loaded = load_model(name, batch=8, device="meta", **given)
+    return Request(loaded.module, loaded.kwargs)
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> Request:
+    return request_for("gpt2-tiny", overrides={"n_layer": 4})
+
+
+@pytest.mark.parametrize("pins,given", PLANS, ids=lambda v: " ".join(v) if isinstance(v, tuple) else "")
+@pytest.mark.parametrize("machine", ["local:4", "h100-sxm:1x4"])
+def test_a_plan_costs_what_the_search_said(gpt2: Request, pins: tuple[str, ...], given: dict[str, Any], machine: str) -> None:
+    cluster = Cluster.parse(machine)
+    plan = gpt2.planned(cluster, pins=pins, **given).plan
+    found = gpt2.appraised(plan, cluster)
+    assert sum(found.terms.values()) == pytest.approx(found.step_s, rel=1e-12)
+    assert found.step_s == pytest.approx(plan.predicted.step_time_s, rel=1e-6)
+    assert found.memory == plan.predicted.memory and found.communicated_bytes == plan.predicted.communicated_bytes
+    assert ("computed again" in found.terms) == bool(plan.residency.recompute)
+    assert ("waiting for other stages" in found.terms) == (plan.pipeline is not None)
+
+
+@pytest.mark.parametrize("name", ["gpt2-tiny", "mlp-tiny", "t5-tiny"])
+def test_no_baseline_is_faster_than_the_searched_plan(name: str) -> None:
+    request, cluster = request_for(name), Cluster.parse("h100-sxm:1x4")
+    best = request.planned(cluster).plan.predicted.step_time_s
+    for baseline in ("ddp", "zero1", "zero2", "fsdp", "tp", "megatron:tp2"):
+        pins = baseline_pins(baseline, cluster)
+        assert pins is not None
+        assert request.planned(cluster, pins=pins).plan.predicted.step_time_s >= best * (1 - 1e-9), baseline
+
+
+def test_alternatives_cost_what_pinning_them_costs() -> None:
+    """The price of another layout of a parameter is what the search finds where that layout is pinned."""
+    request, cluster, pins = request_for("mlp-tiny"), Cluster.parse("h100-sxm:1x4"), ("dp=2", "tp=2")
+    planned = request.planned(cluster, pins=pins)
+    step_s = planned.plan.predicted.step_time_s
+    compared = 0
+    for d in decisions_of(planned):
+        assert d.extra_s >= -1e-9 * step_s, d
+        axis, equals, word = ("tp", "=", "I") if d.alternative == "whole" else d.alternative.partition("=")
+        if equals and axis == "tp" and " " not in word and "," not in word:
+            other = request.planned(cluster, pins=(*pins, f"{d.what}=tp:{word}")).plan
+            assert other.predicted.step_time_s - step_s == pytest.approx(d.extra_s, rel=1e-6, abs=1e-9 * step_s), d
+            compared += 1
+    assert compared >= 3
+
+
+def test_baselines_are_the_pins_people_expect() -> None:
+    cluster = Cluster.parse("h100-sxm:2")
+    assert baseline_pins("ddp", cluster) == ("dp=16", "tp=1", "zero=0")
+    assert baseline_pins("fsdp", cluster) == baseline_pins("zero3", cluster) == ("dp=16", "tp=1", "zero=3")
+    assert baseline_pins("megatron:tp4,pp2", cluster) == ("dp=2", "tp=4", "pp=2", "schedule=1f1b", "zero=1")
+    assert baseline_pins("megatron:tp8,pp2,vpp2", cluster) == ("dp=1", "tp=8", "pp=2", "virtual=2", "schedule=interleaved")
+    assert baseline_pins("tp=2,dp=8", cluster) is None
+    for text, words in (("megatron:tp3", "makes"), ("megatron:tp2,tp4", "each once"), ("megatron:", "write its degrees"), ("megatron:tp0", "each once")):
+        with pytest.raises(UsageError, match=words):
+            baseline_pins(text, cluster)
+
+
+def test_a_changed_cluster_is_the_same_but_for_the_change() -> None:
+    cluster = Cluster.preset("h100-sxm", nodes=2)
+    twice = changed(cluster, ["inter_node.bandwidth*=2", "device.memory=40 GB", "num_nodes*=3"])
+    assert twice.inter_node.bandwidth_bytes_per_s == 2 * cluster.inter_node.bandwidth_bytes_per_s
+    assert (twice.device.memory_bytes, twice.num_nodes) == (40 * 10**9, 6)
+    assert (twice.intra_node, twice.device.peak_flops_per_s) == (cluster.intra_node, cluster.device.peak_flops_per_s)
+    assert changed(cluster, []) == cluster and changed(Cluster.local(2), ["intra_node.latency*=0.5"]).is_local
+    assert changed(cluster, ["device.peak.bfloat16*=0.5"]).device.peak("bfloat16") == 0.5 * cluster.device.peak("bfloat16")
+
+
+@pytest.mark.parametrize(
+    "text,words",
+    [
+        ("inter_node.bandwith*=2", "did you mean inter_node.bandwidth"), ("inter_node.bandwidth", "write KEY=VALUE"), ("inter_node.bandwidth*=fast", "not a factor"),
+        ("inter_node.bandwidth*=-1", "not a factor"), ("num_nodes*=0.3", "no whole number"), ("num_nodes=many", "not a count"), ("device.memory=40", "no unit"),
+        ("device.matmul_efficiency=2", "not a share"), ("device.source.default=x", "no number"),
+    ],
+)  # fmt: skip
+def test_what_is_no_change_is_refused(text: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        changed(Cluster.preset("h100-sxm", nodes=2), [text])
+
+
+def test_a_request_traces_each_microbatch_once(gpt2: Request) -> None:
+    assert gpt2.traced(2) is gpt2.traced(2) and gpt2.graph(3) is None
