@@ -109,3 +109,11 @@ def test_what_is_no_change_is_refused(text: str, words: str) -> None:
 
 def test_a_request_traces_each_microbatch_once(gpt2: Request) -> None:
     assert gpt2.traced(2) is gpt2.traced(2) and gpt2.graph(3) is None
+
+
+def test_microbatches_do_the_same_flops() -> None:
+    """Model flops of a step do not depend on how many microbatches its batch is cut into, nor on stages."""
+    request, cluster = request_for("gpt2-tiny"), Cluster.parse("h100-sxm:1x4")
+    pinned = [(("dp=2", "tp=2"), 1), (("dp=2", "tp=2"), 2), (("dp=2", "tp=2"), 4), (("pp=2", "dp=2", "schedule=gpipe"), 4)]
+    found = [request.planned(cluster, pins=pins, micro_batches=number).plan.predicted for pins, number in pinned]
+    assert [p.mfu * p.step_time_s for p in found] == pytest.approx([found[0].mfu * found[0].step_time_s] * 4, rel=1e-9)

@@ -24,6 +24,8 @@ BERT: dict[str, Any] = {"batch": 4, "seq": 64, "overrides": {"hidden_size": 128,
 VIT: dict[str, Any] = {"batch": 8, "overrides": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4}}
 MLP: dict[str, Any] = {"batch": 512, "overrides": {"width": 256, "depth": 5}}
 CLOSE = 0.10
+WIDE = 0.15
+"""How far the upper end may lie above what was measured: messages of a pipeline may be there or not."""
 
 ONE_RANK = [
     ("gpt2-tiny", GPT2, (), 1),
@@ -39,6 +41,9 @@ TWO_RANKS = [
     ("bert-tiny", BERT, ("tp=2",), 1),
     ("vit-tiny", VIT, ("dp=2", "recompute=selective"), 1),
     ("mlp-tiny", MLP | {"batch": 1536}, ("dp=2", "zero=0"), 3),
+    ("gpt2-tiny", GPT2 | {"batch": 16}, ("pp=2", "schedule=1f1b"), 4),
+    ("llama-tiny", LLAMA | {"batch": 16}, ("pp=2", "schedule=gpipe", "recompute=full"), 4),
+    ("bert-tiny", BERT | {"batch": 16}, ("pp=2", "schedule=interleaved", "virtual=2"), 4),
 ]
 
 
@@ -55,7 +60,7 @@ def test_predicted_peak_is_near_the_measured_and_never_below(cases: list, num_ra
     wrong = []
     for (name, _, _, _), plan, peaks in zip(cases, plans, measured):
         memory, peak = plan.predicted.memory, max(peaks)
-        if not (1 - CLOSE) * peak <= memory.expected_bytes <= (1 + CLOSE) * peak or not peak <= memory.high_bytes <= (1 + CLOSE) * peak:
+        if not (1 - CLOSE) * peak <= memory.expected_bytes <= (1 + CLOSE) * peak or not peak <= memory.high_bytes <= (1 + WIDE) * peak:
             wrong.append(f"{name} {plan.summary()}: measured {peaks}, predicted {memory.expected_bytes} to {memory.high_bytes} ({memory.moment})")
     assert not wrong, "\n".join(wrong)
 

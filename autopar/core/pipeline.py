@@ -8,6 +8,12 @@ from autopar.errors import UsageError
 PP = "pp"
 """The name of a pipeline's axis."""
 
+RECEIVES_AHEAD = 2
+"""Receives are posted so many computations before they are needed."""
+
+SENDS_BEHIND = 2
+"""Messages of each stage that may be on their way, or have arrived and nobody has looked since."""
+
 
 def with_pipeline(mesh: Mesh, num_ranks: int, position: int) -> Mesh:
     """The mesh of all devices, from that of one stage."""

@@ -169,6 +169,9 @@ class Beside:
     gradients: int = 0
     optimizer: int = 0
     activations: int = 0
+    communication: int = 0
+    unsettled: int = 0
+    """What may be there or not, for the margin."""
 
 
 def received_bytes(program: Program) -> int:
@@ -195,6 +198,7 @@ def resident(program: Program, holdings: Holdings, beside: Beside) -> Memory:
         optimizer=optimizer + beside.optimizer,
         gradients=beside.gradients,
         activations=received_bytes(program) + beside.activations,
+        communication=beside.communication,
     )
 
 

@@ -353,4 +353,4 @@ def memory_use(program: Program, engine: Engine = Engine(), beside: Beside = Bes
     if stored and not program.residency.offload:  # the square root of the second moment, and its quotient
         memory.note("the optimizer step", temporaries=2 * max(stored) if engine.one_by_one else sum(stored))
     peak = memory.peak
-    return peak.with_margin(round(MARGIN * (peak.activations + peak.temporaries + peak.communication)))
+    return peak.with_margin(round(MARGIN * (peak.activations + peak.temporaries + peak.communication)) + beside.unsettled)

@@ -7,7 +7,7 @@ from itertools import accumulate
 from autopar.core.cluster import Cluster
 from autopar.core.graph import block_of
 from autopar.core.memory import MemoryUse
-from autopar.core.pipeline import Pipeline, StagePrediction
+from autopar.core.pipeline import RECEIVES_AHEAD, SENDS_BEHIND, Pipeline, StagePrediction
 from autopar.core.plan import Prediction
 from autopar.core.schedule import Kind
 from autopar.core.timeline import Timeline
@@ -77,12 +77,19 @@ class Staged:
 
     def _memory_beside(self, stage: Stage, here: list[Stage], rank: int) -> MemoryUse:
         others = [state_of(other.program) for other in here if other is not stage]
+        message = self._largest_message({other.number for other in here})
         in_flight = self.timeline.peak_bytes(rank) - self.costs[stage.number].activation_bytes
         beside = Beside(
             parameters=sum(o.parameters for o in others), gradients=sum(o.gradients for o in others), optimizer=sum(o.optimizer for o in others),
-            activations=max(0, in_flight),
+            activations=max(0, in_flight), communication=RECEIVES_AHEAD * message, unsettled=SENDS_BEHIND * len(here) * message,
         )  # fmt: skip
         return memory_use(stage.program, self.engine, beside)
+
+    def _largest_message(self, here: set[int]) -> int:
+        """Bytes of the largest message that stages of one rank receive or send."""
+        stages, placement = self.stages, self.stages.placement
+        away = [e for e in stages.edges if placement[e.source] != placement[e.target] and not here.isdisjoint((e.source, e.target))]
+        return max((stages.message_bytes(e.source, e.target, back=back) for e in away for back in (False, True)), default=0)
 
     @property
     def worst_memory(self) -> MemoryUse:

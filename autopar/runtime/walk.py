@@ -4,13 +4,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+from autopar.core.pipeline import RECEIVES_AHEAD
 from autopar.core.schedule import COMPUTE, RECEIVES, SENDS, Action, Kind
 from autopar.core.timeline import Span
 from autopar.runtime.stage_run import Columns, StageRun
 from autopar.stages import Stages
-
-AHEAD = 2
-"""Receives are posted so many computations before they are needed."""
 
 
 class Post(Protocol):
@@ -38,7 +36,7 @@ class Walk:
         self.peak_in_flight = 0
         self._expected = 0
         computes = [i for i, a in enumerate(actions) if a.kind in COMPUTE]
-        self._horizon = {i: computes[n + AHEAD] if n + AHEAD < len(computes) else len(actions) for n, i in enumerate(computes)}
+        self._horizon = {i: computes[n + RECEIVES_AHEAD] if n + RECEIVES_AHEAD < len(computes) else len(actions) for n, i in enumerate(computes)}
 
     def advance(self, clock: Callable[[], float] = time.perf_counter) -> bool:
         """Go on until something is not there yet; whether the list is at its end."""
