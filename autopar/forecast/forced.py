@@ -1,0 +1,97 @@
+"""A plan that is given, as a program: the search with everything pinned that the plan says, over the same rules, moves and prices.
+
+`tp` is Megatron's tensor parallelism (columns, then rows; heads; vocabulary), with `sp` what lies between is cut along the sequence; `dp` cuts
+the batch, and ZeRO the state along it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from autopar.core.cluster import Cluster
+from autopar.core.graph import OpGraph
+from autopar.core.mesh import Mesh, MeshAxis
+from autopar.core.residency import Precision
+from autopar.errors import UsageError
+from autopar.forecast.transformer import Dims, transformer_graph
+from autopar.planner.decode import decode
+from autopar.planner.keeping import Keeping
+from autopar.planner.pins import Pin, Pins
+from autopar.planner.problem import ProblemBuilder
+from autopar.planner.roles import Constraints, batch_factors
+from autopar.planner.rulebook import rules_of
+from autopar.planner.states import Pricing
+from autopar.program import Program
+from autopar.search.solve import solve
+
+COLUMNS, ROWS = ("q", "k", "v", "gate", "up"), ("o", "down")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout3D:
+    """How one stage of a transformer is laid out on its dp x tp devices. `zero`: stage of ZeRO over dp; `recompute`: of every block."""
+
+    dp: int = 1
+    tp: int = 1
+    sp: bool = False
+    zero: int = 0
+    recompute: str = "none"
+    micro_batch: int = 1
+
+    @property
+    def mesh(self) -> Mesh:
+        axes = tuple(MeshAxis(name, n) for name, n in (("dp", self.dp), ("tp", self.tp)) if n > 1)
+        return Mesh(axes or (MeshAxis("dp", 1),))
+
+
+@dataclass(frozen=True)
+class Forced:
+    """The program of a transformer of three blocks under a layout, as one stage of `num_stages` that lie outermost in the cluster."""
+
+    dims: Dims
+    layout: Layout3D
+    cluster: Cluster
+    num_stages: int = 1
+    precision: Precision = Precision(master="float32")
+    micro_batches: int = 1
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if self.dims.kv_heads % self.layout.tp or self.dims.inner % self.layout.tp:
+            raise UsageError(f"tp={self.layout.tp} does not divide {self.dims.kv_heads} key heads and an inner width of {self.dims.inner}")
+        if self.layout.sp and self.dims.seq % self.layout.tp:
+            raise UsageError(f"tp={self.layout.tp} does not divide a sequence of {self.dims.seq} for sequence parallelism")
+
+    @cached_property
+    def graph(self) -> OpGraph:
+        padding = -self.dims.vocab % (128 * self.layout.tp)  # as all who cut the vocabulary do
+        return transformer_graph(_padded(self.dims, padding), self.layout.micro_batch * self.layout.dp, self.dtype)
+
+    @cached_property
+    def pricing(self) -> Pricing:
+        return Pricing(self.cluster, self.layout.mesh, (self.num_stages, 0))
+
+    @cached_property
+    def program(self) -> Program:
+        graph, layout = self.graph, self.layout
+        rules = rules_of(graph)
+        keeping = Keeping(stages=(layout.zero,), recompute=(layout.recompute,), micro_batches=self.micro_batches, precision=self.precision)
+        constraints = Constraints(layout.mesh, Pins(named=tuple(_pins(layout))), strict=True)
+        problem, ports = ProblemBuilder(graph, rules, batch_factors(graph, rules), self.pricing, constraints, keeping).build(None)
+        choices = solve(problem, use_ilp="never").choices
+        return decode(graph, rules, self.pricing, ports, choices, keeping)
+
+
+def _padded(dims: Dims, padding: int) -> Dims:
+    return Dims(**{**{name: getattr(dims, name) for name in Dims.__dataclass_fields__}, "vocab": dims.vocab + padding})
+
+
+def _pins(layout: Layout3D) -> Iterator[Pin]:
+    if layout.tp == 1:
+        return
+    between = {"norm": "b1", "residual": "d1"} if layout.sp else {"norm": "I", "residual": "I"}
+    words = {"token": "v", "head": "o", "*.token_cross_entropy.*": "v", "*.attention": "g"}
+    words |= {f"blocks.*.{name}": "o" for name in COLUMNS} | {f"blocks.*.{name}": "i" for name in ROWS}
+    words |= {"*.norm?": between["norm"], "norm": between["norm"], "*.residual.*": between["residual"]}
+    for pattern, word in words.items():
+        yield Pin(pattern, "tp", word, f"{pattern}=tp:{word}")

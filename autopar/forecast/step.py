@@ -1,0 +1,223 @@
+"""Seconds and bytes of a whole step of a forced plan: one block of each kind is priced and counted as often as there are such blocks.
+
+Three blocks are laid out (`forced.py`) and cut into three stages as a pipeline would be: the first with the embedding, one in the middle, the
+last with the head and the loss. A stage of n blocks is the stage of its kind with n - 1 times the middle one added; the schedule's lists, run
+against the clock (`cost_models/timeline.py`), make the step of that.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+
+from autopar.core.cluster import Cluster
+from autopar.core.memory import MemoryUse
+from autopar.core.pipeline import Pipeline
+from autopar.core.residency import Precision
+from autopar.core.schedule import Edge, Kind
+from autopar.cost_models.pipeline import EdgeCost, StageCost
+from autopar.errors import UsageError
+from autopar.forecast.forced import Forced, Layout3D
+from autopar.forecast.transformer import Dims
+from autopar.planner.blocks import Order, timed
+from autopar.planner.held import Beside, state_of
+from autopar.planner.liveness import Engine, kept_by_segment, memory_use
+from autopar.planner.work import total_seconds
+from autopar.schedules.orders import make_order
+from autopar.stages import Stages, cut_into_stages
+
+STEADY_ROUNDS = 2
+"""After so many rounds of microbatches, each as many as a pipeline has ranks, every further round takes as long as the last."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """A forced plan: the layout of a stage, `pp` ranks with `vpp` stages each, `num_microbatches` a step."""
+
+    layout: Layout3D
+    pp: int = 1
+    vpp: int = 1
+    num_microbatches: int = 1
+
+    @property
+    def num_devices(self) -> int:
+        return self.pp * self.layout.mesh.num_ranks
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a step is expected to take, and what its fullest rank holds."""
+
+    step_s: float
+    memory: MemoryUse
+
+
+@dataclass(frozen=True)
+class Step:
+    """The step of a model on a cluster under a plan."""
+
+    dims: Dims
+    plan: StepPlan
+    cluster: Cluster
+    precision: Precision = Precision(master="float32")
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if self.dims.layers < self.plan.pp * self.plan.vpp:
+            raise UsageError(f"{self.dims.layers} layers on {self.plan.pp} x {self.plan.vpp} stages; every stage has at least one")
+        if self.plan.num_devices > self.cluster.num_devices:
+            raise UsageError(f"a plan for {self.plan.num_devices} devices on {self.cluster.num_devices}")
+
+    @cached_property
+    def forced(self) -> Forced:
+        plan = self.plan
+        return _forced(self.dims.with_layers(3), plan.layout, self.cluster, plan.pp, self.precision, plan.num_microbatches, self.dtype)
+
+    @cached_property
+    def kinds(self) -> "Kinds":
+        return _kinds(self.forced)
+
+    @cached_property
+    def order(self) -> Order:
+        plan = self.plan
+        return Order("interleaved" if plan.vpp > 1 else "1f1b", plan.pp, plan.num_microbatches, plan.vpp)
+
+    @cached_property
+    def depths(self) -> tuple[int, ...]:
+        """Blocks of every stage: as even as can be, what is over in the middle, whose stages have neither embedding nor head."""
+        n = self.plan.pp * self.plan.vpp
+        each, over = divmod(self.dims.layers, n)
+        first = (n - over) // 2
+        return tuple(each + (first <= s < first + over) for s in range(n))
+
+    @cached_property
+    def costs(self) -> tuple[StageCost, ...]:
+        last = len(self.depths) - 1
+        return tuple(self.kinds.cost(depth, first=s == 0, last=s == last) for s, depth in enumerate(self.depths))
+
+    @cached_property
+    def step_s(self) -> float:
+        plan, costs = self.plan, self.costs
+        if plan.pp == 1:
+            return sum(plan.num_microbatches * (c.forward_s + c.input_gradient_s + c.weight_gradient_s) + c.gather_s + c.reduce_s + c.step_s for c in costs)
+        few = STEADY_ROUNDS * plan.pp
+        if plan.num_microbatches <= few + plan.pp and (plan.vpp == 1 or plan.num_microbatches % plan.pp == 0):
+            return self._timed(plan.num_microbatches)
+        base = self._timed(few)
+        return base + (plan.num_microbatches - few) * (self._timed(few + plan.pp) - base) / plan.pp
+
+    def _timed(self, num_microbatches: int) -> float:
+        n, message = len(self.costs), self.kinds.message
+        order = replace(self.order, num_microbatches=num_microbatches)
+        edges = tuple(Edge(s, s + 1) for s in range(n - 1))
+        tied = ((0, n - 1),) if self.dims.tied else ()
+        return timed(order, self.costs, edges, (message,) * (n - 1), tied, tuple(self._tie_s() for _ in tied)).step_time_s
+
+    def _tie_s(self) -> float:
+        stages = self.kinds.stages
+        return sum(self.forced.pricing.tie((0, self.plan.pp - 1), stages.tied_bytes(v)) for v in stages.shared)
+
+    # --- memory ----------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def memory(self) -> MemoryUse:
+        """Of the fuller of the first and the last rank: one holds most microbatches, the other the logits."""
+        ranks = (0, self.plan.pp - 1) if self.plan.pp > 1 else (0,)
+        return max((self._memory(rank) for rank in ranks), key=lambda m: m.high_bytes)
+
+    def _memory(self, rank: int) -> MemoryUse:
+        """The stage that computes is walked; its rank's other blocks and microbatches lie beside it."""
+        pp, last, kinds = self.plan.pp, len(self.depths) - 1, self.kinds
+        held = [s for s in range(len(self.depths)) if s % pp == rank]
+        flight = _in_flight(self.order.schedule, pp, min(self.plan.num_microbatches, STEADY_ROUNDS * pp), self.plan.vpp)[rank]
+        kept = [kinds.cost(self.depths[s], first=s == 0, last=s == last).activation_bytes for s in held]
+        walked = last if last in held else held[0]
+        number = 2 if walked == last else 0
+        blocks = sum(self.depths[s] for s in held) - 1
+        mid, other = kinds.states[1], kinds.states[0] if number == 2 and 0 in held else Beside()
+        own = kinds.kept_bytes[number]
+        if number == 2 and 0 in held:
+            blocks, mid_share = blocks - 1, 1
+        else:
+            mid_share = 0
+        beside = Beside(
+            parameters=blocks * mid.parameters + mid_share * other.parameters,
+            gradients=blocks * mid.gradients + mid_share * other.gradients,
+            optimizer=blocks * mid.optimizer + mid_share * other.optimizer,
+            activations=max(0, round(flight * sum(kept) / len(kept)) - own),
+        )
+        return memory_use(kinds.stages.stages[number].program, Engine(), beside)
+
+    @property
+    def forecast(self) -> Forecast:
+        return Forecast(self.step_s, self.memory)
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """The first, a middle and the last stage, each of one block."""
+
+    forced: Forced
+
+    @cached_property
+    def stages(self) -> Stages:
+        graph = self.forced.graph
+        names = tuple(graph.ops[segment.ops.start].name for segment in graph.segments if segment.block in ("blocks.1", "blocks.2"))
+        return cut_into_stages(self.forced.program, Pipeline(3, names))
+
+    @cached_property
+    def seconds(self) -> tuple[list[float], ...]:
+        return tuple(total_seconds(stage.program, self.forced.pricing).tolist() for stage in self.stages.stages)
+
+    @cached_property
+    def kept_bytes(self) -> tuple[int, ...]:
+        return tuple(sum(kept_by_segment(stage.program)) for stage in self.stages.stages)
+
+    @cached_property
+    def states(self) -> tuple[Beside, ...]:
+        return tuple(state_of(stage.program) for stage in self.stages.stages)
+
+    def cost(self, depth: int, *, first: bool, last: bool) -> StageCost:
+        """A stage of `depth` blocks."""
+        middle, kept = self.seconds[1], self.kept_bytes
+        ends = [i for i, there in ((0, first), (2, last)) if there]
+        seconds = [depth * m + sum(self.seconds[i][k] - m for i in ends) for k, m in enumerate(middle)]
+        forward, inputs, weights, gather, reduce = seconds
+        return StageCost(
+            forward_s=forward, input_gradient_s=inputs, weight_gradient_s=weights, gather_s=gather, reduce_s=reduce,
+            activation_bytes=depth * kept[1] + sum(kept[i] - kept[1] for i in ends),
+        )  # fmt: skip
+
+    @cached_property
+    def message(self) -> EdgeCost:
+        there, back = self.stages.message_bytes(0, 1), self.stages.message_bytes(0, 1, back=True)
+        price = self.forced.pricing.message
+        return EdgeCost(activation_s=price(there), gradient_s=price(back), activation_bytes=there, gradient_bytes=back)
+
+
+@lru_cache(maxsize=4096)
+def _forced(*args) -> Forced:  # noqa: ANN002 - the fields of Forced
+    return Forced(*args)
+
+
+@lru_cache(maxsize=4096)
+def _kinds(forced: Forced) -> Kinds:
+    return Kinds(forced)
+
+
+@lru_cache(maxsize=1024)
+def _in_flight(schedule: str, num_ranks: int, num_microbatches: int, virtual: int) -> tuple[int, ...]:
+    """Per rank the most stages x microbatches whose activations it holds at once."""
+    usable = -(-num_microbatches // num_ranks) * num_ranks if virtual > 1 else num_microbatches
+    found = []
+    for actions in make_order(schedule, num_ranks, usable, virtual).ranks:
+        held, most = 0, 0
+        for action in actions:
+            held += {Kind.F: 1, Kind.B: -1}.get(action.kind, 0)
+            most = max(most, held)
+        found.append(min(most, num_microbatches * virtual))
+    return tuple(found)
+
+
+def shares(values: Sequence[float]) -> tuple[float, ...]:
+    total = sum(values)
+    return tuple(v / total for v in values)

@@ -1,0 +1,229 @@
+"""Decoder transformers by their dimensions: the `OpGraph` that tracing such a model gives, made without torch or a model.
+
+    pre-norm block:  x += o(attention(q(n), k(n), v(n))), n = norm(x);   x += down(act(up(n))), n = norm(x)
+
+tokens [b, s] -> scalar mean loss. The operators are those that `torch.export` leaves of the same model written with `nn.Linear`,
+`nn.LayerNorm` or `nn.RMSNorm` and `scaled_dot_product_attention`; tests hold the two graphs against each other, operator for operator.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from autopar.core.graph import Op, OpGraph, Operand, TensorMeta, Value
+from autopar.errors import UsageError
+
+Norm = Literal["layer", "rms"]
+Activation = Literal["gelu", "swiglu", "squared_relu"]
+Positions = Literal["learned", "rotary", "alibi", "none"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dims:
+    """A decoder transformer. `kv_heads` below `heads`: grouped-query attention; `inner`: width of the MLP.
+
+    `fused_attention` False: scores and probabilities are written to memory, as before flash attention. `tied`: the head uses the
+    weight of the token embedding. `dropout`: of embeddings, probabilities and both residual branches.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    inner: int
+    vocab: int
+    seq: int
+    norm: Norm = "layer"
+    activation: Activation = "gelu"
+    positions: Positions = "learned"
+    biases: bool = True
+    tied: bool = False
+    dropout: float = 0.0
+    fused_attention: bool = True
+
+    def __post_init__(self) -> None:
+        counts = (self.layers, self.hidden, self.heads, self.kv_heads, self.inner, self.vocab, self.seq)
+        if min(counts) < 1 or self.hidden % self.heads or self.heads % self.kv_heads:
+            raise UsageError(
+                f"no transformer of {self.layers} layers of width {self.hidden}, {self.heads} heads over {self.kv_heads}, inner {self.inner}: "
+                "give positive numbers, heads that divide the width and key heads that divide the heads"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+    def with_layers(self, layers: int) -> "Dims":
+        return replace(self, layers=layers)
+
+
+def transformer_graph(dims: Dims, batch: int, dtype: str = "bfloat16") -> OpGraph:
+    """The graph of one pass over `batch` sequences; floats are `dtype`."""
+    return _Builder(dims, batch, dtype).graph()
+
+
+@dataclass
+class _Builder:
+    dims: Dims
+    batch: int
+    dtype: str
+    values: list[Value] = field(default_factory=list)
+    ops: list[Op] = field(default_factory=list)
+    path: str = ""
+
+    def value(self, name: str, shape: Sequence[int], dtype: str, role: str, *, grad: bool) -> int:
+        self.values.append(Value(name, TensorMeta(tuple(shape), dtype, grad), role, (name,) if role != "op" else ()))
+        return len(self.values) - 1
+
+    def param(self, name: str, *shape: int) -> int:
+        return self.value(f"{self.path}.{name}" if self.path else name, shape, self.dtype, "param", grad=True)
+
+    def shape(self, v: int) -> tuple[int, ...]:
+        return self.values[v].meta.shape
+
+    def op(self, kind: str, operands: Sequence[int], shape: Sequence[int], args: dict[str, Any], *, at: str = "", dtype: str = "", label: str = "") -> int:
+        """Append an operator with one result; `at`: the submodule that it belongs to, `label`: what to call it. `args` may hold `Operand`s."""
+        path = ".".join(part for part in (self.path, at) if part)
+        name = f"{path or 'top'}.{label or kind.split('.')[1]}.{len(self.ops)}"
+        grad = any(self.values[v].meta.requires_grad for v in operands)
+        result = self.value(name, shape, dtype or self.dtype, "op", grad=grad)
+        self.ops.append(Op(name, kind, tuple(operands), (result,), tuple(args.items()), path))
+        return result
+
+    # --- layers --------------------------------------------------------------------------------------------------------
+
+    def linear(self, x: int, name: str, out: int, *, bias: bool | None = None, weight: int | None = None) -> int:
+        biased = self.dims.biases if bias is None else bias
+        if weight is None:
+            weight = self.param(f"{name}.weight", out, self.shape(x)[-1])
+        given = [x, weight, *([self.param(f"{name}.bias", out)] if biased else [])]
+        args = {"input": Operand(0), "weight": Operand(1), "bias": Operand(2) if biased else None}
+        return self.op("aten.linear.default", given, (*self.shape(x)[:-1], out), args, at=name)
+
+    def norm(self, x: int, name: str) -> int:
+        width = self.shape(x)[-1]
+        weight = self.param(f"{name}.weight", width)
+        if self.dims.norm == "rms":
+            args: dict[str, Any] = {"input": Operand(0), "normalized_shape": (width,), "weight": Operand(1), "eps": None}
+            return self.op("aten.rms_norm.default", [x, weight], self.shape(x), args, at=name)
+        bias = self.param(f"{name}.bias", width)
+        args = {"input": Operand(0), "normalized_shape": (width,), "weight": Operand(1), "bias": Operand(2), "eps": 1e-05, "cudnn_enable": False}
+        return self.op("aten.layer_norm.default", [x, weight, bias], self.shape(x), args, at=name)
+
+    def embedding(self, indices: int, name: str, rows: int) -> int:
+        weight = self.param(f"{name}.weight", rows, self.dims.hidden)
+        args = {"weight": Operand(0), "indices": Operand(1), "padding_idx": -1, "scale_grad_by_freq": False, "sparse": False}
+        return self.op("aten.embedding.default", [weight, indices], (*self.shape(indices), self.dims.hidden), args, at=name)
+
+    def unary(self, kind: str, x: int, **args: Any) -> int:
+        return self.op(kind, [x], self.shape(x), {"self": Operand(0), **args})
+
+    def binary(self, kind: str, a: int, b: int, **args: Any) -> int:
+        return self.op(kind, [a, b], self.shape(a), {"self": Operand(0), "other": Operand(1), **args})
+
+    def add(self, a: int, b: int, label: str = "") -> int:
+        args = {"self": Operand(0), "other": Operand(1), "alpha": 1}
+        return self.op("aten.add.Tensor", [a, b], self.shape(a), args, label=label)
+
+    def drop(self, x: int) -> int:
+        if not self.dims.dropout:
+            return x
+        return self.op("autopar.dropout.default", [x], self.shape(x), {"input": Operand(0), "p": self.dims.dropout, "site": len(self.ops)}, label="residual")
+
+    # --- the model -----------------------------------------------------------------------------------------------------
+
+    def heads_first(self, x: int, heads: int) -> int:
+        """[b, s, heads * d] -> [b, heads, s, d]."""
+        b, s, width = self.shape(x)
+        shape = b, s, heads, width // heads
+        x = self.op("aten.reshape.default", [x], shape, {"self": Operand(0), "shape": shape})
+        return self.transposed(x)
+
+    def transposed(self, x: int) -> int:
+        a, b, c, d = self.shape(x)
+        return self.op("aten.transpose.int", [x], (a, c, b, d), {"self": Operand(0), "dim0": 1, "dim1": 2})
+
+    def rotated(self, x: int, tables: tuple[int, int]) -> int:
+        """x cos + rotate_half(x) sin, for x [b, heads, s, d] and tables [s, d]."""
+        *lead, width = self.shape(x)
+        halves = [self.op("aten.slice.Tensor", [x], (*lead, width // 2), {"self": Operand(0), "dim": 3, "start": a, "end": b, "step": 1})
+                  for a, b in ((0, width // 2), (width // 2, 9223372036854775807))]  # fmt: skip
+        turned = self.op("aten.cat.default", [self.unary("aten.neg.default", halves[1]), halves[0]], self.shape(x), {"tensors": (Operand(0), Operand(1)), "dim": -1})
+        return self.add(self.binary("aten.mul.Tensor", x, tables[0]), self.binary("aten.mul.Tensor", turned, tables[1]))
+
+    def attention(self, x: int, beside: dict[str, int]) -> int:
+        dims = self.dims
+        kv_width = dims.kv_heads * dims.head_dim
+        widths = (("q", dims.hidden, dims.heads), ("k", kv_width, dims.kv_heads), ("v", kv_width, dims.kv_heads))
+        q, k, v = (self.heads_first(self.linear(x, name, width), heads) for name, width, heads in widths)
+        if dims.positions == "rotary":
+            tables = beside["cos"], beside["sin"]
+            q, k = self.rotated(q, tables), self.rotated(k, tables)
+        args: dict[str, Any] = {"query": Operand(0), "key": Operand(1), "value": Operand(2)}
+        args |= {"attn_mask": Operand(3) if "alibi" in beside else None, "dropout_p": dims.dropout, "is_causal": "alibi" not in beside}
+        args |= {"scale": None, "enable_gqa": dims.kv_heads != dims.heads}
+        written_out = not dims.fused_attention or dims.dropout > 0
+        kind = "autopar.attention.default" if written_out else "aten.scaled_dot_product_attention.default"
+        given = [q, k, v, *([beside["alibi"]] if "alibi" in beside else [])]
+        mixed = self.op(kind, given, self.shape(q), args | ({"site": len(self.ops)} if written_out else {}), at="attention")
+        mixed = self.transposed(mixed)
+        mixed = self.unary("aten.clone.default", mixed)
+        shape = self.batch, dims.seq, dims.hidden
+        return self.linear(self.op("aten.reshape.default", [mixed], shape, {"self": Operand(0), "shape": shape}), "o", dims.hidden)
+
+    def mlp(self, x: int) -> int:
+        dims = self.dims
+        if dims.activation == "swiglu":
+            gate = self.unary("aten.silu.default", self.linear(x, "gate", dims.inner))
+            return self.linear(self.binary("aten.mul.Tensor", gate, self.linear(x, "up", dims.inner)), "down", dims.hidden)
+        up = self.linear(x, "up", dims.inner)
+        if dims.activation == "gelu":
+            return self.linear(self.unary("aten.gelu.default", up, approximate="none"), "down", dims.hidden)
+        return self.linear(self.unary("aten.square.default", self.unary("aten.relu.default", up)), "down", dims.hidden)
+
+    def block(self, x: int, beside: dict[str, int]) -> int:
+        x = self.add(x, self.drop(self.attention(self.norm(x, "norm1"), beside)), "residual")
+        return self.add(x, self.drop(self.mlp(self.norm(x, "norm2"))), "residual")
+
+    def beside(self) -> dict[str, int]:
+        """What positions are made of, the same for all blocks: buffers."""
+        dims = self.dims
+        if dims.positions == "rotary":
+            return {name: self.value(name, (dims.seq, dims.head_dim), self.dtype, "buffer", grad=False) for name in ("cos", "sin")}
+        if dims.positions == "alibi":
+            return {"alibi": self.value("alibi", (1, dims.heads, 1, dims.seq), self.dtype, "buffer", grad=False)}
+        return {}
+
+    def embedded(self, tokens: int) -> int:
+        dims = self.dims
+        x = self.embedding(tokens, "token", dims.vocab)
+        if dims.positions == "learned":
+            args = {"end": dims.seq, "dtype": None}
+            place = self.op("aten.arange.default", [], (dims.seq,), args, dtype="int64")
+            x = self.add(x, self.embedding(place, "position", dims.seq), "residual")
+        return self.drop(x)
+
+    def loss(self, logits: int, labels: int) -> int:
+        rows, classes = self.batch * self.dims.seq, self.dims.vocab
+        flat = self.op("aten.reshape.default", [logits], (rows, classes), {"self": Operand(0), "shape": (rows, classes)})
+        target = self.op("aten.reshape.default", [labels], (rows,), {"self": Operand(0), "shape": (rows,)}, dtype="int64")
+        args = {"input": Operand(0), "target": Operand(1), "ignore_index": -100, "label_smoothing": 0.0}
+        each = self.op("autopar.token_cross_entropy.default", [flat, target], (rows,), args)
+        total = self.op("aten.sum.default", [each], (), {"self": Operand(0), "dtype": None})
+        counted = self.op("aten.ne.Scalar", [target], (rows,), {"self": Operand(0), "other": -100}, dtype="bool")
+        count = self.op("aten.sum.default", [counted], (), {"self": Operand(0), "dtype": None}, dtype="int64")
+        return self.op("aten.div.Tensor", [total, count], (), {"self": Operand(0), "other": Operand(1)})
+
+    def graph(self) -> OpGraph:
+        dims = self.dims
+        tokens, labels = (self.value(name, (self.batch, dims.seq), "int64", "input", grad=False) for name in ("inputs", "labels"))
+        beside = self.beside()
+        x = self.embedded(tokens)
+        token = next(v for v, value in enumerate(self.values) if value.source == ("token.weight",))
+        for n in range(dims.layers):
+            self.path = f"blocks.{n}"
+            x = self.block(x, beside)
+        self.path = ""
+        logits = self.linear(self.norm(x, "norm"), "head", dims.vocab, bias=False, weight=token if dims.tied else None)
+        loss = self.loss(logits, labels)
+        return OpGraph(tuple(self.values), tuple(self.ops), (loss,), name="transformer")
