@@ -5,8 +5,8 @@ the batch, and ZeRO the state along it.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 
 from autopar.core.cluster import Cluster
 from autopar.core.graph import OpGraph
@@ -73,17 +73,41 @@ class Forced:
 
     @cached_property
     def program(self) -> Program:
-        graph, layout = self.graph, self.layout
-        rules = rules_of(graph)
-        keeping = Keeping(stages=(layout.zero,), recompute=(layout.recompute,), micro_batches=self.micro_batches, precision=self.precision)
-        constraints = Constraints(layout.mesh, Pins(named=tuple(_pins(layout))), strict=True)
-        problem, ports = ProblemBuilder(graph, rules, batch_factors(graph, rules), self.pricing, constraints, keeping).build(None)
-        choices = solve(problem, use_ilp="never").choices
-        return decode(graph, rules, self.pricing, ports, choices, keeping)
+        """What the search decides does not depend on sizes where everything that matters is pinned: it is decided once for all of a structure."""
+        decided, graph, layout = _decided(_structure(self.dims), _degrees(self.layout)), self.graph, self.layout
+        blocks = [segment.block for segment in graph.segments if segment.block]
+        recompute = {block: layout.recompute for block in blocks if layout.recompute != "none"}
+        residency = replace(decided.residency, recompute=recompute, micro_batches=self.micro_batches, precision=self.precision)
+        return replace(decided, graph=graph, mesh=layout.mesh, rules=rules_of(graph), residency=residency)
+
+
+def _structure(dims: Dims) -> Dims:
+    """The smallest transformer of this form."""
+    grouped = dims.kv_heads != dims.heads
+    return replace(dims, layers=3, hidden=512, heads=8, kv_heads=4 if grouped else 8, inner=1536, vocab=1024, seq=128, dropout=0.1 if dims.dropout else 0.0)
+
+
+def _degrees(layout: Layout3D) -> Layout3D:
+    """Which axes there are, not how long they are."""
+    return replace(layout, dp=min(layout.dp, 2), tp=min(layout.tp, 2), micro_batch=2, recompute="none")
+
+
+@lru_cache(maxsize=1024)
+def _decided(dims: Dims, layout: Layout3D) -> Program:
+    cluster = Cluster.preset("a100-sxm")
+    graph, pricing = transformer_graph(dims, layout.micro_batch * layout.dp), Pricing(cluster, layout.mesh)
+    rules = rules_of(graph)
+    keeping = Keeping(stages=(layout.zero,), precision=Precision(master="float32"))
+    constraints = Constraints(layout.mesh, Pins(named=tuple(_pins(layout))), strict=True)
+    problem, ports = ProblemBuilder(graph, rules, batch_factors(graph, rules), pricing, constraints, keeping).build(None)
+    program = decode(graph, rules, pricing, ports, solve(problem, use_ilp="never").choices, keeping)
+    nested = [p for layout in program.produced for p in layout if p.kind == "S" and p.outer > 1]
+    assert not nested, f"a layout that depends on sizes: {nested[:1]}"
+    return program
 
 
 def _padded(dims: Dims, padding: int) -> Dims:
-    return Dims(**{**{name: getattr(dims, name) for name in Dims.__dataclass_fields__}, "vocab": dims.vocab + padding})
+    return replace(dims, vocab=dims.vocab + padding)
 
 
 def _pins(layout: Layout3D) -> Iterator[Pin]:

@@ -70,7 +70,7 @@ class Step:
     @cached_property
     def forced(self) -> Forced:
         plan = self.plan
-        return _forced(self.dims.with_layers(3), plan.layout, self.cluster, plan.pp, self.precision, plan.num_microbatches, self.dtype)
+        return _forced(self.dims.with_layers(3), plan.layout, self.cluster, plan.pp, self.precision, min(plan.num_microbatches, 3), self.dtype)
 
     @cached_property
     def kinds(self) -> "Kinds":

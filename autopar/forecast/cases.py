@@ -1,0 +1,135 @@
+"""From a published row to what can be priced: model, cluster, plan, and seconds of a step as measured."""
+
+import math
+from dataclasses import dataclass, replace
+
+from autopar.core.cluster import Cluster
+from autopar.core.residency import Precision
+from autopar.forecast.flops import model_flops
+from autopar.forecast.forced import Layout3D
+from autopar.forecast.machines import machine
+from autopar.forecast.runs import Row, Unpriced
+from autopar.forecast.software import Software, software_of
+from autopar.forecast.step import StepPlan
+from autopar.forecast.transformer import Dims
+
+DENSE = ("gpt", "llama", "nemotron", "qwen3-dense", "transformer")
+DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp8": "bfloat16", "mxfp8": "bfloat16", "nvfp4": "bfloat16", "": "bfloat16"}
+FLOAT8 = ("fp8", "mxfp8")
+RECOMPUTE = ("none", "selective", "full")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One run. `recompute`: the modes that it may have used, lightest first; one where it is published."""
+
+    row: Row
+    dims: Dims
+    cluster: Cluster
+    gpu: str
+    plan: StepPlan
+    software: Software
+    recompute: tuple[str, ...]
+    dtype: str
+    precision: Precision
+    product_dtype: str
+    measured_s: float | None
+
+    @property
+    def tokens(self) -> int:
+        return self.plan.layout.dp * self.plan.layout.micro_batch * self.plan.num_microbatches * self.dims.seq
+
+
+def case_of(row: Row) -> Case:
+    """Raises Unpriced where a row says too little, or what no graph here computes."""
+    _refuse(row)
+    software = software_of(row)
+    gpu, cluster = machine(row.text("gpu"), row.needed("num_gpus"), row.number("gpus_per_node"))
+    dims = _dims(row, software)
+    plan = _plan(row, dims, software)
+    precision = row.text("precision")
+    dtype = "float16" if not precision and software.half else DTYPES.get(precision, "")
+    if not dtype:
+        raise Unpriced(f"precision {precision[:20]}")
+    if dtype == "bfloat16" and "bfloat16" not in dict(cluster.device.peak_flops_per_s):
+        dtype = "float16"
+    product = "float8_e4m3fn" if precision in FLOAT8 else "float4_e2m1fn" if precision == "nvfp4" else dtype
+    return Case(
+        row=row, dims=dims, cluster=cluster, gpu=gpu, plan=plan, software=software, dtype=dtype, product_dtype=product,
+        recompute=_recompute(row), precision=Precision(master="float32", reduction=software.reduction),
+        measured_s=_measured_s(row, dims, plan, cluster) if row.text("kind") == "run" else None,
+    )  # fmt: skip
+
+
+def _refuse(row: Row) -> None:
+    if row.text("experts") or row.text("model_family") == "moe":
+        raise Unpriced("mixture of experts: no graph yet")
+    if row.text("model_family") not in DENSE:
+        raise Unpriced(f"model family {row.text('model_family')[:20]!r}: no graph yet")
+    if (row.number("cp") or 1) > 1:
+        raise Unpriced("context parallelism: no layout yet")
+    if "MegaScale;" in row.notes or row.notes.startswith("MegaScale weak"):
+        raise Unpriced("parallel blocks and sliding windows: no graph yet")
+
+
+def _dims(row: Row, software: Software) -> Dims:
+    hidden, heads, llama = row.needed("hidden"), row.needed("heads"), row.text("model_family") in ("llama", "qwen3-dense")
+    nemotron = row.text("model_family") == "nemotron"
+    positions = "alibi" if "ALiBi" in row.notes else "rotary" if llama or nemotron else "learned"
+    flash = software.flash if row.text("flash_attention") == "" else row.text("flash_attention") == "1"
+    if hidden % heads:
+        raise Unpriced(f"{heads} heads do not divide a width of {hidden}")
+    return Dims(
+        layers=row.needed("layers"), hidden=hidden, heads=heads, kv_heads=row.number("kv_heads") or heads,
+        inner=row.number("ffn_hidden") or 4 * hidden, vocab=row.number("vocab") or 51200, seq=row.needed("seq"),
+        norm="rms" if llama else "layer", activation="swiglu" if llama else "squared_relu" if nemotron else "gelu", positions=positions,
+        biases=not llama and not nemotron and software.biases, tied=not llama and not nemotron, fused_attention=flash,
+        dropout=0.0 if flash or llama else software.dropout,
+    )  # fmt: skip
+
+
+def _plan(row: Row, dims: Dims, software: Software) -> StepPlan:
+    devices, tp, pp = row.needed("num_gpus"), row.needed("tp"), row.needed("pp")
+    dp, left = devices // (tp * pp), devices % (tp * pp)
+    if left or (row.number("dp") or dp) != dp:
+        raise Unpriced(f"tp={tp} pp={pp} dp={row.text('dp')} do not make {devices} devices")
+    batch = row.number("global_batch") or dp * (row.number("micro_batch") or 1)
+    micro = row.number("micro_batch") or (1 if pp > 1 else max(1, batch // dp))
+    times = max(1, round(batch / (dp * micro)))
+    stage = row.number("zero_stage") or 0
+    sp = row.text("sp") == "1" if row.text("sp") else software.sequence_parallel and tp > 1
+    vpp = row.number("vpp") or 1
+    if dims.layers < pp * vpp:
+        raise Unpriced(f"{dims.layers} layers on {pp} x {vpp} stages")
+    layout = Layout3D(dp=dp, tp=tp, sp=sp and tp > 1, zero=stage if dp > 1 else 0, micro_batch=micro)
+    return StepPlan(layout=layout, pp=pp, vpp=vpp if pp > 1 else 1, num_microbatches=times)
+
+
+def _recompute(row: Row) -> tuple[str, ...]:
+    given = row.text("recompute")
+    return (given,) if given in RECOMPUTE else RECOMPUTE
+
+
+def _measured_s(row: Row, dims: Dims, plan: StepPlan, cluster: Cluster) -> float:
+    metric = row.text("metric")
+    try:
+        value = float(row.text("value"))
+    except ValueError:
+        raise Unpriced(f"value {row.text('value')[:20]!r}") from None
+    if not (math.isfinite(value) and value > 0):
+        raise Unpriced(f"value {value}")
+    devices, tokens = plan.num_devices, plan.layout.dp * plan.layout.micro_batch * plan.num_microbatches * dims.seq
+    if metric == "iter_s":
+        return value
+    if metric == "tokens_per_s_per_gpu":
+        return tokens / (value * devices)
+    flops = model_flops(dims, tokens, row.text("tflops_convention"))
+    if metric == "tflops_per_gpu":
+        return flops / (value * 1e12 * devices)
+    if metric == "mfu":
+        return flops / (value / 100 * cluster.device.peak("bfloat16") * devices)
+    raise Unpriced(f"metric {metric[:30]} is no step time")
+
+
+def with_recompute(plan: StepPlan, mode: str) -> StepPlan:
+    return replace(plan, layout=replace(plan.layout, recompute=mode))

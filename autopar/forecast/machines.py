@@ -1,0 +1,22 @@
+"""Names of devices as publications write them, to presets of `cost_models/hardware`."""
+
+from autopar.core.cluster import Cluster
+from autopar.forecast.runs import Unpriced
+
+PRESETS = {
+    "A100": "a100-sxm", "A100-80GB": "a100-sxm", "A100-80GB-SXM": "a100-sxm", "Ampere": "a100-sxm", "A100-40GB": "a100-40g",
+    "H100": "h100-sxm", "H100-80GB": "h100-sxm", "H100-80GB-SXM": "h100-sxm", "H100-96GB-HBM2e-500W": "h100-hbm2e-500w", "H200": "h200-sxm",
+    "B200": "b200", "B300": "b300", "GB200": "gb200", "GB300": "gb300", "L4": "l4",
+    "V100-32GB": "v100-sxm", "V100-32GB-SXM3": "v100-sxm3", "V100-16GB": "v100-sxm-16g",
+}  # fmt: skip
+
+
+def machine(gpu: str, num_devices: int, per_node: int | None) -> tuple[str, Cluster]:
+    """(preset, cluster of at least so many of this device). `per_node`: devices of a node where it is not the preset's own; racks of one
+    NVLink domain keep theirs."""
+    preset = PRESETS.get(gpu)
+    if preset is None or preset not in Cluster.preset_names():
+        raise Unpriced(f"device {gpu[:40]!r}: no preset" if gpu else "device not published")
+    own = Cluster.preset(preset).devices_per_node
+    size = per_node if per_node and per_node != own and own <= 16 else own
+    return preset, Cluster.preset(preset, -(-num_devices // size), None if size == own else size)
