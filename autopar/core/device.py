@@ -12,7 +12,9 @@ from autopar.errors import UsageError
 STATUSES = ("measured", "derived", "assumed")
 """measured: observed on such hardware. derived: from a published specification or by a stated formula. assumed: neither."""
 
-PEAK_DTYPES = (*DTYPE_BYTES, "tf32")
+PEAK_DTYPES = (*DTYPE_BYTES, "tf32", "float4_e2m1fn")
+
+MAX_MULTIPROCESSORS = 100_000
 
 DEVICE_NUMBERS = {
     "memory": 'memory = "80 GB"',
@@ -22,6 +24,13 @@ DEVICE_NUMBERS = {
     "memory_efficiency": "memory_efficiency = 0.9",
     "kernel_launch": 'kernel_launch = "5 us"',
 }
+OPTIONAL_NUMBERS = {
+    "multiprocessors": "multiprocessors = 132",
+    "attention_efficiency": "attention_efficiency = 0.6",
+    "efficiency": "[device.efficiency] with float8_e4m3fn = 0.7",
+}
+"""Numbers that a file may leave out: products then reach their efficiency at any shape, attention that of products, every dtype the same."""
+
 LINK_NUMBERS = {
     "latency": 'latency = "3 us"',
     "bandwidth": 'bandwidth = "450 GB/s" (per device and direction)',
@@ -71,7 +80,8 @@ class Device:
 
     `peak_flops_per_s` are dense matrix peaks, pairs (dtype, flops per second), float32 always among them and without
     TF32, which is its own entry. `memory_bytes` is what a process can allocate, not the number on the box.
-    The efficiencies are the shares of peak and of memory bandwidth that large operators reach.
+    The efficiencies are the shares of peak and of memory bandwidth that large operators reach; `efficiencies` are those of dtypes whose share
+    of their peak is another than `matmul_efficiency`. `num_multiprocessors` 0 and `attention_efficiency` 0 stand for unknown.
     """
 
     name: str
@@ -81,6 +91,9 @@ class Device:
     matmul_efficiency: float = 1.0
     memory_efficiency: float = 1.0
     kernel_launch_s: float = 0.0
+    num_multiprocessors: int = 0
+    attention_efficiency: float = 0.0
+    efficiencies: tuple[tuple[str, float], ...] = ()
     source: Sources = UNSOURCED
 
     def __post_init__(self) -> None:
@@ -95,6 +108,14 @@ class Device:
         _check_number(self.name, "matmul_efficiency", self.matmul_efficiency, largest=1.0)
         _check_number(self.name, "memory_efficiency", self.memory_efficiency, largest=1.0)
         _check_number(self.name, "kernel_launch_s", self.kernel_launch_s, zero=True)
+        _check_number(self.name, "num_multiprocessors", self.num_multiprocessors, zero=True)
+        _check_number(self.name, "attention_efficiency", self.attention_efficiency, zero=True, largest=1.0)
+        for dtype, share in self.efficiencies:
+            _check_number(self.name, f"efficiency of {dtype}", share, largest=1.0)
+
+    def efficiency(self, dtype: str) -> float:
+        """The share of the peak of a dtype that large matrix products reach."""
+        return next((share for name, share in self.efficiencies if name == dtype), self.matmul_efficiency)
 
     def peak(self, dtype: str) -> float:
         """Dense peak in flops per second for matrix products of this dtype."""
@@ -105,8 +126,8 @@ class Device:
         raise UsageError(f"device {self.name!r} has no {dtype} peak (it has {listed}); use one of these or add {dtype} to [device.peak]")
 
     def source_of(self, number: str) -> Source:
-        """Source of one of `DEVICE_NUMBERS`."""
-        return _source_of(self.source, number, DEVICE_NUMBERS)
+        """Source of one of `DEVICE_NUMBERS` or `OPTIONAL_NUMBERS`."""
+        return _source_of(self.source, number, {**DEVICE_NUMBERS, **OPTIONAL_NUMBERS})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +161,7 @@ class Link:
 
 def read_device(table: Table) -> Device:
     """The device that the `[device]` table of a file describes."""
-    table.check_keys({"name": 'name = "NVIDIA H100"', **DEVICE_NUMBERS}, ("source",))
+    table.check_keys({"name": 'name = "NVIDIA H100"', **DEVICE_NUMBERS}, (*OPTIONAL_NUMBERS, "source"))
     peak = table.table("peak")
     peak.check_keys({"float32": 'float32 = "67 TFLOP/s"; pointwise operators are priced by it'}, PEAK_DTYPES)
     memory = table.quantity("memory", MEMORY)
@@ -154,8 +175,19 @@ def read_device(table: Table) -> Device:
         matmul_efficiency=table.share("matmul_efficiency"),
         memory_efficiency=table.share("memory_efficiency"),
         kernel_launch_s=table.quantity("kernel_launch", DURATION, zero=True),
-        source=_sources(table, DEVICE_NUMBERS),
+        num_multiprocessors=table.count("multiprocessors", MAX_MULTIPROCESSORS) if "multiprocessors" in table.values else 0,
+        attention_efficiency=table.share("attention_efficiency") if "attention_efficiency" in table.values else 0.0,
+        efficiencies=_efficiencies(table),
+        source=_sources(table, (*DEVICE_NUMBERS, *OPTIONAL_NUMBERS)),
     )
+
+
+def _efficiencies(table: Table) -> tuple[tuple[str, float], ...]:
+    if "efficiency" not in table.values:
+        return ()
+    given = table.table("efficiency")
+    given.check_keys({}, PEAK_DTYPES)
+    return tuple((dtype, given.share(dtype)) for dtype in given.values)
 
 
 def read_link(table: Table) -> Link:
@@ -200,7 +232,10 @@ def device_values(device: Device) -> dict[str, object]:
         "matmul_efficiency": device.matmul_efficiency,
         "memory_efficiency": device.memory_efficiency,
         "kernel_launch": format_quantity(device.kernel_launch_s, DURATION),
+        **({"multiprocessors": device.num_multiprocessors} if device.num_multiprocessors else {}),
+        **({"attention_efficiency": device.attention_efficiency} if device.attention_efficiency else {}),
         "peak": {dtype: format_quantity(value, COMPUTE) for dtype, value in device.peak_flops_per_s},
+        **({"efficiency": dict(device.efficiencies)} if device.efficiencies else {}),
         "source": {name: str(source) for name, source in device.source},
     }
 

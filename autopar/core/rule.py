@@ -16,6 +16,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from autopar.core.graph import DTYPE_BYTES
@@ -66,7 +67,8 @@ class OpRule:
 
     `saved_operands`/`saved_results`: what the backward reads again, `kept`: what it keeps beside that (see `keeps_operand`);
     `tail_flops`: those done after all of `kept` is there.
-    `inner`: the collectives the operator issues itself when a factor is cut.
+    `inner`: the collectives the operator issues itself when a factor is cut. `kernel`: "attention" or "scores" (written out) where a
+    contraction is more than one product; `masked`: the share of an attention's scores that its mask leaves.
     """
 
     factors: tuple[str, ...]
@@ -84,6 +86,8 @@ class OpRule:
     tail_flops: float = 0.0
     inner: tuple[InnerCollective, ...] = ()
     known: bool = True
+    kernel: str = ""
+    masked: float = 1.0
 
     def __post_init__(self) -> None:
         for dims in (*self.operands, *self.results):
@@ -101,6 +105,24 @@ class OpRule:
         factor, and nothing where that one is frozen.
         """
         return k in self.saved_operands and any(not any({j, k} <= carried for carried in self.carries) for j in differentiated)
+
+    @cached_property
+    def product(self) -> tuple[tuple[int, ...], ...] | None:
+        """Factors of (batch, rows, columns, sum) of a contraction of two operands; of an attention those of its scores."""
+        if self.cost != "contract" or len(self.saved_operands) < 2:
+            return None
+        a, b = (frozenset(f for dim in self.operands[k] for f in dim) for k in self.saved_operands[:2])
+        made = frozenset(f for dim in self.results[0] for f in dim)
+        if self.kernel:
+            return tuple(tuple(sorted(part)) for part in (a & made & b | (a & made) - b - {self.operands[0][2][0]}, frozenset(self.operands[0][2]), b - a, a - made))
+        return tuple(tuple(sorted(part)) for part in (a & b & made, (a - b) & made, (b - a) & made, (a & b) - made))
+
+    def product_shape(self, strategy: Strategy, mesh: Mesh) -> tuple[int, int, int, int] | None:
+        """The sizes of `product` on one rank."""
+        if self.product is None:
+            return None
+        batch, rows, columns, summed = (math.prod(self.sizes[f] // self.cut_by(f, strategy, mesh) for f in part) for part in self.product)
+        return batch, rows, columns, summed
 
     @property
     def flops_until_kept(self) -> float:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from autopar.core.cluster import Cluster
 from autopar.core.residency import Precision
+from autopar.cost_models.kernels import Kernels
 from autopar.forecast.flops import model_flops
 from autopar.forecast.forced import Layout3D
 from autopar.forecast.machines import machine
@@ -34,6 +35,10 @@ class Case:
     precision: Precision
     product_dtype: str
     measured_s: float | None
+
+    @property
+    def kernels(self) -> Kernels:
+        return self.software.kernels if self.product_dtype == self.dtype else replace(self.software.kernels, product_dtype=self.product_dtype)
 
     @property
     def tokens(self) -> int:

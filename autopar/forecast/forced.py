@@ -12,6 +12,7 @@ from autopar.core.cluster import Cluster
 from autopar.core.graph import OpGraph
 from autopar.core.mesh import Mesh, MeshAxis
 from autopar.core.residency import Precision
+from autopar.cost_models.kernels import PLAIN, Kernels
 from autopar.errors import UsageError
 from autopar.forecast.transformer import Dims, transformer_graph
 from autopar.planner.decode import decode
@@ -55,6 +56,7 @@ class Forced:
     precision: Precision = Precision(master="float32")
     micro_batches: int = 1
     dtype: str = "bfloat16"
+    kernels: Kernels = PLAIN
 
     def __post_init__(self) -> None:
         if self.dims.kv_heads % self.layout.tp or self.dims.inner % self.layout.tp:
@@ -69,7 +71,7 @@ class Forced:
 
     @cached_property
     def pricing(self) -> Pricing:
-        return Pricing(self.cluster, self.layout.mesh, (self.num_stages, 0))
+        return Pricing(self.cluster, self.layout.mesh, (self.num_stages, 0), self.kernels)
 
     @cached_property
     def program(self) -> Program:

@@ -74,7 +74,7 @@ def price(case: Case) -> Result:
     """The forecast of a case; with the lightest of its modes of recomputation that fits, the heaviest where none does."""
     device_bytes = case.cluster.device.memory_bytes
     for mode in case.recompute:
-        step = Step(case.dims, with_recompute(case.plan, mode), case.cluster, case.precision, case.dtype)
+        step = Step(case.dims, with_recompute(case.plan, mode), case.cluster, case.precision, case.dtype, case.kernels, case.software.overlap)
         if mode == case.recompute[-1] or step.memory.expected_bytes <= FITS * device_bytes:
             break
     row = case.row

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from autopar.cost_models.kernels import PLAIN, Kernels
 from autopar.forecast.runs import Row
 
 
@@ -17,16 +18,18 @@ class Software:
     reduction: str | None = "float32"
     sequence_parallel: bool = False
     overlap: bool = False
-    fused: bool = True
+    kernels: Kernels = PLAIN
 
 
-MEGATRON_2021 = Software(name="Megatron-LM 2021", flash=False, half=True, dropout=0.1, reduction=None)
-MEGATRON_2022 = Software(name="Megatron-LM 2022", flash=False, half=True, dropout=0.1, reduction="float32")
-MEGATRON_DEEPSPEED = Software(name="Megatron-DeepSpeed", flash=False, half=True, dropout=0.1, reduction=None)
-SCALING = Software(name="Aleph Alpha Scaling")
-FOUNDRY = Software(name="llm-foundry FSDP", biases=False, overlap=True)
-TITAN = Software(name="torchtitan FSDP2", overlap=True, sequence_parallel=True)
-MEGATRON_CORE = Software(name="Megatron Core", sequence_parallel=True, overlap=True, biases=False)
+MEGATRON_KERNELS = Kernels(fused=True, repeats_collectives=True, host_s=8e-6)
+EAGER = Kernels(host_s=12e-6)
+MEGATRON_2021 = Software(name="Megatron-LM 2021", flash=False, half=True, dropout=0.1, reduction=None, kernels=MEGATRON_KERNELS)
+MEGATRON_2022 = Software(name="Megatron-LM 2022", flash=False, half=True, dropout=0.1, reduction="float32", kernels=MEGATRON_KERNELS)
+MEGATRON_DEEPSPEED = Software(name="Megatron-DeepSpeed", flash=False, half=True, dropout=0.1, reduction=None, kernels=Kernels(fused=True, repeats_collectives=True, host_s=15e-6))
+SCALING = Software(name="Aleph Alpha Scaling", kernels=Kernels(repeats_collectives=True, host_s=12e-6))
+FOUNDRY = Software(name="llm-foundry FSDP", biases=False, overlap=True, kernels=Kernels(attention_share=0.6, host_s=12e-6))
+TITAN = Software(name="torchtitan FSDP2", overlap=True, sequence_parallel=True, kernels=EAGER)
+MEGATRON_CORE = Software(name="Megatron Core", sequence_parallel=True, overlap=True, biases=False, kernels=Kernels(fused=True, repeats_collectives=True))
 
 BY_SOURCE = (
     ("Korthikanti", MEGATRON_2022), ("MegaScale", MEGATRON_2022),

@@ -5,6 +5,7 @@ last with the head and the loss. A stage of n blocks is the stage of its kind wi
 against the clock (`cost_models/timeline.py`), make the step of that.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -14,6 +15,8 @@ from autopar.core.memory import MemoryUse
 from autopar.core.pipeline import Pipeline
 from autopar.core.residency import Precision
 from autopar.core.schedule import Edge, Kind
+from autopar.cost_models.kernels import PLAIN, Kernels
+from autopar.cost_models.overlap import overlapped_seconds
 from autopar.cost_models.pipeline import EdgeCost, StageCost
 from autopar.errors import UsageError
 from autopar.forecast.forced import Forced, Layout3D
@@ -21,7 +24,8 @@ from autopar.forecast.transformer import Dims
 from autopar.planner.blocks import Order, timed
 from autopar.planner.held import Beside, state_of
 from autopar.planner.liveness import Engine, kept_by_segment, memory_use
-from autopar.planner.work import total_seconds
+from autopar.planner.updates import Traffic, Updates, traffic_seconds, update_seconds, updates
+from autopar.planner.work import launches, pass_seconds
 from autopar.schedules.orders import make_order
 from autopar.stages import Stages, cut_into_stages
 
@@ -60,6 +64,8 @@ class Step:
     cluster: Cluster
     precision: Precision = Precision(master="float32")
     dtype: str = "bfloat16"
+    kernels: Kernels = PLAIN
+    overlap: bool = False
 
     def __post_init__(self) -> None:
         if self.dims.layers < self.plan.pp * self.plan.vpp:
@@ -70,11 +76,11 @@ class Step:
     @cached_property
     def forced(self) -> Forced:
         plan = self.plan
-        return _forced(self.dims.with_layers(3), plan.layout, self.cluster, plan.pp, self.precision, min(plan.num_microbatches, 3), self.dtype)
+        return _forced(self.dims.with_layers(3), plan.layout, self.cluster, plan.pp, self.precision, min(plan.num_microbatches, 3), self.dtype, self.kernels)
 
     @cached_property
     def kinds(self) -> "Kinds":
-        return _kinds(self.forced)
+        return _kinds(self.forced, self.overlap)
 
     @cached_property
     def order(self) -> Order:
@@ -92,7 +98,7 @@ class Step:
     @cached_property
     def costs(self) -> tuple[StageCost, ...]:
         last = len(self.depths) - 1
-        return tuple(self.kinds.cost(depth, first=s == 0, last=s == last) for s, depth in enumerate(self.depths))
+        return tuple(self.kinds.cost(depth, first=s == 0, last=s == last, virtual=self.plan.vpp) for s, depth in enumerate(self.depths))
 
     @cached_property
     def step_s(self) -> float:
@@ -157,6 +163,7 @@ class Kinds:
     """The first, a middle and the last stage, each of one block."""
 
     forced: Forced
+    overlap: bool
 
     @cached_property
     def stages(self) -> Stages:
@@ -166,7 +173,8 @@ class Kinds:
 
     @cached_property
     def seconds(self) -> tuple[list[float], ...]:
-        return tuple(total_seconds(stage.program, self.forced.pricing).tolist() for stage in self.stages.stages)
+        """Forward and the halves of the backward, without what is exchanged of parameters."""
+        return tuple(pass_seconds(stage.program, self.forced.pricing) for stage in self.stages.stages)
 
     @cached_property
     def kept_bytes(self) -> tuple[int, ...]:
@@ -176,16 +184,54 @@ class Kinds:
     def states(self) -> tuple[Beside, ...]:
         return tuple(state_of(stage.program) for stage in self.stages.stages)
 
-    def cost(self, depth: int, *, first: bool, last: bool) -> StageCost:
-        """A stage of `depth` blocks."""
-        middle, kept = self.seconds[1], self.kept_bytes
+    @cached_property
+    def launches(self) -> tuple[tuple[int, int], ...]:
+        return tuple(launches(stage.program, self.forced.pricing) for stage in self.stages.stages)
+
+    @cached_property
+    def updates(self) -> tuple[Updates, ...]:
+        return tuple(updates(stage.program) for stage in self.stages.stages)
+
+    @lru_cache(maxsize=64)  # noqa: B019 - lives as long as the cache of kinds
+    def cost(self, depth: int, *, first: bool, last: bool, virtual: int = 1) -> StageCost:
+        """A stage of `depth` blocks, one of `virtual` of its rank."""
         ends = [i for i, there in ((0, first), (2, last)) if there]
-        seconds = [depth * m + sum(self.seconds[i][k] - m for i in ends) for k, m in enumerate(middle)]
-        forward, inputs, weights, gather, reduce = seconds
+        middle, kept, pricing = self.seconds[1], self.kept_bytes, self.forced.pricing
+        forward, inputs, weights = (depth * m + sum(self.seconds[i][k] - m for i in ends) for k, m in enumerate(middle[:3]))
+        host_s = pricing.kernels.host_s
+        there, back = (depth * m + sum(self.launches[i][k] - m for i in ends) for k, m in enumerate(self.launches[1]))
+        forward = max(forward, there * host_s)
+        weights += max(0.0, back * host_s - inputs - weights)
+        forward, weights = self._with_units(depth, forward, inputs, weights)
+        gather, reduce = (self._total(depth, ends, name) for name in ("gathers", "sums"))
+        gather_s, reduce_s = traffic_seconds(gather, pricing), traffic_seconds(reduce, pricing)
+        if self.overlap:
+            gather_s = overlapped_seconds((forward / depth,) * depth, (gather_s / depth,) * depth) - forward
+            backward = inputs + weights
+            reduce_s = overlapped_seconds((backward / depth,) * depth, (), (reduce_s / depth,) * depth) - backward
+        stored = depth * self.updates[1].stored_bytes + sum(self.updates[i].stored_bytes - self.updates[1].stored_bytes for i in ends)
         return StageCost(
-            forward_s=forward, input_gradient_s=inputs, weight_gradient_s=weights, gather_s=gather, reduce_s=reduce,
-            activation_bytes=depth * kept[1] + sum(kept[i] - kept[1] for i in ends),
+            forward_s=forward, input_gradient_s=inputs, weight_gradient_s=weights, gather_s=max(0.0, gather_s), reduce_s=max(0.0, reduce_s),
+            step_s=update_seconds(self.forced.cluster.device, stored), activation_bytes=depth * kept[1] + sum(kept[i] - kept[1] for i in ends),
         )  # fmt: skip
+
+    def _total(self, depth: int, ends: Sequence[int], name: str) -> Traffic:
+        mid = getattr(self.updates[1], name)
+        keys = {key for update in self.updates for key in getattr(update, name)}
+        return {key: depth * mid.get(key, 0.0) + sum(getattr(self.updates[i], name).get(key, 0.0) - mid.get(key, 0.0) for i in ends) for key in keys}
+
+    def _with_units(self, depth: int, forward: float, inputs: float, weights: float) -> tuple[float, float]:
+        """With what is gathered before and summed after every block, beside the blocks that compute."""
+        pricing, unit = self.forced.pricing, self.updates[1]
+        gather, scatter = traffic_seconds(unit.unit_gathers, pricing, math.inf), traffic_seconds(unit.unit_sums, pricing, math.inf)
+        if not gather and not scatter:
+            return forward, weights
+        backward = inputs + weights
+        if not self.overlap:
+            return forward + depth * gather, weights + depth * (gather + scatter)
+        there = overlapped_seconds((forward / depth,) * depth, (gather,) * depth)
+        back = overlapped_seconds((backward / depth,) * depth, (gather,) * depth, (scatter,) * depth)
+        return there, back - inputs
 
     @cached_property
     def message(self) -> EdgeCost:
@@ -200,8 +246,8 @@ def _forced(*args) -> Forced:  # noqa: ANN002 - the fields of Forced
 
 
 @lru_cache(maxsize=4096)
-def _kinds(forced: Forced) -> Kinds:
-    return Kinds(forced)
+def _kinds(forced: Forced, overlap: bool) -> Kinds:  # noqa: FBT001
+    return Kinds(forced, overlap)
 
 
 @lru_cache(maxsize=1024)
@@ -216,8 +262,3 @@ def _in_flight(schedule: str, num_ranks: int, num_microbatches: int, virtual: in
             most = max(most, held)
         found.append(min(most, num_microbatches * virtual))
     return tuple(found)
-
-
-def shares(values: Sequence[float]) -> tuple[float, ...]:
-    total = sum(values)
-    return tuple(v / total for v in values)

@@ -19,11 +19,9 @@ from autopar.core.rule import Choice, OpRule, Strategy, nest, strategies
 from autopar.core.zero import Zero
 from autopar.cost_models.collectives import Span, algorithm_seconds, collective_seconds
 from autopar.cost_models.compute import op_seconds
+from autopar.cost_models.kernels import PLAIN, Kernels, Work, backward_halves, forward_seconds
 from autopar.planner.roles import Allowed
 from autopar.program import without_r
-
-BACKWARD_WORK = {"contract": 2.0, "pointwise": 1.0, "view": 0.0}
-"""Work of a backward relative to its forward: one contraction per operand, one pass over the same bytes."""
 
 PRICED_DTYPES = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 """Dtypes with a peak of their own; everything else (integers, float64 checks) is priced like float32."""
@@ -65,10 +63,11 @@ class Pricing:
     cluster: Cluster
     mesh: Mesh
     pp: tuple[int, int] = (1, 0)
+    kernels: Kernels = PLAIN
     _steps: dict[tuple[str, tuple[int, ...], float], float] = field(default_factory=dict)
     _reductions: dict[tuple[tuple[int, ...], float], float] = field(default_factory=dict)
     _spaces: dict[tuple, Redistribution] = field(default_factory=dict)
-    _computed: dict[tuple[float, float, str, str], float] = field(default_factory=dict)
+    _computed: dict[Work, tuple[float, float, float]] = field(default_factory=dict)
 
     @cached_property
     def whole(self) -> Mesh:
@@ -78,12 +77,13 @@ class Pricing:
     def _in_whole(self, axes: tuple[int, ...]) -> tuple[int, ...]:
         return axes if self.pp[0] == 1 else tuple(a + (a >= self.pp[1]) for a in axes)
 
-    def compute(self, flops: float, num_bytes: float, dtype: str, kind: str) -> float:
-        """Seconds of the forward of one operator with these local flops and bytes."""
-        key = flops, num_bytes, dtype, kind
-        if key not in self._computed:
-            self._computed[key] = float(op_seconds(self.cluster.device, flops, num_bytes, dtype if dtype in PRICED_DTYPES else "float32", kind))
-        return self._computed[key]
+    def compute(self, work: Work) -> tuple[float, float, float]:
+        """Seconds of the forward of one operator, and of its backward: for its input, and (of a product) for its second operand."""
+        if work not in self._computed:
+            priced = work if work.dtype in PRICED_DTYPES else work._replace(dtype="float32")
+            device = self.cluster.device
+            self._computed[work] = (forward_seconds(device, priced, self.kernels), *backward_halves(device, priced, self.kernels))
+        return self._computed[work]
 
     def message(self, num_bytes: float) -> float:
         """Seconds of a message of this many bytes from a rank to the next one of the pipeline."""
@@ -154,10 +154,9 @@ def op_states(
     flops = np.array([rule.flops / rule.degree(s, mesh) for s, _, _ in picked])
     moved = np.array([_local_bytes(operands, ins, mesh) + _local_bytes(results, outs, mesh) for _, ins, outs in picked])
     dtype = results[0].dtype if results else "float32"
-    priced = dtype if dtype in PRICED_DTYPES else "float32"
-    work = 1.0 + (BACKWARD_WORK[rule.cost] if differentiable else 0.0)
-    forward_s = np.asarray(op_seconds(pricing.cluster.device, flops, moved, priced, rule.cost), dtype=float)
-    seconds = work * forward_s + _inner_seconds(rule, [s for s, _, _ in picked], pricing, dtype, differentiable=differentiable)
+    priced = [pricing.compute(work_of(rule, s, mesh, f, m, dtype)) for (s, _, _), f, m in zip(picked, flops.tolist(), moved.tolist(), strict=True)]
+    forward_s = np.array([there for there, *_ in priced])
+    seconds = forward_s + (np.array([inputs + weights for _, inputs, weights in priced]) if differentiable else 0.0) + _inner_seconds(rule, [s for s, _, _ in picked], pricing, dtype, differentiable=differentiable)
     made = tuple(tuple(outs[j] for _, _, outs in picked) for j in range(len(results)))
     kept_bytes = np.array([rule.kept_bytes(s, mesh) if differentiable else 0 for s, _, _ in picked], dtype=float)
     return States(
@@ -169,6 +168,16 @@ def op_states(
         forward_s=forward_s,
         kept_bytes=kept_bytes,
     )
+
+
+def work_of(rule: OpRule, strategy: Strategy, mesh: Mesh, flops: float, num_bytes: float, dtype: str, *, rows: float = 1.0, is_weight: bool = False) -> Work:
+    """What one rank does of an operator; `rows`: the share of its rows, of a smaller microbatch."""
+    kernel = rule.kernel or {"contract": "product"}.get(rule.cost, rule.cost)
+    shape = rule.product_shape(strategy, mesh)
+    if shape is not None and rows != 1.0:
+        batch, m, n, k = shape
+        shape = (max(1, round(batch * rows)), m, n, k) if rule.kernel or batch > 1 else (batch, max(1, round(m * rows)), n, k)
+    return Work(kernel, flops, num_bytes, dtype, shape, rule.masked, is_weight)
 
 
 def result_bytes(results: Sequence[TensorMeta], layouts: Sequence[Sequence[Layout]], saved: Collection[int], mesh: Mesh) -> np.ndarray:

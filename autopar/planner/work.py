@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from autopar.core.graph import DTYPE_BYTES, OpGraph
-from autopar.core.moves import step_input_bytes
+from autopar.core.moves import COLLECTIVES, step_input_bytes
 from autopar.planner.keeping import Keeping, Sharding, Use, kept_by_selective
-from autopar.planner.states import BACKWARD_WORK, Pricing
+from autopar.planner.states import Pricing, work_of
 from autopar.program import Program, Route, route_steps
 
 PHASES = ("forward_s", "input_gradient_s", "weight_gradient_s", "gather_s", "reduce_s")
@@ -45,6 +45,13 @@ def total_seconds(program: Program, pricing: Pricing) -> np.ndarray:
     return np.array([NOTHING, *found.values()]).sum(axis=0)
 
 
+def pass_seconds(program: Program, pricing: Pricing) -> tuple[float, float, float]:
+    """Seconds of one microbatch: forward and the halves of the backward, operators and moves; parameters are there already."""
+    found = {piece.key: piece.seconds for piece in pieces(program, pricing) if isinstance(piece.key, tuple) and piece.key[0] in ("op", "move")}
+    forward, inputs, weights, *_ = np.array([NOTHING, *found.values()]).sum(axis=0).tolist()
+    return forward, inputs, weights
+
+
 def compute_seconds(program: Program, pricing: Pricing) -> float:
     """Of these, what operators take in the forward and backward of a microbatch."""
     return sum(sum(piece.seconds) for piece in pieces(program, pricing) if isinstance(piece.key, tuple) and piece.key[0] == "op")
@@ -64,6 +71,7 @@ class _Pieces:
         self.computed = _searched(graph)
         self.block = {i: segment.block for segment in graph.segments for i in segment.ops if segment.block}
         self.live_moves = _live_moves(program)
+        self.fused = _fused(program) if pricing.kernels.fused else frozenset()
         residency = program.residency
         self.sharding = Sharding(pricing, Keeping(micro_batches=residency.micro_batches, precision=residency.precision, offload=residency.offload))
 
@@ -87,14 +95,18 @@ class _Pieces:
     def _op(self, i: int) -> tuple[float, ...]:
         program, graph = self.program, self.graph
         op, rule, strategy = graph.ops[i], program.rules[i], program.strategies[i]
-        moved = sum(program.local_bytes(v, program.needed(i, k)) * self._share(v) for k, v in enumerate(op.operands))
-        moved += sum(program.local_bytes(v, program.produced[v]) * self._share(v) for v in op.results)
+        moved = sum(program.local_bytes(v, program.needed(i, k)) * self._share(v) for k, v in enumerate(op.operands) if v not in self.fused)
+        moved += sum(program.local_bytes(v, program.produced[v]) * self._share(v) for v in op.results if v not in self.fused)
         dtype = graph.values[op.results[0]].meta.dtype if op.results else "float32"
         share = max((self._share(v) for v in op.results), default=1.0)
-        forward = self.pricing.compute(rule.flops / rule.degree(strategy, program.mesh) * share, moved, dtype, rule.cost)
+        is_weight = i in self.block and op.kind in SPLIT and op.operands[-1] in self.weights
+        work = work_of(rule, strategy, program.mesh, rule.flops / rule.degree(strategy, program.mesh) * share, moved, dtype, rows=share, is_weight=is_weight)
+        forward, *halves = self.pricing.compute(work)
         differentiable = [v for v in op.operands if graph.values[v].meta.requires_grad]
-        backward = BACKWARD_WORK[rule.cost] * forward if differentiable and any(graph.values[v].meta.requires_grad for v in op.results) else 0.0
+        backward = sum(halves) if differentiable and any(graph.values[v].meta.requires_grad for v in op.results) else 0.0
         inputs, weights = _halves(backward, differentiable, self.weights) if op.kind in SPLIT else (backward, 0.0)
+        if not self.fused.isdisjoint(op.results):  # its launch is that of the operator it is fused with
+            forward, inputs = (max(0.0, s - self.pricing.cluster.device.kernel_launch_s) for s in (forward, inputs))
         again = forward if self._computed_again(i) else 0.0
         inside, inside_back = self._inner(i, bool(backward), share)
         return (forward + inside, inputs + again + inside_back, weights, 0.0, 0.0)
@@ -129,6 +141,8 @@ class _Pieces:
             back = 0.0
             if (v, route[: n + 1]) in self.live_moves:
                 back = self.pricing.step(step.backward, step.axis, step_input_bytes(step.backward, step, self.program.mesh, size, backward=True))
+            if self.pricing.kernels.repeats_collectives and self._computed_again(i) and step.forward in COLLECTIVES:
+                back += there
             seconds = (there, 0.0, back, 0.0, 0.0) if v in self.weights else (there, back, 0.0, 0.0, 0.0)
             yield Piece(maker if n < handed else i, ("move", v, route[: n + 1]), seconds)
 
@@ -151,6 +165,32 @@ class _Pieces:
         program = self.program
         found = self.sharding.exchange(self.graph.values[v].meta, program.storage[v], program.residency.zero.get(v), program.deferred[v], use)
         return (found.forward_s, 0.0, found.backward_s, found.gather_s, found.reduce_s)
+
+
+def launches(program: Program, pricing: Pricing) -> tuple[int, int]:
+    """Operators that a host launches for one microbatch, forward and backward."""
+    pieces_of = _Pieces(program, pricing, 1)
+    there = back = 0
+    for i, (op, rule) in enumerate(zip(program.graph.ops, program.rules)):
+        if rule.cost != "view" and not pieces_of.computed.isdisjoint(op.operands):
+            live = not program.graph.differentiated.isdisjoint(op.results)
+            there += 1
+            back += live * (2 if op.kind in SPLIT else 1) + pieces_of._computed_again(i)
+    return there, back
+
+
+def _fused(program: Program) -> frozenset[int]:
+    """Values that a pointwise operator makes for another one of the same block alone, where it lies."""
+    graph, found = program.graph, set()
+    block = {i: segment.block for segment in graph.segments for i in segment.ops}
+    for i, (op, rule) in enumerate(zip(graph.ops, program.rules)):
+        for v in op.results if rule.cost == "pointwise" else ():
+            users = graph.consumers[v]
+            if len(users) == 1 and v not in graph.finals:
+                j, k = users[0]
+                if program.rules[j].cost == "pointwise" and block[i] == block[j] and len(program.full_route(v, program.routes[j, k])) == 1:
+                    found.add(v)
+    return frozenset(found)
 
 
 def _live_moves(program: Program) -> frozenset[tuple[int, Route]]:

@@ -37,6 +37,8 @@ def attention(call: Call) -> OpRule:
         linear=[["value"]],
         cost="contract",
         flops=2.0 * q[0] * heads * q[2] * k[2] * (q[3] + v[3]),
+        kernel="attention" if call.op.kind.startswith("aten") else "scores",
+        masked=0.5 if causal else 1.0,
         **saved,
     )
 

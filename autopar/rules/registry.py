@@ -64,6 +64,8 @@ class Call:
         inner: Sequence[tuple[str, str, DimSpec, int, int]] = (),
         flops: float | None = None,
         tail_flops: float = 0.0,
+        kernel: str = "",
+        masked: float = 1.0,
     ) -> OpRule:
         """Assemble the rule. `linear` lists sets of operand names in which the operator is jointly linear.
 
@@ -91,6 +93,8 @@ class Call:
             saved_operands=tuple(k for a in saves for k in position.get(a, ())),
             saved_results=tuple(saves_results),
             tail_flops=tail_flops,
+            kernel=kernel,
+            masked=masked,
             kept=tuple(Kept(_code(dims, names), dtype) for dims, dtype in keeps),
             inner=tuple(InnerCollective(names.index(f), prim, _code(dims, names), fwd, bwd) for f, prim, dims, fwd, bwd in inner if f in names),
         )

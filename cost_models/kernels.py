@@ -1,0 +1,135 @@
+"""Seconds of the kernels behind an operator: matrix products by tiles and waves, attention, and passes over memory, forward and backward.
+
+Matrix products. The result is cut into tiles; each multiprocessor computes one at a time, so the time is that of whole waves:
+
+    waves = ceil(batch * ceil(m / tile_m) * ceil(n / tile_n) * split / multiprocessors)
+    seconds = waves * 2 * tile_m * tile_n * (k / split + FILL) / (rate of a multiprocessor * share of the tile)
+
+over the best of a few tiles and of splits of k, as the heuristics of vendor libraries choose, and never less than the bytes take. `FILL` is what a tile
+costs beside its products, in steps of k: loading the first operands, writing the result. A device of unknown structure
+(`num_multiprocessors` 0) reaches its efficiency at any shape, as the plain roofline of `compute.py` says.
+
+Attention. A fused kernel does the share of the scores that its mask leaves, at `attention_efficiency` of the peak; its backward is 2.5 times the
+work (five products for two), at a somewhat lower rate. Written out, attention is two batched products and SCORE_PASSES over the scores.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+from autopar.core.device import Device
+
+TILES = ((256, 128, 1.0), (128, 256, 1.0), (128, 128, 0.95), (128, 64, 0.8), (64, 128, 0.8), (64, 64, 0.6))
+"""(rows, columns, share of a multiprocessor's rate): smaller tiles read more per product. Source: the order of CUTLASS's default tiles."""
+
+SPLITS = (1, 2, 4, 8)
+FILL = 96
+"""Source: three stages of 32 in flight before the first product (CUTLASS), and about as much again overlapped with the next tile's."""
+
+ATTENTION_BACKWARD = 2.5
+ATTENTION_BACKWARD_RATE = 0.8
+"""Source: FlashAttention-2 (Dao 2023), figures 5 and 6: backward at about four fifths of the forward's rate."""
+
+SCORE_PASSES = 6.0
+"""Over the scores in a written-out forward: written, scaled and masked and normalised (read, written), dropped (read, written), read."""
+
+
+class Work(NamedTuple):
+    """One operator on one device. `shape`: (batch, m, n, k) of a product, for attention (batch x heads, queries, keys, width of a head);
+    `masked`: the share of an attention's scores that are needed."""
+
+    kernel: str  # product | attention | scores | pointwise | view
+    flops: float
+    num_bytes: float
+    dtype: str
+    shape: tuple[int, int, int, int] | None = None
+    masked: float = 1.0
+    is_weight: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernels:
+    """What the kernels of a piece of software do differently from plain eager PyTorch.
+
+    `product_dtype`: in which products with a weight are computed, None: in that of their operands. `fused`: chains of pointwise operators
+    make one pass. `attention_share`: of what the best known attention kernel reaches on the device. `host_s`: of the process that launches,
+    per operator and direction; the device waits where the host is slower. `repeats_collectives`: recomputation communicates again.
+    """
+
+    product_dtype: str | None = None
+    fused: bool = False
+    attention_share: float = 1.0
+    host_s: float = 0.0
+    repeats_collectives: bool = False
+
+
+PLAIN = Kernels()
+
+
+def forward_seconds(device: Device, work: Work, kernels: Kernels = PLAIN) -> float:
+    """Seconds of one operator's forward."""
+    if work.kernel == "view":
+        return 0.0
+    return device.kernel_launch_s + _busy_seconds(device, work, kernels)
+
+
+def backward_seconds(device: Device, work: Work, kernels: Kernels = PLAIN) -> float:
+    """Seconds of one operator's backward: two products for each of the forward's, or another pass over the same bytes."""
+    return sum(backward_halves(device, work, kernels))
+
+
+def backward_halves(device: Device, work: Work, kernels: Kernels = PLAIN) -> tuple[float, float]:
+    """(gradient of the first operand, of the second) of a product; others have no halves and give 0 for the second."""
+    launch = device.kernel_launch_s
+    if work.kernel == "view":
+        return 0.0, 0.0
+    if work.kernel == "product" and work.shape is not None:
+        batch, m, n, k = work.shape
+        turned = (batch, m, k, n), (batch, n, k, m)
+        inputs, weights = (launch + _busy_seconds(device, work._replace(shape=shape), kernels) for shape in turned)
+        return inputs, weights
+    if work.kernel == "product":
+        return forward_seconds(device, work, kernels), forward_seconds(device, work, kernels)
+    if work.kernel == "attention":
+        return launch + ATTENTION_BACKWARD / ATTENTION_BACKWARD_RATE * _busy_seconds(device, work, kernels), 0.0
+    if work.kernel == "scores":
+        return 2 * forward_seconds(device, work, kernels), 0.0
+    return forward_seconds(device, work, kernels), 0.0
+
+
+def _busy_seconds(device: Device, work: Work, kernels: Kernels) -> float:
+    moved = work.num_bytes / (device.memory_bytes_per_s * device.memory_efficiency)
+    if work.kernel == "pointwise":
+        return max(work.flops / (device.peak("float32") * device.matmul_efficiency), moved)
+    if work.kernel == "attention":
+        rate = device.peak(work.dtype) * (device.attention_efficiency or device.matmul_efficiency) * kernels.attention_share
+        return max(work.flops * work.masked / rate, moved)
+    if work.kernel == "scores" and work.shape is not None:
+        batch, queries, keys, width = work.shape
+        scores = SCORE_PASSES * batch * queries * keys * 2 / (device.memory_bytes_per_s * device.memory_efficiency)
+        products = product_seconds(device, (batch, queries, keys, width), work.dtype) + product_seconds(device, (batch, queries, width, keys), work.dtype)
+        return max(products, moved) + scores
+    dtype = kernels.product_dtype if kernels.product_dtype is not None and work.is_weight else work.dtype
+    if work.shape is None or not device.num_multiprocessors:
+        return max(work.flops / (device.peak(dtype) * device.efficiency(dtype)), moved)
+    return max(product_seconds(device, work.shape, dtype), moved)
+
+
+@lru_cache(maxsize=1 << 16)
+def product_seconds(device: Device, shape: tuple[int, int, int, int], dtype: str) -> float:
+    """Seconds that the multiprocessors compute on a batch of products [m, k] x [k, n]; without launch or bytes."""
+    batch, m, n, k = shape
+    rate = device.peak(dtype) * device.efficiency(dtype)
+    if not device.num_multiprocessors:
+        return 2.0 * batch * m * n * k / rate
+    of_one = rate / device.num_multiprocessors
+    return min(_tiled(batch, m, n, k, tile, split, device.num_multiprocessors) / of_one for tile in TILES for split in SPLITS if k >= split * 2 * FILL or split == 1)
+
+
+def _tiled(batch: int, m: int, n: int, k: int, tile: tuple[int, int, float], split: int, multiprocessors: int) -> float:
+    """Flops that the busiest multiprocessor does, at the rate of the largest tile."""
+    rows, columns, share = tile
+    waves = math.ceil(batch * math.ceil(m / rows) * math.ceil(n / columns) * split / multiprocessors)
+    return waves * 2.0 * rows * columns * (k / split + FILL) / share
+
