@@ -37,7 +37,7 @@ SCORE_PASSES = 6.0
 
 class Work(NamedTuple):
     """One operator on one device. `shape`: (batch, m, n, k) of a product, for attention (batch x heads, queries, keys, width of a head);
-    `masked`: the share of an attention's scores that are needed."""
+    `masked`: the share of an attention's scores that are needed; `reads_again`: its backward reads what it was computed from or has computed."""
 
     kernel: str  # product | attention | scores | pointwise | view
     flops: float
@@ -46,6 +46,7 @@ class Work(NamedTuple):
     shape: tuple[int, int, int, int] | None = None
     masked: float = 1.0
     is_weight: bool = False
+    reads_again: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +96,8 @@ def backward_halves(device: Device, work: Work, kernels: Kernels = PLAIN) -> tup
         return launch + ATTENTION_BACKWARD / ATTENTION_BACKWARD_RATE * _busy_seconds(device, work, kernels), 0.0
     if work.kernel == "scores":
         return 2 * forward_seconds(device, work, kernels), 0.0
-    return forward_seconds(device, work, kernels), 0.0
+    passes = 1.5 if work.reads_again else 1.0
+    return launch + passes * _busy_seconds(device, work, kernels), 0.0
 
 
 def _busy_seconds(device: Device, work: Work, kernels: Kernels) -> float:
@@ -103,7 +105,7 @@ def _busy_seconds(device: Device, work: Work, kernels: Kernels) -> float:
     if work.kernel == "pointwise":
         return max(work.flops / (device.peak("float32") * device.matmul_efficiency), moved)
     if work.kernel == "attention":
-        rate = device.peak(work.dtype) * (device.attention_efficiency or device.matmul_efficiency) * kernels.attention_share
+        rate = device.peak(work.dtype) * (device.attention_efficiency or device.matmul_efficiency) * device.sustained_rate * kernels.attention_share
         return max(work.flops * work.masked / rate, moved)
     if work.kernel == "scores" and work.shape is not None:
         batch, queries, keys, width = work.shape
@@ -112,7 +114,7 @@ def _busy_seconds(device: Device, work: Work, kernels: Kernels) -> float:
         return max(products, moved) + scores
     dtype = kernels.product_dtype if kernels.product_dtype is not None and work.is_weight else work.dtype
     if work.shape is None or not device.num_multiprocessors:
-        return max(work.flops / (device.peak(dtype) * device.efficiency(dtype)), moved)
+        return max(work.flops / (device.peak(dtype) * device.efficiency(dtype) * device.sustained_rate), moved)
     return max(product_seconds(device, work.shape, dtype), moved)
 
 
@@ -120,7 +122,7 @@ def _busy_seconds(device: Device, work: Work, kernels: Kernels) -> float:
 def product_seconds(device: Device, shape: tuple[int, int, int, int], dtype: str) -> float:
     """Seconds that the multiprocessors compute on a batch of products [m, k] x [k, n]; without launch or bytes."""
     batch, m, n, k = shape
-    rate = device.peak(dtype) * device.efficiency(dtype)
+    rate = device.peak(dtype) * device.efficiency(dtype) * device.sustained_rate
     if not device.num_multiprocessors:
         return 2.0 * batch * m * n * k / rate
     of_one = rate / device.num_multiprocessors

@@ -27,6 +27,7 @@ DEVICE_NUMBERS = {
 OPTIONAL_NUMBERS = {
     "multiprocessors": "multiprocessors = 132",
     "attention_efficiency": "attention_efficiency = 0.6",
+    "sustained_rate": "sustained_rate = 0.9",
     "efficiency": "[device.efficiency] with float8_e4m3fn = 0.7",
 }
 """Numbers that a file may leave out: products then reach their efficiency at any shape, attention that of products, every dtype the same."""
@@ -82,6 +83,7 @@ class Device:
     TF32, which is its own entry. `memory_bytes` is what a process can allocate, not the number on the box.
     The efficiencies are the shares of peak and of memory bandwidth that large operators reach; `efficiencies` are those of dtypes whose share
     of their peak is another than `matmul_efficiency`. `num_multiprocessors` 0 and `attention_efficiency` 0 stand for unknown.
+    `sustained_rate`: the share of the rate of a short benchmark that products keep in steps of seconds, where power limits the clock.
     """
 
     name: str
@@ -93,6 +95,7 @@ class Device:
     kernel_launch_s: float = 0.0
     num_multiprocessors: int = 0
     attention_efficiency: float = 0.0
+    sustained_rate: float = 1.0
     efficiencies: tuple[tuple[str, float], ...] = ()
     source: Sources = UNSOURCED
 
@@ -110,6 +113,7 @@ class Device:
         _check_number(self.name, "kernel_launch_s", self.kernel_launch_s, zero=True)
         _check_number(self.name, "num_multiprocessors", self.num_multiprocessors, zero=True)
         _check_number(self.name, "attention_efficiency", self.attention_efficiency, zero=True, largest=1.0)
+        _check_number(self.name, "sustained_rate", self.sustained_rate, largest=1.0)
         for dtype, share in self.efficiencies:
             _check_number(self.name, f"efficiency of {dtype}", share, largest=1.0)
 
@@ -177,6 +181,7 @@ def read_device(table: Table) -> Device:
         kernel_launch_s=table.quantity("kernel_launch", DURATION, zero=True),
         num_multiprocessors=table.count("multiprocessors", MAX_MULTIPROCESSORS) if "multiprocessors" in table.values else 0,
         attention_efficiency=table.share("attention_efficiency") if "attention_efficiency" in table.values else 0.0,
+        sustained_rate=table.share("sustained_rate") if "sustained_rate" in table.values else 1.0,
         efficiencies=_efficiencies(table),
         source=_sources(table, (*DEVICE_NUMBERS, *OPTIONAL_NUMBERS)),
     )
@@ -234,6 +239,7 @@ def device_values(device: Device) -> dict[str, object]:
         "kernel_launch": format_quantity(device.kernel_launch_s, DURATION),
         **({"multiprocessors": device.num_multiprocessors} if device.num_multiprocessors else {}),
         **({"attention_efficiency": device.attention_efficiency} if device.attention_efficiency else {}),
+        **({"sustained_rate": device.sustained_rate} if device.sustained_rate != 1 else {}),
         "peak": {dtype: format_quantity(value, COMPUTE) for dtype, value in device.peak_flops_per_s},
         **({"efficiency": dict(device.efficiencies)} if device.efficiencies else {}),
         "source": {name: str(source) for name, source in device.source},

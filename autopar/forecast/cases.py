@@ -89,7 +89,7 @@ def _dims(row: Row, software: Software) -> Dims:
         inner=row.number("ffn_hidden") or 4 * hidden, vocab=row.number("vocab") or 51200, seq=row.needed("seq"),
         norm="rms" if llama else "layer", activation="swiglu" if llama else "squared_relu" if nemotron else "gelu", positions=positions,
         biases=not llama and not nemotron and software.biases, tied=not llama and not nemotron, fused_attention=flash,
-        dropout=0.0 if flash or llama else software.dropout,
+        dropout=0.0 if flash or llama else software.dropout, fused_norm=software.fused_norm or "RMS kernel" in row.notes,
     )  # fmt: skip
 
 
@@ -101,7 +101,7 @@ def _plan(row: Row, dims: Dims, software: Software) -> StepPlan:
     batch = row.number("global_batch") or dp * (row.number("micro_batch") or 1)
     micro = row.number("micro_batch") or (1 if pp > 1 else max(1, batch // dp))
     times = max(1, round(batch / (dp * micro)))
-    stage = row.number("zero_stage") or 0
+    stage = software.zero if row.number("zero_stage") is None else row.needed("zero_stage") if row.text("zero_stage") != "0" else 0
     sp = row.text("sp") == "1" if row.text("sp") else software.sequence_parallel and tp > 1
     vpp = row.number("vpp") or 1
     if dims.layers < pp * vpp:

@@ -8,7 +8,8 @@ from autopar.forecast.runs import Row
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Software:
-    """`flash`: fused attention where a row does not say; `half`: float16 where it does not say; `reduction`: dtype that gradients are summed in."""
+    """`flash`: fused attention where a row does not say; `half`: float16 where it does not say; `reduction`: dtype that gradients are summed in;
+    `zero`: its stage where a row does not say; `fused_norm`: whether an RMS norm is one kernel."""
 
     name: str
     flash: bool = True
@@ -18,6 +19,8 @@ class Software:
     reduction: str | None = "float32"
     sequence_parallel: bool = False
     overlap: bool = False
+    zero: int = 0
+    fused_norm: bool = True
     kernels: Kernels = PLAIN
 
 
@@ -25,11 +28,11 @@ MEGATRON_KERNELS = Kernels(fused=True, repeats_collectives=True, host_s=8e-6)
 EAGER = Kernels(host_s=12e-6)
 MEGATRON_2021 = Software(name="Megatron-LM 2021", flash=False, half=True, dropout=0.1, reduction=None, kernels=MEGATRON_KERNELS)
 MEGATRON_2022 = Software(name="Megatron-LM 2022", flash=False, half=True, dropout=0.1, reduction="float32", kernels=MEGATRON_KERNELS)
-MEGATRON_DEEPSPEED = Software(name="Megatron-DeepSpeed", flash=False, half=True, dropout=0.1, reduction=None, kernels=Kernels(fused=True, repeats_collectives=True, host_s=15e-6))
-SCALING = Software(name="Aleph Alpha Scaling", kernels=Kernels(repeats_collectives=True, host_s=12e-6))
+MEGATRON_DEEPSPEED = Software(name="Megatron-DeepSpeed", flash=False, half=True, dropout=0.1, reduction=None, kernels=Kernels(fused=True, repeats_collectives=True, host_s=30e-6))
+SCALING = Software(name="Aleph Alpha Scaling", zero=1, fused_norm=False, kernels=Kernels(repeats_collectives=True, host_s=12e-6))
 FOUNDRY = Software(name="llm-foundry FSDP", biases=False, overlap=True, kernels=Kernels(attention_share=0.6, host_s=12e-6))
 TITAN = Software(name="torchtitan FSDP2", overlap=True, sequence_parallel=True, kernels=EAGER)
-MEGATRON_CORE = Software(name="Megatron Core", sequence_parallel=True, overlap=True, biases=False, kernels=Kernels(fused=True, repeats_collectives=True))
+MEGATRON_CORE = Software(name="Megatron Core", zero=1, sequence_parallel=True, overlap=True, biases=False, kernels=Kernels(fused=True, repeats_collectives=True))
 
 BY_SOURCE = (
     ("Korthikanti", MEGATRON_2022), ("MegaScale", MEGATRON_2022),

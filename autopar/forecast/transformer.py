@@ -23,7 +23,7 @@ class Dims:
     """A decoder transformer. `kv_heads` below `heads`: grouped-query attention; `inner`: width of the MLP.
 
     `fused_attention` False: scores and probabilities are written to memory, as before flash attention. `tied`: the head uses the
-    weight of the token embedding. `dropout`: of embeddings, probabilities and both residual branches.
+    weight of the token embedding. `fused_norm` False: an RMS norm of elementary operators in float32, as models write it out. `dropout`: of embeddings, probabilities and both residual branches.
     """
 
     layers: int
@@ -40,6 +40,7 @@ class Dims:
     tied: bool = False
     dropout: float = 0.0
     fused_attention: bool = True
+    fused_norm: bool = True
 
     def __post_init__(self) -> None:
         counts = (self.layers, self.hidden, self.heads, self.kv_heads, self.inner, self.vocab, self.seq)
@@ -103,12 +104,28 @@ class _Builder:
     def norm(self, x: int, name: str) -> int:
         width = self.shape(x)[-1]
         weight = self.param(f"{name}.weight", width)
+        if self.dims.norm == "rms" and not self.dims.fused_norm:
+            return self.written_out_norm(x, weight, name)
         if self.dims.norm == "rms":
             args: dict[str, Any] = {"input": Operand(0), "normalized_shape": (width,), "weight": Operand(1), "eps": None}
             return self.op("aten.rms_norm.default", [x, weight], self.shape(x), args, at=name)
         bias = self.param(f"{name}.bias", width)
         args = {"input": Operand(0), "normalized_shape": (width,), "weight": Operand(1), "bias": Operand(2), "eps": 1e-05, "cudnn_enable": False}
         return self.op("aten.layer_norm.default", [x, weight, bias], self.shape(x), args, at=name)
+
+    def written_out_norm(self, x: int, weight: int, name: str) -> int:
+        shape, rows = self.shape(x), (*self.shape(x)[:-1], 1)
+
+        def step(kind: str, operands: Sequence[int], shape: Sequence[int], dtype: str = "float32", **args: Any) -> int:
+            given = {"self": Operand(0), **({"other": Operand(1)} if len(operands) > 1 else {}), **args}
+            return self.op(kind, operands, shape, given, at=name, dtype=dtype)
+
+        wide = step("aten._to_copy.default", [x], shape, non_blocking=False)
+        squares = step("aten.pow.Tensor_Scalar", [wide], shape, exponent=2)
+        mean = step("aten.mean.dim", [squares], rows, dim=(-1,), keepdim=True)
+        scale = step("aten.rsqrt.default", [step("aten.add.Tensor", [mean], rows, other=1e-05, alpha=1)], rows)
+        narrow = step("aten._to_copy.default", [step("aten.mul.Tensor", [wide, scale], shape)], shape, self.dtype, non_blocking=False)
+        return step("aten.mul.Tensor", [weight, narrow], shape, self.dtype)
 
     def embedding(self, indices: int, name: str, rows: int) -> int:
         weight = self.param(f"{name}.weight", rows, self.dims.hidden)

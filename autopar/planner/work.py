@@ -22,6 +22,9 @@ PHASES = ("forward_s", "input_gradient_s", "weight_gradient_s", "gather_s", "red
 SPLIT = ("aten.linear.default", "aten.addmm.default", "aten.mm.default")
 """Contractions whose weight gradient can wait (`runtime/split.py`); other operators make it with the gradient of their input."""
 
+COLLECTIVE_LAUNCHES = 4
+"""A collective takes the host so many times what an operator does: checks, streams that wait for each other, the communication library."""
+
 NOTHING = (0.0, 0.0, 0.0, 0.0, 0.0)
 
 
@@ -176,6 +179,9 @@ def launches(program: Program, pricing: Pricing) -> tuple[int, int]:
             live = not program.graph.differentiated.isdisjoint(op.results)
             there += 1
             back += live * (2 if op.kind in SPLIT else 1) + pieces_of._computed_again(i)
+    for move in program.moves:
+        there += COLLECTIVE_LAUNCHES * (move.step.forward in COLLECTIVES)
+        back += COLLECTIVE_LAUNCHES * (move.live and move.step.backward in COLLECTIVES)
     return there, back
 
 
