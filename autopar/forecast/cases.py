@@ -98,7 +98,7 @@ def _plan(row: Row, dims: Dims, software: Software) -> StepPlan:
     dp, left = devices // (tp * pp), devices % (tp * pp)
     if left or (row.number("dp") or dp) != dp:
         raise Unpriced(f"tp={tp} pp={pp} dp={row.text('dp')} do not make {devices} devices")
-    batch = row.number("global_batch") or dp * (row.number("micro_batch") or 1)
+    batch = row.number("global_batch") or dp * (row.number("batch_per_replica") or row.number("micro_batch") or 1)
     micro = row.number("micro_batch") or (1 if pp > 1 else max(1, batch // dp))
     times = max(1, round(batch / (dp * micro)))
     stage = software.zero if row.number("zero_stage") is None else row.needed("zero_stage") if row.text("zero_stage") != "0" else 0

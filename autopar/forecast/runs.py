@@ -1,6 +1,6 @@
 """Published runs: a row of a file of facts to a model, a cluster, a plan and what was measured.
 
-`shared/data` of the project describes the columns; `cost_models/README.md` repeats what matters. What a source does not print is filled from its
+`cost_models/README.md` has the columns. What a source does not print is filled from its
 notes where they say `inferred: name=value`, and else by the rules below, the same for all sources:
 
     kv_heads, ffn_hidden     as many key heads as heads; four times the width
@@ -16,11 +16,13 @@ import csv
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 from autopar.errors import UsageError
 
-TIME_METRICS = ("iter_s", "tokens_per_s_per_gpu", "tflops_per_gpu", "mfu")
+OWN_ROWS = Path(str(files("autopar"))) / "forecast" / "data" / "published_runs.csv"
+"""The rows that the costs are calibrated on, with their sources."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,8 @@ def read_rows(path: str | Path) -> tuple[Row, ...]:
 
 def _inferred(notes: str) -> Iterator[tuple[str, str]]:
     """What notes deduce, behind the word `inferred:`."""
+    if match := re.search(r'"Batch size/DP" (\d+) sequences', notes):
+        yield "batch_per_replica", match[1]
     _, mark, text = notes.partition("inferred:")
     text = text if mark else ""
     for name, value in re.findall(r"\b(dp|tp|pp|cp|micro_batch|global_batch|recompute|sp|heads)=(?:min\(8,)?(\w+)", text):

@@ -1,85 +1,156 @@
-"""How near forecasts come to what was measured: medians within a group, then within a source, then the mean of sources."""
+"""How near forecasts come to what was measured: medians within a group, then within a source, then the mean of sources.
 
-import math
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+Rows of one split group share model, device and plan, so that a median within it is one observation. A *machine* is a (device, software) pair; its
+fitted efficiency is one number, the median over its groups of the median log error.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
+from zlib import crc32
 
-import numpy as np
+from autopar.forecast.price import Priced, Result
 
-from autopar.errors import AutoparError
-from autopar.forecast.cases import Case, case_of, with_recompute
-from autopar.forecast.runs import Row, Unpriced
-from autopar.forecast.step import Step
+HELD_BACK = 3
+"""Every third group, by a checksum of its name, is held back from what intervals are made of."""
 
-FITS = 1.0
-"""Share of a device's memory that a run may have used."""
+COVERAGE = 0.92
+"""Of the residuals that the interval is made of; what is wanted on others is nine tenths."""
+
+FEWEST_RANKED = 4
+"""Plans of one model on one cluster from which on their order says something."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """One row with its forecast. `log_error`: log(predicted / measured); None for rows that report that memory ran out."""
+class SourceScore:
+    """One source. Errors are medians over groups of medians of |log(predicted / measured)|: as they are, with the sign, after the fit."""
 
-    id: str
     source: str
-    group: str
-    machine: str
-    software: str
-    plan_key: str
-    predicted_s: float
-    measured_s: float | None
-    memory_bytes: float
-    device_bytes: float
-    recompute: str
+    rows: int
+    groups: int
+    error: float
+    bias: float
+    fitted_error: float
+    kendall: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Feasibility:
+    """Of the sources that report memory running out: how many such reports and how many runs, and how many of each are forecast not to fit."""
+
+    out_of_memory: int
+    recalled: int
+    runs: int
+    false_alarms: int
 
     @property
-    def log_error(self) -> float | None:
-        return math.log(self.predicted_s / self.measured_s) if self.measured_s else None
+    def recall(self) -> float:
+        return self.recalled / self.out_of_memory if self.out_of_memory else 1.0
 
     @property
-    def fits(self) -> bool:
-        return self.memory_bytes <= FITS * self.device_bytes
+    def false_alarm_share(self) -> float:
+        return self.false_alarms / self.runs if self.runs else 0.0
 
 
-@dataclass(frozen=True)
-class Priced:
-    """All rows of a file: those priced, and those that were not with the reason."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """Predicted times of a fitted machine are within a factor exp(half_width) up or down; `coverage`: on groups that were held back."""
 
-    results: tuple[Result, ...]
-    unpriced: tuple[tuple[str, str, str], ...]
-
-
-def price_rows(rows: Sequence[Row], progress: Callable[[int], None] = lambda done: None) -> Priced:
-    """Price every run and every out-of-memory report among the rows."""
-    results, unpriced = [], []
-    for n, row in enumerate(rows):
-        try:
-            results.append(price(case_of(_scorable(row))))
-        except AutoparError as error:
-            unpriced.append((row.id, row.source, str(error)))
-        progress(n + 1)
-    return Priced(tuple(results), tuple(unpriced))
+    half_width: float
+    coverage: float
+    held_back_rows: int
 
 
-def _scorable(row: Row) -> Row:
-    if row.text("kind") not in ("run", "oom"):
-        raise Unpriced(f"kind {row.text('kind')}: no run of a step")
-    if row.text("scorable") == "no":
-        raise Unpriced("marked as not scorable")
-    return row
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """All of it. `efficiency`: by (device, software), the factor that a forecast is divided by after the fit, as a logarithm."""
+
+    sources: tuple[SourceScore, ...]
+    efficiency: tuple[tuple[tuple[str, str], float], ...]
+    feasibility: Feasibility
+    interval: Interval
+
+    @property
+    def error(self) -> float:
+        return fmean(s.error for s in self.sources) if self.sources else 0.0
+
+    @property
+    def fitted_error(self) -> float:
+        return fmean(s.fitted_error for s in self.sources) if self.sources else 0.0
 
 
-def price(case: Case) -> Result:
-    """The forecast of a case; with the lightest of its modes of recomputation that fits, the heaviest where none does."""
-    device_bytes = case.cluster.device.memory_bytes
-    for mode in case.recompute:
-        step = Step(case.dims, with_recompute(case.plan, mode), case.cluster, case.precision, case.dtype, case.kernels, case.software.overlap)
-        if mode == case.recompute[-1] or step.memory.expected_bytes <= FITS * device_bytes:
-            break
-    row = case.row
-    return Result(
-        id=row.id, source=row.source, group=row.text("split_group"), machine=case.gpu, software=case.software.name,
-        plan_key=f"{row.text('model_family')} {row.text('params_b')} {case.dims.layers} {case.dims.hidden} {case.dims.seq} {row.text('num_gpus')} {row.text('global_batch')}",
-        predicted_s=step.step_s, measured_s=case.measured_s, memory_bytes=step.memory.expected_bytes, device_bytes=device_bytes, recompute=mode,
+def score(priced: Priced) -> Score:
+    """The four numbers of a file, and what they are made of."""
+    timed = [r for r in priced.results if r.log_error is not None]
+    shift = fit(timed)
+    by_source: dict[str, list[Result]] = defaultdict(list)
+    for r in timed:
+        by_source[r.source].append(r)
+    sources = tuple(_source_score(source, rows, shift) for source, rows in sorted(by_source.items()))
+    return Score(sources=sources, efficiency=tuple(sorted(shift.items())), feasibility=_feasibility(priced.results), interval=_interval(timed))
+
+
+def fit(results: Iterable[Result]) -> dict[tuple[str, str], float]:
+    """The median log error of every machine."""
+    found: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for r in results:
+        if r.log_error is not None:
+            found[r.machine][r.group].append(r.log_error)
+    return {machine: median(map(median, groups.values())) for machine, groups in found.items()}
+
+
+def of_groups(results: Iterable[Result], value: dict[str, float]) -> float:
+    """The median over groups of the median of a value (by row id) within a group."""
+    groups: dict[str, list[float]] = defaultdict(list)
+    for r in results:
+        groups[r.group].append(value[r.id])
+    return median(map(median, groups.values()))
+
+
+def _source_score(source: str, rows: Sequence[Result], shift: dict[tuple[str, str], float]) -> SourceScore:
+    errors = {r.id: r.log_error or 0.0 for r in rows}
+    fitted = {r.id: abs(errors[r.id] - shift[r.machine]) for r in rows}
+    return SourceScore(
+        source=source, rows=len(rows), groups=len({r.group for r in rows}), error=of_groups(rows, {k: abs(e) for k, e in errors.items()}),
+        bias=of_groups(rows, errors), fitted_error=of_groups(rows, fitted), kendall=_ranking(rows),
     )  # fmt: skip
+
+
+def _ranking(rows: Sequence[Result]) -> float | None:
+    """Kendall's tau of plans within one model and cluster, each set weighted by its plans; None where no set is large enough."""
+    sets: dict[str, list[Result]] = defaultdict(list)
+    for r in rows:
+        sets[r.setting].append(r)
+    found = [(kendall([(r.predicted_s, r.measured_s or 0.0) for r in of_set]), len(of_set)) for of_set in sets.values() if len(of_set) >= FEWEST_RANKED]
+    known = [(tau, n) for tau, n in found if tau is not None]
+    return sum(tau * n for tau, n in known) / sum(n for _, n in known) if known else None
+
+
+def kendall(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """(concordant - discordant) / (concordant + discordant) pairs of pairs; ties of either count for neither, None where all tie."""
+    up = down = 0
+    for i, (a, b) in enumerate(pairs):
+        for c, d in pairs[:i]:
+            sign = (a - c) * (b - d)
+            up, down = up + (sign > 0), down + (sign < 0)
+    return (up - down) / (up + down) if up + down else None
+
+
+def _feasibility(results: Sequence[Result]) -> Feasibility:
+    reporting = {r.source for r in results if r.measured_s is None}
+    out = [r for r in results if r.measured_s is None]
+    runs = [r for r in results if r.measured_s is not None and r.source in reporting]
+    return Feasibility(
+        out_of_memory=len(out), recalled=sum(not r.fits for r in out), runs=len(runs), false_alarms=sum(not r.fits for r in runs)
+    )  # fmt: skip
+
+
+def _interval(timed: Sequence[Result]) -> Interval:
+    """From the groups that are not held back: their fit and their residuals; tried on the others whose machine is known."""
+    held = {r.id for r in timed if crc32(r.group.encode()) % HELD_BACK == 0}
+    shift = fit(r for r in timed if r.id not in held)
+    residuals = sorted(abs((r.log_error or 0.0) - shift[r.machine]) for r in timed if r.id not in held)
+    half = residuals[min(len(residuals) - 1, int(COVERAGE * len(residuals)))] if residuals else 0.0
+    tried = [abs((r.log_error or 0.0) - shift[r.machine]) for r in timed if r.id in held and r.machine in shift]
+    return Interval(half_width=half, coverage=fmean(e <= half for e in tried) if tried else 1.0, held_back_rows=len(tried))

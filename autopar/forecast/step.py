@@ -12,6 +12,7 @@ from functools import cached_property, lru_cache
 
 from autopar.core.cluster import Cluster
 from autopar.core.memory import MemoryUse
+from autopar.core.moves import COLLECTIVES
 from autopar.core.pipeline import Pipeline
 from autopar.core.residency import Precision
 from autopar.core.schedule import Edge, Kind
@@ -26,6 +27,7 @@ from autopar.planner.held import Beside, state_of
 from autopar.planner.liveness import Engine, kept_by_segment, memory_use
 from autopar.planner.updates import Traffic, Updates, traffic_seconds, update_seconds, updates
 from autopar.planner.work import launches, pass_seconds
+from autopar.program import Program
 from autopar.schedules.orders import make_order
 from autopar.stages import Stages, cut_into_stages
 
@@ -178,7 +180,10 @@ class Kinds:
 
     @cached_property
     def kept_bytes(self) -> tuple[int, ...]:
-        return tuple(sum(kept_by_segment(stage.program)) for stage in self.stages.stages)
+        """Of one microbatch, from forward to backward. Software that communicates again for its backward keeps what was sent, not what came."""
+        again = self.forced.pricing.kernels.repeats_collectives
+        programs = [stage.program for stage in self.stages.stages]
+        return tuple(sum(kept_by_segment(p)) - (_communicated_bytes(p) if again else 0) for p in programs)
 
     @cached_property
     def states(self) -> tuple[Beside, ...]:
@@ -238,6 +243,16 @@ class Kinds:
         there, back = self.stages.message_bytes(0, 1), self.stages.message_bytes(0, 1, back=True)
         price = self.forced.pricing.message
         return EdgeCost(activation_s=price(there), gradient_s=price(back), activation_bytes=there, gradient_bytes=back)
+
+
+def _communicated_bytes(program: Program) -> int:
+    """What collectives make and the backward keeps: the difference to what they are made of; all of it where blocks are computed again."""
+    modes, total = set(program.residency.recompute.values()), 0
+    for move in program.moves:
+        if move.live and move.step.forward in COLLECTIVES and program.graph.values[move.value].role == "op":
+            before, after = program.local_bytes(move.value, move.src), program.local_bytes(move.value, move.step.apply(move.src))
+            total += after if "full" in modes else max(0, after - before)
+    return total
 
 
 @lru_cache(maxsize=4096)

@@ -1,0 +1,105 @@
+"""Rows to forecasts, in as many processes as are wanted."""
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+
+from autopar.errors import AutoparError
+from autopar.forecast.cases import Case, case_of, with_recompute
+from autopar.forecast.runs import Row, Unpriced
+from autopar.forecast.step import Step
+
+FITS = 0.95
+"""Share of a device's memory that a run may use: the rest is the context of the device, the communication library and fragments."""
+
+CHUNK = 24
+"""Rows that a process takes at a time, neighbours in model and layout, which share what is planned once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One row with its forecast. `measured_s` None: memory ran out; `setting`: what plans that compete have in common."""
+
+    id: str
+    source: str
+    group: str
+    machine: tuple[str, str]
+    setting: str
+    predicted_s: float
+    measured_s: float | None
+    memory_bytes: int
+    device_bytes: int
+    recompute: str
+
+    @property
+    def log_error(self) -> float | None:
+        """log(predicted / measured)."""
+        return math.log(self.predicted_s / self.measured_s) if self.measured_s else None
+
+    @property
+    def fits(self) -> bool:
+        return self.memory_bytes <= FITS * self.device_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A row without a forecast, and why."""
+
+    id: str
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Priced:
+    """All rows of a file: none is missing."""
+
+    results: tuple[Result, ...]
+    refused: tuple[Refused, ...]
+
+
+def price_rows(rows: Sequence[Row], workers: int = 1) -> Priced:
+    """Price every run and every report of memory running out among the rows, in the order of the file."""
+    order = sorted(range(len(rows)), key=lambda n: (rows[n].text("pp"), rows[n].text("hidden"), rows[n].text("tp"), n))
+    chunks = [[rows[n] for n in order[i : i + CHUNK]] for i in range(0, len(order), CHUNK)]
+    if workers == 1:
+        found = [price_chunk(chunk) for chunk in chunks]
+    else:
+        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+            found = list(pool.map(price_chunk, chunks))
+    by_id = {r.id: r for chunk in found for r in chunk}
+    in_order = [by_id[row.id] for row in rows]
+    return Priced(tuple(r for r in in_order if isinstance(r, Result)), tuple(r for r in in_order if isinstance(r, Refused)))
+
+
+def price_chunk(rows: Sequence[Row]) -> list[Result | Refused]:
+    return [price_row(row) for row in rows]
+
+
+def price_row(row: Row) -> Result | Refused:
+    try:
+        if row.text("kind") not in ("run", "oom"):
+            raise Unpriced(f"kind {row.text('kind')[:20]}: not the run of a step")
+        if row.text("scorable") == "no":
+            raise Unpriced("marked as not scorable")
+        return price(case_of(row))
+    except AutoparError as error:
+        return Refused(row.id, row.source, str(error))
+
+
+def price(case: Case) -> Result:
+    """The forecast of a case, with the lightest of its modes of recomputation that fits; the heaviest where none does."""
+    limit = FITS * case.cluster.device.memory_bytes
+    for mode in case.recompute:
+        step = Step(case.dims, with_recompute(case.plan, mode), case.cluster, case.precision, case.dtype, case.kernels, case.software.overlap)
+        if mode == case.recompute[-1] or step.memory.expected_bytes <= limit:
+            break
+    row, dims = case.row, case.dims
+    return Result(
+        id=row.id, source=row.source, group=row.text("split_group"), machine=(case.gpu, case.software.name),
+        setting=f"{case.gpu} {row.text('num_gpus')} {dims.layers} {dims.hidden} {dims.seq} {dims.vocab} {row.text('global_batch')}",
+        predicted_s=step.step_s, measured_s=case.measured_s, memory_bytes=step.memory.expected_bytes,
+        device_bytes=case.cluster.device.memory_bytes, recompute=mode,
+    )  # fmt: skip
