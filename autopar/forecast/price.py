@@ -11,7 +11,7 @@ from autopar.forecast.cases import Case, case_of, with_recompute
 from autopar.forecast.runs import Row, Unpriced
 from autopar.forecast.step import Step
 
-FITS = 0.95
+FITS = 0.85
 """Share of a device's memory that a run may use: the rest is the context of the device, the communication library and fragments."""
 
 CHUNK = 24

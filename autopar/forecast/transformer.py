@@ -23,7 +23,8 @@ class Dims:
     """A decoder transformer. `kv_heads` below `heads`: grouped-query attention; `inner`: width of the MLP.
 
     `fused_attention` False: scores and probabilities are written to memory, as before flash attention. `tied`: the head uses the
-    weight of the token embedding. `fused_norm` False: an RMS norm of elementary operators in float32, as models write it out. `dropout`: of embeddings, probabilities and both residual branches.
+    weight of the token embedding. `fused_norm` False: an RMS norm of elementary operators in float32, as models write it out. `wide_loss`: the loss is
+    computed in float32. `dropout`: of embeddings, probabilities and both residual branches.
     """
 
     layers: int
@@ -41,6 +42,7 @@ class Dims:
     dropout: float = 0.0
     fused_attention: bool = True
     fused_norm: bool = True
+    wide_loss: bool = False
 
     def __post_init__(self) -> None:
         counts = (self.layers, self.hidden, self.heads, self.kv_heads, self.inner, self.vocab, self.seq)
@@ -222,14 +224,18 @@ class _Builder:
 
     def loss(self, logits: int, labels: int) -> int:
         rows, classes = self.batch * self.dims.seq, self.dims.vocab
-        flat = self.op("aten.reshape.default", [logits], (rows, classes), {"self": Operand(0), "shape": (rows, classes)})
+        wide = "float32" if self.dims.wide_loss else self.dtype
+        if self.dims.wide_loss:
+            args: dict[str, Any] = {"self": Operand(0), "dtype": "float32", "non_blocking": False}
+            logits = self.op("aten._to_copy.default", [logits], self.shape(logits), args, dtype=wide)
+        flat = self.op("aten.reshape.default", [logits], (rows, classes), {"self": Operand(0), "shape": (rows, classes)}, dtype=wide)
         target = self.op("aten.reshape.default", [labels], (rows,), {"self": Operand(0), "shape": (rows,)}, dtype="int64")
         args = {"input": Operand(0), "target": Operand(1), "ignore_index": -100, "label_smoothing": 0.0}
-        each = self.op("autopar.token_cross_entropy.default", [flat, target], (rows,), args)
-        total = self.op("aten.sum.default", [each], (), {"self": Operand(0), "dtype": None})
+        each = self.op("autopar.token_cross_entropy.default", [flat, target], (rows,), args, dtype=wide)
+        total = self.op("aten.sum.default", [each], (), {"self": Operand(0), "dtype": None}, dtype=wide)
         counted = self.op("aten.ne.Scalar", [target], (rows,), {"self": Operand(0), "other": -100}, dtype="bool")
         count = self.op("aten.sum.default", [counted], (), {"self": Operand(0), "dtype": None}, dtype="int64")
-        return self.op("aten.div.Tensor", [total, count], (), {"self": Operand(0), "other": Operand(1)})
+        return self.op("aten.div.Tensor", [total, count], (), {"self": Operand(0), "other": Operand(1)}, dtype=wide)
 
     def graph(self) -> OpGraph:
         dims = self.dims
