@@ -49,7 +49,7 @@ def case_of(row: Row) -> Case:
     """Raises Unpriced where a row says too little, or what no graph here computes."""
     _refuse(row)
     software = software_of(row)
-    gpu, cluster = machine(row.text("gpu"), row.needed("num_gpus"), row.number("gpus_per_node"))
+    gpu, cluster = machine(row.text("gpu"), row.needed("num_gpus"), row.number("gpus_per_node"), row.source)
     dims = _dims(row, software)
     plan = _plan(row, dims, software)
     precision = row.text("precision")

@@ -11,12 +11,17 @@ PRESETS = {
 }  # fmt: skip
 
 
-def machine(gpu: str, num_devices: int, per_node: int | None) -> tuple[str, Cluster]:
+COMPUTERS = {("BigScience", "a100-sxm"): "a100-jean-zay"}
+"""Named computers whose network is not that of the vendor's own node: (word of the source, preset of the device) -> preset."""
+
+
+def machine(gpu: str, num_devices: int, per_node: int | None, source: str = "") -> tuple[str, Cluster]:
     """(preset, cluster of at least so many of this device). `per_node`: devices of a node where it is not the preset's own; racks of one
     NVLink domain keep theirs."""
     preset = PRESETS.get(gpu)
     if preset is None or preset not in Cluster.preset_names():
         raise Unpriced(f"device {gpu[:40]!r}: no preset" if gpu else "device not published")
+    preset = next((named for (word, device), named in COMPUTERS.items() if word in source and device == preset), preset)
     own = Cluster.preset(preset).devices_per_node
     size = per_node if per_node and per_node != own and own <= 16 else own
     return preset, Cluster.preset(preset, -(-num_devices // size), None if size == own else size)

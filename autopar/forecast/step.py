@@ -31,8 +31,9 @@ from autopar.program import Program
 from autopar.schedules.orders import make_order
 from autopar.stages import Stages, cut_into_stages
 
-STEADY_ROUNDS = 2
-"""After so many rounds of microbatches, each as many as a pipeline has ranks, every further round takes as long as the last."""
+STEADY_ROUNDS = 1
+"""After so many rounds of microbatches, each as many as a pipeline has ranks, every further round takes as long as the last; a test holds
+this against pipelines that are run to their end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +137,7 @@ class Step:
         """The stage that computes is walked; its rank's other blocks and microbatches lie beside it."""
         pp, last, kinds = self.plan.pp, len(self.depths) - 1, self.kinds
         held = [s for s in range(len(self.depths)) if s % pp == rank]
-        flight = _in_flight(self.order.schedule, pp, min(self.plan.num_microbatches, STEADY_ROUNDS * pp), self.plan.vpp)[rank]
+        flight = _in_flight(self.order.schedule, pp, min(self.plan.num_microbatches, 2 * pp), self.plan.vpp)[rank]
         kept = [kinds.cost(self.depths[s], first=s == 0, last=s == last).activation_bytes for s in held]
         walked = last if last in held else held[0]
         number = 2 if walked == last else 0
