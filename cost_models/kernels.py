@@ -126,7 +126,7 @@ def product_seconds(device: Device, shape: tuple[int, int, int, int], dtype: str
     if not device.num_multiprocessors:
         return 2.0 * batch * m * n * k / rate
     of_one = rate / device.num_multiprocessors
-    return min(_tiled(batch, m, n, k, tile, split, device.num_multiprocessors) / of_one for tile in TILES for split in SPLITS if k >= split * 2 * FILL or split == 1)
+    return min(_tiled(batch, m, n, k, tile, split, device.num_multiprocessors) / of_one for tile in TILES for split in SPLITS)
 
 
 def _tiled(batch: int, m: int, n: int, k: int, tile: tuple[int, int, float], split: int, multiprocessors: int) -> float:

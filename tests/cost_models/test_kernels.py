@@ -1,0 +1,79 @@
+"""Kernels: tiles and waves by hand, attention, and what every shape must obey."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autopar.core.cluster import Cluster, Device
+from autopar.cost_models.kernels import FILL, Kernels, Work, backward_halves, backward_seconds, forward_seconds, product_seconds
+
+ROUND = Device(
+    name="round numbers", memory_bytes=10**10, memory_bytes_per_s=1e12, peak_flops_per_s=(("float32", 10e12), ("bfloat16", 100e12)),
+    matmul_efficiency=0.5, memory_efficiency=0.8, num_multiprocessors=100,
+)  # fmt: skip
+PLAIN_DEVICE = Device(name="unknown inside", memory_bytes=10**10, memory_bytes_per_s=1e12, peak_flops_per_s=(("float32", 10e12), ("bfloat16", 100e12)))
+sizes = st.integers(1, 20_000)
+
+
+def test_one_full_wave_by_hand() -> None:
+    """100 tiles of 256 x 128 on 100 multiprocessors of 0.5 TFLOP/s each: every one does 2 * 256 * 128 * (k + FILL) flops."""
+    seconds = product_seconds(ROUND, (1, 2560, 1280, 4096), "bfloat16")
+    assert seconds == pytest.approx(2 * 256 * 128 * (4096 + FILL) / 0.5e12)
+
+
+def test_one_tile_more_costs_less_than_a_wave_more_but_something() -> None:
+    full, more = (product_seconds(ROUND, (1, rows, 1280, 4096), "bfloat16") for rows in (2560, 2561))
+    assert 1.02 < more / full < 2.0
+
+
+def test_a_device_of_unknown_structure_is_a_plain_roofline() -> None:
+    work = Work("product", 2.0 * 4096**3, 3 * 4096**2 * 2, "bfloat16", (1, 4096, 4096, 4096))
+    assert forward_seconds(PLAIN_DEVICE, work) == pytest.approx(2 * 4096**3 / 100e12)
+
+
+@given(batch=st.integers(1, 64), m=sizes, n=sizes, k=sizes)
+def test_no_product_beats_the_peak_and_larger_ones_never_take_less(batch: int, m: int, n: int, k: int) -> None:
+    device = Cluster.preset("h100-sxm").device
+    seconds = product_seconds(device, (batch, m, n, k), "bfloat16")
+    assert seconds * device.peak("bfloat16") * device.matmul_efficiency >= 2.0 * batch * m * n * k
+    for larger in ((batch + 1, m, n, k), (batch, 2 * m, n, k), (batch, m, 2 * n, k), (batch, m, n, k + 100)):
+        assert product_seconds(device, larger, "bfloat16") >= seconds * (1 - 1e-12)
+
+
+def test_efficiency_of_a_dtype_of_its_own() -> None:
+    h100 = Cluster.preset("h100-sxm").device
+    wide, narrow = (product_seconds(h100, (1, 8192, 8192, 8192), dtype) for dtype in ("bfloat16", "float8_e4m3fn"))
+    assert wide / narrow == pytest.approx(h100.peak("float8_e4m3fn") * 0.709 / (h100.peak("bfloat16") * 0.803))
+
+
+def test_backward_is_two_products_turned_around() -> None:
+    m, n, k = 8192, 128, 8192
+    inputs, weights = backward_halves(ROUND, Work("product", 2.0 * m * n * k, 0.0, "bfloat16", (1, m, n, k)))
+    assert inputs == pytest.approx(product_seconds(ROUND, (1, m, k, n), "bfloat16"))
+    assert weights == pytest.approx(product_seconds(ROUND, (1, n, k, m), "bfloat16"))
+
+
+def test_attention_fused_does_what_its_mask_leaves_and_written_out_pays_for_the_scores() -> None:
+    shape, flops = (32, 4096, 4096, 128), 4.0 * 32 * 4096**2 * 128
+    whole, causal = (Work("attention", flops, 0.0, "bfloat16", shape, masked) for masked in (1.0, 0.5))
+    assert forward_seconds(ROUND, causal) == pytest.approx(forward_seconds(ROUND, whole) / 2) == pytest.approx(flops / 2 / 50e12)
+    assert backward_seconds(ROUND, causal) > 2 * forward_seconds(ROUND, causal)
+    written = Work("scores", flops, 0.0, "bfloat16", shape)
+    assert forward_seconds(ROUND, written) > flops / 50e12 + 2 * 32 * 4096**2 * 2 / 0.8e12
+
+
+def test_weights_are_multiplied_in_the_dtype_of_the_software() -> None:
+    h100 = Cluster.preset("h100-sxm").device
+    work = Work("product", 2.0 * 8192**3, 0.0, "bfloat16", (1, 8192, 8192, 8192))
+    float8 = Kernels(product_dtype="float8_e4m3fn")
+    assert forward_seconds(h100, work, float8) == forward_seconds(h100, work)
+    assert forward_seconds(h100, work._replace(is_weight=True), float8) < 0.6 * forward_seconds(h100, work)
+
+
+def test_views_are_free_and_passes_over_memory_are_read_again_in_the_backward() -> None:
+    assert forward_seconds(ROUND, Work("view", 0.0, 1e9, "bfloat16")) == backward_seconds(ROUND, Work("view", 0.0, 1e9, "bfloat16")) == 0
+    once = Work("pointwise", 0.0, 8e8, "bfloat16")
+    assert forward_seconds(ROUND, once) == pytest.approx(1e-3)
+    assert math.isclose(backward_seconds(ROUND, once._replace(reads_again=True)), 1.5e-3)
