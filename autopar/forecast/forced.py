@@ -47,7 +47,7 @@ class Layout3D:
 
 @dataclass(frozen=True)
 class Forced:
-    """The program of a transformer of three blocks under a layout, as one stage of `num_stages` that lie outermost in the cluster."""
+    """The program of a transformer under a layout, as one stage of `num_stages` that lie outermost in the cluster."""
 
     dims: Dims
     layout: Layout3D
@@ -86,7 +86,7 @@ class Forced:
 def _structure(dims: Dims) -> Dims:
     """The smallest transformer of this form."""
     grouped = dims.kv_heads != dims.heads
-    return replace(dims, layers=3, hidden=512, heads=8, kv_heads=4 if grouped else 8, inner=1536, vocab=1024, seq=128, dropout=0.1 if dims.dropout else 0.0)
+    return replace(dims, hidden=512, heads=8, kv_heads=4 if grouped else 8, inner=1536, vocab=1024, seq=128, dropout=0.1 if dims.dropout else 0.0)
 
 
 def _degrees(layout: Layout3D) -> Layout3D:

@@ -134,27 +134,24 @@ class Step:
         return max((self._memory(rank) for rank in ranks), key=lambda m: m.high_bytes)
 
     def _memory(self, rank: int) -> MemoryUse:
-        """The stage that computes is walked; its rank's other blocks and microbatches lie beside it."""
+        """The stage that computes is walked; its rank's other blocks and microbatches lie beside it. Only the walked block's parameters have
+        temporaries in the optimizer step: what others run is fused."""
         pp, last, kinds = self.plan.pp, len(self.depths) - 1, self.kinds
         held = [s for s in range(len(self.depths)) if s % pp == rank]
         flight = _in_flight(self.order.schedule, pp, min(self.plan.num_microbatches, 2 * pp), self.plan.vpp)[rank]
         kept = [kinds.cost(self.depths[s], first=s == 0, last=s == last).activation_bytes for s in held]
-        walked = last if last in held else held[0]
-        number = 2 if walked == last else 0
-        blocks = sum(self.depths[s] for s in held) - 1
-        mid, other = kinds.states[1], kinds.states[0] if number == 2 and 0 in held else Beside()
-        own = kinds.kept_bytes[number]
-        if number == 2 and 0 in held:
-            blocks, mid_share = blocks - 1, 1
-        else:
-            mid_share = 0
-        beside = Beside(
-            parameters=blocks * mid.parameters + mid_share * other.parameters,
-            gradients=blocks * mid.gradients + mid_share * other.gradients,
-            optimizer=blocks * mid.optimizer + mid_share * other.optimizer,
-            activations=max(0, round(flight * sum(kept) / len(kept)) - own),
+        number = 2 if last in held else 0
+        both = number == 2 and 0 in held
+        blocks, states = sum(self.depths[s] for s in held) - 1 - both, kinds.states
+        parameters, gradients, optimizer = (
+            blocks * getattr(states[1], part) + both * getattr(states[0], part) for part in ("parameters", "gradients", "optimizer")
         )
-        return memory_use(kinds.stages.stages[number].program, Engine(), beside)
+        activations = max(0, round(flight * sum(kept) / len(kept)) - kinds.kept_bytes[number])
+        beside = Beside(parameters=parameters, optimizer=optimizer, gradients=gradients, activations=activations)
+        # of a single microbatch, gradients take the place of activations
+        moments = (beside,) if self.plan.num_microbatches > 1 else (replace(beside, gradients=0), replace(beside, activations=0))
+        program = kinds.stages.stages[number].program
+        return max((memory_use(program, Engine(), moment) for moment in moments), key=lambda m: m.high_bytes)
 
     @property
     def forecast(self) -> Forecast:

@@ -1,0 +1,104 @@
+"""Forced plans: the traffic of the textbooks, blocks counted instead of built, pipelines run on instead of to their end."""
+
+from dataclasses import replace
+
+import pytest
+
+from autopar.core.cluster import Cluster
+from autopar.core.mesh import Mesh
+from autopar.core.schedule import Edge
+from autopar.cost_models.kernels import Kernels
+from autopar.cost_models.pipeline import EdgeCost, StageCost
+from autopar.errors import UsageError
+from autopar.forecast.forced import Forced, Layout3D
+from autopar.forecast.step import STEADY_ROUNDS, Step, StepPlan
+from autopar.forecast.transformer import Dims
+from autopar.planner.blocks import Order, timed
+from autopar.planner.liveness import memory_use
+from autopar.planner.work import pass_seconds
+
+DIMS = Dims(layers=6, hidden=1024, heads=16, kv_heads=16, inner=4096, vocab=8192, seq=512, positions="none")
+LLAMA = replace(DIMS, norm="rms", activation="swiglu", positions="rotary", biases=False, kv_heads=8)
+A100 = Cluster.preset("a100-sxm", 2)
+
+
+def of_ledger(forced: Forced, axis: str) -> dict[str, int]:
+    return {primitive: size for (primitive, name, _), size in forced.program.ledger.input_bytes if name == axis}
+
+
+@pytest.mark.parametrize("dims", [DIMS, LLAMA], ids=["gpt", "llama"])
+def test_tensor_parallelism_sends_what_megatron_does(dims: Dims) -> None:
+    """Per block two sums forward and two backward of [b, s, h], and those of the embedding and of the head; with sequence parallelism the
+    same as half of them gathered, half scattered, and sums of the gradients of the norms."""
+    forced = Forced(dims, Layout3D(tp=4, micro_batch=2), A100)
+    one = 2 * dims.seq * dims.hidden * 2
+    rows = 3 * 2 * dims.seq * 2  # the loss: three numbers a token
+    assert of_ledger(forced, "tp") == {"all_reduce": 4 * dims.layers * one + 2 * one + rows}
+    cut = of_ledger(Forced(dims, Layout3D(tp=4, micro_batch=2, sp=True), A100), "tp")
+    gains = (2 * dims.layers + 1) * (2 if dims.norm == "layer" else 1) * dims.hidden * 2
+    assert cut["all_reduce"] == rows + gains and cut["reduce_scatter"] == (4 * dims.layers + 2) * one
+    assert cut["all_gather"] == (4 * dims.layers + 2) * one // 4
+
+
+@pytest.mark.parametrize("layout", [Layout3D(micro_batch=16), Layout3D(dp=2, tp=2, sp=True, zero=1, micro_batch=16), Layout3D(dp=4, zero=3, recompute="full", micro_batch=64)], ids=str)
+def test_blocks_counted_are_blocks_built(layout: Layout3D) -> None:
+    """Six blocks from the price of three, in seconds and bytes, where activations are most of them: the optimizer is taken to be fused."""
+    step, built = Step(LLAMA, StepPlan(layout=layout), A100), Forced(LLAMA, layout, A100)
+    (cost,) = step.costs
+    seconds = pass_seconds(built.program, built.pricing)
+    bare = replace(LLAMA, layers=3)
+    three = Step(bare, StepPlan(layout=layout), A100).costs[0]
+    six = [sum(s[k] for s in step.kinds.seconds) + 3 * step.kinds.seconds[1][k] for k in range(3)]
+    assert six == pytest.approx(list(seconds), rel=1e-6)
+    assert cost.forward_s > three.forward_s and cost.step_s > 1.5 * three.step_s
+    whole = memory_use(built.program).expected_bytes
+    if layout.recompute == "none":
+        assert step.memory.expected_bytes == pytest.approx(whole, rel=0.03)
+    else:  # a stage keeps what it was handed until it has been differentiated, a block that is computed again does not
+        assert whole <= step.memory.expected_bytes <= 1.12 * whole
+
+
+@pytest.mark.parametrize(("ranks", "virtual"), [(4, 1), (8, 1), (4, 3)])
+def test_a_pipeline_is_steady_after_its_first_round(ranks: int, virtual: int) -> None:
+    n = ranks * virtual
+    stages = tuple(
+        StageCost(forward_s=1 + (s == n - 1) / 2 + s / 100, input_gradient_s=1 + (s == 0) / 3, weight_gradient_s=1, gather_s=0.1, reduce_s=0.2) for s in range(n)
+    )
+
+    def seconds(times: int) -> float:
+        order = Order("interleaved" if virtual > 1 else "1f1b", ranks, times, virtual)
+        edges = tuple(Edge(s, s + 1) for s in range(n - 1))
+        return timed(order, stages, edges, (EdgeCost(activation_s=0.05, gradient_s=0.05),) * (n - 1), (), ()).step_time_s
+
+    first, second = seconds(STEADY_ROUNDS * ranks), seconds((STEADY_ROUNDS + 1) * ranks)
+    assert first + (6 - STEADY_ROUNDS) * (second - first) == pytest.approx(seconds(6 * ranks), rel=1e-9)
+
+
+def test_more_costs_more_and_less_less() -> None:
+    plan = StepPlan(layout=Layout3D(dp=2, tp=2, micro_batch=2), pp=2, num_microbatches=8)
+    base = Step(DIMS, plan, A100)
+    assert 0 < base.step_s < Step(DIMS, replace(plan, num_microbatches=16), A100).step_s < 2 * base.step_s
+    full = Step(DIMS, replace(plan, layout=replace(plan.layout, recompute="full")), A100)
+    assert full.step_s > 1.15 * base.step_s and full.memory.activations < base.memory.activations
+    sharded = Step(DIMS, replace(plan, layout=replace(plan.layout, zero=1)), A100)
+    assert sharded.memory.optimizer < 0.6 * base.memory.optimizer
+    assert Step(DIMS, plan, A100, kernels=Kernels(fused=True)).step_s < base.step_s < Step(DIMS, plan, A100, kernels=Kernels(host_s=1e-3)).step_s
+
+
+def test_prefetched_gathers_hide_and_never_add() -> None:
+    plan = StepPlan(layout=Layout3D(dp=16, zero=3, micro_batch=4))
+    alone, beside = (Step(LLAMA, plan, A100, overlap=overlap).step_s for overlap in (False, True))
+    assert beside < alone
+
+
+def test_plans_that_cannot_be_are_refused() -> None:
+    with pytest.raises(UsageError, match="stages"):
+        Step(DIMS, StepPlan(layout=Layout3D(), pp=4, vpp=2), A100)
+    with pytest.raises(UsageError, match="devices"):
+        Step(DIMS, StepPlan(layout=Layout3D(dp=32)), A100)
+    with pytest.raises(UsageError, match="does not divide"):
+        Forced(LLAMA, Layout3D(tp=16), A100)
+
+
+def test_the_mesh_leaves_out_axes_of_one() -> None:
+    assert isinstance(Layout3D(tp=4).mesh, Mesh) and Layout3D(tp=4).mesh.names == ("tp",) and Layout3D(dp=2, tp=4).mesh.sizes == (2, 4)
