@@ -84,8 +84,7 @@ def _inferred(notes: str) -> Iterator[tuple[str, str]]:
         yield "batch_per_replica", match[1]
     _, mark, text = notes.partition("inferred:")
     text = text if mark else ""
-    for name, value in re.findall(r"\b(dp|tp|pp|cp|micro_batch|global_batch|recompute|sp|heads)=(?:min\(8,)?(\w+)", text):
-        yield name, value
+    yield from re.findall(r"\b(dp|tp|pp|cp|micro_batch|global_batch|recompute|sp|heads)=(?:min\(8,)?(\w+)", text)
     if "ZeRO-1" in text or "distributed optimizer" in text:
         yield "zero_stage", "1"
     if match := re.search(r"(\d+) GPUs per node", text):

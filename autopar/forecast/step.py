@@ -195,7 +195,7 @@ class Kinds:
     def updates(self) -> tuple[Updates, ...]:
         return tuple(updates(stage.program) for stage in self.stages.stages)
 
-    @lru_cache(maxsize=64)  # noqa: B019 - lives as long as the cache of kinds
+    @lru_cache(maxsize=64)
     def cost(self, depth: int, *, first: bool, last: bool, virtual: int = 1) -> StageCost:
         """A stage of `depth` blocks, one of `virtual` of its rank."""
         ends = [i for i, there in ((0, first), (2, last)) if there]
@@ -254,12 +254,12 @@ def _communicated_bytes(program: Program) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _forced(*args) -> Forced:  # noqa: ANN002 - the fields of Forced
+def _forced(*args) -> Forced:
     return Forced(*args)
 
 
 @lru_cache(maxsize=4096)
-def _kinds(forced: Forced, overlap: bool) -> Kinds:  # noqa: FBT001
+def _kinds(forced: Forced, overlap: bool) -> Kinds:
     return Kinds(forced, overlap)
 
 

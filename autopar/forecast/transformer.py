@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from autopar.core.graph import Op, OpGraph, Operand, TensorMeta, Value
+from autopar.core.graph import Op, Operand, OpGraph, TensorMeta, Value
 from autopar.errors import UsageError
 
 Norm = Literal["layer", "rms"]
