@@ -79,8 +79,10 @@ class Forced:
         decided, graph, layout = _decided(_structure(self.dims), _degrees(self.layout)), self.graph, self.layout
         blocks = [segment.block for segment in graph.segments if segment.block]
         recompute = {block: layout.recompute for block in blocks if layout.recompute != "none"}
+        rules = rules_of(graph)
+        assert all(a.factors == b.factors for a, b in zip(rules, decided.rules, strict=True)), "a rule that depends on sizes"
         residency = replace(decided.residency, recompute=recompute, micro_batches=self.micro_batches, precision=self.precision)
-        return replace(decided, graph=graph, mesh=layout.mesh, rules=rules_of(graph), residency=residency)
+        return replace(decided, graph=graph, mesh=layout.mesh, rules=rules, residency=residency)
 
 
 def _structure(dims: Dims) -> Dims:
@@ -90,8 +92,9 @@ def _structure(dims: Dims) -> Dims:
 
 
 def _degrees(layout: Layout3D) -> Layout3D:
-    """Which axes there are, not how long they are."""
-    return replace(layout, dp=min(layout.dp, 2), tp=min(layout.tp, 2), micro_batch=2, recompute="none")
+    """Which axes there are, not how long they are. A batch of one is a dimension that no factor runs along."""
+    alone = layout.dp == layout.micro_batch == 1
+    return replace(layout, dp=min(layout.dp, 2), tp=min(layout.tp, 2), micro_batch=1 if alone else 2, recompute="none")
 
 
 @lru_cache(maxsize=1024)

@@ -8,7 +8,7 @@ notes where they say `inferred: name=value`, and else by the rules below, the sa
     dp                       the devices that tp, pp and cp leave
     global_batch             the only microbatch of every replica
     micro_batch              1 in a pipeline, else all sequences of a replica
-    sp                       with distributed optimizers and H100 or later, as Megatron-LM and NeMo run since 2022; else not
+    sp, zero_stage           as the software runs unless told otherwise (`software.py`)
     recompute                the least that fits the device: none, selective, full
 """
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from autopar.core.cluster import Cluster
+from autopar.core.graph import Op
 from autopar.core.mesh import Mesh
 from autopar.core.schedule import Edge
 from autopar.cost_models.kernels import Kernels
@@ -22,19 +23,25 @@ LLAMA = replace(DIMS, norm="rms", activation="swiglu", positions="rotary", biase
 A100 = Cluster.preset("a100-sxm", 2)
 
 
+def made(forced: Forced) -> list[tuple[int, Op]]:
+    return [(v, op) for op in forced.graph.ops for v in op.results]
+
+
 def of_ledger(forced: Forced, axis: str) -> dict[str, int]:
     return {primitive: size for (primitive, name, _), size in forced.program.ledger.input_bytes if name == axis}
 
 
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("dims", [DIMS, LLAMA], ids=["gpt", "llama"])
-def test_tensor_parallelism_sends_what_megatron_does(dims: Dims) -> None:
+def test_tensor_parallelism_sends_what_megatron_does(dims: Dims, batch: int) -> None:
     """Per block two sums forward and two backward of [b, s, h], and those of the embedding and of the head; with sequence parallelism the
     same as half of them gathered, half scattered, and sums of the gradients of the norms."""
-    forced = Forced(dims, Layout3D(tp=4, micro_batch=2), A100)
-    one = 2 * dims.seq * dims.hidden * 2
-    rows = 3 * 2 * dims.seq * 2  # the loss: three numbers a token
+    forced = Forced(dims, Layout3D(tp=4, micro_batch=batch), A100)
+    one = batch * dims.seq * dims.hidden * 2
+    rows = 3 * batch * dims.seq * 2  # the loss: three numbers a token
     assert of_ledger(forced, "tp") == {"all_reduce": 4 * dims.layers * one + 2 * one + rows}
-    cut = of_ledger(Forced(dims, Layout3D(tp=4, micro_batch=2, sp=True), A100), "tp")
+    assert {op.name: p.dim for v, op in made(forced) for p in forced.program.produced[v] if p.kind == "S" and p.dim > 2} == {}
+    cut = of_ledger(Forced(dims, Layout3D(tp=4, micro_batch=batch, sp=True), A100), "tp")
     gains = (2 * dims.layers + 1) * (2 if dims.norm == "layer" else 1) * dims.hidden * 2
     assert cut["all_reduce"] == rows + gains and cut["reduce_scatter"] == (4 * dims.layers + 2) * one
     assert cut["all_gather"] == (4 * dims.layers + 2) * one // 4
