@@ -119,9 +119,19 @@ class Sharding:
         return float(total)
 
     def seconds(self, meta: TensorMeta, layout: Layout, zero: Zero | None, deferred: tuple[int, ...], use: Use) -> float:
-        """What gathering a parameter and summing its gradient costs in one step, where the gradient is summed over `deferred`."""
+        """What gathering a parameter, summing its gradient and updating it costs in one step, where the gradient is summed over `deferred`."""
         found = self.exchange(meta, layout, zero, deferred, use)
-        return self.keeping.micro_batches * (found.forward_s + found.backward_s) + found.gather_s + found.reduce_s
+        once = found.gather_s + found.reduce_s + self.update_s(meta, layout, zero, use.live)
+        return self.keeping.micro_batches * (found.forward_s + found.backward_s) + once
+
+    def update_s(self, meta: TensorMeta, layout: Layout, zero: Zero | None, live: bool) -> float:
+        """Seconds of the optimizer's step: it reads the gradient, and reads and writes the parameter and its state."""
+        rate = self.pricing.cluster.host.update_bytes_per_s
+        if rate is None or not live:
+            return 0.0
+        used, part = self._elements(meta, layout, zero)
+        policy = adam(meta.dtype, master=self.keeping.precision.master)
+        return (part if zero is not None else used) * (2 * policy.parameter_bytes + policy.gradient_bytes + 2 * policy.optimizer_bytes) / rate
 
     def exchange(self, meta: TensorMeta, layout: Layout, zero: Zero | None, deferred: tuple[int, ...], use: Use) -> Exchange:
         """The same by when it is done."""

@@ -16,13 +16,13 @@ from autopar.planner.keeping import Keeping, Sharding, Use, kept_by_selective
 from autopar.planner.states import BACKWARD_WORK, Pricing
 from autopar.program import Program, Route, route_steps
 
-PHASES = ("forward_s", "input_gradient_s", "weight_gradient_s", "gather_s", "reduce_s")
-"""Seconds of one microbatch (its forward, the two halves of its backward), and before and after all microbatches of a step."""
+PHASES = ("forward_s", "input_gradient_s", "weight_gradient_s", "gather_s", "reduce_s", "update_s")
+"""Seconds of one microbatch (its forward, the two halves of its backward), before and after all microbatches of a step, and of the optimizer."""
 
 SPLIT = ("aten.linear.default", "aten.addmm.default", "aten.mm.default")
 """Contractions whose weight gradient can wait (`runtime/split.py`); other operators make it with the gradient of their input."""
 
-NOTHING = (0.0, 0.0, 0.0, 0.0, 0.0)
+NOTHING = (0.0,) * len(PHASES)
 
 
 class Piece(NamedTuple):
@@ -52,8 +52,8 @@ def compute_seconds(program: Program, pricing: Pricing) -> float:
 
 def step_seconds(program: Program, pricing: Pricing) -> float:
     """Seconds of a training step of a program that is no part of a pipeline."""
-    forward, inputs, weights, gather, reduce = total_seconds(program, pricing).tolist()
-    return program.residency.micro_batches * (forward + inputs + weights) + gather + reduce
+    forward, inputs, weights, *once = total_seconds(program, pricing).tolist()
+    return program.residency.micro_batches * (forward + inputs + weights + 2 * pricing.cluster.host.action_s) + sum(once)
 
 
 class _Pieces:
@@ -97,7 +97,7 @@ class _Pieces:
         inputs, weights = _halves(backward, differentiable, self.weights) if op.kind in SPLIT else (backward, 0.0)
         again = forward if self._computed_again(i) else 0.0
         inside, inside_back = self._inner(i, bool(backward), share)
-        return (forward + inside, inputs + again + inside_back, weights, 0.0, 0.0)
+        return (forward + inside, inputs + again + inside_back, weights, 0.0, 0.0, 0.0)
 
     def _computed_again(self, i: int) -> bool:
         mode = self.program.residency.recompute.get(self.block.get(i, ""), "none")
@@ -129,7 +129,7 @@ class _Pieces:
             back = 0.0
             if (v, route[: n + 1]) in self.live_moves:
                 back = self.pricing.step(step.backward, step.axis, step_input_bytes(step.backward, step, self.program.mesh, size, backward=True))
-            seconds = (there, 0.0, back, 0.0, 0.0) if v in self.weights else (there, back, 0.0, 0.0, 0.0)
+            seconds = (there, 0.0, back, 0.0, 0.0, 0.0) if v in self.weights else (there, back, 0.0, 0.0, 0.0, 0.0)
             yield Piece(maker if n < handed else i, ("move", v, route[: n + 1]), seconds)
 
     def _states(self, last: int) -> Iterator[Piece]:
@@ -141,8 +141,10 @@ class _Pieces:
         ends = {*graph.outputs, *(v for _, v in graph.updates)}
         for v in graph.params:
             zero = program.residency.zero.get(v)
-            seconds = NOTHING if zero is not None and zero.stage == 3 else self._exchange(v, Use(1, 1, v in graph.differentiated))
-            size = self.sharding.memory_bytes(graph.values[v].meta, program.storage[v], zero, v in graph.differentiated)
+            meta, live = graph.values[v].meta, v in graph.differentiated
+            seconds = NOTHING if zero is not None and zero.stage == 3 else self._exchange(v, Use(1, 1, live))
+            seconds = (*seconds[:-1], self.sharding.update_s(meta, program.storage[v], zero, live))
+            size = self.sharding.memory_bytes(meta, program.storage[v], zero, live)
             users = [i for i, _ in graph.consumers[v]] + ([last] if v in ends else [])
             for i in users:
                 yield Piece(i, ("state", v), seconds, size)
@@ -150,7 +152,7 @@ class _Pieces:
     def _exchange(self, v: int, use: Use) -> tuple[float, ...]:
         program = self.program
         found = self.sharding.exchange(self.graph.values[v].meta, program.storage[v], program.residency.zero.get(v), program.deferred[v], use)
-        return (found.forward_s, 0.0, found.backward_s, found.gather_s, found.reduce_s)
+        return (found.forward_s, 0.0, found.backward_s, found.gather_s, found.reduce_s, 0.0)
 
 
 def _live_moves(program: Program) -> frozenset[tuple[int, Route]]:
