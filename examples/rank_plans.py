@@ -4,12 +4,13 @@
     python examples/rank_plans.py --cluster machine.toml [--rounds 12] [--only TEXT] [--json]
 
 All plans are built side by side in the same processes and take turns: a round is one training step of each (forward, backward, AdamW), with a
-barrier around it. What else the machine does hits all plans of a round alike, so a plan's time is its median share of a round, times the
-median round. Shown are the plans from the fastest on, what the cluster file predicts of each, Kendall's rank correlation of both columns, and
-the place of the plan that the search picks when nothing is pinned.
+barrier around it. What other programs on the machine take meanwhile is seen too: the time of a plan is the median of the half of its steps that
+they disturbed least. Shown are the plans from the fastest on, what the cluster file predicts of each, Kendall's rank correlation of both
+columns, and the place of the plan that the search picks when nothing is pinned.
 """
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -124,20 +125,40 @@ def stepper(plan: Plan, traced: Traced, loaded: LoadedModel) -> Callable[[], tor
     return step
 
 
-def timed(step: Callable[[], torch.Tensor]) -> tuple[float, float, float]:
-    """Wall seconds until all ranks are done, processor seconds of all, loss."""
+@dataclass(frozen=True)
+class Sample:
+    """One step: wall seconds until all ranks were done, processor seconds of all ranks and of everybody else meanwhile, loss."""
+
+    name: str
+    wall_s: float
+    processor_s: float
+    others_s: float
+    loss: float
+
+
+def busy_s() -> float:
+    """Processor seconds of everything on this machine since it started; 0 where the system does not say (it is Linux that does)."""
+    try:
+        with open("/proc/stat", encoding="ascii") as lines:
+            user, nice, system, _, _, irq, softirq, steal = map(int, next(lines).split()[1:9])
+    except OSError:
+        return 0.0
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def timed(name: str, step: Callable[[], torch.Tensor]) -> Sample:
     dist.barrier()
-    start, busy = time.perf_counter(), time.process_time()
+    start, mine, everybody = time.perf_counter(), time.process_time(), busy_s()
     loss = float(step())
-    used = torch.tensor(time.process_time() - busy, dtype=torch.float64)
+    used = torch.tensor(time.process_time() - mine, dtype=torch.float64)
     dist.barrier()
-    wall = time.perf_counter() - start
+    wall, busy = time.perf_counter() - start, busy_s() - everybody
     dist.all_reduce(used)
-    return wall, float(used), loss
+    return Sample(name, wall, float(used), max(0.0, busy - float(used)), loss)
 
 
 def measure(worker: Worker, study: Study, plans: dict[str, Plan], rounds: int) -> None:
-    """One rank; rank 0 sends (name, wall seconds, processor seconds, loss) of every step."""
+    """One rank; rank 0 sends a sample of every step."""
     torch.set_num_threads(1)
     loaded = study.load("cpu")
     traces: dict[int, Traced] = {}
@@ -147,11 +168,13 @@ def measure(worker: Worker, study: Study, plans: dict[str, Plan], rounds: int) -
         if number not in traces:
             traces[number] = trace(loaded.module, (), split_batch(loaded.kwargs, number)[0])
         steps[name] = stepper(plan, traces[number], loaded)
+    gc.collect()
+    gc.freeze()  # what the other plans hold is not to be looked through in every step
     for n in range(WARM_UP + rounds):
         for name, step in steps.items():
-            found = timed(step)
+            found = timed(name, step)
             if n >= WARM_UP and worker.rank == 0:
-                worker.send((name, *found))
+                worker.send(found)
 
 
 @dataclass(frozen=True)
@@ -166,16 +189,14 @@ class Row:
     loss: float
 
 
-def rows_of(plans: dict[str, Plan], measured: Sequence[tuple[str, float, float, float]]) -> list[Row]:
-    """From the fastest on. The time of a plan is its median share of a round, times the median round."""
-    by_plan = {name: [found for found in measured if found[0] == name] for name in plans}
-    rounds = [sum(found[1] for found in step) for step in zip(*by_plan.values(), strict=True)]
-    typical = statistics.median(rounds)
+def rows_of(plans: dict[str, Plan], samples: Sequence[Sample]) -> list[Row]:
+    """From the fastest on."""
     rows = []
     for name, plan in plans.items():
-        wall = typical * statistics.median(found[1] / whole for found, whole in zip(by_plan[name], rounds, strict=True))
-        busy = statistics.median(found[2] for found in by_plan[name])
-        rows.append(Row(name, plan.summary(), plan.predicted.step_time_s, wall, busy, by_plan[name][-1][3]))
+        mine = sorted((s for s in samples if s.name == name), key=lambda s: s.others_s / s.wall_s)
+        calm = mine[: (len(mine) + 1) // 2]
+        wall, busy = (statistics.median(values) for values in ([s.wall_s for s in calm], [s.processor_s for s in calm]))
+        rows.append(Row(name, plan.summary(), plan.predicted.step_time_s, wall, busy, mine[-1].loss))
     return sorted(rows, key=lambda row: row.measured_s)
 
 
@@ -189,12 +210,14 @@ def kendall_tau(x: Sequence[float], y: Sequence[float]) -> float:
     return sum(p * q for p, q in pairs) / (untied[0] * untied[1]) ** 0.5 if all(untied) else 0.0
 
 
-def summary(rows: Sequence[Row], cluster: autopar.Cluster, study: Study, rounds: int) -> dict[str, Any]:
+def summary(plans: dict[str, Plan], samples: Sequence[Sample], cluster: autopar.Cluster, study: Study, rounds: int) -> dict[str, Any]:
+    rows = rows_of(plans, samples)
     tau = kendall_tau([row.predicted_s for row in rows], [row.measured_s for row in rows])
     errors = [abs(row.predicted_s / row.measured_s - 1) for row in rows]
     picked = min(rows, key=lambda row: row.predicted_s)
     return {
-        "measured_on": {"machine": cluster.device.name, "processes": cluster.num_devices, "torch": torch.__version__, "rounds": rounds},
+        "measured_on": {"machine": cluster.device.name, "processes": cluster.num_devices, "torch": torch.__version__, "rounds": rounds,
+                        "others": statistics.median(s.others_s / s.wall_s for s in samples)},
         "model": {"name": study.spec, "batch": study.batch, "seq": study.seq, **study.overrides},
         "plans": len(rows),
         "kendall_tau": tau,
@@ -218,7 +241,7 @@ def show(found: dict[str, Any]) -> None:
                       f"{r['predicted_s'] / r['measured_s'] - 1:+.0%}", f"{1e3 * r['processor_s']:.1f}")  # fmt: skip
     page = Console(width=170)
     page.print(table)
-    page.print(f"{found['plans']} plans, {on['rounds']} rounds: Kendall's tau {found['kendall_tau']:.3f}, median error {found['median_error']:.1%}, "
+    page.print(f"{found['plans']} plans, {on['rounds']} rounds, other programs took {on['others']:.2f} cores: Kendall's tau {found['kendall_tau']:.3f}, median error {found['median_error']:.1%}, "
                f"the searched plan takes {found['searched_over_fastest']:.3f} of the fastest")  # fmt: skip
 
 
@@ -233,9 +256,9 @@ def main() -> None:
     cluster = autopar.Cluster.parse(given.cluster)
     pinned = [(m, pins) for m, pins in PINNED if given.only in name_of(m, pins)]
     plans = plans_of(GPT2, cluster, pinned, searched=not given.only)
-    measured: list[tuple[str, float, float, float]] = []
-    launch(measure, cluster.num_devices, GPT2, plans, given.rounds, on_message=measured.append)
-    found = summary(rows_of(plans, measured), cluster, GPT2, given.rounds)
+    samples: list[Sample] = []
+    launch(measure, cluster.num_devices, GPT2, plans, given.rounds, on_message=samples.append)
+    found = summary(plans, samples, cluster, GPT2, given.rounds)
     print(json.dumps(found, indent=1)) if given.json else show(found)
 
 
