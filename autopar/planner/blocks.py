@@ -253,17 +253,31 @@ def timed(
 ) -> Timeline:  # fmt: skip
     """The step of stages with these costs. Where devices share cores, a rank alone is faster than the costs say, and ranks slow each other down."""
     schedule = _lists(order, edges, tied, any(s.gather_s for s in stages), any(s.reduce_s for s in stages))
-    cluster = pricing.cluster
-    cost = PipelineCost(tuple(_alone(stage, cluster, split=order.schedule == "zero-bubble") for stage in stages), messages, tie_s)
-    at_once = math.inf if cluster.crowding == 1.0 else order.num_ranks / cluster.crowding
-    return simulate(schedule, cost, at_once=at_once)
+    cluster, split = pricing.cluster, order.schedule == "zero-bubble"
+    if cluster.crowding == 1.0:
+        return simulate(schedule, PipelineCost(tuple(_alone(stage, cluster, 0.0, 0.0, split=split) for stage in stages), messages, tie_s))
+    there, back = _talking(order, len(stages), edges, messages)
+    alone = tuple(_alone(stage, cluster, there[s], back[s], split=split) for s, stage in enumerate(stages))
+    sent = tuple(replace(message, activation_s=0.0, gradient_s=0.0) for message in messages)
+    return simulate(schedule, PipelineCost(alone, sent, tie_s), at_once=order.num_ranks / cluster.crowding)
 
 
-def _alone(stage: StageCost, cluster: Cluster, *, split: bool) -> StageCost:
-    """What a stage takes while the others wait; with what the runtime takes for every action."""
+def _talking(order: Order, num_stages: int, edges: Sequence[Edge], messages: Sequence[EdgeCost]) -> tuple[list[float], list[float]]:
+    """Seconds that a forward and a backward of each stage spend on messages, where cores do both: half of each at either end."""
+    there, back = [0.0] * num_stages, [0.0] * num_stages
+    for edge, message in zip(edges, messages, strict=True):
+        if edge.source % order.num_ranks != edge.target % order.num_ranks:
+            for stage in (edge.source, edge.target):
+                there[stage] += message.activation_s / 2
+                back[stage] += message.gradient_s / 2
+    return there, back
+
+
+def _alone(stage: StageCost, cluster: Cluster, there_s: float, back_s: float, *, split: bool) -> StageCost:
+    """What a stage takes while the others wait; with its messages, and what the runtime takes for every action."""
     start, faster = cluster.host.action_s, cluster.crowding
     return replace(
-        stage, forward_s=(stage.forward_s + start) / faster, input_gradient_s=(stage.input_gradient_s + start) / faster,
+        stage, forward_s=(stage.forward_s + there_s + start) / faster, input_gradient_s=(stage.input_gradient_s + back_s + start) / faster,
         weight_gradient_s=(stage.weight_gradient_s + (start if split else 0.0)) / faster, step_s=stage.step_s / faster,
     )  # fmt: skip
 

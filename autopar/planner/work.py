@@ -6,13 +6,14 @@ the sum over the pieces that they want, and stages are priced without being buil
 """
 
 from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
 from autopar.core.graph import DTYPE_BYTES, OpGraph
 from autopar.core.moves import step_input_bytes
-from autopar.planner.keeping import Keeping, Sharding, Use, kept_by_selective
+from autopar.planner.keeping import Keeping, Sharding, Use, kept_by_selective, uses
 from autopar.planner.states import BACKWARD_WORK, Pricing
 from autopar.program import Program, Route, route_steps
 
@@ -64,6 +65,7 @@ class _Pieces:
         self.computed = _searched(graph)
         self.block = {i: segment.block for segment in graph.segments for i in segment.ops if segment.block}
         self.live_moves = _live_moves(program)
+        self.uses = uses(graph)
         residency = program.residency
         self.sharding = Sharding(pricing, Keeping(micro_batches=residency.micro_batches, precision=residency.precision, offload=residency.offload))
 
@@ -137,12 +139,12 @@ class _Pieces:
         program, graph = self.program, self.graph
         for s, (segment, taken, back) in enumerate(zip(graph.segments, program.gathered, program.backward_segments)):
             for v in taken:
-                yield Piece(segment.ops.start, ("unit", v, s), self._exchange(v, Use(1, int(back), v in graph.differentiated)))
+                yield Piece(segment.ops.start, ("unit", v, s), self._exchange(v, replace(self.uses[v], forward=1, backward=int(back))))
         ends = {*graph.outputs, *(v for _, v in graph.updates)}
         for v in graph.params:
             zero = program.residency.zero.get(v)
             meta, live = graph.values[v].meta, v in graph.differentiated
-            seconds = NOTHING if zero is not None and zero.stage == 3 else self._exchange(v, Use(1, 1, live))
+            seconds = NOTHING if zero is not None and zero.stage == 3 else self._exchange(v, replace(self.uses[v], forward=1, backward=1))
             seconds = (*seconds[:-1], self.sharding.update_s(meta, program.storage[v], zero, live))
             size = self.sharding.memory_bytes(meta, program.storage[v], zero, live)
             users = [i for i, _ in graph.consumers[v]] + ([last] if v in ends else [])

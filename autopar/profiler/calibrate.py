@@ -10,7 +10,7 @@ at once; a process alone on its core is faster by the crowding of the cluster, p
 with. What this leaves out: memory bandwidth that is free while others wait, and time in which a collective keeps no core busy.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -37,7 +37,7 @@ BLOCKS = ((1, 8, 64, 2), (1, 64, 64, 2), (4, 64, 128, 2), (1, 64, 256, 2), (4, 6
 """(batch, sequence, width, layers)"""
 
 UPDATE = (48, 1 << 16)
-SIZES = (1 << 10, 1 << 14, 1 << 17, 1 << 19, 1 << 20, 1 << 22, 1 << 23)
+SIZES = (1 << 10, 1 << 17, 1 << 20, 1 << 22, 1 << 23)
 MICRO_BATCHES = (4, 16)
 FREE = 1e30
 """A rate at which nothing takes time."""
@@ -109,6 +109,11 @@ def fitted(base: Cluster, seconds: Seconds) -> Calibration:
     return Calibration(replace(cluster, host=_host(cluster, wall)), seconds, tuple(fits))
 
 
+def _digits(value: float) -> float:
+    """Four digits: what a measurement has."""
+    return float(f"{value:.4g}")
+
+
 def _of(seconds: Seconds, op: str, dtype: str | None = None) -> list[tuple[Task, float]]:
     return [(task, value) for task, value in seconds.items() if task.op == op and dtype in (None, task.dtype)]
 
@@ -137,11 +142,11 @@ def _device(base: Cluster, seconds: Seconds, fits: list[tuple[str, fit.Fit]]) ->
     return Device(
         name=f"process of {base.name}, {base.host.cores:g} cores",
         memory_bytes=base.device.memory_bytes,
-        memory_bytes_per_s=bandwidth,
-        peak_flops_per_s=tuple(peaks.items()),
-        matmul_efficiency=min(1.0, 1.0 / (flop_s * peak)) if flop_s else 1.0,
-        memory_efficiency=min(1.0, 1.0 / (byte_s * bandwidth)) if byte_s else 1.0,
-        kernel_launch_s=call_s,
+        memory_bytes_per_s=_digits(bandwidth),
+        peak_flops_per_s=tuple((dtype, _digits(rate)) for dtype, rate in peaks.items()),
+        matmul_efficiency=_digits(min(1.0, 1.0 / (flop_s * peak))) if flop_s else 1.0,
+        memory_efficiency=_digits(min(1.0, 1.0 / (byte_s * bandwidth))) if byte_s else 1.0,
+        kernel_launch_s=_digits(call_s),
         source=sources(
             f"{how}; forward and backward of transformer blocks, {reached}",
             memory="measured: physical memory by processes",
@@ -200,14 +205,14 @@ def _link(base: Cluster, seconds: Seconds, fits: list[tuple[str, fit.Fit]]) -> L
             talk = fit.linear(counts, [max(value - base.device.kernel_launch_s, value / 10) for _, value in rows])
             fits.append((primitive, talk))
             start_s, hop_s, byte_s = talk.prices
-            found.append(Measured(primitive, start_s, hop_s, 1.0 / max(byte_s, 1.0 / FREE)))
+            found.append(Measured(primitive, _digits(start_s), _digits(hop_s), _digits(1.0 / max(byte_s, 1e-12))))
     if not found:
         return base.intra_node
     send = next(own for own in found if own.primitive == "send")
     how = f"measured: {base.devices_per_node} processes at once over gloo; "
     text = "; ".join(f"{name}: {talk}" for name, talk in fits if name in MEASURED_COLLECTIVES)
     return Link(
-        name="gloo over loopback", latency_s=send.start_s + send.latency_s, bandwidth_bytes_per_s=send.bandwidth_bytes_per_s, source=sources(how + text),
+        name="gloo over loopback", latency_s=_digits(send.start_s + send.latency_s), bandwidth_bytes_per_s=send.bandwidth_bytes_per_s, source=sources(how + text),
         collectives=tuple(found),
     )  # fmt: skip
 
@@ -232,8 +237,8 @@ def _host(cluster: Cluster, seconds: Seconds) -> Host:
     elements = task.shape[0] * task.shape[1]
     return Host(
         cores=cluster.host.cores,
-        action_s=_action_s(cluster, seconds),
-        update_bytes_per_s=elements * (2 * policy.parameter_bytes + policy.gradient_bytes + 2 * policy.optimizer_bytes) / update_s,
+        action_s=_digits(_action_s(cluster, seconds)),
+        update_bytes_per_s=_digits(elements * (2 * policy.parameter_bytes + policy.gradient_bytes + 2 * policy.optimizer_bytes) / update_s),
         source=sources(
             "measured: processors that this process may use",
             action="measured: a pipeline with next to nothing to compute, less its operators and messages",
@@ -261,8 +266,3 @@ def write(calibration: Calibration, path: Path) -> None:
         path.write_text(calibration.cluster.to_toml(), encoding="utf-8")
     except OSError as error:
         raise UsageError(f"--out {path}: cannot be written ({error.strerror}); choose another path") from error
-
-
-def errors(calibration: Calibration) -> Sequence[tuple[str, float]]:
-    """(what was fitted, R^2)."""
-    return [(name, found.r2) for name, found in calibration.fits]

@@ -2,6 +2,9 @@
 
 What is measured is processor time: of all threads of a process, those that talk included. Other programs on the machine make a clock run on while a
 process waits for its turn; its processor time they change little. On a CPU nearly all of a collective is processor time too.
+
+A collective is timed between computations and these are subtracted: ranks that take turns on their cores come to it one after the other, with cold
+caches on both sides, and that costs more than the message (4 ranks on 2 cores, an all-reduce of 1 KB: twice what it takes back to back).
 """
 
 import time
@@ -15,6 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 import autopar.api
 from autopar.core.cluster import Cluster
+from autopar.core.device import MEASURED_COLLECTIVES
 from autopar.models.load import LoadedModel, load_model
 from autopar.profiler.tasks import Task
 from autopar.runtime.distributed import GroupExchange
@@ -28,23 +32,45 @@ RUN_S = 0.04
 
 MAX_CALLS = 200
 
+BETWEEN = 512
+"""Rows, columns and depth of the matrix product between collectives: a few milliseconds."""
+
 Call = Callable[[], object]
 
 
 def measure(worker: Worker, tasks: Sequence[Task]) -> None:
     """On every rank: time the tasks; rank 0 sends (task, processor seconds of a call, mean over ranks)."""
     groups: dict[int, GroupExchange] = {}
+    between = _call(Task("matmul", (BETWEEN,) * 3), groups)
     for task in tasks:
-        seconds = processor_seconds(_call(task, groups))
+        call = _call(task, groups)
+        seconds = _added_seconds(between, call) if task.op in MEASURED_COLLECTIVES else processor_seconds(call)
         if worker.rank == 0:
             worker.send((task, seconds))
 
 
 def processor_seconds(call: Call) -> float:
+    calls = _num_calls(call)
+    return _mean_over_ranks(sorted(_run(call, calls) for _ in range(BATCHES))[BATCHES // 4])
+
+
+def _added_seconds(between: Call, call: Call) -> float:
+    """What a call adds to computations that it comes between: the median of runs with it less the runs without, side by side."""
+
+    def both() -> None:
+        between()
+        call()
+
+    calls = _num_calls(both)
+    added = sorted(_mean_over_ranks(_run(both, calls)) - _mean_over_ranks(_run(between, calls)) for _ in range(BATCHES))
+    return max(added[BATCHES // 2], 1e-6)
+
+
+def _num_calls(call: Call) -> int:
+    """Calls that make a run, the same on every rank."""
     for _ in range(2):
         call()
-    calls = min(MAX_CALLS, max(1, int(RUN_S / _mean_over_ranks(_run(call, 1)))))
-    return _mean_over_ranks(sorted(_run(call, calls) for _ in range(BATCHES))[BATCHES // 4])
+    return min(MAX_CALLS, max(1, int(RUN_S / _mean_over_ranks(_run(call, 1)))))
 
 
 def _run(call: Call, calls: int) -> float:

@@ -50,10 +50,19 @@ class Cache:
         """Seconds by key of a task. Raises FileFormatError where the file is something else."""
         return self._read_all().get(self.name, {})
 
+    def forget(self) -> None:
+        """Measure this device anew; what is known of others stays."""
+        known = self._read_all()
+        if known.pop(self.name, None) is not None:
+            self._write(known)
+
     def add(self, found: Iterable[tuple[Task, float]]) -> None:
         """Keep these too."""
         known = self._read_all()
         known[self.name] = known.get(self.name, {}) | {task.key: seconds for task, seconds in found}
+        self._write(known)
+
+    def _write(self, known: dict[str, dict[str, float]]) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(json.dumps({"schema_version": SCHEMA_VERSION, "seconds": known}, indent=1) + "\n", encoding="utf-8")
