@@ -249,15 +249,21 @@ def _host(cluster: Cluster, seconds: Seconds) -> Host:
 
 def _action_s(cluster: Cluster, seconds: Seconds) -> float:
     """Of what each further microbatch of the small pipeline takes, the part that is neither operators nor messages: for a forward and a backward."""
-    from autopar.profiler.machine import load_pipeline
-
     (few, few_s), (many, many_s) = sorted(_of(seconds, "pipeline"), key=lambda row: row[0].shape)
     ranks = cluster.num_devices
-    loaded = load_pipeline(1, few.shape[1], device="meta")
-    program = _alone(_graph(loaded.module, loaded.kwargs))
+    program = _small(few.shape[1])
     operators = compute_seconds(program, Pricing(replace(Cluster.local(1), device=cluster.device), program.mesh)) / ranks
     messages = 2 * (ranks - 1) / ranks * float(collective_seconds(cluster, Mesh.of(pp=ranks), "send", (0,), 512.0)) if ranks > 1 else 0.0
     return max(0.0, (many_s - few_s) / (many.shape[0] - few.shape[0]) - operators - messages) / 2
+
+
+@lru_cache(maxsize=4)
+def _small(layers: int) -> Program:
+    """The program of one microbatch of the small pipeline, on one device."""
+    from autopar.profiler.machine import load_pipeline
+
+    loaded = load_pipeline(1, layers, device="meta")
+    return _alone(_graph(loaded.module, loaded.kwargs))
 
 
 def write(calibration: Calibration, path: Path) -> None:
