@@ -177,7 +177,7 @@ def _alone(graph: OpGraph) -> Program:
 
 def _counts(program: Program, prices: tuple[float, ...]) -> tuple[float, float, float]:
     """(calls, flops, bytes) that the cost model prices of a block, each operator under the ceiling that these prices put it under."""
-    call_s, flop_s, byte_s = prices
+    _, flop_s, byte_s = prices
     more = 1.001
 
     def at(calls: float, flops: float, num_bytes: float) -> float:
