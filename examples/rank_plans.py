@@ -160,6 +160,7 @@ def timed(name: str, step: Callable[[], torch.Tensor]) -> Sample:
 def measure(worker: Worker, study: Study, plans: dict[str, Plan], rounds: int) -> None:
     """One rank; rank 0 sends a sample of every step."""
     torch.set_num_threads(1)
+    torch.manual_seed(0)  # the same weights and the same batch on every rank
     loaded = study.load("cpu")
     traces: dict[int, Traced] = {}
     steps = {}
@@ -193,8 +194,8 @@ def rows_of(plans: dict[str, Plan], samples: Sequence[Sample]) -> list[Row]:
     """From the fastest on."""
     rows = []
     for name, plan in plans.items():
-        mine = sorted((s for s in samples if s.name == name), key=lambda s: s.others_s / s.wall_s)
-        calm = mine[: (len(mine) + 1) // 2]
+        mine = [s for s in samples if s.name == name]
+        calm = sorted(mine, key=lambda s: s.others_s / s.wall_s)[: (len(mine) + 1) // 2]
         wall, busy = (statistics.median(values) for values in ([s.wall_s for s in calm], [s.processor_s for s in calm]))
         rows.append(Row(name, plan.summary(), plan.predicted.step_time_s, wall, busy, mine[-1].loss))
     return sorted(rows, key=lambda row: row.measured_s)
