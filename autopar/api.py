@@ -62,6 +62,13 @@ def parallelize(
     if plan is None:
         plan = _agree(request.planned(cluster, **options).plan)
     traced = request.traced(plan.residency.micro_batches)
+    return assemble(plan, traced, model, schedule=schedule, seed=seed, device=device)
+
+
+def assemble(
+    plan: Plan, traced: Traced, model: nn.Module, *, schedule: Schedule | None = None, seed: int = 0, device: torch.device | None = None
+) -> ParallelModule:
+    """`parallelize` from where the plan is made and one of its microbatches is traced: several plans can share one trace."""
     device = device or (torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() and dist.get_backend() == "nccl" else torch.device("cpu"))
     weights = Weights(model, seed=seed)
     if plan.pipeline is not None:

@@ -14,12 +14,13 @@ Ring. Every edge carries all pieces but one. With k > 1 each of the `most` paral
 most - 1 of its `most` edges, so a device's own link carries that share of the bytes while its card carries the rest.
 
 Formulas below are for all-gather of L bytes per rank; reduce-scatter of L is the mirror image, an all-gather of L/n;
-all-reduce of L is both. What they leave out is listed in README.md.
+all-reduce of L is both. A link may have numbers of its own for a collective (`Link.collectives`): the formula stays. What they leave out is
+listed in README.md.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -105,12 +106,22 @@ def algorithm_seconds(cluster: Cluster, span: Span, primitive: str, local_bytes:
     _check_primitive(primitive)
     if span.size == 1:
         return {"nothing to do": local_bytes * 0.0}
-    launch = cluster.device.kernel_launch_s
+    link = cluster.inter_node if span.num_nodes > 1 else cluster.intra_node
+    return _algorithms(_as_seen_by(cluster, primitive), span, primitive, local_bytes, cluster.device.kernel_launch_s + link.start_s(primitive))
+
+
+@lru_cache(maxsize=64)
+def _as_seen_by(cluster: Cluster, primitive: str) -> Cluster:
+    """The cluster with the numbers that its links have for one collective."""
+    return replace(cluster, intra_node=cluster.intra_node.of(primitive), inter_node=cluster.inter_node.of(primitive))
+
+
+def _algorithms(cluster: Cluster, span: Span, primitive: str, local_bytes: Any, launch: float) -> Mapping[str, Any]:
     if primitive == "all_gather":
         steps = _gather_seconds(cluster, span, local_bytes)
         return {name: seconds + (2 if name == "two-level" else 1) * launch for name, seconds in steps.items()}
     if primitive == "reduce_scatter":
-        return algorithm_seconds(cluster, span, "all_gather", local_bytes / span.size)
+        return _algorithms(cluster, span, "all_gather", local_bytes / span.size, launch)
     if primitive == "all_reduce":
         steps = _gather_seconds(cluster, span, local_bytes / span.size)
         both = {name: 2 * seconds + (3 if name == "two-level" else 1) * launch for name, seconds in steps.items()}

@@ -13,12 +13,16 @@ Held bytes of a rank: the state of its stages; what a microbatch needs of a stag
 split backward, a part of it to the end of W); messages from where they are ready at the sender to their end, and at
 the receiver from the start of the transfer to the end of the computation that reads them; gathered parameters.
 
+Ranks that are processes on fewer cores slow each other down while they compute (`at_once`), and one that waits leaves its core to the others:
+the step ends no sooner than the lists allow, nor than all the work is done on all the cores.
+
 What is left out: messages and collectives do not slow each other down, nor computations; replicas finish together.
 """
 
 import heapq
+import math
 from collections import defaultdict
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from autopar.core.schedule import COMPUTE, RECEIVES, SENDS, Action, Kind, Schedule
 from autopar.core.timeline import Level, Span, Timeline
@@ -28,9 +32,13 @@ from autopar.errors import ScheduleError
 Semantics = Literal["buffered", "blocking"]
 
 
-def simulate(schedule: Schedule, cost: PipelineCost, semantics: Semantics = "buffered") -> Timeline:
-    """The timeline of one step. Raises ScheduleError where a rank waits for ever; `schedules.check` says why."""
-    simulation = (_Blocking if semantics == "blocking" else _Buffered)(schedule, cost)
+def simulate(schedule: Schedule, cost: PipelineCost, semantics: Semantics = "buffered", *, at_once: float = math.inf) -> Timeline:
+    """The timeline of one step. Raises ScheduleError where a rank waits for ever; `schedules.check` says why.
+
+    `at_once`: ranks that compute at full speed side by side, where they share cores; the prices are those of a rank that has its own.
+    """
+    shared = semantics == "buffered" and at_once < schedule.num_ranks
+    simulation = _Shared(schedule, cost, at_once) if shared else (_Blocking if semantics == "blocking" else _Buffered)(schedule, cost)
     simulation.run()
     simulation.spans.sort(key=lambda span: (span.start_s, span.end_s, span.rank))
     return Timeline(schedule.name, schedule.num_ranks, tuple(simulation.spans), simulation.held.levels())
@@ -76,6 +84,15 @@ class _Held:
         return tuple(found)
 
 
+class Job(NamedTuple):
+    """A computation of a rank, what it reads, and when it can start."""
+
+    rank: int
+    action: Action
+    reads: tuple[Action, ...]
+    start_s: float
+
+
 class _Buffered:
     """Events are (time, rank): the rank goes on with its list. They are handled in order of time, so that lanes are too."""
 
@@ -101,14 +118,17 @@ class _Buffered:
             self.needed[action.kind is Kind.RECV_F, action.stage, action.microbatch].append(action)
 
     def run(self) -> None:
-        while self.events:
-            time_s, rank = heapq.heappop(self.events)
+        while (event := self.next_event()) is not None:
+            time_s, rank = event
             actions = self.schedule.ranks[rank]
             while self.position[rank] < len(actions) and self.advance(time_s, rank, actions[self.position[rank]]):
                 self.position[rank] += 1
         for rank, actions in enumerate(self.schedule.ranks):
             if self.position[rank] < len(actions):
                 raise ScheduleError(self.schedule.name, rank, str(actions[self.position[rank]]), "waits for ever")
+
+    def next_event(self) -> tuple[float, int] | None:
+        return heapq.heappop(self.events) if self.events else None
 
     def resume(self, time_s: float, rank: int) -> None:
         heapq.heappush(self.events, (time_s, rank))
@@ -140,14 +160,21 @@ class _Buffered:
                 self.parked[event].append(rank)
                 return False
             start = max(start, self.arrived[event])
-        end = start + self.prices.seconds(action)
-        self.spans.append(Span(rank, "compute", action, start, end))
-        self.held.compute(rank, action, start, end)
-        for receive in receives:
-            self.held.change(end, rank, -self.prices.message(receive.partner)[1])
-        self.position[rank] += 1
-        self.resume(end, rank)
+        self.occupy(time_s, Job(rank, action, tuple(receives), start))
         return False
+
+    def occupy(self, time_s: float, job: "Job") -> None:
+        """Let a rank compute from `job.start_s` on; now is `time_s`."""
+        self.finish(job, job.start_s + self.prices.seconds(job.action))
+
+    def finish(self, job: "Job", end: float) -> None:
+        """A computation has come to its end; its rank goes on."""
+        self.spans.append(Span(job.rank, "compute", job.action, job.start_s, end))
+        self.held.compute(job.rank, job.action, job.start_s, end)
+        for receive in job.reads:
+            self.held.change(end, job.rank, -self.prices.message(receive.partner)[1])
+        self.position[job.rank] += 1
+        self.resume(end, job.rank)
 
     def ties_before(self, action: Action) -> list[Action]:
         if action.kind is not Kind.STEP:
@@ -203,6 +230,44 @@ class _Buffered:
         else:
             self.updated[action.stage] = end
         return end
+
+
+class _Shared(_Buffered):
+    """At most `at_once` ranks compute at full speed; more of them share it evenly, as an operating system lets them.
+
+    `worked_s` is a clock that goes on as fast as every rank that computes: a job of w seconds that starts when it shows v ends when it shows v + w.
+    """
+
+    def __init__(self, schedule: Schedule, cost: PipelineCost, at_once: float) -> None:
+        super().__init__(schedule, cost)
+        self.at_once, self.time_s, self.worked_s = at_once, 0.0, 0.0
+        self.jobs: list[tuple[float, int, Job]] = []
+
+    def occupy(self, time_s: float, job: Job) -> None:
+        if job.start_s > time_s:
+            self.resume(job.start_s, job.rank)  # asks again when it can start
+            return
+        self.work_until(time_s)
+        heapq.heappush(self.jobs, (self.worked_s + self.prices.seconds(job.action), job.rank, job))
+
+    def next_event(self) -> tuple[float, int] | None:
+        """A job that ends before the next event makes one."""
+        if self.jobs:
+            work_s, _, job = self.jobs[0]
+            end = self.time_s + (work_s - self.worked_s) / self.speed
+            if not self.events or end <= self.events[0][0]:
+                heapq.heappop(self.jobs)
+                self.time_s, self.worked_s = end, work_s
+                self.finish(job, end)
+        return super().next_event()
+
+    def work_until(self, time_s: float) -> None:
+        self.worked_s += (time_s - self.time_s) * self.speed
+        self.time_s = time_s
+
+    @property
+    def speed(self) -> float:
+        return min(1.0, self.at_once / len(self.jobs)) if self.jobs else 1.0
 
 
 class _Blocking(_Buffered):

@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 
+from autopar.core.buckets import bucket_limit
 from autopar.core.cluster import Cluster
-from autopar.core.graph import DTYPE_BYTES
+from autopar.core.graph import DTYPE_BYTES, OpGraph
 from autopar.core.layout import I, R, local_shape
 from autopar.core.mesh import Mesh
 from autopar.core.moves import step_input_bytes
@@ -32,6 +33,13 @@ def tables():
     return graph, mesh, rules, pricing, problem, ports
 
 
+def summed(graph: OpGraph, pricing: Pricing, v: int, axes: tuple[int, ...], local_bytes: float) -> float:
+    """A gradient travels in a bucket and takes its share of the time that a full one takes."""
+    limit = bucket_limit(sum(graph.values[p].meta.num_bytes for p in graph.params))
+    share = min(1.0, graph.values[v].meta.num_bytes / limit)
+    return share * pricing.gradient_reduction(axes, local_bytes / share)
+
+
 def test_a_parameter_pays_its_way_and_its_one_gradient_reduction(tables) -> None:
     graph, mesh, _, pricing, problem, ports = tables
     reduced = 0
@@ -44,7 +52,7 @@ def test_a_parameter_pays_its_way_and_its_one_gradient_reduction(tables) -> None
             start = tuple(R if a in axes else p for a, p in enumerate(stored[s]))
             red = pricing.redistribution(meta, (*stored, *used), grad=True)
             local = math.prod(local_shape(meta.shape, stored[s], mesh)) * DTYPE_BYTES[meta.dtype]
-            expected = red.seconds[red.index[start], red.index[used[d]]] + pricing.gradient_reduction(axes, local)
+            expected = red.seconds[red.index[start], red.index[used[d]]] + summed(graph, pricing, v, axes, local)
             assert edge.cost_s[s, d] == pytest.approx(expected, rel=1e-12, abs=1e-18), (graph.values[v].source, stored[s], used[d])
             reduced += bool(axes)
     assert reduced > 100
@@ -88,7 +96,7 @@ def test_what_the_search_priced_is_what_the_decoded_routes_cost(tables) -> None:
         moves = [price(v, route) for v, route in program.relay.items()]
         moves += [price(graph.ops[i].operands[k], route) for (i, k), route in program.routes.items() if graph.ops[i].operands[k] in graph.searched]
         moves += [price(v, route) for v, route in zip(graph.outputs, program.output_routes, strict=True) if v in graph.searched]
-        moves += [pricing.gradient_reduction(axes, program.local_bytes(v, program.storage[v])) for v, axes in program.deferred.items()]
+        moves += [summed(graph, pricing, v, axes, program.local_bytes(v, program.storage[v])) for v, axes in program.deferred.items()]
         priced = math.fsum(float(edge.cost_s[choices[edge.u], choices[edge.v]]) for edge in problem.edges)
         assert math.fsum(moves) == pytest.approx(priced, rel=1e-9)
 

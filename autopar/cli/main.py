@@ -15,7 +15,17 @@ import typer
 from typer.exceptions import TyperException
 
 from autopar import __version__
-from autopar.cli import clusters_command, compare_command, explain_command, models_command, plan_command, run_command, verify_command, whatif_command
+from autopar.cli import (
+    calibrate_command,
+    clusters_command,
+    compare_command,
+    explain_command,
+    models_command,
+    plan_command,
+    run_command,
+    verify_command,
+    whatif_command,
+)
 from autopar.cli.options import Debug, Session
 from autopar.errors import AutoparError
 
@@ -37,6 +47,7 @@ app.command("whatif")(whatif_command.whatif)
 app.command("verify")(verify_command.verify)
 app.command("run")(run_command.run)
 app.command("models")(models_command.models)
+app.command("calibrate")(calibrate_command.calibrate)
 app.command("clusters")(clusters_command.clusters)
 
 

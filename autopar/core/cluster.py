@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from autopar.core.device import Device, Link, Source, device_values, link_values, read_device, read_link, sources
+from autopar.core.host import OWN, Host, host_values, read_host
 from autopar.core.toml_file import Table, parse_toml, read_toml
 from autopar.core.units import BANDWIDTH, format_quantity, shown
 from autopar.errors import UsageError
 
-__all__ = ["Cluster", "Device", "Link", "Source", "sources"]
+__all__ = ["Cluster", "Device", "Host", "Link", "Source", "sources"]
 
 MAX_NODES = 1_000_000
 MAX_DEVICES_PER_NODE = 10_000
@@ -36,7 +37,7 @@ CLUSTER_KEYS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """Equal nodes of equal devices with two tiers of links."""
+    """Equal nodes of equal devices with two tiers of links. `host`: what the devices share, and what the runtime takes."""
 
     name: str
     device: Device
@@ -44,6 +45,7 @@ class Cluster:
     devices_per_node: int
     intra_node: Link
     inter_node: Link
+    host: Host = OWN
 
     def __post_init__(self) -> None:
         for key, value, largest in (
@@ -61,6 +63,11 @@ class Cluster:
     @property
     def num_devices(self) -> int:
         return self.num_nodes * self.devices_per_node
+
+    @property
+    def crowding(self) -> float:
+        """How much faster a device computes while the others of its node wait; 1 where they share nothing."""
+        return self.host.crowding(self.devices_per_node)
 
     def link_between(self, rank: int, other: int) -> Link:
         """The tier over which two ranks talk."""
@@ -134,6 +141,7 @@ class Cluster:
             devices_per_node=num_processes,
             intra_node=loopback,
             inter_node=loopback,
+            host=Host(cores=float(cores), source=sources("measured: processors that this process may use")),
         )
 
     @classmethod
@@ -166,6 +174,7 @@ class Cluster:
             "device": device_values(self.device),
             "intra_node": link_values(self.intra_node),
             "inter_node": link_values(self.inter_node),
+            **({} if self.host == OWN else {"host": host_values(self.host)}),
         }
 
     @classmethod
@@ -182,7 +191,7 @@ class Cluster:
 
 
 def _from_table(table: Table) -> Cluster:
-    table.check_keys(CLUSTER_KEYS)
+    table.check_keys(CLUSTER_KEYS, ("host",))
     return Cluster(
         name=table.text("name"),
         num_nodes=table.count("num_nodes", MAX_NODES),
@@ -190,6 +199,7 @@ def _from_table(table: Table) -> Cluster:
         device=read_device(table.table("device")),
         intra_node=read_link(table.table("intra_node")),
         inter_node=read_link(table.table("inter_node")),
+        host=read_host(table.table("host")) if "host" in table.values else OWN,
     )
 
 

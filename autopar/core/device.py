@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autopar.core.graph import DTYPE_BYTES
 from autopar.core.toml_file import Table
@@ -15,6 +15,8 @@ STATUSES = ("measured", "derived", "assumed")
 PEAK_DTYPES = (*DTYPE_BYTES, "tf32", "float4_e2m1fn")
 
 MAX_MULTIPROCESSORS = 100_000
+
+MEASURED_COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
 
 DEVICE_NUMBERS = {
     "memory": 'memory = "80 GB"',
@@ -131,23 +133,53 @@ class Device:
 
     def source_of(self, number: str) -> Source:
         """Source of one of `DEVICE_NUMBERS` or `OPTIONAL_NUMBERS`."""
-        return _source_of(self.source, number, {**DEVICE_NUMBERS, **OPTIONAL_NUMBERS})
+        return source_in(self.source, number, {**DEVICE_NUMBERS, **OPTIONAL_NUMBERS})
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What one collective makes of a link: seconds to start it, latency of a hop, bandwidth it reaches."""
+
+    primitive: str
+    start_s: float
+    latency_s: float
+    bandwidth_bytes_per_s: float
+
+    def __post_init__(self) -> None:
+        if self.primitive not in MEASURED_COLLECTIVES:
+            raise UsageError(f"a link has no numbers for collective {shown(self.primitive)}; known are {', '.join(MEASURED_COLLECTIVES)}")
+        _check_number(self.primitive, "start_s", self.start_s, zero=True)
+        _check_number(self.primitive, "latency_s", self.latency_s, zero=True)
+        _check_number(self.primitive, "bandwidth_bytes_per_s", self.bandwidth_bytes_per_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """One tier of the network: latency of a hop, bandwidth per device and direction, share of it that messages reach."""
+    """One tier of the network: latency of a hop, bandwidth per device and direction, share of it that messages reach.
+
+    `collectives`: numbers of their own for collectives that a library runs at very different rates.
+    """
 
     name: str
     latency_s: float
     bandwidth_bytes_per_s: float
     efficiency: float = 1.0
     source: Sources = UNSOURCED
+    collectives: "tuple[Measured, ...]" = ()
 
     def __post_init__(self) -> None:
         _check_number(self.name, "latency_s", self.latency_s, zero=True)
         _check_number(self.name, "bandwidth_bytes_per_s", self.bandwidth_bytes_per_s)
         _check_number(self.name, "efficiency", self.efficiency, largest=1.0)
+
+    def of(self, primitive: str) -> "Link":
+        """The link as this collective sees it: with its own numbers where it has some."""
+        found = next((own for own in self.collectives if own.primitive == primitive), None)
+        return self if found is None else replace(self, latency_s=found.latency_s, bandwidth_bytes_per_s=found.bandwidth_bytes_per_s, efficiency=1.0)
+
+    def start_s(self, primitive: str) -> float:
+        """Seconds that a collective takes before its first hop, beside the launch."""
+        return next((own.start_s for own in self.collectives if own.primitive == primitive), 0.0)
 
     @property
     def rate_bytes_per_s(self) -> float:
@@ -160,7 +192,7 @@ class Link:
 
     def source_of(self, number: str) -> Source:
         """Source of one of `LINK_NUMBERS`."""
-        return _source_of(self.source, number, LINK_NUMBERS)
+        return source_in(self.source, number, LINK_NUMBERS)
 
 
 def read_device(table: Table) -> Device:
@@ -183,7 +215,7 @@ def read_device(table: Table) -> Device:
         attention_efficiency=table.share("attention_efficiency") if "attention_efficiency" in table.values else 0.0,
         sustained_rate=table.share("sustained_rate") if "sustained_rate" in table.values else 1.0,
         efficiencies=_efficiencies(table),
-        source=_sources(table, (*DEVICE_NUMBERS, *OPTIONAL_NUMBERS)),
+        source=read_sources(table, (*DEVICE_NUMBERS, *OPTIONAL_NUMBERS)),
     )
 
 
@@ -198,17 +230,28 @@ def _efficiencies(table: Table) -> tuple[tuple[str, float], ...]:
 def read_link(table: Table) -> Link:
     """The link that an `[intra_node]` or `[inter_node]` table describes."""
     needed = {key: LINK_NUMBERS[key] for key in ("latency", "bandwidth")}
-    table.check_keys({"name": 'name = "NVLink"', **needed}, ("efficiency", "source"))
+    table.check_keys({"name": 'name = "NVLink"', **needed}, ("efficiency", "source", "collectives"))
     return Link(
         name=table.text("name"),
         latency_s=table.quantity("latency", DURATION, zero=True),
         bandwidth_bytes_per_s=table.quantity("bandwidth", BANDWIDTH),
         efficiency=table.share("efficiency") if "efficiency" in table.values else 1.0,
-        source=_sources(table, LINK_NUMBERS),
+        source=read_sources(table, LINK_NUMBERS),
+        collectives=_read_collectives(table.table("collectives")) if "collectives" in table.values else (),
     )
 
 
-def _sources(table: Table, numbers: Collection[str]) -> Sources:
+def _read_collectives(table: Table) -> tuple[Measured, ...]:
+    table.check_keys({}, MEASURED_COLLECTIVES)
+    found = []
+    for primitive in table.values:
+        own = table.table(primitive)
+        own.check_keys({"start": 'start = "1 ms"', "latency": 'latency = "0.2 ms"', "bandwidth": 'bandwidth = "1 GB/s"'})
+        found.append(Measured(primitive, own.quantity("start", DURATION, zero=True), own.quantity("latency", DURATION, zero=True), own.quantity("bandwidth", BANDWIDTH)))
+    return tuple(found)
+
+
+def read_sources(table: Table, numbers: Collection[str]) -> Sources:
     """`source` is one text for the whole table, or a table with a text per number and a `default`."""
     if "source" not in table.values:
         return UNSOURCED
@@ -254,6 +297,15 @@ def link_values(link: Link) -> dict[str, object]:
         "bandwidth": format_quantity(link.bandwidth_bytes_per_s, BANDWIDTH),
         "efficiency": link.efficiency,
         "source": {name: str(source) for name, source in link.source},
+        **({"collectives": {own.primitive: _collective_values(own) for own in link.collectives}} if link.collectives else {}),
+    }
+
+
+def _collective_values(own: Measured) -> dict[str, str]:
+    return {
+        "start": format_quantity(own.start_s, DURATION),
+        "latency": format_quantity(own.latency_s, DURATION),
+        "bandwidth": format_quantity(own.bandwidth_bytes_per_s, BANDWIDTH),
     }
 
 
@@ -264,7 +316,8 @@ def _check_number(owner: str, name: str, value: float, *, zero: bool = False, la
         )
 
 
-def _source_of(given: Sources, number: str, numbers: Collection[str]) -> Source:
+def source_in(given: Sources, number: str, numbers: Collection[str]) -> Source:
+    """The source of one of the `numbers` of a table, or what speaks for those without one."""
     if number not in numbers:
         raise UsageError(f"unknown number {number!r}; known are {', '.join(numbers)}")
     found = dict(given)

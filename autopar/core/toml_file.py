@@ -78,6 +78,13 @@ class Table:
             self.fail(key, f"{shown(value)} is not a count; write a whole number from 1 to {largest}")
         return value
 
+    def number(self, key: str) -> float:
+        """A plain number above 0."""
+        value = self.values[key]
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e18:
+            self.fail(key, f"{shown(value)} is not a number above 0; write one such as 2.0")
+        return float(value)
+
     def share(self, key: str) -> float:
         """A plain number above 0 and up to 1."""
         value = self.values[key]

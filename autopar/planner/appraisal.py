@@ -19,6 +19,7 @@ from autopar.program import Program, route_steps
 from autopar.stages import cut_into_stages
 
 COMPUTE, AGAIN, COPIES, PARAMETERS, WAITING = "operators", "computed again", "copies", "parameters and gradients", "waiting for other stages"
+UPDATE, STARTING, LEFT_FREE = "optimizer", "starting passes", "cores that waiting stages leave free"
 
 PER_MICROBATCH = PHASES.index("gather_s")
 """Phases before this one are of a microbatch, the others of a step."""
@@ -56,7 +57,8 @@ def _of_stages(staged: Staged) -> Appraisal:
         if placement[stage.number] == busiest:
             for name, seconds in _terms(stage.program, staged.pricing).items():
                 terms[name] += seconds
-    terms[WAITING] = timeline.step_time_s - sum(terms.values())
+    waiting = timeline.step_time_s - sum(terms.values())
+    terms[WAITING if waiting >= 0 else LEFT_FREE] = waiting  # the terms are those of a rank whose cores all the others want too
     return Appraisal(dict(terms), timeline.step_time_s, staged.worst_memory, staged.communicated_bytes)
 
 
@@ -67,6 +69,7 @@ def _terms(program: Program, pricing: Pricing) -> dict[str, float]:
     for name, seconds in _named(once, pricing):
         found[name] += seconds
     found[AGAIN] = _computing(program, pricing) - found[COMPUTE]
+    found[STARTING] = 2 * program.residency.micro_batches * pricing.cluster.host.action_s
     return {name: seconds for name, seconds in found.items() if seconds or name == COMPUTE}
 
 
@@ -81,7 +84,7 @@ def _named(program: Program, pricing: Pricing) -> Iterator[tuple[str, float]]:
         if piece.key in seen:
             continue
         seen.add(piece.key)
-        there, back, once = piece.seconds[0], sum(piece.seconds[1:PER_MICROBATCH]), sum(piece.seconds[PER_MICROBATCH:])
+        there, back, once = piece.seconds[0], sum(piece.seconds[1:PER_MICROBATCH]), sum(piece.seconds[PER_MICROBATCH:-1])
         assert isinstance(piece.key, tuple)
         if piece.key[0] == "move":
             step = route_steps(piece.key[2])[-1]
@@ -89,6 +92,7 @@ def _named(program: Program, pricing: Pricing) -> Iterator[tuple[str, float]]:
             yield _moving(step.backward, step.axis, program), times * back
         else:
             yield COMPUTE if piece.key[0] == "op" else PARAMETERS, times * (there + back) + once
+            yield UPDATE, piece.seconds[-1]
 
 
 def _moving(primitive: str, axis: int, program: Program) -> str:

@@ -7,25 +7,26 @@ bytes are sums over its pieces (`work.py`); what crosses a cut is known from who
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 
 import numpy as np
 
+from autopar.core.cluster import Cluster
 from autopar.core.schedule import Edge, Schedule
 from autopar.core.timeline import Timeline
 from autopar.cost_models.pipeline import EdgeCost, PipelineCost, StageCost
 from autopar.cost_models.timeline import simulate
 from autopar.planner.liveness import kept_by_segment
 from autopar.planner.states import Pricing
-from autopar.planner.work import pieces, put_off_bytes
+from autopar.planner.work import PHASES, pieces, put_off_bytes
 from autopar.program import Program
 from autopar.schedules.lower import add_updates, make_schedule
 from autopar.search.stages import StageOption, cut_into_stages
 from autopar.stages import merged, tied_bytes
 
-STATE, PARAMETERS = 5, 6
+STATE, PARAMETERS = len(PHASES), len(PHASES) + 1
 """Columns behind the phases of `work.PHASES`: bytes of state, number of parameters."""
 
 Row = tuple[float, ...]
@@ -185,7 +186,7 @@ class Blocks:
         if (first, end) not in self._options:
             row, kept = self.cost(first, end), self._kept[0]
             activation_bytes = max(0.0, kept[end] - kept[first]) + self.handed_bytes(first)
-            made = StageOption(num_devices=1, time_s=sum(row[:3]), reduce_s=sum(row[3:5]), state_bytes=row[STATE], activation_bytes=activation_bytes)
+            made = StageOption(num_devices=1, time_s=sum(row[:3]), reduce_s=sum(row[3:STATE]), state_bytes=row[STATE], activation_bytes=activation_bytes)
             self._options[first, end] = (made,) if row[PARAMETERS] else ()
         return self._options[first, end]
 
@@ -216,14 +217,14 @@ class Blocks:
             for e in edges
         )  # fmt: skip
         stages = tuple(self.stage_cost(a, b) for a, b in pairwise(bounds))
-        return timed(order, stages, edges, messages, *self._ties(home, order))
+        return timed(order, self.pricing, stages, edges, messages, *self._ties(home, order))
 
     def stage_cost(self, first: int, end: int) -> StageCost:
-        forward, inputs, weights, gather, reduce, state, _ = self.cost(first, end)
+        forward, inputs, weights, gather, reduce, update, state, _ = self.cost(first, end)
         kept, put_off = self._kept
         received = self.handed_bytes(first)
         return StageCost(
-            forward_s=forward, input_gradient_s=inputs, weight_gradient_s=weights, gather_s=gather, reduce_s=reduce,
+            forward_s=forward, input_gradient_s=inputs, weight_gradient_s=weights, gather_s=gather, reduce_s=reduce, step_s=update,
             state_bytes=round(state), activation_bytes=round(kept[end] - kept[first] + received), weight_activation_bytes=round(put_off[end] - put_off[first]),
         )  # fmt: skip
 
@@ -247,11 +248,38 @@ class Blocks:
 
 
 def timed(
-    order: Order, stages: tuple[StageCost, ...], edges: tuple[Edge, ...], messages: tuple[EdgeCost, ...], tied: tuple[tuple[int, ...], ...], tie_s: tuple[float, ...]
+    order: Order, pricing: Pricing, stages: tuple[StageCost, ...], edges: tuple[Edge, ...], messages: tuple[EdgeCost, ...], tied: tuple[tuple[int, ...], ...],
+    tie_s: tuple[float, ...],
 ) -> Timeline:  # fmt: skip
-    """The step of stages with these costs."""
+    """The step of stages with these costs. Where devices share cores, a rank alone is faster than the costs say, and ranks slow each other down."""
     schedule = _lists(order, edges, tied, any(s.gather_s for s in stages), any(s.reduce_s for s in stages))
-    return simulate(schedule, PipelineCost(stages, messages, tie_s))
+    cluster, split = pricing.cluster, order.schedule == "zero-bubble"
+    if cluster.crowding == 1.0:
+        return simulate(schedule, PipelineCost(tuple(_alone(stage, cluster, 0.0, 0.0, split=split) for stage in stages), messages, tie_s))
+    there, back = _talking(order, len(stages), edges, messages)
+    alone = tuple(_alone(stage, cluster, there[s], back[s], split=split) for s, stage in enumerate(stages))
+    sent = tuple(replace(message, activation_s=0.0, gradient_s=0.0) for message in messages)
+    return simulate(schedule, PipelineCost(alone, sent, tie_s), at_once=order.num_ranks / cluster.crowding)
+
+
+def _talking(order: Order, num_stages: int, edges: Sequence[Edge], messages: Sequence[EdgeCost]) -> tuple[list[float], list[float]]:
+    """Seconds that a forward and a backward of each stage spend on messages, where cores do both: half of each at either end."""
+    there, back = [0.0] * num_stages, [0.0] * num_stages
+    for edge, message in zip(edges, messages, strict=True):
+        if edge.source % order.num_ranks != edge.target % order.num_ranks:
+            for stage in (edge.source, edge.target):
+                there[stage] += message.activation_s / 2
+                back[stage] += message.gradient_s / 2
+    return there, back
+
+
+def _alone(stage: StageCost, cluster: Cluster, there_s: float, back_s: float, *, split: bool) -> StageCost:
+    """What a stage takes while the others wait; with its messages, and what the runtime takes for every action."""
+    start, faster = cluster.host.action_s, cluster.crowding
+    return replace(
+        stage, forward_s=(stage.forward_s + there_s + start) / faster, input_gradient_s=(stage.input_gradient_s + back_s + start) / faster,
+        weight_gradient_s=(stage.weight_gradient_s + (start if split else 0.0)) / faster, step_s=stage.step_s / faster,
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=64)

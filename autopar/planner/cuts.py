@@ -109,12 +109,14 @@ def _holds(blocks: Blocks, cuts: Sequence[int]) -> bool:
 
 
 def bound_s(blocks: Blocks, cuts: Sequence[int], order: Order) -> float:
-    """No timeline of these stages under this order ends earlier."""
+    """No timeline of these stages under this order ends earlier; where ranks share cores, none ends before all work is done on all of them."""
     split = order.schedule == "zero-bubble"
     ranks: list[list[tuple[int, int]]] = [[] for _ in range(order.num_ranks)]
     for s, run in enumerate(pairwise((0, *cuts, blocks.num_blocks))):
         ranks[s % order.num_ranks].append(run)
-    return max(_rank_bound_s(blocks, runs, order.num_microbatches, split=split) for runs in ranks)
+    alone = max(_rank_bound_s(blocks, runs, order.num_microbatches, split=split) for runs in ranks) / blocks.pricing.cluster.crowding
+    work = order.num_microbatches * sum(sum(blocks.cost(*run)[:3]) for runs in ranks for run in runs)
+    return max(alone, work / order.num_ranks)
 
 
 def _rank_bound_s(blocks: Blocks, runs: Sequence[tuple[int, int]], num_microbatches: int, *, split: bool) -> float:

@@ -1,12 +1,13 @@
 """What may be done about memory, and its price: ZeRO for a parameter, recomputation for a block."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from autopar.core.buckets import bucket_limit
 from autopar.core.graph import Op, OpGraph, Segment, TensorMeta
 from autopar.core.layout import I, Layout, local_shape
 from autopar.core.mesh import Mesh
@@ -43,12 +44,17 @@ class Keeping:
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """How a parameter is used: by how many segments (`forward`), of which `backward` take part in the backward; `live`: it is trained."""
+    """How a parameter is used: by how many segments (`forward`), of which `backward` take part in the backward; `live`: it is trained.
+
+    It travels in company: `bucket` is its share of a full bucket of gradients, `unit` that of what ZeRO-3 gathers for a segment.
+    """
 
     forward: int
     backward: int
     live: bool
     returned: bool = False
+    bucket: float = 1.0
+    unit: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +76,23 @@ def uses(graph: OpGraph) -> dict[int, Use]:
         for v in wiring.entries:
             if v in found:
                 found[v].append(back)
-    ends = set(graph.finals)
-    return {v: Use(len(segments), sum(segments), v in live, v in ends) for v, segments in found.items()}
+    ends, size = set(graph.finals), {v: graph.values[v].meta.num_bytes for v in graph.params}
+    limit = bucket_limit(sum(size[v] for v in graph.params if v in live))
+    units = _unit_bytes(graph, size)
+    return {
+        v: Use(len(segments), sum(segments), v in live, v in ends, min(1.0, size[v] / limit), size[v] / units[v] if v in units else 1.0) for v, segments in found.items()
+    }
+
+
+def _unit_bytes(graph: OpGraph, size: Mapping[int, int]) -> dict[int, int]:
+    """Bytes of all parameters of the segment that uses a parameter first."""
+    found: dict[int, int] = {}
+    for wiring in graph.wirings:
+        here = [v for v in wiring.entries if v in size]
+        total = sum(size[v] for v in here)
+        for v in here:
+            found.setdefault(v, total)
+    return found
 
 
 @dataclass(frozen=True)
@@ -119,23 +140,37 @@ class Sharding:
         return float(total)
 
     def seconds(self, meta: TensorMeta, layout: Layout, zero: Zero | None, deferred: tuple[int, ...], use: Use) -> float:
-        """What gathering a parameter and summing its gradient costs in one step, where the gradient is summed over `deferred`."""
+        """What gathering a parameter, summing its gradient and updating it costs in one step, where the gradient is summed over `deferred`."""
         found = self.exchange(meta, layout, zero, deferred, use)
-        return self.keeping.micro_batches * (found.forward_s + found.backward_s) + found.gather_s + found.reduce_s
+        once = found.gather_s + found.reduce_s + self.update_s(meta, layout, zero, use.live)
+        return self.keeping.micro_batches * (found.forward_s + found.backward_s) + once
+
+    def update_s(self, meta: TensorMeta, layout: Layout, zero: Zero | None, live: bool) -> float:
+        """Seconds of the optimizer's step: it reads the gradient, and reads and writes the parameter and its state."""
+        rate = self.pricing.cluster.host.update_bytes_per_s
+        if rate is None or not live:
+            return 0.0
+        used, part = self._elements(meta, layout, zero)
+        policy = adam(meta.dtype, master=self.keeping.precision.master)
+        return (part if zero is not None else used) * (2 * policy.parameter_bytes + policy.gradient_bytes + 2 * policy.optimizer_bytes) / rate
 
     def exchange(self, meta: TensorMeta, layout: Layout, zero: Zero | None, deferred: tuple[int, ...], use: Use) -> Exchange:
-        """The same by when it is done."""
+        """The same by when it is done. A parameter takes its share of what its bucket or its unit takes."""
         used, part = self._elements(meta, layout, zero)
         width = meta.num_bytes / max(meta.numel, 1)
         if zero is None:
-            return Exchange(0.0, 0.0, 0.0, self.pricing.gradient_reduction(deferred, used * width) if use.live else 0.0)
-        gather = self.pricing.collective("all_gather", zero.axes, part * width)
-        scatter = self.pricing.collective("reduce_scatter", zero.axes, used * width) if use.live else 0.0
+            return Exchange(0.0, 0.0, 0.0, self._summed(deferred, used * width, use.bucket) if use.live else 0.0)
+        share = use.unit if zero.stage == 3 else use.bucket
+        gather = share * self.pricing.collective("all_gather", zero.axes, part * width / share)
+        scatter = share * self.pricing.collective("reduce_scatter", zero.axes, used * width / share) if use.live else 0.0
         rest = tuple(a for a in deferred if a not in zero.axes)
-        reduce = self.pricing.gradient_reduction(rest, part * width) if use.live else 0.0
+        reduce = self._summed(rest, part * width, share) if use.live else 0.0
         if zero.stage == 3:
             return Exchange(use.forward * gather, use.backward * gather + use.forward * scatter, 0.0, use.forward * reduce + 3 * TIE_BREAK_S)
         return Exchange(0.0, scatter if zero.stage == 2 else 0.0, gather, reduce + zero.stage * TIE_BREAK_S + (scatter if zero.stage == 1 else 0.0))
+
+    def _summed(self, axes: tuple[int, ...], num_bytes: float, share: float) -> float:
+        return share * self.pricing.gradient_reduction(axes, num_bytes / share)
 
 
 def kept_by_selective(op: Op, operands: Sequence[TensorMeta]) -> bool:

@@ -23,6 +23,8 @@ from autopar.planner.roles import batch_factors
 from autopar.planner.rulebook import rules_of
 from autopar.planner.search import Candidate, DoesNotFit, MeshSearch, Options
 from autopar.planner.staging import pipeline_prediction
+from autopar.planner.states import Pricing
+from autopar.planner.work import total_seconds
 from autopar.program import Program
 from autopar.search.terms import Terms
 
@@ -158,8 +160,10 @@ def _predict(cluster: Cluster, best: Candidate, tokens: int) -> Prediction:
     compute = math.fsum(terms.of_nodes(states)[0][list(ports.op_node.values())].tolist())
     communication = math.fsum(of_edges.tolist())
     again = math.fsum(of_edges[np.isin(terms.u, blocks)].tolist())
-    compute, communication = compute + again, communication - again
-    step = compute + communication
+    update = total_seconds(best.program, Pricing(cluster, best.program.mesh))[-1] if cluster.host.update_bytes_per_s else 0.0
+    step = best.step_s
+    compute, communication = compute + again + update, communication - again - update
+    compute += step - compute - communication  # what the runtime takes to start passes
     return Prediction(
         step_time_s=step,
         compute_s=compute,

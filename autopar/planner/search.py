@@ -156,7 +156,9 @@ class MeshSearch:
         return self._candidate(keeping, problem, ports, self._solve(problem))
 
     def _solve(self, problem: SearchProblem) -> Assignment:
-        return solve(problem, time_limit_s=self.options.time_limit_s / (ROUNDS if problem.memory_limit_bytes is not None else 1))
+        found = solve(problem, time_limit_s=self.options.time_limit_s / (ROUNDS if problem.memory_limit_bytes is not None else 1))
+        started_s = 2 * self.options.micro_batches * self.cluster.host.action_s  # the same for every choice, so no part of the tables
+        return replace(found, cost_s=found.cost_s + started_s, bound_s=found.bound_s + started_s)
 
     def problem(self, keeping: Keeping) -> tuple[SearchProblem, Ports]:
         """What is searched, without a memory limit, and what its nodes stand for; built once for all limits."""

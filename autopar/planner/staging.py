@@ -46,9 +46,9 @@ class Staged:
         return tuple(self._cost(stage.program) for stage in self.stages.stages)
 
     def _cost(self, program: Program) -> StageCost:
-        forward, inputs, weights, gather, reduce = total_seconds(program, self.pricing).tolist()
+        forward, inputs, weights, gather, reduce, update = total_seconds(program, self.pricing).tolist()
         return StageCost(
-            forward_s=forward, input_gradient_s=inputs, weight_gradient_s=weights, gather_s=gather, reduce_s=reduce,
+            forward_s=forward, input_gradient_s=inputs, weight_gradient_s=weights, gather_s=gather, reduce_s=reduce, step_s=update,
             activation_bytes=sum(kept_by_segment(program)), weight_activation_bytes=put_off_bytes(program, range(len(program.graph.ops))),
         )  # fmt: skip
 
@@ -57,7 +57,7 @@ class Staged:
         stages, price = self.stages, self.pricing.message
         sizes = [(stages.message_bytes(e.source, e.target), stages.message_bytes(e.source, e.target, back=True)) for e in stages.edges]
         messages = tuple(EdgeCost(activation_s=price(there), gradient_s=price(back), activation_bytes=there, gradient_bytes=back) for there, back in sizes)
-        return timed(self.order, self.costs, stages.edges, messages, stages.tied, tuple(map(self._tie_s, stages.tied)))
+        return timed(self.order, self.pricing, self.costs, stages.edges, messages, stages.tied, tuple(map(self._tie_s, stages.tied)))
 
     def _tie_s(self, group: tuple[int, ...]) -> float:
         stages = self.stages

@@ -6,18 +6,19 @@ the sum over the pieces that they want, and stages are priced without being buil
 """
 
 from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
 from autopar.core.graph import DTYPE_BYTES, OpGraph
 from autopar.core.moves import COLLECTIVES, step_input_bytes
-from autopar.planner.keeping import Keeping, Sharding, Use, kept_by_selective
+from autopar.planner.keeping import Keeping, Sharding, Use, kept_by_selective, uses
 from autopar.planner.states import Pricing, work_of
 from autopar.program import Program, Route, route_steps
 
-PHASES = ("forward_s", "input_gradient_s", "weight_gradient_s", "gather_s", "reduce_s")
-"""Seconds of one microbatch (its forward, the two halves of its backward), and before and after all microbatches of a step."""
+PHASES = ("forward_s", "input_gradient_s", "weight_gradient_s", "gather_s", "reduce_s", "update_s")
+"""Seconds of one microbatch (its forward, the two halves of its backward), before and after all microbatches of a step, and of the optimizer."""
 
 SPLIT = ("aten.linear.default", "aten.addmm.default", "aten.mm.default")
 """Contractions whose weight gradient can wait (`runtime/split.py`); other operators make it with the gradient of their input."""
@@ -25,7 +26,7 @@ SPLIT = ("aten.linear.default", "aten.addmm.default", "aten.mm.default")
 COLLECTIVE_LAUNCHES = 4
 """A collective takes the host so many times what an operator does: checks, streams that wait for each other, the communication library."""
 
-NOTHING = (0.0, 0.0, 0.0, 0.0, 0.0)
+NOTHING = (0.0,) * len(PHASES)
 
 
 class Piece(NamedTuple):
@@ -62,8 +63,8 @@ def compute_seconds(program: Program, pricing: Pricing) -> float:
 
 def step_seconds(program: Program, pricing: Pricing) -> float:
     """Seconds of a training step of a program that is no part of a pipeline."""
-    forward, inputs, weights, gather, reduce = total_seconds(program, pricing).tolist()
-    return program.residency.micro_batches * (forward + inputs + weights) + gather + reduce
+    forward, inputs, weights, *once = total_seconds(program, pricing).tolist()
+    return program.residency.micro_batches * (forward + inputs + weights + 2 * pricing.cluster.host.action_s) + sum(once)
 
 
 class _Pieces:
@@ -75,6 +76,7 @@ class _Pieces:
         self.block = {i: segment.block for segment in graph.segments for i in segment.ops if segment.block}
         self.live_moves = _live_moves(program)
         self.fused = _fused(program) if pricing.kernels.fused else frozenset()
+        self.uses = uses(graph)
         residency = program.residency
         self.sharding = Sharding(pricing, Keeping(micro_batches=residency.micro_batches, precision=residency.precision, offload=residency.offload))
 
@@ -112,7 +114,7 @@ class _Pieces:
             forward, inputs = (max(0.0, s - self.pricing.cluster.device.kernel_launch_s) for s in (forward, inputs))
         again = forward if self._computed_again(i) else 0.0
         inside, inside_back = self._inner(i, bool(backward), share)
-        return (forward + inside, inputs + again + inside_back, weights, 0.0, 0.0)
+        return (forward + inside, inputs + again + inside_back, weights, 0.0, 0.0, 0.0)
 
     def _computed_again(self, i: int) -> bool:
         mode = self.program.residency.recompute.get(self.block.get(i, ""), "none")
@@ -146,7 +148,7 @@ class _Pieces:
                 back = self.pricing.step(step.backward, step.axis, step_input_bytes(step.backward, step, self.program.mesh, size, backward=True))
             if self.pricing.kernels.repeats_collectives and self._computed_again(i) and step.forward in COLLECTIVES:
                 back += there
-            seconds = (there, 0.0, back, 0.0, 0.0) if v in self.weights else (there, back, 0.0, 0.0, 0.0)
+            seconds = (there, 0.0, back, 0.0, 0.0, 0.0) if v in self.weights else (there, back, 0.0, 0.0, 0.0, 0.0)
             yield Piece(maker if n < handed else i, ("move", v, route[: n + 1]), seconds)
 
     def _states(self, last: int) -> Iterator[Piece]:
@@ -154,12 +156,14 @@ class _Pieces:
         program, graph = self.program, self.graph
         for s, (segment, taken, back) in enumerate(zip(graph.segments, program.gathered, program.backward_segments)):
             for v in taken:
-                yield Piece(segment.ops.start, ("unit", v, s), self._exchange(v, Use(1, int(back), v in graph.differentiated)))
+                yield Piece(segment.ops.start, ("unit", v, s), self._exchange(v, replace(self.uses[v], forward=1, backward=int(back))))
         ends = {*graph.outputs, *(v for _, v in graph.updates)}
         for v in graph.params:
             zero = program.residency.zero.get(v)
-            seconds = NOTHING if zero is not None and zero.stage == 3 else self._exchange(v, Use(1, 1, v in graph.differentiated))
-            size = self.sharding.memory_bytes(graph.values[v].meta, program.storage[v], zero, v in graph.differentiated)
+            meta, live = graph.values[v].meta, v in graph.differentiated
+            seconds = NOTHING if zero is not None and zero.stage == 3 else self._exchange(v, replace(self.uses[v], forward=1, backward=1))
+            seconds = (*seconds[:-1], self.sharding.update_s(meta, program.storage[v], zero, live))
+            size = self.sharding.memory_bytes(meta, program.storage[v], zero, live)
             users = [i for i, _ in graph.consumers[v]] + ([last] if v in ends else [])
             for i in users:
                 yield Piece(i, ("state", v), seconds, size)
@@ -167,7 +171,7 @@ class _Pieces:
     def _exchange(self, v: int, use: Use) -> tuple[float, ...]:
         program = self.program
         found = self.sharding.exchange(self.graph.values[v].meta, program.storage[v], program.residency.zero.get(v), program.deferred[v], use)
-        return (found.forward_s, 0.0, found.backward_s, found.gather_s, found.reduce_s)
+        return (found.forward_s, 0.0, found.backward_s, found.gather_s, found.reduce_s, 0.0)
 
 
 def launches(program: Program, pricing: Pricing) -> tuple[int, int]:

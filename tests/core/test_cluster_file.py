@@ -9,7 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from autopar.core.cluster import Cluster, Device, Link, Source, sources
+from autopar.core.cluster import Cluster, Device, Host, Link, Source, sources
+from autopar.core.device import Measured
 from autopar.core.toml_file import MAX_BYTES
 from autopar.errors import AutoparError, FileFormatError, UsageError
 
@@ -317,3 +318,48 @@ def test_no_bytes_raise_anything_but_our_errors(tmp_path: Path, data: bytes) -> 
     with pytest.raises(FileFormatError) as caught:
         load(tmp_path, data)
     assert_one_line(caught.value)
+
+
+MEASURED = Cluster(
+    name="local:4",
+    device=Cluster.local(4).device,
+    num_nodes=1,
+    devices_per_node=4,
+    intra_node=Link(name="l", latency_s=1e-4, bandwidth_bytes_per_s=1e9, collectives=(Measured("all_reduce", 0.0, 2e-4, 3e8), Measured("send", 1e-3, 0.0, 1e9))),
+    inter_node=Link(name="l", latency_s=1e-4, bandwidth_bytes_per_s=1e9),
+    host=Host(cores=2.0, action_s=1e-3, update_bytes_per_s=8e9, source=sources("measured: here", action="assumed: a test")),
+)
+
+
+def test_a_measured_cluster_survives_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "machine.toml"
+    path.write_text(MEASURED.to_toml())
+    assert Cluster.load(path) == MEASURED
+    assert MEASURED.crowding == 2.0 and MEASURED.host.source_of("action").status == "assumed" and MEASURED.host.source_of("cores").status == "measured"
+
+
+def test_a_file_without_a_host_shares_nothing() -> None:
+    cluster = Cluster.preset("h100-sxm")
+    assert cluster.crowding == 1.0 and "[host]" not in cluster.to_toml() and "collectives" not in cluster.to_toml()
+
+
+@pytest.mark.parametrize(
+    "old,new,words",
+    [
+        ("cores = 2.0", "cores = 0", ("host.cores", "above 0")),
+        ("cores = 2.0", 'cores = "two"', ("host.cores", "2.0")),
+        ("cores = 2.0", "kores = 2.0", ("host.kores", "cores")),
+        ('action = "1 ms"', "action = 1", ("host.action", "unit")),
+        ("collectives.all_reduce", "collectives.all_reduced", ("all_reduced", "all_reduce")),
+        ('start = "0 s"', 'begin = "0 s"', ("begin",)),
+        ('bandwidth = "300 MB/s"', 'bandwidth = "0 MB/s"', ("all_reduce.bandwidth", "zero")),
+    ],
+)
+def test_faults_of_measured_numbers_are_one_line(old: str, new: str, words: tuple[str, ...], tmp_path: Path) -> None:
+    text = MEASURED.to_toml()
+    assert old in text
+    path = tmp_path / "machine.toml"
+    path.write_text(text.replace(old, new))
+    with pytest.raises(FileFormatError) as raised:
+        Cluster.load(path)
+    assert "\n" not in str(raised.value) and all(word in str(raised.value) for word in words)

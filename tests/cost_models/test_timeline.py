@@ -217,3 +217,30 @@ def test_what_does_not_fit_is_refused() -> None:
     stuck = Schedule(schedule.name, 2, (0, 1), schedule.edges, (schedule.ranks[0], schedule.ranks[1][:-1]))
     with pytest.raises(ScheduleError, match="waits for ever"):
         simulate(stuck, PipelineCost.uniform(2))
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), at_once=st.floats(1.0, 4.0))
+def test_ranks_that_share_cores_end_no_sooner_than_their_work_and_their_lists_allow(data: st.DataObject, at_once: float) -> None:
+    name, ranks, virtual = data.draw(st.sampled_from([("gpipe", 4, 1), ("1f1b", 3, 1), ("zero-bubble", 4, 1), ("interleaved", 2, 2)]))
+    seconds = st.floats(0.01, 10.0)
+    cost = PipelineCost(
+        tuple(StageCost(forward_s=data.draw(seconds), input_gradient_s=data.draw(seconds), weight_gradient_s=data.draw(seconds)) for _ in range(ranks * virtual))
+    )
+    schedule = make_schedule(name, ranks, 4, virtual)
+    own, shared = simulate(schedule, cost), simulate(schedule, cost, at_once=at_once)
+    work = sum(own.busy_s(rank) for rank in range(ranks))
+    assert shared.step_time_s >= max(own.step_time_s, work / min(at_once, ranks)) * (1 - 1e-9)
+    assert shared.step_time_s <= (own.step_time_s + work / min(at_once, ranks)) * (1 + 1e-9)
+    assert [len([s for s in shared.spans if s.rank == r]) for r in range(ranks)] == [len([s for s in own.spans if s.rank == r]) for r in range(ranks)]
+    alone = simulate(schedule, cost, at_once=1.0)
+    assert alone.step_time_s == pytest.approx(work), "one core is never idle: somebody can always go on"
+    assert simulate(schedule, cost, at_once=ranks) == own
+
+
+def test_two_ranks_on_a_core_and_a_half() -> None:
+    """By hand, GPipe of two stages and two microbatches, one second each and half of it for both halves of the backward: the ranks meet twice,
+    two seconds of work at 3/4 of the speed take 4/3 s."""
+    cost = PipelineCost.uniform(2, input_gradient_s=0.5, weight_gradient_s=0.5)
+    timeline = simulate(make_schedule("gpipe", 2, 2), cost, at_once=1.5)
+    assert timeline.step_time_s == pytest.approx(1 + 4 / 3 + 1 + 1 + 4 / 3 + 1)

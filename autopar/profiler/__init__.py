@@ -1,0 +1,1 @@
+"""Measuring a machine and fitting the numbers of a cluster file to it."""

@@ -1,0 +1,181 @@
+"""Timing on real ranks, all of them at the same time, as in a training step.
+
+What is measured is processor time: of all threads of a process, those that talk included. Other programs on the machine make a clock run on while a
+process waits for its turn; its processor time they change little. On a CPU nearly all of a collective is processor time too.
+
+A collective is timed between computations and these are subtracted: ranks that take turns on their cores come to it one after the other, with cold
+caches on both sides, and that costs more than the message (4 ranks on 2 cores, an all-reduce of 1 KB: twice what it takes back to back).
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate
+
+import autopar.api
+from autopar.core.cluster import Cluster
+from autopar.core.device import MEASURED_COLLECTIVES
+from autopar.models.load import LoadedModel, load_model
+from autopar.profiler.tasks import Task
+from autopar.runtime.distributed import GroupExchange
+from autopar.runtime.launch import Worker
+
+BATCHES = 5
+"""Timed runs of a task, of which the lower quartile counts: what disturbs only adds."""
+
+RUN_S = 0.04
+"""Processor seconds of such a run, at least of one call."""
+
+MAX_CALLS = 200
+
+BETWEEN = 512
+"""Rows, columns and depth of the matrix product between collectives: a few milliseconds."""
+
+Call = Callable[[], object]
+
+
+def measure(worker: Worker, tasks: Sequence[Task]) -> None:
+    """On every rank: time the tasks; rank 0 sends (task, processor seconds of a call, mean over ranks)."""
+    groups: dict[int, GroupExchange] = {}
+    between = _call(Task("matmul", (BETWEEN,) * 3), groups)
+    for task in tasks:
+        call = _call(task, groups)
+        seconds = _added_seconds(between, call) if task.op in MEASURED_COLLECTIVES else processor_seconds(call)
+        if worker.rank == 0:
+            worker.send((task, seconds))
+
+
+def processor_seconds(call: Call) -> float:
+    calls = _num_calls(call)
+    return _mean_over_ranks(sorted(_run(call, calls) for _ in range(BATCHES))[BATCHES // 4])
+
+
+def _added_seconds(between: Call, call: Call) -> float:
+    """What a call adds to computations that it comes between: the median of runs with it less the runs without, side by side."""
+
+    def both() -> None:
+        between()
+        call()
+
+    calls = _num_calls(both)
+    added = sorted(_mean_over_ranks(_run(both, calls)) - _mean_over_ranks(_run(between, calls)) for _ in range(BATCHES))
+    return max(added[BATCHES // 2], 1e-6)
+
+
+def _num_calls(call: Call) -> int:
+    """Calls that make a run, the same on every rank."""
+    for _ in range(2):
+        call()
+    return min(MAX_CALLS, max(1, int(RUN_S / _mean_over_ranks(_run(call, 1)))))
+
+
+def _run(call: Call, calls: int) -> float:
+    dist.barrier()
+    start = time.process_time()
+    for _ in range(calls):
+        call()
+    return max((time.process_time() - start) / calls, 1e-9)
+
+
+def _mean_over_ranks(value: float) -> float:
+    """The same on every rank, so that all make the same number of calls."""
+    total = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(total)
+    return float(total) / dist.get_world_size()
+
+
+def _call(task: Task, groups: dict[int, GroupExchange]) -> Call:
+    """What is timed for a task."""
+    dtype = getattr(torch, task.dtype)
+    match task.op:
+        case "matmul":  # (rows, inner, columns)
+            m, k, n = task.shape
+            return partial(torch.mm, torch.randn(m, k, dtype=dtype), torch.randn(k, n, dtype=dtype))
+        case "pointwise":  # (elements,)
+            x, y = torch.randn(task.shape, dtype=dtype), torch.empty(task.shape, dtype=dtype)
+            return partial(torch.add, x, x, out=y)
+        case "update":  # (parameters, elements of each)
+            return _update(*task.shape)
+        case "block":  # (batch, sequence, width, layers)
+            return _block(load_block(task, device="cpu"))
+        case "pipeline":  # (microbatches, layers)
+            return _pipeline(*task.shape)
+    size, num_bytes = task.shape  # a collective: (ranks of a group, input bytes of a rank)
+    return _collective(task.op, _group(size, groups), torch.zeros(num_bytes // 4))
+
+
+def load_block(task: Task, device: str) -> LoadedModel:
+    batch, seq, hidden, layers = task.shape
+    overrides = {"hidden": hidden, "layers": layers, "heads": max(1, hidden // 64), "vocab": 4 * hidden, "positions": seq}
+    return load_model("transformer", batch=batch, seq=seq, device=device, overrides=overrides)
+
+
+def _block(loaded: LoadedModel) -> Call:
+    """Forward and backward of a small transformer, on its own."""
+
+    def run() -> None:
+        loss = loaded.module(**loaded.kwargs)
+        loss.backward()
+        loaded.module.zero_grad()
+
+    return run
+
+
+def _update(num_parameters: int, elements: int) -> Call:
+    """A step of AdamW on parameters as a parallel module has them."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    parameters = [torch.nn.Parameter(DTensor.from_local(torch.randn(elements), mesh, [Replicate()], run_check=False)) for _ in range(num_parameters)]
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    return torch.optim.AdamW(parameters, fused=True).step
+
+
+def _pipeline(micro_batches: int, layers: int) -> Call:
+    """A step of a pipeline of all ranks in which there is next to nothing to compute."""
+    ranks = dist.get_world_size()
+    loaded = load_pipeline(micro_batches, layers, device="cpu")
+    pins = (f"pp={ranks}", "schedule=1f1b") if ranks > 1 else ("dp=1",)
+    module = autopar.api.parallelize(loaded.module, Cluster.local(ranks), loaded.kwargs, pins=pins, micro_batches=micro_batches)
+    return partial(module.train_step, loaded.kwargs)
+
+
+def load_pipeline(micro_batches: int, layers: int, device: str) -> LoadedModel:
+    overrides = {"hidden": 32, "layers": layers, "heads": 1, "vocab": 32, "positions": 4}
+    return load_model("transformer", batch=micro_batches, seq=4, device=device, overrides=overrides)
+
+
+def _group(size: int, groups: dict[int, GroupExchange]) -> GroupExchange:
+    """Groups of neighbours, all ranks in one."""
+    if size not in groups:
+        ranks = dist.get_world_size()
+        made = [dist.group.WORLD if size == ranks else dist.new_group(list(range(first, first + size))) for first in range(0, ranks, size)]
+        groups[size] = GroupExchange(made[dist.get_rank() // size], size, gloo=True)
+    return groups[size]
+
+
+def _collective(primitive: str, exchange: GroupExchange, x: torch.Tensor) -> Call:
+    pieces = list(x.chunk(exchange.size))
+    match primitive:
+        case "all_reduce":
+            return partial(exchange.all_reduce, x, "sum")
+        case "all_gather":
+            return partial(exchange.all_gather, x)
+        case "reduce_scatter":
+            return partial(exchange.reduce_scatter, pieces)
+        case "all_to_all":
+            return partial(exchange.all_to_all, pieces)
+    return partial(_pass_on, exchange, x, torch.empty_like(x))
+
+
+def _pass_on(exchange: GroupExchange, x: torch.Tensor, y: torch.Tensor) -> None:
+    """Every rank sends to the next and receives from the one before."""
+    me = dist.get_rank(exchange.group)
+    sent = dist.isend(x, group=exchange.group, group_dst=(me + 1) % exchange.size)
+    received = dist.irecv(y, group=exchange.group, group_src=(me - 1) % exchange.size)
+    for work in (sent, received):
+        if work is not None:
+            work.wait()

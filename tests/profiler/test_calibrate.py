@@ -1,0 +1,119 @@
+"""A calibration gives back the cluster that its measurements were made from, and remembers what it has measured."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autopar.core.cluster import Cluster, Device, Host, Link, sources
+from autopar.core.device import MEASURED_COLLECTIVES, Measured
+from autopar.core.mesh import Mesh
+from autopar.cost_models.collectives import collective_seconds
+from autopar.errors import FileFormatError
+from autopar.planner.states import Pricing
+from autopar.planner.work import compute_seconds
+from autopar.profiler import calibrate
+from autopar.profiler.machine import measure
+from autopar.profiler.tasks import Cache, Task
+from autopar.runtime.launch import launch
+
+RANKS = 4
+TRUTH = replace(
+    Cluster.local(RANKS),
+    device=Device(
+        name="d", memory_bytes=1 << 30, memory_bytes_per_s=8e9, peak_flops_per_s=(("float32", 40e9), ("float64", 20e9), ("bfloat16", 10e9), ("float16", 5e9)),
+        matmul_efficiency=0.8, memory_efficiency=0.25, kernel_launch_s=5e-5,
+    ),
+    intra_node=Link(
+        name="l", latency_s=1e-3, bandwidth_bytes_per_s=1e9,
+        collectives=tuple(Measured(name, 1e-3 * n, 2e-4 * n, 1e9 / n) for n, name in enumerate(MEASURED_COLLECTIVES, 1)),
+    ),
+    host=Host(cores=2.0, action_s=3e-3, update_bytes_per_s=6e9, source=sources("assumed: a test")),
+)  # fmt: skip
+
+
+def seconds_of(task: Task) -> float:
+    """Processor seconds of a task on processes that are just what `TRUTH` says."""
+    device, crowding = TRUTH.device, TRUTH.crowding
+    if task.op == "matmul":
+        return 2 * math.prod(task.shape) / device.peak(task.dtype) / crowding
+    if task.op == "pointwise":
+        return (1e-5 + 8 * task.shape[0] / device.memory_bytes_per_s) / crowding
+    if task.op == "update":
+        return 28 * math.prod(task.shape) / 6e9 / crowding
+    if task.op in ("block", "pipeline"):
+        program = calibrate._program(task) if task.op == "block" else calibrate._small(task.shape[1])
+        operators = compute_seconds(program, Pricing(replace(Cluster.local(1), device=device), program.mesh))
+        if task.op == "block":
+            return operators / crowding
+        messages = 2 * (RANKS - 1) / RANKS * collective_seconds(TRUTH, Mesh.of(pp=RANKS), "send", (0,), 512.0)
+        return (0.1 + task.shape[0] * (operators / RANKS + messages + 2 * 3e-3)) / crowding
+    size, num_bytes = task.shape
+    return collective_seconds(TRUTH, Mesh.of(a=RANKS // size, b=size), task.op, (1,), float(num_bytes)) / crowding
+
+
+@pytest.fixture
+def few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tracing is what a fit takes its time for."""
+    monkeypatch.setattr(calibrate, "BLOCKS", ((1, 8, 64, 1), (8, 64, 64, 1), (16, 64, 256, 1)))
+
+
+def test_the_cluster_of_synthetic_measurements_is_recovered(few_blocks: None, tmp_path: Path) -> None:
+    found = calibrate.fitted(replace(Cluster.local(RANKS), host=Host(cores=2.0)), {task: seconds_of(task) for task in calibrate.tasks_for(RANKS)})
+    cluster, device = found.cluster, found.cluster.device
+    assert device.kernel_launch_s == pytest.approx(5e-5, rel=1e-3)
+    assert device.peak("float32") * device.matmul_efficiency == pytest.approx(40e9 * 0.8, rel=1e-2)
+    assert device.memory_bytes_per_s * device.memory_efficiency == pytest.approx(8e9 * 0.25, rel=1e-2)
+    assert [device.peak(d) for d in ("float64", "bfloat16", "float16")] == pytest.approx([20e9, 10e9, 5e9], rel=1e-3)
+    assert cluster.host.update_bytes_per_s == pytest.approx(6e9, rel=1e-3) and cluster.host.action_s == pytest.approx(3e-3, rel=2e-2)
+    mesh = Mesh.of(a=2, b=2)
+    for primitive in MEASURED_COLLECTIVES:
+        for axes, size in (((0,), 1e3), ((1,), 1e6), ((0, 1), 3e6)):
+            want = collective_seconds(TRUTH, mesh, primitive, axes, size)
+            assert collective_seconds(cluster, mesh, primitive, axes, size) == pytest.approx(want, rel=1e-2), (primitive, axes, size)
+    assert all(fit.r2 > 0.999 for _, fit in found.fits)
+    calibrate.write(found, tmp_path / "machine.toml")
+    assert Cluster.load(tmp_path / "machine.toml") == cluster
+    assert all(cluster.device.source_of(number).status == "measured" for number in ("memory_bandwidth", "peak", "matmul_efficiency", "kernel_launch"))
+
+
+def test_what_is_known_is_not_measured_again(few_blocks: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = Cache(tmp_path / "deep" / "seconds.json", "this machine, 4 processes")
+    tasks = calibrate.tasks_for(RANKS)
+    asked: list[Task] = []
+
+    def pretend(function: Callable[..., None], ranks: int, missing: list[Task], *, on_message: Callable[[Any], None]) -> None:
+        asked.extend(missing)
+        for task in missing:
+            on_message((task, seconds_of(task)))
+
+    monkeypatch.setattr("autopar.runtime.launch.launch", pretend)
+    cache.add((task, seconds_of(task)) for task in tasks[:-3])
+    Cache(cache.path, "another machine").add([(tasks[-1], 1.0)])
+    progress: list[int] = []
+    first = calibrate.calibrate(RANKS, cache=cache, progress=lambda task, done, total: progress.append(total - done))
+    assert asked == list(tasks[-3:]) and progress == [2, 1, 0]
+    assert calibrate.calibrate(RANKS, cache=cache) == first and len(asked) == 3
+    cache.forget()
+    assert cache.read() == {} and Cache(cache.path, "another machine").read() == {tasks[-1].key: 1.0}
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"schema_version": 1, "seconds": {"m": {"matmul": -1}}}', '{"schema_version": 1, "seconds": {"m": 3}}', "noise"])
+def test_a_file_that_is_no_cache_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "cache.json").write_text(text)
+    with pytest.raises(FileFormatError, match="cache.json") as raised:
+        Cache(tmp_path / "cache.json", "m").read()
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.gloo
+def test_tasks_are_timed_on_real_ranks(long: bool) -> None:
+    """Every kind of them in the long form: a pipeline is traced on every rank."""
+    kinds = [Task("matmul", (64, 64, 64)), Task("pointwise", (1024,)), Task("update", (2, 64)), Task("all_reduce", (2, 1024)), Task("send", (2, 1024))]
+    kinds += [Task("block", (1, 8, 64, 1)), Task("pipeline", (2, 2)), *(Task(name, (2, 1024)) for name in MEASURED_COLLECTIVES[1:4])] if long else []
+    found: list[tuple[Task, float]] = []
+    launch(measure, 2, kinds, on_message=found.append)
+    assert [task for task, _ in found] == kinds and all(0 < seconds < 10 for _, seconds in found)
