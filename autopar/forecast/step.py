@@ -119,7 +119,7 @@ class Step:
         order = replace(self.order, num_microbatches=num_microbatches)
         edges = tuple(Edge(s, s + 1) for s in range(n - 1))
         tied = ((0, n - 1),) if self.dims.tied else ()
-        return timed(order, self.costs, edges, (message,) * (n - 1), tied, tuple(self._tie_s() for _ in tied)).step_time_s
+        return timed(order, self.forced.pricing.cluster, self.costs, edges, (message,) * (n - 1), tied, tuple(self._tie_s() for _ in tied)).step_time_s
 
     def _tie_s(self) -> float:
         stages = self.kinds.stages

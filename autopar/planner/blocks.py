@@ -217,7 +217,7 @@ class Blocks:
             for e in edges
         )  # fmt: skip
         stages = tuple(self.stage_cost(a, b) for a, b in pairwise(bounds))
-        return timed(order, self.pricing, stages, edges, messages, *self._ties(home, order))
+        return timed(order, self.pricing.cluster, stages, edges, messages, *self._ties(home, order))
 
     def stage_cost(self, first: int, end: int) -> StageCost:
         forward, inputs, weights, gather, reduce, update, state, _ = self.cost(first, end)
@@ -248,12 +248,12 @@ class Blocks:
 
 
 def timed(
-    order: Order, pricing: Pricing, stages: tuple[StageCost, ...], edges: tuple[Edge, ...], messages: tuple[EdgeCost, ...], tied: tuple[tuple[int, ...], ...],
+    order: Order, cluster: Cluster, stages: tuple[StageCost, ...], edges: tuple[Edge, ...], messages: tuple[EdgeCost, ...], tied: tuple[tuple[int, ...], ...],
     tie_s: tuple[float, ...],
 ) -> Timeline:  # fmt: skip
     """The step of stages with these costs. Where devices share cores, a rank alone is faster than the costs say, and ranks slow each other down."""
     schedule = _lists(order, edges, tied, any(s.gather_s for s in stages), any(s.reduce_s for s in stages))
-    cluster, split = pricing.cluster, order.schedule == "zero-bubble"
+    split = order.schedule == "zero-bubble"
     if cluster.crowding == 1.0:
         return simulate(schedule, PipelineCost(tuple(_alone(stage, cluster, 0.0, 0.0, split=split) for stage in stages), messages, tie_s))
     there, back = _talking(order, len(stages), edges, messages)

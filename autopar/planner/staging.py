@@ -57,7 +57,7 @@ class Staged:
         stages, price = self.stages, self.pricing.message
         sizes = [(stages.message_bytes(e.source, e.target), stages.message_bytes(e.source, e.target, back=True)) for e in stages.edges]
         messages = tuple(EdgeCost(activation_s=price(there), gradient_s=price(back), activation_bytes=there, gradient_bytes=back) for there, back in sizes)
-        return timed(self.order, self.pricing, self.costs, stages.edges, messages, stages.tied, tuple(map(self._tie_s, stages.tied)))
+        return timed(self.order, self.pricing.cluster, self.costs, stages.edges, messages, stages.tied, tuple(map(self._tie_s, stages.tied)))
 
     def _tie_s(self, group: tuple[int, ...]) -> float:
         stages = self.stages

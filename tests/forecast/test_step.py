@@ -75,7 +75,7 @@ def test_a_pipeline_is_steady_after_its_first_round(ranks: int, virtual: int) ->
     def seconds(times: int) -> float:
         order = Order("interleaved" if virtual > 1 else "1f1b", ranks, times, virtual)
         edges = tuple(Edge(s, s + 1) for s in range(n - 1))
-        return timed(order, stages, edges, (EdgeCost(activation_s=0.05, gradient_s=0.05),) * (n - 1), (), ()).step_time_s
+        return timed(order, Cluster.preset("h100-sxm"), stages, edges, (EdgeCost(activation_s=0.05, gradient_s=0.05),) * (n - 1), (), ()).step_time_s
 
     first, second = seconds(STEADY_ROUNDS * ranks), seconds((STEADY_ROUNDS + 1) * ranks)
     assert first + (6 - STEADY_ROUNDS) * (second - first) == pytest.approx(seconds(6 * ranks), rel=1e-9)
