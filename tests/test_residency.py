@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import autopar
-from autopar import api, verification
+from autopar import request, verification
 from autopar.models.load import LoadedModel, load_model
 from tests.tracing import traced_once
 
@@ -32,7 +32,7 @@ def load(name: str, pieces: int, dtype: str) -> LoadedModel:
 @pytest.fixture(autouse=True)
 def remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is planned and verified here is traced once."""
-    monkeypatch.setattr(api, "trace", traced_once)
+    monkeypatch.setattr(request, "trace", traced_once)
     monkeypatch.setattr(verification, "trace", traced_once)
 
 
