@@ -10,7 +10,7 @@ as it is while this program runs. What is received is kept until it has been dif
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from autopar.core.buckets import IN_FLIGHT
@@ -352,5 +352,14 @@ def memory_use(program: Program, engine: Engine = Engine(), beside: Beside = Bes
     stored = [h.stored for h in holdings.parameters.values() if h.trained]
     if stored and not program.residency.offload:  # the square root of the second moment, and its quotient
         memory.note("the optimizer step", temporaries=2 * max(stored) if engine.one_by_one else sum(stored))
-    peak = memory.peak
+    return _with_margin(memory.peak, beside)
+
+
+def with_beside(alone: MemoryUse, beside: Beside) -> MemoryUse:
+    """The fullest moment of a program that was walked alone, with what lies beside it all the time."""
+    parts = {part: size + getattr(beside, part, 0) for part, size in alone.parts}
+    return _with_margin(replace(alone, **parts), beside)
+
+
+def _with_margin(peak: MemoryUse, beside: Beside) -> MemoryUse:
     return peak.with_margin(round(MARGIN * (peak.activations + peak.temporaries + peak.communication)) + beside.unsettled)

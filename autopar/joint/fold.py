@@ -1,0 +1,164 @@
+"""Many equal blocks as one: of a graph with three of a run's blocks, the problem in which all blocks of the run are sharded alike.
+
+The first and the last of the three stand for themselves, the second for all others. A decision that every block takes becomes one decision;
+its costs are those of a block times how many there are. Between neighbours lie depth - 1 borders, of which the graph shows two. So the folded
+problem costs every plan whose blocks are alike exactly what the problem of the whole depth does, and its bound is one on all such plans.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from autopar.core.graph import OpGraph
+from autopar.core.problem import Edge, Node, SearchProblem
+from autopar.errors import UsageError
+from autopar.planner.problem import Ports
+
+SHOWN = 3
+"""Blocks of a run that a short graph has."""
+
+BORDER = -1
+"""The place of what lies between two blocks of the run."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """The repeated blocks of a graph that has three of them: `blocks` names these, in order, and there are `depth` in truth."""
+
+    blocks: tuple[str, str, str]
+    depth: int
+
+    def __post_init__(self) -> None:
+        if self.depth < SHOWN:
+            raise UsageError(f"a run of {self.depth} blocks is no deeper than the {SHOWN} that stand for it")
+
+    def times(self, place: int | None) -> float:
+        """How often there is in truth what lies at a `place`: in one of the three, between two of them, or elsewhere (None)."""
+        if place is None:
+            return 1.0
+        return (self.depth - 1) / (SHOWN - 1) if place == BORDER else (1.0, self.depth - 2.0, 1.0)[place]
+
+    def places(self, graph: OpGraph) -> tuple[int | None, ...]:
+        """The place of every operator."""
+        numbers: list[int | None] = [None] * len(graph.ops)
+        for segment in graph.segments:
+            if segment.block in self.blocks:
+                for i in segment.ops:
+                    numbers[i] = self.blocks.index(segment.block)
+        return tuple(numbers)
+
+
+@dataclass(frozen=True)
+class Folded:
+    """`problem`, and the node in it of every node of the short graph's problem."""
+
+    problem: SearchProblem
+    node: tuple[int, ...]
+
+    def unfolded(self, choices: Sequence[int]) -> tuple[int, ...]:
+        """The choices of the short graph's problem."""
+        return tuple([choices[n] for n in self.node])
+
+
+class Unfoldable(UsageError):
+    """Blocks that take different decisions cannot be folded."""
+
+
+def fold(graph: OpGraph, run: Run, problem: SearchProblem, ports: Ports) -> Folded:
+    """Raises Unfoldable where the three blocks differ in what they may do."""
+    return _Fold(graph, run, problem, ports).folded()
+
+
+@dataclass
+class _Fold:
+    graph: OpGraph
+    run: Run
+    problem: SearchProblem
+    ports: Ports
+
+    @cached_property
+    def of_op(self) -> tuple[int | None, ...]:
+        return self.run.places(self.graph)
+
+    @cached_property
+    def local(self) -> Mapping[int, tuple[int, int]]:
+        """(place, number) of the values that the blocks of the run hold; what one takes from another belongs to its maker."""
+        found: dict[int, tuple[int, int]] = {}
+        for segment, wiring in zip(self.graph.segments, self.graph.wirings):
+            if segment.block in self.run.blocks:
+                place = self.run.blocks.index(segment.block)
+                for n, v in enumerate(wiring.values):
+                    if v not in self.graph.producer or self.of_op[self.graph.producer[v][0]] == place:
+                        found.setdefault(v, (place, n))
+        return found
+
+    def _place_of_value(self, v: int) -> int | None:
+        """Where a value lies: in the only block that has to do with it, at the border between two, or elsewhere."""
+        around = {self.of_op[i] for i, _ in self.graph.consumers[v]}
+        made = self.graph.producer.get(v)
+        if made is None:
+            return around.pop() if len(around) == 1 and v not in self.graph.finals else None
+        here = self.of_op[made[0]]
+        if here is None or around <= {here}:
+            return here
+        return BORDER if around & ({0, 1, 2} - {here}) else here
+
+    @cached_property
+    def roles(self) -> tuple[tuple[int | None, tuple], ...]:
+        """Per node its place, and a name that it shares with those that play its part in other blocks."""
+        found: list[tuple[int | None, tuple]] = [(None, ("alone", n)) for n in range(len(self.problem.nodes))]
+        starts = {segment.block: segment.ops.start for segment in self.graph.segments if segment.block in self.run.blocks}
+        for i, node in self.ports.op_node.items():
+            place = self.of_op[i]
+            if place is not None:
+                found[node] = (place, ("op", i - starts[self.run.blocks[place]]))
+        for kind, nodes in (("param", self.ports.param_node), ("relay", self.ports.relay_node)):
+            for v, node in nodes.items():
+                place = self._place_of_value(v)
+                if place is not None and v in self.local:
+                    found[node] = (place, (kind, place == BORDER, self._leaves(v, place), self.local[v][1]))
+        for name, node in self.ports.block_node.items():
+            if name in self.run.blocks:
+                found[node] = (self.run.blocks.index(name), ("block",))
+        return tuple(found)
+
+    def _leaves(self, v: int, place: int) -> bool:
+        """Whether a block's value is handed on to what comes after the run."""
+        return place != BORDER and any(self.of_op[i] != place for i, _ in self.graph.consumers[v])
+
+    def _edge_times(self, u: int, v: int) -> float:
+        places = {self.roles[u][0], self.roles[v][0]} - {None}
+        return self.run.times(BORDER if len(places) > 1 or BORDER in places else places.pop() if places else None)
+
+    def folded(self) -> Folded:
+        number: dict[tuple, int] = {}
+        node = tuple([number.setdefault(name, len(number)) for _, name in self.roles])
+        seconds: list[np.ndarray] = [np.zeros(0)] * len(number)
+        memory: list[np.ndarray] = [np.zeros(0)] * len(number)
+        names, shown = [""] * len(number), [0] * len(number)
+        for n, old in enumerate(self.problem.nodes):
+            new, times = node[n], self.run.times(self.roles[n][0])
+            if names[new] and len(seconds[new]) != old.num_states:
+                raise Unfoldable(f"{old.name} has {old.num_states} states, {names[new]} has {len(seconds[new])}")
+            seconds[new] = times * old.cost_s + (seconds[new] if names[new] else 0.0)
+            memory[new] = times * old.memory_bytes + (memory[new] if names[new] else 0.0)
+            names[new] = names[new] or old.name
+            shown[new] += 1
+        edges: dict[tuple[int, int, int, int], list] = defaultdict(lambda: [0.0, None])
+        for edge in self.problem.edges:
+            entry = edges[node[edge.u], node[edge.v], id(edge.cost_s), id(edge.memory_bytes)]
+            entry[0] += self._edge_times(edge.u, edge.v)
+            entry[1] = edge
+        found = []
+        for (u, v, *_), (times, edge) in edges.items():
+            held = None if edge.memory_bytes is None else times * edge.memory_bytes
+            if u == v:
+                seconds[u] = seconds[u] + times * np.diag(edge.cost_s)
+                memory[u] = memory[u] + (0.0 if held is None else np.diag(held))
+            else:
+                found.append(Edge(u, v, times * edge.cost_s, held))
+        nodes = tuple([Node(*three) for three in zip(names, seconds, memory, strict=True)])
+        return Folded(SearchProblem(nodes, tuple(found), self.problem.memory_limit_bytes, self.problem.base_memory_bytes), node)

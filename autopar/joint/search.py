@@ -1,0 +1,282 @@
+"""Best first over all points: a bound from a roofline, a bound from the solved sharding, a bound under the memory limit, and at last a plan.
+
+    1. `space.Ideal`      every operator cut evenly, nothing communicated: no tables are built
+    2. the fastest        the folded problem solved without a memory limit, every bubble counted that no cut avoids
+    3. the fastest that   the same under the memory limit, by the price of a byte
+       may fit
+    4. a plan             state sharding and recomputation by the liveness of the stages, the step by the schedule's lists
+
+A point goes through these as long as its bound is the least of all; the search ends when the best plan is no more than `GAP` above every bound that is
+left. What it returns is proven to that: no plan of the space, by these costs, is faster than `bound_s`.
+"""
+
+import heapq
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+
+from autopar.core.cluster import Cluster
+from autopar.core.graph import OpGraph
+from autopar.core.memory import MemoryUse
+from autopar.core.problem import Assignment, Edge, Node, SearchProblem
+from autopar.core.residency import RECOMPUTE
+from autopar.core.rule import OpRule
+from autopar.errors import InfeasibleError
+from autopar.joint.deep import Deep, Sharding, even_depths, in_flight, least_stage_coefficient, mixed
+from autopar.joint.fold import Folded, Run, fold
+from autopar.joint.space import Ideal, Point, orders, points
+from autopar.planner.blocks import Order
+from autopar.planner.decode import decode
+from autopar.planner.keeping import Keeping
+from autopar.planner.liveness import Engine
+from autopar.planner.pins import Pins
+from autopar.planner.problem import Ports, ProblemBuilder
+from autopar.planner.roles import Constraints, batch_factors
+from autopar.planner.rulebook import rules_of
+from autopar.planner.search import Options
+from autopar.planner.states import Pricing
+from autopar.search.lagrange import price_memory
+from autopar.search.solve import solve
+
+GAP = 0.01
+"""A plan this near to the bound is near enough: the cost model is off by more."""
+
+STAGES = (0, 1, 2, 3)
+
+Graphs = Callable[[int], OpGraph]
+"""The short graph of so many samples."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A plan of a point."""
+
+    point: Point
+    deep: Deep
+    zero: int
+
+    @property
+    def step_s(self) -> float:
+        return self.deep.step_s
+
+    @property
+    def memory(self) -> MemoryUse:
+        return self.deep.memory
+
+
+@dataclass(frozen=True)
+class Joint:
+    """`found`: plans, the fastest first; `bound_s`: no plan of the space is faster; `looked`: how many points came to each of the four levels."""
+
+    found: tuple[Found, ...]
+    bound_s: float
+    num_points: int
+    looked: tuple[int, ...]
+    seconds: float
+
+    @property
+    def best(self) -> Found:
+        return self.found[0]
+
+    @property
+    def gap(self) -> float:
+        return max(0.0, self.best.step_s - self.bound_s) / self.best.step_s
+
+
+@dataclass
+class JointSearch:
+    """`graphs` of a model with one run of blocks, `batch` samples a step, on a cluster."""
+
+    graphs: Graphs
+    run: Run
+    batch: int
+    cluster: Cluster
+    options: Options
+    pins: Pins = field(default_factory=Pins)
+    progress: Callable[[str], None] = lambda text: None
+    gap: float = GAP
+
+    def search(self) -> Joint:
+        """Raises InfeasibleError where nothing fits."""
+        start = time.perf_counter()
+        ideal = Ideal(self.cluster, self.run)
+        heap: list[tuple[float, int, int, PointSearch]] = []
+        for n, point in enumerate(points(self.cluster, self.batch, self.run.depth, self.pins)):
+            search = PointSearch(self, point)
+            heapq.heappush(heap, (search.ideal_s(ideal), 0, n, search))
+        num_points, looked, found, closed = len(heap), [len(heap), 0, 0, 0], [], math.inf
+        best = math.inf
+        while heap and heap[0][0] < best * (1 - self.gap):
+            bound, level, n, search = heapq.heappop(heap)
+            self.progress(f"searching {search.point}: bound {bound:.4g} s, best {best:.4g} s")
+            level += 1
+            looked[level] += 1
+            if level < 3:
+                tighter = (search.fastest_s if level == 1 else search.fitting_s)()
+                if tighter < math.inf:
+                    heapq.heappush(heap, (max(bound, tighter), level, n, search))
+                continue
+            closed = min(closed, bound)
+            made = search.plan()
+            if made is not None:
+                found.append(made)
+                best = min(best, made.step_s)
+        if not found:
+            raise InfeasibleError(f"none of {num_points} points of the joint search fits {self.cluster.name}")
+        bound_s = min(closed, heap[0][0] if heap else math.inf, best)
+        found.sort(key=lambda f: (f.step_s, f.point.num_ranks, f.point.inner))
+        return Joint(tuple(found), bound_s, num_points, tuple(looked), time.perf_counter() - start)
+
+    @property
+    def limit_bytes(self) -> float:
+        return self.cluster.device.memory_bytes * self.options.memory_share
+
+    def task(self, samples: int) -> "Task":
+        if samples not in self._tasks:
+            self._tasks[samples] = Task(self.graphs(samples))
+        return self._tasks[samples]
+
+    @cached_property
+    def _tasks(self) -> dict[int, "Task"]:
+        return {}
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A microbatch of the short graph, with its rules."""
+
+    graph: OpGraph
+
+    @cached_property
+    def rules(self) -> tuple[OpRule, ...]:
+        return tuple(rules_of(self.graph))
+
+    @cached_property
+    def batch(self) -> tuple[frozenset[int], ...]:
+        return tuple(batch_factors(self.graph, self.rules))
+
+
+@dataclass
+class PointSearch:
+    """All plans of one point."""
+
+    joint: JointSearch
+    point: Point
+
+    @property
+    def task(self) -> Task:
+        return self.joint.task(self.point.samples)
+
+    @cached_property
+    def orders(self) -> tuple[Order, ...]:
+        return tuple(orders(self.point, self.joint.run.depth, self.joint.pins))
+
+    @cached_property
+    def pricing(self) -> Pricing:
+        return Pricing(self.joint.cluster, self.point.mesh, (self.point.num_ranks, 0))
+
+    def ideal_s(self, ideal: Ideal) -> float:
+        self.least_pass_s = ideal.seconds(self.task.graph, self.task.rules, self.point.outer * self.point.inner)
+        return self._step_bound_s(self.point.num_microbatches * self.least_pass_s)
+
+    def _step_bound_s(self, total_s: float) -> float:
+        """No step is shorter, where all stages together take no less than `total_s` of a step, `least_pass_s` a microbatch of it."""
+        return min((self._bound_s(order, total_s) for order in self.orders), default=math.inf)
+
+    def _bound_s(self, order: Order, total_s: float) -> float:
+        ranks, number = order.num_ranks, order.num_microbatches
+        once = max(0.0, total_s - number * self.least_pass_s)
+        if order.virtual > 1:
+            fill = (ranks - 1) / 2 * self.least_pass_s / (self.joint.run.depth + 2) / 2
+            return total_s / ranks + fill
+        coefficient = least_stage_coefficient(ranks, number)
+        first = coefficient / number * math.exp((ranks - 1) * math.log1p(-1 / number)) if number > 1 else 1.0 / ranks
+        return max(total_s / ranks, coefficient * self.least_pass_s + min(first, 1.0 / ranks) * once)
+
+    # --- the sharding ----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def keeping(self) -> Keeping:
+        options = self.joint.options
+        given = Keeping(micro_batches=self.point.num_microbatches, precision=options.precision, offload=options.offload)
+        return given.everything().narrowed(self.joint.pins)
+
+    @cached_property
+    def built(self) -> tuple[SearchProblem, Ports]:
+        task, joint = self.task, self.joint
+        constraints = Constraints(self.point.mesh, joint.pins, strict=False)
+        return ProblemBuilder(task.graph, task.rules, task.batch, self.pricing, constraints, self.keeping).build(None)
+
+    @cached_property
+    def folded(self) -> Folded:
+        problem, ports = self.built
+        return fold(self.task.graph, self.joint.run, problem, ports)
+
+    def fastest_s(self) -> float:
+        """The bound without a memory limit."""
+        self.fastest = solve(self.folded.problem, use_ilp="never")
+        return self._step_bound_s(self.fastest.bound_s)
+
+    def fitting_s(self) -> float:
+        """The bound within the linear memory of all ranks of the pipeline together; inf where not even that can be met."""
+        ranks = self.point.num_ranks
+        times = min(min(in_flight(o.schedule, ranks, min(o.num_microbatches, 2 * ranks), o.virtual)) / o.virtual for o in self.orders)
+        limited = replace(self._in_flight(times), memory_limit_bytes=ranks * self.joint.limit_bytes)
+        try:
+            self.fitting = price_memory(limited)
+        except InfeasibleError:
+            return math.inf
+        return self._step_bound_s(self.fitting.bound_s)
+
+    def _in_flight(self, times: float) -> SearchProblem:
+        """The folded problem with the activations of so many microbatches."""
+        problem, (_, ports) = self.folded.problem, self.built
+        params = {self.folded.node[n] for n in ports.param_node.values()}
+        nodes = tuple(node if n in params else replace(node, memory_bytes=times * node.memory_bytes) for n, node in enumerate(problem.nodes))
+        edges = tuple(Edge(e.u, e.v, e.cost_s, None if e.memory_bytes is None else times * e.memory_bytes) for e in problem.edges)
+        return replace(problem, nodes=nodes, edges=edges)
+
+    # --- plans -----------------------------------------------------------------------------------------------------------
+
+    def plan(self) -> Found | None:
+        """The best plan of the point: every stage of ZeRO, every order, as little recomputation as fits."""
+        best: Found | None = None
+        for zero in STAGES:
+            if zero not in self.keeping.stages:
+                continue
+            sharding = self._sharding(zero)
+            light = sharding.modes[0][1]
+            for order in self.orders:
+                made = mixed(sharding, order, even_depths(light, order.num_stages), self.joint.limit_bytes)
+                if made is not None and (best is None or made.step_s < best.step_s):
+                    best = Found(self.point, made, zero)
+            if best is not None and best.zero < zero:
+                break  # a higher stage communicates more
+        return best
+
+    def _sharding(self, zero: int) -> Sharding:
+        """The fastest sharding with this stage of ZeRO wherever a parameter allows it."""
+        problem, states = self._with_stage(zero)
+        choices = [int(kept[choice]) for kept, choice in zip(states, solve(problem, use_ilp="never").choices, strict=True)]
+        graph, rules, (_, ports) = self.task.graph, self.task.rules, self.built
+        program = decode(graph, rules, self.pricing, ports, self.folded.unfolded(choices), self.keeping)
+        modes = [mode for mode in RECOMPUTE if mode in self.keeping.recompute]
+        return Sharding.of(program, self.pricing, self.joint.run, Engine.of(self.joint.cluster), modes)
+
+    def _with_stage(self, zero: int) -> tuple[SearchProblem, list[np.ndarray]]:
+        """The folded problem with only these states of parameters, and blocks as they are; the states that are left of each node."""
+        problem, (_, ports) = self.folded.problem, self.built
+        kept = [np.arange(node.num_states) for node in problem.nodes]
+        for n in ports.param_node.values():
+            stages = [z.stage if z else 0 for z in ports.states[n].zeros]
+            wanted = zero if zero in stages else max(s for s in stages if s <= zero) if min(stages) <= zero else min(stages)
+            kept[self.folded.node[n]] = np.flatnonzero(np.array(stages) == wanted)
+        for n in ports.block_node.values():
+            kept[self.folded.node[n]] = np.array([0])
+        nodes = tuple(Node(node.name, node.cost_s[k], node.memory_bytes[k]) for node, k in zip(problem.nodes, kept, strict=True))
+        edges = tuple(Edge(e.u, e.v, e.cost_s[np.ix_(kept[e.u], kept[e.v])], None if e.memory_bytes is None else e.memory_bytes[np.ix_(kept[e.u], kept[e.v])]) for e in problem.edges)
+        return replace(problem, nodes=nodes, edges=edges), kept

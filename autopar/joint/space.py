@@ -1,0 +1,107 @@
+"""The points of the joint search: how many stages on which mesh, how many microbatches, in which order; and what no plan of a point can beat."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from autopar.core.cluster import Cluster
+from autopar.core.graph import DTYPE_BYTES, OpGraph
+from autopar.core.mesh import Mesh, MeshAxis
+from autopar.core.rule import OpRule
+from autopar.joint.fold import Run
+from autopar.planner.blocks import Order
+from autopar.planner.pins import Pins
+
+VIRTUAL = (1, 2, 4, 8)
+MAX_AXIS_SAMPLES = 16
+"""Samples of a microbatch for each rank of the outer axis: more than so many on one rank are two microbatches."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """`num_ranks` in a pipeline, each a mesh of `outer` x `inner` devices; `num_microbatches` of `samples` each."""
+
+    num_ranks: int
+    outer: int
+    inner: int
+    num_microbatches: int
+    samples: int
+
+    @property
+    def mesh(self) -> Mesh:
+        axes = tuple(MeshAxis(name, size) for name, size in (("a", self.outer), ("b", self.inner)) if size > 1)
+        return Mesh(axes or (MeshAxis("a", 1),))
+
+    @property
+    def num_devices(self) -> int:
+        return self.num_ranks * self.outer * self.inner
+
+    def __str__(self) -> str:
+        return f"pp{self.num_ranks} x {self.outer} x {self.inner}, {self.num_microbatches} microbatches of {self.samples}"
+
+
+def divisors(n: int) -> list[int]:
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
+
+
+def points(cluster: Cluster, batch: int, depth: int, pins: Pins) -> Iterator[Point]:
+    """All lengths of pipelines, meshes whose inner axis stays inside a node, and sizes of microbatches."""
+    devices, degrees = cluster.num_devices, dict(pins.mesh_axes)
+    for ranks in [pins.pp] if pins.pp else [d for d in divisors(devices) if d <= depth]:
+        if devices % ranks:
+            continue
+        of_stage = devices // ranks
+        for inner in divisors(of_stage):
+            if inner > cluster.devices_per_node or inner != degrees.get("tp", inner) or of_stage // inner != degrees.get("dp", of_stage // inner):
+                continue
+            for samples in divisors(batch):
+                outer, number = of_stage // inner, batch // samples
+                alone = samples * inner >= outer and samples <= MAX_AXIS_SAMPLES * outer
+                if alone and (pins.micro_batch is None or samples == pins.micro_batch * outer):
+                    yield Point(ranks, outer, inner, number, samples)
+
+
+def orders(point: Point, depth: int, pins: Pins) -> Iterator[Order]:
+    """How a point may run, with the least memory first."""
+    for virtual in VIRTUAL if pins.virtual is None else (pins.virtual,):
+        schedule = "1f1b" if virtual == 1 else "interleaved"
+        suits = virtual == 1 or (point.num_ranks > 1 and point.num_microbatches % point.num_ranks == 0)
+        if suits and point.num_ranks * virtual <= depth and pins.schedule in (None, schedule):
+            yield Order(schedule, point.num_ranks, point.num_microbatches, virtual)
+
+
+class Ideal:
+    """The seconds of a microbatch when every operator is cut evenly over all devices of all stages and nothing is communicated.
+
+    A roofline at the device's best rates: no strategy's operator is faster, whatever its shape.
+    """
+
+    def __init__(self, cluster: Cluster, run: Run) -> None:
+        self.cluster, self.run = cluster, run
+
+    def seconds(self, graph: OpGraph, rules: Sequence[OpRule], devices: int) -> float:
+        """Of all stages together, if each were `devices` wide."""
+        return math.fsum(times * self._op(flops / devices, moved / devices, dtype, kernel) for times, flops, moved, dtype, kernel in self._work(graph, tuple(rules)))
+
+    def _op(self, flops: float, moved: float, dtype: str, kind: str) -> float:
+        device = self.cluster.device
+        rate = device.peak(dtype) * max(device.efficiency(dtype), device.attention_efficiency or 0.0) * device.sustained_rate
+        return device.kernel_launch_s + max(flops / rate if kind == "contract" else 0.0, moved / (device.memory_bytes_per_s * device.memory_efficiency))
+
+    @lru_cache(maxsize=64)
+    def _work(self, graph: OpGraph, rules: tuple[OpRule, ...]) -> tuple[tuple[float, float, float, str, str], ...]:
+        """(how often, flops, bytes, dtype, kind) of every operator's forward, and of its backward."""
+        found = []
+        live, searched = graph.differentiated, graph.searched
+        for op, rule, place in zip(graph.ops, rules, self.run.places(graph), strict=True):
+            if rule.cost == "view" or searched.isdisjoint(op.operands):
+                continue
+            metas = [graph.values[v].meta for v in (*op.operands, *op.results)]
+            dtype = graph.values[op.results[0]].meta.dtype if op.results else "float32"
+            masked = rule.masked if rule.kernel else 1.0
+            moved = float(sum(m.numel * DTYPE_BYTES[m.dtype] for m in metas))
+            work = (self.run.times(place), rule.flops * masked, moved, dtype if dtype in ("float16", "bfloat16") else "float32", rule.cost)
+            found += [work] * (1 if live.isdisjoint(op.results) else 3 if rule.cost == "contract" and not rule.kernel else 2)
+        return tuple(found)
