@@ -27,7 +27,7 @@ from autopar.stages import Stages, cut_into_stages
 
 FIRST, MIDDLE, LAST = range(3)
 
-STEADY_ROUNDS = 1
+STEADY_ROUNDS = 3
 """After so many rounds of microbatches, each as many as a pipeline has ranks, every further round takes as long as the last."""
 
 
@@ -54,6 +54,13 @@ class Kinds:
     def kept_bytes(self) -> tuple[int, ...]:
         """Of one microbatch, from forward to backward."""
         return tuple(sum(kept_by_segment(stage.program)) for stage in self.stages.stages)
+
+    @cached_property
+    def kept_inside(self) -> int:
+        """The same of a block that takes from one and hands to one of its own stage."""
+        block = [n for n, segment in enumerate(self.program.graph.segments) if segment.block == self.run.blocks[MIDDLE]]
+        kept = kept_by_segment(self.program)
+        return sum(kept[n] for n in block)
 
     @cached_property
     def put_off_bytes(self) -> tuple[int, ...]:
@@ -131,9 +138,26 @@ class Deep:
         forward, inputs, weights, gather, reduce, update = (max(0.0, self._sum(stage, a, b)) for a, b in both)
         return StageCost(
             forward_s=forward, input_gradient_s=inputs, weight_gradient_s=weights, gather_s=gather, reduce_s=reduce, step_s=update,
-            activation_bytes=round(self._sum(stage, self.light.kept_bytes, self.heavy.kept_bytes)),
+            activation_bytes=self._kept(stage),
             weight_activation_bytes=round(self._sum(stage, self.light.put_off_bytes, self.heavy.put_off_bytes)),
         )  # fmt: skip
+
+    def _kept(self, stage: int) -> int:
+        """Between forward and backward of a microbatch. What one block hands to another is kept by the one that makes it."""
+        depth = self.depths[stage]
+        every = depth.heavy == depth.blocks
+        own, light, heavy = self.heavy if every else self.light, self.light.kept_inside, self.heavy.kept_inside
+        inside = (depth.blocks - 1) * heavy if every else depth.heavy * heavy + (depth.blocks - depth.heavy - 1) * light
+        return own.kept_bytes[MIDDLE] + inside + sum(own.kept_bytes[kind] - own.kept_bytes[MIDDLE] for kind in self._ends(stage))
+
+    @cached_property
+    def least_s(self) -> float:
+        """No order takes less: every rank does its work behind the first stages of the ranks before it, there and back."""
+        once = [c.gather_s + c.reduce_s + c.step_s for c in self.costs]
+        work = [c.forward_s + c.input_gradient_s + c.weight_gradient_s for c in self.costs]
+        ways = accumulate(work, initial=0.0)
+        ranks = range(self.order.num_ranks)
+        return max(way + sum(self.order.num_microbatches * work[s] + once[s] for s in self.held(rank)) for rank, way in zip(ranks, ways))
 
     @cached_property
     def step_s(self) -> float:
@@ -210,15 +234,20 @@ def even_depths(kinds: Kinds, num_stages: int) -> tuple[Depth, ...]:
     return tuple(map(Depth, depths))
 
 
-def mixed(sharding: Sharding, order: Order, depths: Sequence[Depth], limit_bytes: float) -> Deep | None:
-    """The fastest mixture of modes that fits: for every pair of modes the fewest blocks in the heavier one, rank by rank; None where none fits."""
+def mixed(sharding: Sharding, order: Order, depths: Sequence[Depth], limit_bytes: float, below_s: float = math.inf) -> Deep | None:
+    """The fastest mixture of modes that fits: for every pair of modes the fewest blocks in the heavier one, rank by rank.
+
+    None where none fits, or none takes less than `below_s`.
+    """
     best: Deep | None = None
     modes = [kinds for _, kinds in sharding.modes]
     for a, light in enumerate(modes):
+        if Deep(light, light, order, tuple(depths)).least_s >= below_s:
+            break  # heavier modes take longer
         for heavy in modes[a + 1 :] or [light]:
             made = _fitted(Deep(light, heavy, order, tuple(depths)), limit_bytes)
-            if made is not None and (best is None or made.step_s < best.step_s):
-                best = made
+            if made is not None and made.least_s < below_s and made.step_s < below_s:
+                best, below_s = made, made.step_s
             if made is not None and not any(d.heavy for d in made.depths):
                 return best
     return best
@@ -252,12 +281,3 @@ def _fitted(deep: Deep, limit_bytes: float) -> Deep | None:
         for s, d in with_heavy(high).items():
             depths[s] = d
     return replace(deep, depths=tuple(depths))
-
-
-def least_stage_coefficient(num_ranks: int, num_microbatches: int) -> float:
-    """No pipeline of one stage per rank that splits no backward takes less than this many times a microbatch's work on all its ranks.
-
-    Rank r does its work w_r for all M microbatches behind a way w_0 + ... + w_{r-1} there and back: M w_r + sum of w_j over j < r. The least
-    maximum over all cuts has all of these equal, w_{r+1} = w_r (1 - 1/M), so it is sum(w) / (1 - (1 - 1/M)^ranks).
-    """
-    return 1.0 / -math.expm1(num_ranks * math.log1p(-1.0 / num_microbatches)) if num_microbatches > 1 else 1.0

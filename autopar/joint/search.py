@@ -13,7 +13,7 @@ left. What it returns is proven to that: no plan of the space, by these costs, i
 import heapq
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -22,11 +22,12 @@ import numpy as np
 from autopar.core.cluster import Cluster
 from autopar.core.graph import OpGraph
 from autopar.core.memory import MemoryUse
-from autopar.core.problem import Assignment, Edge, Node, SearchProblem
+from autopar.core.problem import Edge, Node, SearchProblem
 from autopar.core.residency import RECOMPUTE
 from autopar.core.rule import OpRule
 from autopar.errors import InfeasibleError
-from autopar.joint.deep import Deep, Sharding, even_depths, in_flight, least_stage_coefficient, mixed
+from autopar.joint.bounds import Line, least_step_s
+from autopar.joint.deep import Deep, Sharding, even_depths, in_flight, mixed
 from autopar.joint.fold import Folded, Run, fold
 from autopar.joint.space import Ideal, Point, orders, points
 from autopar.planner.blocks import Order
@@ -121,7 +122,11 @@ class JointSearch:
                     heapq.heappush(heap, (max(bound, tighter), level, n, search))
                 continue
             closed = min(closed, bound)
-            made = search.plan()
+            made = search.plan(best)
+            import os
+            if os.environ.get("DBG"):
+                d=made.deep if made else None
+                print(search.point, "ideal %.3f"%search.ideal_s(ideal), "free %.3f"%search.fastest_s(), "fit %.3f"%(bound), "made", d and (d.step_s, d.least_s, d.order.schedule, d.order.virtual, made.zero, sum(x.heavy for x in d.depths), d.heavy.program.residency.recompute.get("blocks.1")), flush=True)
             if made is not None:
                 found.append(made)
                 best = min(best, made.step_s)
@@ -181,21 +186,11 @@ class PointSearch:
 
     def ideal_s(self, ideal: Ideal) -> float:
         self.least_pass_s = ideal.seconds(self.task.graph, self.task.rules, self.point.outer * self.point.inner)
-        return self._step_bound_s(self.point.num_microbatches * self.least_pass_s)
+        only = [Line(self.point.num_microbatches * self.least_pass_s)]
+        return self._step_bound_s(lambda order: [only] * order.num_ranks)
 
-    def _step_bound_s(self, total_s: float) -> float:
-        """No step is shorter, where all stages together take no less than `total_s` of a step, `least_pass_s` a microbatch of it."""
-        return min((self._bound_s(order, total_s) for order in self.orders), default=math.inf)
-
-    def _bound_s(self, order: Order, total_s: float) -> float:
-        ranks, number = order.num_ranks, order.num_microbatches
-        once = max(0.0, total_s - number * self.least_pass_s)
-        if order.virtual > 1:
-            fill = (ranks - 1) / 2 * self.least_pass_s / (self.joint.run.depth + 2) / 2
-            return total_s / ranks + fill
-        coefficient = least_stage_coefficient(ranks, number)
-        first = coefficient / number * math.exp((ranks - 1) * math.log1p(-1 / number)) if number > 1 else 1.0 / ranks
-        return max(total_s / ranks, coefficient * self.least_pass_s + min(first, 1.0 / ranks) * once)
+    def _step_bound_s(self, lines: Callable[[Order], Sequence[Sequence[Line]]]) -> float:
+        return min((least_step_s(order, lines(order), self.least_pass_s) for order in self.orders), default=math.inf)
 
     # --- the sharding ----------------------------------------------------------------------------------------------------
 
@@ -218,22 +213,33 @@ class PointSearch:
 
     def fastest_s(self) -> float:
         """The bound without a memory limit."""
-        self.fastest = solve(self.folded.problem, use_ilp="never")
-        return self._step_bound_s(self.fastest.bound_s)
+        self.free = Line(solve(self.folded.problem, use_ilp="never").bound_s)
+        return self._step_bound_s(lambda order: [[self.free]] * order.num_ranks)
 
     def fitting_s(self) -> float:
-        """The bound within the linear memory of all ranks of the pipeline together; inf where not even that can be met."""
-        ranks = self.point.num_ranks
-        times = min(min(in_flight(o.schedule, ranks, min(o.num_microbatches, 2 * ranks), o.virtual)) / o.virtual for o in self.orders)
-        limited = replace(self._in_flight(times), memory_limit_bytes=ranks * self.joint.limit_bytes)
-        try:
-            self.fitting = price_memory(limited)
-        except InfeasibleError:
-            return math.inf
-        return self._step_bound_s(self.fitting.bound_s)
+        """The bound under the memory limit of every rank, by the linear model of memory; inf where not even that can be met."""
+        return self._step_bound_s(lambda order: [[self.free, *self._priced(flight)] for flight in _flights(order)])
+
+    def _priced(self, flight: float) -> tuple[Line, ...]:
+        """What a rank with so many microbatches in flight can do of the step, by the price of a byte; of fewer in flight, as a bound."""
+        known = 2.0 ** math.floor(math.log2(flight))
+        if known not in self._lines:
+            ranks, limit = self.point.num_ranks, self.joint.limit_bytes
+            try:
+                found = price_memory(replace(self._in_flight(known), memory_limit_bytes=ranks * limit))
+            except InfeasibleError:
+                self._lines[known] = (Line(math.inf),)
+            else:
+                price = found.multiplier_s_per_byte
+                self._lines[known] = (Line(found.bound_s + price * ranks * limit, price * limit),) if price else ()
+        return self._lines[known]
+
+    @cached_property
+    def _lines(self) -> dict[float, tuple[Line, ...]]:
+        return {}
 
     def _in_flight(self, times: float) -> SearchProblem:
-        """The folded problem with the activations of so many microbatches."""
+        """The folded problem with the activations of so many microbatches of all stages."""
         problem, (_, ports) = self.folded.problem, self.built
         params = {self.folded.node[n] for n in ports.param_node.values()}
         nodes = tuple(node if n in params else replace(node, memory_bytes=times * node.memory_bytes) for n, node in enumerate(problem.nodes))
@@ -242,8 +248,8 @@ class PointSearch:
 
     # --- plans -----------------------------------------------------------------------------------------------------------
 
-    def plan(self) -> Found | None:
-        """The best plan of the point: every stage of ZeRO, every order, as little recomputation as fits."""
+    def plan(self, below_s: float) -> Found | None:
+        """The best plan of the point that takes less than `below_s`: every stage of ZeRO, every order, as little recomputation as fits."""
         best: Found | None = None
         for zero in STAGES:
             if zero not in self.keeping.stages:
@@ -251,8 +257,8 @@ class PointSearch:
             sharding = self._sharding(zero)
             light = sharding.modes[0][1]
             for order in self.orders:
-                made = mixed(sharding, order, even_depths(light, order.num_stages), self.joint.limit_bytes)
-                if made is not None and (best is None or made.step_s < best.step_s):
+                made = mixed(sharding, order, even_depths(light, order.num_stages), self.joint.limit_bytes, best.step_s if best else below_s)
+                if made is not None:
                     best = Found(self.point, made, zero)
             if best is not None and best.zero < zero:
                 break  # a higher stage communicates more
@@ -280,3 +286,9 @@ class PointSearch:
         nodes = tuple(Node(node.name, node.cost_s[k], node.memory_bytes[k]) for node, k in zip(problem.nodes, kept, strict=True))
         edges = tuple(Edge(e.u, e.v, e.cost_s[np.ix_(kept[e.u], kept[e.v])], None if e.memory_bytes is None else e.memory_bytes[np.ix_(kept[e.u], kept[e.v])]) for e in problem.edges)
         return replace(problem, nodes=nodes, edges=edges), kept
+
+
+def _flights(order: Order) -> list[float]:
+    """Microbatches of its stages in flight, by rank."""
+    found = in_flight(order.schedule, order.num_ranks, min(order.num_microbatches, 2 * order.num_ranks), order.virtual)
+    return [n / order.virtual for n in found]
