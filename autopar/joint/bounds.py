@@ -1,14 +1,16 @@
-"""What no pipeline beats: how much of a step's work each rank can do in a given time within its memory, and when that is all of it.
+"""What no pipeline beats: how many blocks each rank can do in a given time within its memory, and when that is all of them.
 
-Let a rank do the share x of the model, with shardings and modes as it likes: c seconds, b bytes if it did all of it. Then x c <= T and x b <= L. For any
-price p of a byte, with g(p) the least of c + p b over all that could be chosen,
+A rank that does n of the run's blocks, sharded and computed again as it likes, takes n c seconds for a step and holds n b bytes: n c <= T and n b <= L. For
+any price p of a byte, with g(p) the least c + p b of all that could be chosen for a block,
 
-    x g(p) <= x c + p x b <= T + p L,     so     x <= (T + p L) / g(p)
+    n g(p) <= n c + p n b <= T + p L,     so     n <= floor((T + p L) / g(p))
 
-and the shares of all ranks sum to one. The least T for which they can is a bound on the step (linear programming duality, one price per rank). A rank
-also waits: for the ranks before it to forward the first microbatch, and at the end for them to take the last gradient back.
+(the Lagrangian dual, with a price of its own for every rank; blocks are whole). The first and the last rank do what lies before and behind the run
+besides. A rank also waits: for the ranks before it to forward the first microbatch, and at the end for them to take the last gradient back. The least T
+for which all ranks together can do all blocks is a bound on every step.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,34 +21,51 @@ PRECISION = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
+class Parts:
+    """Something of a block, of all that lies before the run, and of all that lies behind it."""
+
+    block: float
+    first: float = 0.0
+    last: float = 0.0
+
+    def times(self, number: float) -> "Parts":
+        return Parts(self.block * number, self.first * number, self.last * number)
+
+
+@dataclass(frozen=True, slots=True)
 class Line:
-    """At most (T + `relief_s`) / `whole_s` of the model can be done in T seconds of one rank."""
+    """A `price` of memory in seconds per byte: what fits T seconds of a rank is at most T + `relief_s`, counted in blocks of `block_s`."""
 
-    whole_s: float
+    block_s: float
     relief_s: float = 0.0
-
-    def share(self, seconds: float) -> float:
-        return (seconds + self.relief_s) / self.whole_s if self.whole_s < float("inf") else 0.0
+    price: float = 0.0
 
 
-def least_step_s(order: Order, lines: Sequence[Sequence[Line]], pass_s: float) -> float:
-    """No step in this order is shorter. `lines`: by rank; `pass_s`: no microbatch takes all stages together less."""
-    high = max(line.whole_s for of_rank in lines for line in of_rank if line.whole_s < float("inf")) + pass_s
-    if _shares(order, lines, pass_s, high * order.num_ranks) < 1.0:
-        return float("inf")
-    low, high = 0.0, high * order.num_ranks
+def least_step_s(order: Order, depth: int, lines: Sequence[Sequence[Line]], ends_s: Parts, pass_s: Parts) -> float:
+    """No step in this order is shorter; inf where the memory of the ranks is too little for `depth` blocks.
+
+    `lines`: by rank, of a whole step; `ends_s`: what is at the ends takes no less of a step; `pass_s`: nor do parts of one microbatch.
+    """
+    high = (depth * max(line.block_s for of_rank in lines for line in of_rank) + ends_s.first + ends_s.last) * 2
+    if math.isinf(high) or _blocks(order, depth, lines, ends_s, pass_s, high) < depth:
+        return math.inf
+    low = 0.0
     while high - low > PRECISION * high:
         middle = (low + high) / 2
-        low, high = (middle, high) if _shares(order, lines, pass_s, middle) < 1.0 else (low, middle)
+        low, high = (middle, high) if _blocks(order, depth, lines, ends_s, pass_s, middle) < depth else (low, middle)
     return low
 
 
-def _shares(order: Order, lines: Sequence[Sequence[Line]], pass_s: float, step_s: float) -> float:
-    """How much of the model all ranks can do. What a rank does of the first stage costs those behind it as much waiting as a microbatch's work on it;
-    that is less than it gains where there are more microbatches than ranks, so ranks may take all they can, the first ones first."""
-    total = 0.0
+def _blocks(order: Order, depth: int, lines: Sequence[Sequence[Line]], ends_s: Parts, pass_s: Parts, step_s: float) -> int:
+    """How many blocks all ranks can do. What a rank does of the first microbatch keeps those behind it waiting, a microbatch's work for every block;
+    that is less than it gains where there are at least as many microbatches as ranks, so there the first ranks take all they can."""
+    found, way_s = 0, pass_s.first
     waits = order.virtual == 1 and order.num_microbatches >= order.num_ranks
-    for of_rank in lines:
-        left = step_s - (total * pass_s if waits else 0.0)
-        total += max(0.0, min(line.share(left) for line in of_rank))
-    return total
+    last = len(lines) - 1
+    for rank, of_rank in enumerate(lines):
+        left = step_s - (way_s if waits and rank else 0.0) - (ends_s.first if rank == 0 else 0.0) - (ends_s.last if rank == last else 0.0)
+        number = min(math.floor((left + line.relief_s) / line.block_s * (1 + PRECISION)) for line in of_rank)
+        number = max(0, min(number, depth))
+        found += number
+        way_s += number * pass_s.block
+    return found

@@ -18,7 +18,7 @@ from autopar.cost_models.pipeline import EdgeCost, StageCost
 from autopar.joint.fold import Run
 from autopar.planner.blocks import Order, timed
 from autopar.planner.held import Beside, state_of
-from autopar.planner.liveness import Engine, kept_by_segment, memory_use, with_beside
+from autopar.planner.liveness import Engine, fullest, kept_by_segment, moments
 from autopar.planner.states import Pricing
 from autopar.planner.work import put_off_bytes, total_seconds
 from autopar.program import Program
@@ -26,6 +26,9 @@ from autopar.schedules.orders import make_order
 from autopar.stages import Stages, cut_into_stages
 
 FIRST, MIDDLE, LAST = range(3)
+
+STATE = ("parameters", "gradients", "optimizer", "temporaries")
+"""What a rank holds of blocks that do not compute; temporaries are those of the optimizer."""
 
 STEADY_ROUNDS = 3
 """After so many rounds of microbatches, each as many as a pipeline has ranks, every further round takes as long as the last."""
@@ -79,11 +82,11 @@ class Kinds:
     def peak(self, kind: int, beside: Beside) -> MemoryUse:
         """The fullest moment of a stage of one block. What lies beside it is there at every moment, so the moment is the same for all."""
         if kind not in self._alone:
-            self._alone[kind] = memory_use(self.stages.stages[kind].program, self.engine)
-        return with_beside(self._alone[kind], beside)
+            self._alone[kind] = moments(self.stages.stages[kind].program, self.engine)
+        return fullest(self._alone[kind], beside)
 
     @cached_property
-    def _alone(self) -> dict[int, MemoryUse]:
+    def _alone(self) -> dict[int, tuple[MemoryUse, ...]]:
         return {}
 
 
@@ -199,7 +202,9 @@ class Deep:
         kept = [self.costs[s].activation_bytes for s in held]
         extra = FIRST in ends and kind != FIRST  # before and behind the run: two blocks are at its ends, one of them walked
         blocks = sum(self.depths[s].blocks for s in held) - 1 - extra
-        parts = {part: blocks * getattr(kinds.states[MIDDLE], part) + extra * getattr(kinds.states[FIRST], part) for part in ("parameters", "gradients", "optimizer")}
+        parts = {part: blocks * getattr(kinds.states[MIDDLE], part) + extra * getattr(kinds.states[FIRST], part) for part in STATE}
+        if kinds.engine.one_by_one:
+            parts["temporaries"] = 0
         if extra and blocks < 0:  # one block with both ends
             parts = {part: max(0, size) for part, size in parts.items()}
         message = max(kinds.message.activation_bytes, kinds.message.gradient_bytes) if self.order.num_ranks > 1 else 0

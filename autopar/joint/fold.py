@@ -7,7 +7,7 @@ problem costs every plan whose blocks are alike exactly what the problem of the 
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -51,12 +51,27 @@ class Run:
         return tuple(numbers)
 
 
+    def sides(self, graph: OpGraph) -> tuple[int, ...]:
+        """Of every operator whether it is in the run (0), before its first (1) or behind it (2)."""
+        places = self.places(graph)
+        first = next(i for i, place in enumerate(places) if place is not None)
+        return tuple(0 if place is not None else 1 if i < first else 2 for i, place in enumerate(places))
+
+
 @dataclass(frozen=True)
 class Folded:
-    """`problem`, and the node in it of every node of the short graph's problem."""
+    """`problem`, and the node in it of every node of the short graph's problem. `sides`: of its own nodes, as `Run.sides`; None: of several."""
 
     problem: SearchProblem
     node: tuple[int, ...]
+    sides: tuple[int | None, ...]
+
+    def part(self, side: int) -> SearchProblem:
+        """The decisions of one side alone: no plan pays less for them."""
+        kept = [n for n, where in enumerate(self.sides) if where == side]
+        number = {n: k for k, n in enumerate(kept)}
+        edges = tuple(replace(e, u=number[e.u], v=number[e.v]) for e in self.problem.edges if e.u in number and e.v in number)
+        return SearchProblem(tuple(self.problem.nodes[n] for n in kept), edges)
 
     def unfolded(self, choices: Sequence[int]) -> tuple[int, ...]:
         """The choices of the short graph's problem."""
@@ -161,4 +176,21 @@ class _Fold:
             else:
                 found.append(Edge(u, v, times * edge.cost_s, held))
         nodes = tuple([Node(*three) for three in zip(names, seconds, memory, strict=True)])
-        return Folded(SearchProblem(nodes, tuple(found), self.problem.memory_limit_bytes, self.problem.base_memory_bytes), node)
+        sides: dict[int, int | None] = {}
+        for n, (new, where) in enumerate(zip(node, self._sides())):
+            sides[new] = where if sides.get(new, where) == where else None
+        problem = SearchProblem(nodes, tuple(found), self.problem.memory_limit_bytes, self.problem.base_memory_bytes)
+        return Folded(problem, node, tuple(sides[n] for n in range(len(number))))
+
+    def _sides(self) -> list[int | None]:
+        """Of every node of the short graph's problem."""
+        of_op = self.run.sides(self.graph)
+        found: list[int | None] = [None if place is None else 0 for place, _ in self.roles]
+        for i, node in self.ports.op_node.items():
+            found[node] = of_op[i]
+        for nodes in (self.ports.param_node, self.ports.relay_node):
+            for v, node in nodes.items():
+                users = {of_op[i] for i, _ in self.graph.consumers[v]}
+                if found[node] is None and len(users) == 1:
+                    found[node] = users.pop() or None  # what only the run uses, but several blocks of it, is no part of one block
+        return found

@@ -13,7 +13,7 @@ left. What it returns is proven to that: no plan of the space, by these costs, i
 import heapq
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -26,7 +26,7 @@ from autopar.core.problem import Edge, Node, SearchProblem
 from autopar.core.residency import RECOMPUTE
 from autopar.core.rule import OpRule
 from autopar.errors import InfeasibleError
-from autopar.joint.bounds import Line, least_step_s
+from autopar.joint.bounds import Line, Parts, least_step_s
 from autopar.joint.deep import Deep, Sharding, even_depths, in_flight, mixed
 from autopar.joint.fold import Folded, Run, fold
 from autopar.joint.space import Ideal, Point, orders, points
@@ -40,13 +40,14 @@ from autopar.planner.roles import Constraints, batch_factors
 from autopar.planner.rulebook import rules_of
 from autopar.planner.search import Options
 from autopar.planner.states import Pricing
+from autopar.program import Program
+from autopar.search.elimination import prepare
 from autopar.search.lagrange import price_memory
+from autopar.search.simplify import BYTES, SECONDS, Price
 from autopar.search.solve import solve
 
 GAP = 0.01
 """A plan this near to the bound is near enough: the cost model is off by more."""
-
-STAGES = (0, 1, 2, 3)
 
 Graphs = Callable[[int], OpGraph]
 """The short graph of so many samples."""
@@ -58,7 +59,11 @@ class Found:
 
     point: Point
     deep: Deep
-    zero: int
+
+    @property
+    def zero(self) -> int:
+        """The highest stage of ZeRO of any parameter."""
+        return max((z.stage for z in self.deep.light.program.residency.zero.values()), default=0)
 
     @property
     def step_s(self) -> float:
@@ -186,11 +191,13 @@ class PointSearch:
 
     def ideal_s(self, ideal: Ideal) -> float:
         self.least_pass_s = ideal.seconds(self.task.graph, self.task.rules, self.point.outer * self.point.inner)
-        only = [Line(self.point.num_microbatches * self.least_pass_s)]
+        self.ends_s = self.least_pass_s.times(self.point.num_microbatches)
+        only = [Line(self.ends_s.block)]
         return self._step_bound_s(lambda order: [only] * order.num_ranks)
 
     def _step_bound_s(self, lines: Callable[[Order], Sequence[Sequence[Line]]]) -> float:
-        return min((least_step_s(order, lines(order), self.least_pass_s) for order in self.orders), default=math.inf)
+        depth = self.joint.run.depth
+        return min((least_step_s(order, depth, lines(order), self.ends_s, self.least_pass_s) for order in self.orders), default=math.inf)
 
     # --- the sharding ----------------------------------------------------------------------------------------------------
 
@@ -213,7 +220,9 @@ class PointSearch:
 
     def fastest_s(self) -> float:
         """The bound without a memory limit."""
-        self.free = Line(solve(self.folded.problem, use_ilp="never").bound_s)
+        block, first, last = (solve(self.folded.part(side), use_ilp="never").bound_s for side in range(3))
+        self.ends_s = Parts(block / self.joint.run.depth, first, last)
+        self.free = Line(self.ends_s.block)
         return self._step_bound_s(lambda order: [[self.free]] * order.num_ranks)
 
     def fitting_s(self) -> float:
@@ -224,68 +233,77 @@ class PointSearch:
         """What a rank with so many microbatches in flight can do of the step, by the price of a byte; of fewer in flight, as a bound."""
         known = 2.0 ** math.floor(math.log2(flight))
         if known not in self._lines:
-            ranks, limit = self.point.num_ranks, self.joint.limit_bytes
+            ranks, limit, depth = self.point.num_ranks, self.joint.limit_bytes, self.joint.run.depth
             try:
-                found = price_memory(replace(self._in_flight(known), memory_limit_bytes=ranks * limit))
+                found = price_memory(replace(self._in_flight(known).part(0), memory_limit_bytes=ranks * limit))
             except InfeasibleError:
                 self._lines[known] = (Line(math.inf),)
             else:
                 price = found.multiplier_s_per_byte
-                self._lines[known] = (Line(found.bound_s + price * ranks * limit, price * limit),) if price else ()
+                self._lines[known] = (Line((found.bound_s + price * ranks * limit) / depth, price * limit, price),)
         return self._lines[known]
 
     @cached_property
     def _lines(self) -> dict[float, tuple[Line, ...]]:
         return {}
 
-    def _in_flight(self, times: float) -> SearchProblem:
+    def _in_flight(self, times: float) -> Folded:
         """The folded problem with the activations of so many microbatches of all stages."""
         problem, (_, ports) = self.folded.problem, self.built
         params = {self.folded.node[n] for n in ports.param_node.values()}
         nodes = tuple(node if n in params else replace(node, memory_bytes=times * node.memory_bytes) for n, node in enumerate(problem.nodes))
         edges = tuple(Edge(e.u, e.v, e.cost_s, None if e.memory_bytes is None else times * e.memory_bytes) for e in problem.edges)
-        return replace(problem, nodes=nodes, edges=edges)
+        return replace(self.folded, problem=replace(problem, nodes=nodes, edges=edges))
 
     # --- plans -----------------------------------------------------------------------------------------------------------
 
     def plan(self, below_s: float) -> Found | None:
-        """The best plan of the point that takes less than `below_s`: every stage of ZeRO, every order, as little recomputation as fits."""
+        """The best plan of the point that takes less than `below_s`: every sharding that may be best, every order, as little recomputation as fits."""
         best: Found | None = None
-        for zero in STAGES:
-            if zero not in self.keeping.stages:
-                continue
-            sharding = self._sharding(zero)
+        for program in self._programs():
+            modes = [mode for mode in RECOMPUTE if mode in self.keeping.recompute]
+            sharding = Sharding.of(program, self.pricing, self.joint.run, Engine.of(self.joint.cluster), modes)
             light = sharding.modes[0][1]
             for order in self.orders:
                 made = mixed(sharding, order, even_depths(light, order.num_stages), self.joint.limit_bytes, best.step_s if best else below_s)
-                if made is not None:
-                    best = Found(self.point, made, zero)
-            if best is not None and best.zero < zero:
-                break  # a higher stage communicates more
+                best = Found(self.point, made) if made is not None else best
         return best
 
-    def _sharding(self, zero: int) -> Sharding:
-        """The fastest sharding with this stage of ZeRO wherever a parameter allows it."""
-        problem, states = self._with_stage(zero)
-        choices = [int(kept[choice]) for kept, choice in zip(states, solve(problem, use_ilp="never").choices, strict=True)]
-        graph, rules, (_, ports) = self.task.graph, self.task.rules, self.built
-        program = decode(graph, rules, self.pricing, ports, self.folded.unfolded(choices), self.keeping)
-        modes = [mode for mode in RECOMPUTE if mode in self.keeping.recompute]
-        return Sharding.of(program, self.pricing, self.joint.run, Engine.of(self.joint.cluster), modes)
+    def _programs(self) -> Iterator[Program]:
+        """The fastest sharding under every stage of ZeRO, for no price of memory and for those that the bound found; each once."""
+        flights = sorted(self._lines)
+        prices = [(1.0, 0.0), *((flight, line.price) for flight in flights for line in self._lines[flight] if line.price)]
+        seen: set[tuple[int, ...]] = set()
+        for flight, price in prices:
+            problem = self._in_flight(flight).problem
+            for zero in (None, *self.keeping.stages) if price else self.keeping.stages:
+                part, kept = self._with_stage(problem, zero)
+                found = prepare(part, (SECONDS, BYTES)).minimise(Price(1.0, price))
+                choices = tuple([int(k[c]) for k, c in zip(kept, found.choices, strict=True)])
+                if choices not in seen:
+                    seen.add(choices)
+                    task, (_, ports) = self.task, self.built
+                    yield decode(task.graph, task.rules, self.pricing, ports, self.folded.unfolded(choices), self.keeping)
 
-    def _with_stage(self, zero: int) -> tuple[SearchProblem, list[np.ndarray]]:
-        """The folded problem with only these states of parameters, and blocks as they are; the states that are left of each node."""
-        problem, (_, ports) = self.folded.problem, self.built
+    def _with_stage(self, problem: SearchProblem, zero: int | None) -> tuple[SearchProblem, list[np.ndarray]]:
+        """A folded problem with only the states of this stage of ZeRO, as near as a parameter has them (None: of any), and blocks as they are; and
+        the states that are left of each node."""
+        _, ports = self.built
         kept = [np.arange(node.num_states) for node in problem.nodes]
-        for n in ports.param_node.values():
-            stages = [z.stage if z else 0 for z in ports.states[n].zeros]
-            wanted = zero if zero in stages else max(s for s in stages if s <= zero) if min(stages) <= zero else min(stages)
-            kept[self.folded.node[n]] = np.flatnonzero(np.array(stages) == wanted)
+        for n in ports.param_node.values() if zero is not None else ():
+            stages = np.array([z.stage if z else 0 for z in ports.states[n].zeros])
+            nearest = min(stages.tolist(), key=lambda stage: (abs(stage - zero), stage))
+            kept[self.folded.node[n]] = np.flatnonzero(stages == nearest)
         for n in ports.block_node.values():
             kept[self.folded.node[n]] = np.array([0])
         nodes = tuple(Node(node.name, node.cost_s[k], node.memory_bytes[k]) for node, k in zip(problem.nodes, kept, strict=True))
-        edges = tuple(Edge(e.u, e.v, e.cost_s[np.ix_(kept[e.u], kept[e.v])], None if e.memory_bytes is None else e.memory_bytes[np.ix_(kept[e.u], kept[e.v])]) for e in problem.edges)
-        return replace(problem, nodes=nodes, edges=edges), kept
+        return replace(problem, nodes=nodes, edges=tuple(_between(edge, kept[edge.u], kept[edge.v]) for edge in problem.edges)), kept
+
+
+def _between(edge: Edge, rows: np.ndarray, columns: np.ndarray) -> Edge:
+    """An edge of these states alone."""
+    chosen = np.ix_(rows, columns)
+    return Edge(edge.u, edge.v, edge.cost_s[chosen], None if edge.memory_bytes is None else edge.memory_bytes[chosen])
 
 
 def _flights(order: Order) -> list[float]:

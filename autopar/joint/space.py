@@ -9,6 +9,7 @@ from autopar.core.cluster import Cluster
 from autopar.core.graph import DTYPE_BYTES, OpGraph
 from autopar.core.mesh import Mesh, MeshAxis
 from autopar.core.rule import OpRule
+from autopar.joint.bounds import Parts
 from autopar.joint.fold import Run
 from autopar.planner.blocks import Order
 from autopar.planner.pins import Pins
@@ -81,9 +82,12 @@ class Ideal:
     def __init__(self, cluster: Cluster, run: Run) -> None:
         self.cluster, self.run = cluster, run
 
-    def seconds(self, graph: OpGraph, rules: Sequence[OpRule], devices: int) -> float:
-        """Of all stages together, if each were `devices` wide."""
-        return math.fsum(times * self._op(flops / devices, moved / devices, dtype, kernel) for times, flops, moved, dtype, kernel in self._work(graph, tuple(rules)))
+    def seconds(self, graph: OpGraph, rules: Sequence[OpRule], devices: int) -> Parts:
+        """Of one block, and of what is before and behind the run, on a stage of so many devices."""
+        found = [0.0, 0.0, 0.0]
+        for where, flops, moved, dtype, kernel in self._work(graph, tuple(rules)):
+            found[where] += self._op(flops / devices, moved / devices, dtype, kernel)
+        return Parts(*found)
 
     def _op(self, flops: float, moved: float, dtype: str, kind: str) -> float:
         device = self.cluster.device
@@ -91,17 +95,17 @@ class Ideal:
         return device.kernel_launch_s + max(flops / rate if kind == "contract" else 0.0, moved / (device.memory_bytes_per_s * device.memory_efficiency))
 
     @lru_cache(maxsize=64)
-    def _work(self, graph: OpGraph, rules: tuple[OpRule, ...]) -> tuple[tuple[float, float, float, str, str], ...]:
-        """(how often, flops, bytes, dtype, kind) of every operator's forward, and of its backward."""
+    def _work(self, graph: OpGraph, rules: tuple[OpRule, ...]) -> tuple[tuple[int, float, float, str, str], ...]:
+        """(where, flops, bytes, dtype, kind) of every operator's forward, and of its backward; where: in the middle block (0), before, behind the run."""
         found = []
-        live, searched = graph.differentiated, graph.searched
-        for op, rule, place in zip(graph.ops, rules, self.run.places(graph), strict=True):
-            if rule.cost == "view" or searched.isdisjoint(op.operands):
+        live, searched, places = graph.differentiated, graph.searched, self.run.places(graph)
+        for op, rule, place, where in zip(graph.ops, rules, places, self.run.sides(graph), strict=True):
+            if rule.cost == "view" or searched.isdisjoint(op.operands) or place in (0, 2):
                 continue
             metas = [graph.values[v].meta for v in (*op.operands, *op.results)]
             dtype = graph.values[op.results[0]].meta.dtype if op.results else "float32"
             masked = rule.masked if rule.kernel else 1.0
             moved = float(sum(m.numel * DTYPE_BYTES[m.dtype] for m in metas))
-            work = (self.run.times(place), rule.flops * masked, moved, dtype if dtype in ("float16", "bfloat16") else "float32", rule.cost)
+            work = (where, rule.flops * masked, moved, dtype if dtype in ("float16", "bfloat16") else "float32", rule.cost)
             found += [work] * (1 if live.isdisjoint(op.results) else 3 if rule.cost == "contract" and not rule.kernel else 2)
         return tuple(found)

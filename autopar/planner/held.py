@@ -170,6 +170,8 @@ class Beside:
     optimizer: int = 0
     activations: int = 0
     communication: int = 0
+    temporaries: int = 0
+    """Of the optimizer step, where it updates all parameters at once."""
     unsettled: int = 0
     """What may be there or not, for the margin."""
 
@@ -206,5 +208,7 @@ def state_of(program: Program) -> Beside:
     """What a program holds between its microbatches: parameters, optimizer state, gradients."""
     holdings = Holdings(program)
     parts = resident(program, holdings, Beside()).parts
-    gradients = sum(h.working if h.stage < 2 else h.reduced for h in holdings.parameters.values() if h.trained)
-    return Beside(parameters=parts["parameters"], gradients=gradients, optimizer=parts["optimizer"])
+    trained = [h for h in holdings.parameters.values() if h.trained]
+    gradients = sum(h.working if h.stage < 2 else h.reduced for h in trained)
+    updated = 0 if program.residency.offload else sum(h.stored for h in trained)
+    return Beside(parameters=parts["parameters"], gradients=gradients, optimizer=parts["optimizer"], temporaries=updated)

@@ -38,6 +38,8 @@ class Engine:
         return cls(receives=cluster.is_local, one_by_one=cluster.is_local)
 
 
+UPDATE = "the optimizer step"
+
 Values = dict[int, int]
 """Node that owns memory -> storage."""
 
@@ -341,8 +343,13 @@ def kept_by_segment(program: Program) -> tuple[int, ...]:
 
 def memory_use(program: Program, engine: Engine = Engine(), beside: Beside = Beside()) -> MemoryUse:
     """The fullest moment of a training step with AdamW on one rank."""
+    return fullest(moments(program, engine), beside)
+
+
+def moments(program: Program, engine: Engine = Engine()) -> tuple[MemoryUse, ...]:
+    """The fullest moment of the passes, and the optimizer step; of a rank that holds nothing else."""
     holdings = Holdings(program)
-    memory = resident(program, holdings, beside)
+    memory = resident(program, holdings, Beside())
     walk = _Walk(program, steps_of(program), holdings, memory, engine)
     walk.refresh()
     times = min(program.residency.micro_batches, 3)
@@ -350,16 +357,19 @@ def memory_use(program: Program, engine: Engine = Engine(), beside: Beside = Bes
         walk.forward()
         walk.backward(last=m + 1 == times)
     stored = [h.stored for h in holdings.parameters.values() if h.trained]
-    if stored and not program.residency.offload:  # the square root of the second moment, and its quotient
-        memory.note("the optimizer step", temporaries=2 * max(stored) if engine.one_by_one else sum(stored))
-    return _with_margin(memory.peak, beside)
+    if not stored or program.residency.offload:
+        return (memory.peak,)
+    parts = memory.parts | {"activations": 0}  # the square root of the second moment, and its quotient
+    parts["temporaries"] += 2 * max(stored) if engine.one_by_one else sum(stored)
+    return memory.peak, MemoryUse(moment=UPDATE, **parts)
 
 
-def with_beside(alone: MemoryUse, beside: Beside) -> MemoryUse:
-    """The fullest moment of a program that was walked alone, with what lies beside it all the time."""
-    parts = {part: size + getattr(beside, part, 0) for part, size in alone.parts}
-    return _with_margin(replace(alone, **parts), beside)
-
-
-def _with_margin(peak: MemoryUse, beside: Beside) -> MemoryUse:
-    return peak.with_margin(round(MARGIN * (peak.activations + peak.temporaries + peak.communication)) + beside.unsettled)
+def fullest(alone: Iterable[MemoryUse], beside: Beside) -> MemoryUse:
+    """Of the moments of a program, with what lies beside it: all the time but for activations and messages, which are gone when the optimizer steps."""
+    found = []
+    for moment in alone:
+        other = replace(beside, activations=0, communication=0, unsettled=0) if moment.moment == UPDATE else replace(beside, temporaries=0)
+        parts = {part: size + getattr(other, part) for part, size in moment.parts}
+        peak = replace(moment, **parts)
+        found.append(peak.with_margin(round(MARGIN * (peak.activations + peak.temporaries + peak.communication)) + other.unsettled))
+    return max(found, key=lambda peak: peak.expected_bytes)

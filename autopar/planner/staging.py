@@ -82,6 +82,7 @@ class Staged:
         beside = Beside(
             parameters=sum(o.parameters for o in others), gradients=sum(o.gradients for o in others), optimizer=sum(o.optimizer for o in others),
             activations=max(0, in_flight), communication=RECEIVES_AHEAD * message, unsettled=SENDS_BEHIND * len(here) * message,
+            temporaries=0 if self.engine.one_by_one else sum(o.temporaries for o in others),
         )  # fmt: skip
         return memory_use(stage.program, self.engine, beside)
 
