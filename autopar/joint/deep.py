@@ -11,11 +11,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate
 
+import numpy as np
+
 from autopar.core.memory import MemoryUse
 from autopar.core.pipeline import RECEIVES_AHEAD, SENDS_BEHIND, Pipeline
 from autopar.core.schedule import Edge, Kind
 from autopar.cost_models.pipeline import EdgeCost, StageCost
-from autopar.joint.fold import Run
+from autopar.joint.fold import SHOWN, Run
 from autopar.planner.blocks import Order, timed
 from autopar.planner.held import Beside, state_of
 from autopar.planner.liveness import Engine, fullest, kept_by_segment, moments
@@ -25,7 +27,11 @@ from autopar.program import Program
 from autopar.schedules.orders import make_order
 from autopar.stages import Stages, cut_into_stages
 
-FIRST, MIDDLE, LAST = range(3)
+FIRST, MIDDLE, LAST, ALL = range(4)
+"""Kinds of stages of one block, and that of all three, which stands for a model that is one stage."""
+
+SHOWN_BY = (1, 1, 1, SHOWN)
+"""Blocks of the run in a stage of each kind."""
 
 STATE = ("parameters", "gradients", "optimizer", "temporaries")
 """What a rank holds of blocks that do not compute; temporaries are those of the optimizer."""
@@ -36,7 +42,7 @@ STEADY_ROUNDS = 3
 
 @dataclass(frozen=True, eq=False)
 class Kinds:
-    """The three stages of one block each, of a program whose blocks are computed again in one mode."""
+    """The three stages of one block each, and the one of all three, of a program whose blocks are computed again in one mode. Figures are by kind."""
 
     program: Program
     pricing: Pricing
@@ -50,13 +56,17 @@ class Kinds:
         return cut_into_stages(self.program, Pipeline(3, tuple(first_op[block] for block in self.run.blocks[1:])))
 
     @cached_property
+    def programs(self) -> tuple[Program, ...]:
+        return (*(stage.program for stage in self.stages.stages), self.program)
+
+    @cached_property
     def seconds(self) -> tuple[tuple[float, ...], ...]:
-        return tuple(tuple(total_seconds(stage.program, self.pricing).tolist()) for stage in self.stages.stages)
+        return tuple(tuple(total_seconds(program, self.pricing).tolist()) for program in self.programs)
 
     @cached_property
     def kept_bytes(self) -> tuple[int, ...]:
         """Of one microbatch, from forward to backward."""
-        return tuple(sum(kept_by_segment(stage.program)) for stage in self.stages.stages)
+        return tuple(sum(kept_by_segment(program)) for program in self.programs)
 
     @cached_property
     def kept_inside(self) -> int:
@@ -67,11 +77,11 @@ class Kinds:
 
     @cached_property
     def put_off_bytes(self) -> tuple[int, ...]:
-        return tuple(put_off_bytes(stage.program, range(len(stage.program.graph.ops))) for stage in self.stages.stages)
+        return tuple(put_off_bytes(program, range(len(program.graph.ops))) for program in self.programs)
 
     @cached_property
     def states(self) -> tuple[Beside, ...]:
-        return tuple(state_of(stage.program) for stage in self.stages.stages)
+        return tuple(map(state_of, self.programs))
 
     @cached_property
     def message(self) -> EdgeCost:
@@ -80,9 +90,9 @@ class Kinds:
         return EdgeCost(activation_s=price(there), gradient_s=price(back), activation_bytes=there, gradient_bytes=back)
 
     def peak(self, kind: int, beside: Beside) -> MemoryUse:
-        """The fullest moment of a stage of one block. What lies beside it is there at every moment, so the moment is the same for all."""
+        """The fullest moment of a stage of this kind. What lies beside it is there at every moment, so the moment is the same for all."""
         if kind not in self._alone:
-            self._alone[kind] = moments(self.stages.stages[kind].program, self.engine)
+            self._alone[kind] = moments(self.programs[kind], self.engine)
         return fullest(self._alone[kind], beside)
 
     @cached_property
@@ -127,14 +137,15 @@ class Deep:
     def costs(self) -> tuple[StageCost, ...]:
         return tuple(self._cost(s) for s in range(len(self.depths)))
 
-    def _ends(self, stage: int) -> tuple[int, ...]:
-        return (*((FIRST,) if stage == 0 else ()), *((LAST,) if stage == len(self.depths) - 1 else ()))
+    def _kind(self, stage: int) -> int:
+        last = len(self.depths) - 1
+        return ALL if last == 0 else FIRST if stage == 0 else LAST if stage == last else MIDDLE
 
     def _sum(self, stage: int, light: Sequence[float], heavy: Sequence[float]) -> float:
-        """Of a stage, from the figures of the three kinds under both modes."""
-        depth, ends = self.depths[stage], self._ends(stage)
-        ending = heavy if depth.heavy == depth.blocks else light
-        return (depth.blocks - depth.heavy) * light[MIDDLE] + depth.heavy * heavy[MIDDLE] + sum(ending[kind] - ending[MIDDLE] for kind in ends)
+        """Of a stage, from the figures of the kinds under both modes."""
+        depth, kind = self.depths[stage], self._kind(stage)
+        own = heavy if depth.heavy == depth.blocks else light
+        return (depth.blocks - depth.heavy) * light[MIDDLE] + depth.heavy * heavy[MIDDLE] + own[kind] - SHOWN_BY[kind] * own[MIDDLE]
 
     def _cost(self, stage: int) -> StageCost:
         both = zip(zip(*self.light.seconds), zip(*self.heavy.seconds))
@@ -150,8 +161,10 @@ class Deep:
         depth = self.depths[stage]
         every = depth.heavy == depth.blocks
         own, light, heavy = self.heavy if every else self.light, self.light.kept_inside, self.heavy.kept_inside
-        inside = (depth.blocks - 1) * heavy if every else depth.heavy * heavy + (depth.blocks - depth.heavy - 1) * light
-        return own.kept_bytes[MIDDLE] + inside + sum(own.kept_bytes[kind] - own.kept_bytes[MIDDLE] for kind in self._ends(stage))
+        kind = self._kind(stage)
+        shown = SHOWN_BY[kind]
+        inside = (depth.blocks - shown) * heavy if every else depth.heavy * heavy + (depth.blocks - depth.heavy - shown) * light
+        return own.kept_bytes[kind] + inside
 
     @cached_property
     def least_s(self) -> float:
@@ -193,45 +206,50 @@ class Deep:
 
     @lru_cache(maxsize=256)
     def rank_memory(self, rank: int) -> MemoryUse:
-        """A block computes; the rank's other blocks, and the microbatches that are on their way, lie beside it."""
-        held = self.held(rank)
-        flight = in_flight(self.order.schedule, self.order.num_ranks, min(self.order.num_microbatches, 2 * self.order.num_ranks), self.order.virtual)[rank]
-        ends = {kind for s in held for kind in self._ends(s)}
-        kind = LAST if LAST in ends else FIRST if FIRST in ends else MIDDLE
+        """What shows of it computes; the rank's other blocks, and the microbatches that are on their way, lie beside it."""
+        held, order = self.held(rank), self.order
+        kind = max((self._kind(s) for s in held), key=(MIDDLE, FIRST, LAST, ALL).index)
         kinds = self.heavy if all(self.depths[s].heavy == self.depths[s].blocks for s in held) else self.light
-        kept = [self.costs[s].activation_bytes for s in held]
-        extra = FIRST in ends and kind != FIRST  # before and behind the run: two blocks are at its ends, one of them walked
-        blocks = sum(self.depths[s].blocks for s in held) - 1 - extra
-        parts = {part: blocks * getattr(kinds.states[MIDDLE], part) + extra * getattr(kinds.states[FIRST], part) for part in STATE}
+        counts = held_counts(order.schedule, order.num_ranks, min(order.num_microbatches, 2 * order.num_ranks), order.virtual)[rank]
+        kept = int((counts @ np.array([self.costs[s].activation_bytes for s in held])).max())
+        blocks = max(0, sum(self.depths[s].blocks for s in held) - SHOWN_BY[kind])
+        parts = {part: blocks * getattr(kinds.states[MIDDLE], part) for part in STATE}
         if kinds.engine.one_by_one:
             parts["temporaries"] = 0
-        if extra and blocks < 0:  # one block with both ends
-            parts = {part: max(0, size) for part, size in parts.items()}
         message = max(kinds.message.activation_bytes, kinds.message.gradient_bytes) if self.order.num_ranks > 1 else 0
         beside = Beside(
-            **parts, activations=max(0, round(flight * sum(kept) / len(kept)) - kinds.kept_bytes[kind]),
+            **parts, activations=max(0, kept - kinds.kept_bytes[kind]),
             communication=RECEIVES_AHEAD * message, unsettled=SENDS_BEHIND * len(held) * message,
         )  # fmt: skip
         return kinds.peak(kind, beside)
 
 
 @lru_cache(maxsize=1024)
-def in_flight(schedule: str, num_ranks: int, num_microbatches: int, virtual: int) -> tuple[int, ...]:
-    """Per rank the most stages x microbatches whose activations it holds at once."""
+def held_counts(schedule: str, num_ranks: int, num_microbatches: int, virtual: int) -> tuple[np.ndarray, ...]:
+    """Per rank: how many microbatches it holds of each of its stages, after every action that adds one: [times, stages]."""
     usable = -(-num_microbatches // num_ranks) * num_ranks if virtual > 1 else num_microbatches
     found = []
     for actions in make_order(schedule, num_ranks, usable, virtual).ranks:
-        changes = ({Kind.F: 1, Kind.B: -1}.get(action.kind, 0) for action in actions)
-        found.append(min(max(accumulate(changes)), num_microbatches * virtual))
+        held, rows = [0] * virtual, set()
+        for action in actions:
+            held[action.stage // num_ranks] += {Kind.F: 1, Kind.B: -1}.get(action.kind, 0)
+            rows.add(tuple(min(n, num_microbatches) for n in held))
+        found.append(np.array(sorted(rows)))
     return tuple(found)
+
+
+def in_flight(order: Order) -> list[float]:
+    """Microbatches of all of a rank's stages that it holds at once, by rank."""
+    counts = held_counts(order.schedule, order.num_ranks, min(order.num_microbatches, 2 * order.num_ranks), order.virtual)
+    return [float(of_rank.sum(axis=1).max()) / order.virtual for of_rank in counts]
 
 
 def even_depths(kinds: Kinds, num_stages: int) -> tuple[Depth, ...]:
     """Blocks of every stage so that the slowest one is as fast as can be; of equals the first stages, which wait longest, have fewer."""
-    block, extra = (sum(kinds.seconds[MIDDLE][:3]), [sum(kinds.seconds[k][:3]) - sum(kinds.seconds[MIDDLE][:3]) for k in (FIRST, LAST)])
+    first, block, last = (sum(kinds.seconds[kind][:3]) for kind in (FIRST, MIDDLE, LAST))
     beside = [0.0] * num_stages
-    beside[0] += extra[0]
-    beside[-1] += extra[1]
+    beside[0] += first - block
+    beside[-1] += last - block
     depths = [1] * num_stages
     for _ in range(kinds.run.depth - num_stages):
         s = min(range(num_stages), key=lambda s: (round((depths[s] + 1) * block + beside[s], 12), -s))

@@ -22,7 +22,7 @@ import numpy as np
 from autopar.core.cluster import Cluster
 from autopar.core.graph import OpGraph
 from autopar.core.memory import MemoryUse
-from autopar.core.problem import Edge, Node, SearchProblem
+from autopar.core.problem import Edge, Node, SearchProblem, evaluate
 from autopar.core.residency import RECOMPUTE
 from autopar.core.rule import OpRule
 from autopar.errors import InfeasibleError
@@ -227,7 +227,7 @@ class PointSearch:
 
     def fitting_s(self) -> float:
         """The bound under the memory limit of every rank, by the linear model of memory; inf where not even that can be met."""
-        return self._step_bound_s(lambda order: [[self.free, *self._priced(flight)] for flight in _flights(order)])
+        return self._step_bound_s(lambda order: [[self.free, *self._priced(flight)] for flight in in_flight(order)])
 
     def _priced(self, flight: float) -> tuple[Line, ...]:
         """What a rank with so many microbatches in flight can do of the step, by the price of a byte; of fewer in flight, as a bound."""
@@ -260,7 +260,7 @@ class PointSearch:
     def plan(self, below_s: float) -> Found | None:
         """The best plan of the point that takes less than `below_s`: every sharding that may be best, every order, as little recomputation as fits."""
         best: Found | None = None
-        for program in self._programs():
+        for program in self._programs(lambda: best.step_s if best else below_s):
             modes = [mode for mode in RECOMPUTE if mode in self.keeping.recompute]
             sharding = Sharding.of(program, self.pricing, self.joint.run, Engine.of(self.joint.cluster), modes)
             light = sharding.modes[0][1]
@@ -269,8 +269,11 @@ class PointSearch:
                 best = Found(self.point, made) if made is not None else best
         return best
 
-    def _programs(self) -> Iterator[Program]:
-        """The fastest sharding under every stage of ZeRO, for no price of memory and for those that the bound found; each once."""
+    def _programs(self, below_s: Callable[[], float] = lambda: math.inf) -> Iterator[Program]:
+        """The fastest sharding under every stage of ZeRO, for no price of memory and for those that the bound found; each once.
+
+        Left out where its work, spread evenly over the pipeline, takes no less than `below_s`.
+        """
         flights = sorted(self._lines)
         prices = [(1.0, 0.0), *((flight, line.price) for flight in flights for line in self._lines[flight] if line.price)]
         seen: set[tuple[int, ...]] = set()
@@ -280,7 +283,8 @@ class PointSearch:
                 part, kept = self._with_stage(problem, zero)
                 found = prepare(part, (SECONDS, BYTES)).minimise(Price(1.0, price))
                 choices = tuple([int(k[c]) for k, c in zip(kept, found.choices, strict=True)])
-                if choices not in seen:
+                seconds, _ = evaluate(problem, choices)
+                if choices not in seen and seconds < self.point.num_ranks * below_s():
                     seen.add(choices)
                     task, (_, ports) = self.task, self.built
                     yield decode(task.graph, task.rules, self.pricing, ports, self.folded.unfolded(choices), self.keeping)
@@ -304,9 +308,3 @@ def _between(edge: Edge, rows: np.ndarray, columns: np.ndarray) -> Edge:
     """An edge of these states alone."""
     chosen = np.ix_(rows, columns)
     return Edge(edge.u, edge.v, edge.cost_s[chosen], None if edge.memory_bytes is None else edge.memory_bytes[chosen])
-
-
-def _flights(order: Order) -> list[float]:
-    """Microbatches of its stages in flight, by rank."""
-    found = in_flight(order.schedule, order.num_ranks, min(order.num_microbatches, 2 * order.num_ranks), order.virtual)
-    return [n / order.virtual for n in found]

@@ -1,0 +1,110 @@
+"""What the joint search says of a plan is what the whole graph says; it finds the best of all points, and its bound is under every plan."""
+
+from dataclasses import replace
+from itertools import product
+from random import Random
+
+import pytest
+
+from autopar.core.cluster import Cluster
+from autopar.core.graph import OpGraph
+from autopar.joint.bounds import Line, Parts, least_step_s
+from autopar.joint.deep import Deep, Depth, Sharding, even_depths
+from autopar.joint.plan import joint_plan, on_whole_graph
+from autopar.joint.search import JointSearch, PointSearch
+from autopar.joint.space import Ideal, Point, points
+from autopar.planner.bind import bind
+from autopar.planner.blocks import Order
+from autopar.planner.liveness import Engine
+from tests.joint.models import GPT, LLAMA, graphs, joint_search
+
+A100 = Cluster.preset("a100-sxm", nodes=1)
+POINTS = {
+    "whole": (Point(1, 4, 2, 2, 8), Order("1f1b", 1, 2), 0),
+    "pipeline": (Point(2, 2, 2, 4, 4), Order("1f1b", 2, 4), 1),
+    "interleaved": (Point(2, 4, 1, 4, 4), Order("interleaved", 2, 4, 2), 2),
+    "long": (Point(4, 2, 1, 16, 2), Order("1f1b", 4, 16), 3),
+}
+
+
+@pytest.mark.parametrize("modes", [("none", "full"), ("selective", "full")], ids="-".join)
+@pytest.mark.parametrize("case", POINTS)
+@pytest.mark.parametrize("dims", [LLAMA, GPT], ids=["llama", "gpt"])
+def test_stages_from_three_blocks_are_those_of_the_whole_graph(dims, case: str, modes: tuple[str, str]) -> None:
+    point, order, zero = POINTS[case]
+    joint = joint_search(dims, A100, point.num_microbatches * point.samples, (f"zero={zero}",))
+    search = PointSearch(joint, point)
+    search.ideal_s(Ideal(A100, joint.run))
+    program = next(search._programs())
+    sharding = dict(Sharding.of(program, search.pricing, joint.run, Engine.of(A100), modes).modes)
+    light, heavy = (sharding[mode] for mode in modes)
+    depths = tuple(Depth(d.blocks, s % (d.blocks + 1)) for s, d in enumerate(even_depths(light, order.num_stages)))
+    deep = Deep(light, heavy, order, depths)
+    whole = on_whole_graph(deep, graphs(dims, dims.layers)(point.samples))
+    for ours, its in zip(deep.costs, whole.staged.costs, strict=True):
+        assert (ours.forward_s, ours.input_gradient_s, ours.weight_gradient_s) == pytest.approx((its.forward_s, its.input_gradient_s, its.weight_gradient_s), rel=1e-9)
+        assert (ours.gather_s, ours.reduce_s) == pytest.approx((its.gather_s, its.reduce_s), rel=0.05)  # buckets of another total
+        assert ours.activation_bytes == pytest.approx(its.activation_bytes, rel=0.01)
+    assert deep.step_s == pytest.approx(whole.step_s, rel=0.01)
+    assert deep.memory.high_bytes == pytest.approx(whole.memory.high_bytes, rel=0.1)
+
+
+def test_least_steps_are_under_all_cuts_of_random_stages() -> None:
+    """Of stages that cost nothing but their blocks, simulated in every cut."""
+    joint = joint_search(LLAMA, A100, 16)
+    random = Random(1)
+    for ranks, number in product((1, 2, 3), (1, 2, 3, 6)):
+        order = Order("1f1b", ranks, number)
+        search = PointSearch(joint, Point(ranks, 8 // ranks if ranks != 3 else 2, 1, number, 4))
+        search.ideal_s(Ideal(A100, joint.run))
+        light = Sharding.of(next(search._programs()), search.pricing, joint.run, Engine(), ("none",)).modes[0][1]
+        seconds = [sum(kind[:3]) for kind in light.seconds]
+        ends = Parts(seconds[1], seconds[0] - seconds[1], seconds[2] - seconds[1])
+        bound = least_step_s(order, LLAMA.layers, [[Line(number * ends.block)]] * ranks, ends.times(number), ends)
+        cuts = [c for c in product(range(1, LLAMA.layers), repeat=ranks) if sum(c) == LLAMA.layers] or [(LLAMA.layers,)]
+        steps = [Deep(light, light, order, tuple(map(Depth, cut))).step_s for cut in random.sample(cuts, min(len(cuts), 8))]
+        assert bound <= min(steps) * (1 + 1e-6)
+        even = Deep(light, light, order, even_depths(light, ranks)).step_s
+        assert number < ranks or bound > 0.7 * even
+
+
+def everything(joint: JointSearch) -> list[tuple[Point, float]]:
+    """The best plan of every point, none left out."""
+    found, ideal = [], Ideal(joint.cluster, joint.run)
+    for point in points(joint.cluster, joint.batch, joint.run.depth, joint.pins):
+        search = PointSearch(joint, point)
+        search.ideal_s(ideal)
+        search.fastest_s()
+        if search.fitting_s() < float("inf") and (made := search.plan(float("inf"))) is not None:
+            found.append((point, made.step_s))
+    return found
+
+
+@pytest.mark.parametrize("share", [0.9, 0.12], ids=["slack", "binding"])
+def test_the_best_of_all_points_is_found_and_the_bound_is_under_all(share: float) -> None:
+    cluster = replace(A100, devices_per_node=2)
+    joint = joint_search(LLAMA, cluster, 2, memory_share=share, gap=0.0)
+    result, every = joint.search(), everything(joint)
+    best = min(step for _, step in every)
+    assert result.best.step_s == pytest.approx(best, rel=1e-9)
+    assert result.bound_s <= best * (1 + 1e-9) and result.gap < 0.3
+    assert len(every) <= result.num_points
+    assert result.best.memory.high_bytes <= joint.limit_bytes
+
+
+def test_plans_bind_to_the_whole_graph() -> None:
+    joint = joint_search(GPT, A100, 16, ("pp=2",))
+    result = joint.search()
+    graph: OpGraph = graphs(GPT, GPT.layers)(result.best.point.samples)
+    plan = joint_plan(result, graph, A100)
+    program = bind(plan, graph)
+    assert program.strategies == on_whole_graph(result.best.deep, graph).program.strategies
+    assert plan.pipeline is not None and plan.num_ranks == 8
+    assert plan.predicted.step_time_s == pytest.approx(result.best.step_s, rel=0.01)
+    assert plan.proof.bound <= plan.predicted.step_time_s
+
+
+def test_the_same_search_gives_the_same_plan() -> None:
+    one, two = (joint_search(LLAMA, A100, 8).search() for _ in range(2))
+    graph = graphs(LLAMA, LLAMA.layers)(one.best.point.samples)
+    assert joint_plan(one, graph, A100).to_json() == joint_plan(two, graph, A100).to_json()
