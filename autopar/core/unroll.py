@@ -94,7 +94,7 @@ class _Unroller:
         for op, home in zip(self.graph.ops, self.homes):
             for v in op.results:
                 found[v] = home
-        for v, value in enumerate(self.graph.values):
+        for value in self.graph.values:
             if len(value.source) > 1 and any(self.home_of_path(name) != OUTSIDE for name in value.source):
                 raise NoFamilyError(f"parameter {' = '.join(value.source)} of {self.run.path} is shared")
         return found

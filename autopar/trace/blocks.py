@@ -6,7 +6,7 @@ by itself on meta tensors and compares what they ask of torch, call by call.
 """
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +73,7 @@ class Chain:
                 self._refuse(f"block {self.run.block(k)} is not joined to the one before it as the others are")
             self._joints = joints
         if k == 1:
-            self.second = pytree.tree_map_only(torch.Tensor, _meta_like, (args, kwargs))
+            self.second = pytree.tree_map_only(torch.Tensor, _Blank.of, (args, kwargs))
         self._leaves, self._spec = [*leaves, *modes], spec
         self.count += 1
 
@@ -152,57 +152,71 @@ def meta_tensors(module: nn.Module) -> dict[int, Any]:
     return found
 
 
-def _meta_like(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+@dataclass(frozen=True)
+class _Blank:
+    """What is to be known of a tensor of the trace to make one like it."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, x: torch.Tensor) -> "_Blank":
+        return cls(tuple(x.shape), x.stride(), x.dtype)
+
+    def tensor(self) -> torch.Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
 
 
 def check_alike(model: nn.Module, chain: Chain) -> None:
     """Raise NoFamilyError unless all blocks of a run, called like the second, make the same calls of torch."""
-    first: list[Any] = []
+    args, kwargs = pytree.tree_map_only(_Blank, _Blank.tensor, chain.second)
+    first: _Log | None = None
     for k in range(chain.run.depth):
         name = chain.run.block(k)
         block = model.get_submodule(name)
         if not all(t.is_meta for t in (*block.parameters(), *block.buffers())):
             block = copy.deepcopy(block, meta_tensors(block))
+        log = _Log(block, (args, kwargs), first)
         try:
-            calls = _calls(block, *chain.second)
+            with log:
+                output = block(*args, **kwargs)
+            log.close(output)
+        except NoFamilyError as error:
+            raise NoFamilyError(f"block {name} does not compute what the first of its run does: {error}") from error
         except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError) as error:
             raise NoFamilyError(f"block {name} does not run by itself: {error}") from error
-        if k and calls != first:
-            here = next((a for a, b in zip(calls, first) if a != b), ("", "its end"))
-            raise NoFamilyError(f"block {name} does not compute what {chain.run.block(0)} does, at {here[1]}")
-        first = calls
-
-
-def _calls(block: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> list[Any]:
-    """What a block asks of torch, in order; the last entry is what it returns."""
-    log = _Log((("parameter", name), x) for name, x in (*block.named_parameters(), *block.named_buffers()))
-    for p, x in enumerate(pytree.tree_leaves((args, kwargs))):
-        if isinstance(x, torch.Tensor):
-            log.name(("argument", p), x)
-    with log:
-        output = block(*args, **kwargs)
-    return [*log.calls, ("return", *log.encoded(output))]
+        first = first or log
 
 
 class _Log(TorchFunctionMode):
-    """Writes down every call of torch's functions, tensors by where they come from."""
+    """Writes down every call of torch's functions, tensors by where they come from: parameters by name, arguments and results by
+    number. With a log to `follow` nothing is computed: a call that is not the one written there is refused, its results are those there."""
 
-    def __init__(self, known: Iterable[tuple[Any, torch.Tensor]]) -> None:
+    def __init__(self, block: nn.Module, arguments: Any, follow: "_Log | None") -> None:
         super().__init__()
-        self.calls: list[Any] = []
-        self.names: dict[int, Any] = {}
+        self.follow = follow
+        self.calls: list[tuple[Any, ...]] = []
+        self.results: list[Any] = []
+        self.names: dict[int, Any] = dict(follow.names) if follow else {}
         self.alive: list[torch.Tensor] = []  # an id names a tensor only as long as that lives
-        for name, x in known:
-            self.name(name, x)
+        for n, x in enumerate(pytree.tree_leaves(arguments)):
+            self._name(("argument", n), x)
+        for name, x in (*block.named_parameters(), *block.named_buffers()):
+            self._name(("own", name), x)
 
-    def name(self, name: Any, x: torch.Tensor) -> None:
-        self.names.setdefault(id(x), name)
-        self.alive.append(x)
+    def _name(self, name: Any, x: Any) -> None:
+        if isinstance(x, torch.Tensor):
+            self.names.setdefault(id(x), name)
+            self.alive.append(x)
 
-    def encoded(self, tree: Any) -> tuple[Any, ...]:
+    def _write(self, what: Any, tree: Any) -> None:
         leaves, spec = pytree.tree_flatten(tree)
-        return (spec, *(self._leaf(x) for x in leaves))
+        self.calls.append((what, spec, [self._leaf(x) for x in leaves]))
+        n = len(self.calls) - 1
+        if self.follow and (len(self.follow.calls) <= n or self.follow.calls[n] != self.calls[n]):
+            name = getattr(what, "__name__", what)
+            raise NoFamilyError(f"its call {n} of torch, {name}, is not what the first block calls there")
 
     def _leaf(self, x: Any) -> Any:
         if isinstance(x, torch.Tensor):
@@ -210,9 +224,16 @@ class _Log(TorchFunctionMode):
         return (type(x), x) if isinstance(x, PLAIN) else repr(x)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        self.calls.append((func, *self.encoded((args, kwargs or {}))))
+        n = len(self.calls)
+        self._write(func, (args, kwargs or {}))
+        if self.follow:
+            return self.follow.results[n]
         result = func(*args, **(kwargs or {}))
-        for n, x in enumerate(pytree.tree_leaves(result)):
-            if isinstance(x, torch.Tensor):
-                self.name((len(self.calls), n), x)
+        self.results.append(result)
+        for m, x in enumerate(pytree.tree_leaves(result)):
+            self._name((n, m), x)
         return result
+
+    def close(self, output: Any) -> None:
+        """The last entry: what the block returns."""
+        self._write("return", output)

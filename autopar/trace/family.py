@@ -7,7 +7,6 @@ dimension broadcasts: it is traced by itself when its graph is asked for.
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from autopar.core.family import Family, Form
