@@ -60,10 +60,10 @@ def check_run(graph: OpGraph, run: Run) -> None:
 
 
 def _difference(found: OpGraph, wanted: OpGraph) -> str:
-    for ours, theirs in zip((*found.values, *found.ops), (*wanted.values, *wanted.ops)):
+    for ours, theirs in zip(found.ops, wanted.ops):
         if ours != theirs:
-            return f"{theirs.name} is not {ours.name} of the second block"
-    return "their ends differ"
+            return f"{theirs.kind} in {theirs.module_path} is not the call that the second block makes there"
+    return "their values or their ends differ"
 
 
 class _Unroller:
