@@ -19,6 +19,10 @@ class TraceError(AutoparError):
     """The model could not be turned into a graph."""
 
 
+class NoFamilyError(AutoparError):
+    """The graph of a model does not follow from its batch and depth in a way that can be read off short traces; says why."""
+
+
 class LayoutError(AutoparError):
     """A layout that does not fit a tensor or a mesh."""
 

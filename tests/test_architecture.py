@@ -22,7 +22,7 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
     "autopar.cost_models.validate": (set(), {"autopar.forecast"}),
     "autopar.forecast": ({"typer", "rich"}, PLANNING | {"autopar.schedules", "autopar.cost_models", "autopar.search", "autopar.planner"}),
     "autopar.planner": ({"numpy"}, PLANNING | {"autopar.schedules", "autopar.cost_models", "autopar.search"}),
-    "autopar.trace": ({"torch"}, CORE),
+    "autopar.trace": ({"torch"}, CORE | {"autopar.runtime"}),
     "autopar.runtime": ({"torch"}, CORE | {"autopar.program", "autopar.stages", "autopar.schedules"}),
     "autopar.rewrite": ({"torch"}, CORE | {"autopar.program", "autopar.stages", "autopar.trace", "autopar.runtime"}),
     "autopar.checkpoint": ({"torch", "safetensors"}, CORE | {"autopar.runtime"}),

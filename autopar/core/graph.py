@@ -2,8 +2,9 @@
 
 import hashlib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -61,6 +62,25 @@ class Op:
     args: tuple[tuple[str, Any], ...] = ()
     module_path: str = ""
     source: str = ""
+
+
+def named(values: Sequence[Value], ops: Sequence[Op]) -> tuple[tuple[Value, ...], tuple[Op, ...]]:
+    """Operators under the names that their place gives them, and their results: the first `linear`, then `linear_1`; results of an
+    operator with several are numbered behind a dot. Names follow from the graph alone, so that equal graphs have equal names."""
+    found, calls = list(values), []
+    taken, counts = {value.name for value in values if value.role != "op"}, Counter[str]()
+    for op in ops:
+        base = op.kind.split(".")[1]
+        name = base if not counts[base] else f"{base}_{counts[base]}"
+        while name in taken:
+            counts[base] += 1
+            name = f"{base}_{counts[base]}"
+        counts[base] += 1
+        taken.add(name)
+        calls.append(replace(op, name=name))
+        for k, v in enumerate(op.results):
+            found[v] = replace(values[v], name=name if len(op.results) == 1 else f"{name}.{k}")
+    return tuple(found), tuple(calls)
 
 
 @dataclass(frozen=True, slots=True)

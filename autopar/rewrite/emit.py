@@ -55,7 +55,7 @@ class _Emitter:
 
     def _op(self, i: int) -> None:
         op = self.program.graph.ops[i]
-        node = self.source[op.name]
+        node = self.source[self.node_of[op.results[0]]]
         moved = iter([self._moved(v, self.program.routes[i, k]) for k, v in enumerate(op.operands)])
         args = {name: _replace(value, moved) for name, value in bound(node).items()}
         first = self._last()

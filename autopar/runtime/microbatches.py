@@ -27,6 +27,16 @@ def split_batch(batch: Batch, pieces: int) -> list[Batch]:
     return [pytree.tree_unflatten([column[n] for column in cut], spec) for n in range(pieces)]
 
 
+def resized(batch: Batch, samples: int) -> Batch:
+    """The shapes of a batch of another number of samples, on the meta device: what `split_batch` cuts is so long, others are shared."""
+    size = batch_size(batch)
+
+    def sized(x: torch.Tensor) -> torch.Tensor:
+        return torch.empty((samples, *x.shape[1:]), dtype=x.dtype, device="meta") if x.dim() and x.shape[0] == size else x
+
+    return pytree.tree_map_only(torch.Tensor, sized, batch)
+
+
 def batch_size(batch: Batch) -> int:
     """The first dimension of the first tensor; 0 where there is none."""
     return next((x.shape[0] for x in pytree.tree_leaves(batch) if isinstance(x, torch.Tensor) and x.dim()), 0)
@@ -57,6 +67,8 @@ def _count_program(traced: Any) -> GraphModule | None:
     if op.kind != "aten.div.Tensor" or len(op.operands) != 2:
         return None
     numerator, denominator = op.operands
+    if denominator in graph.producer and len(graph.ops[graph.producer[denominator][0]].results) > 1:
+        return None
     if graph.values[denominator].meta.shape != () or graph.values[denominator].meta.requires_grad or not _is_sum(graph, numerator):
         return None
     nodes = {n.name: n for n in traced.gm.graph.nodes}

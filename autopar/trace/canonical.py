@@ -124,9 +124,8 @@ def write_out_losses(gm: GraphModule) -> None:
         gm.graph.erase_node(node)
 
 
-def number_random_ops(gm: GraphModule) -> None:
-    """Dropout -> autopar.dropout with a site number, so that its bits depend on (seed, step, site, global index) alone."""
-    site = 0
+def write_out_random_ops(gm: GraphModule) -> None:
+    """Dropout -> autopar.dropout, and attention with it, whose bits depend on (seed, step, site, global index) alone."""
     for node in list(gm.graph.nodes):
         if node.op != "call_function":
             continue
@@ -134,14 +133,12 @@ def number_random_ops(gm: GraphModule) -> None:
             args = bound(node)
             p = args["p"] if args["train"] is not False else 0.0
             with gm.graph.inserting_before(node):
-                new = args["input"] if p == 0 else _call(gm.graph, node, OPS.dropout.default, args["input"], p, site, val=_val(args["input"]))
-            site += p > 0
+                new = args["input"] if p == 0 else _call(gm.graph, node, OPS.dropout.default, args["input"], p, 0, val=_val(args["input"]))
             _replace_first_result(gm, node, new)
         elif node.target is aten.scaled_dot_product_attention.default and bound(node)["dropout_p"] > 0:
             args = bound(node)
             with gm.graph.inserting_before(node):
-                new = _call(gm.graph, node, OPS.attention.default, *args.values(), site, val=_val(node))
-            site += 1
+                new = _call(gm.graph, node, OPS.attention.default, *args.values(), 0, val=_val(node))
             node.replace_all_uses_with(new)
             gm.graph.erase_node(node)
 
@@ -184,13 +181,21 @@ def write_out_batch_norm(gm: GraphModule) -> None:
         gm.graph.erase_node(node)
 
 
-PASSES = (drop_asserts, drop_plain_inputs, views_to_reshapes, drop_copies, write_out_copies, write_out_cross_entropy, write_out_losses, write_out_batch_norm, number_random_ops)
+PASSES = (drop_asserts, drop_plain_inputs, views_to_reshapes, drop_copies, write_out_copies, write_out_cross_entropy, write_out_losses, write_out_batch_norm, write_out_random_ops)
+
+
+def number_sites(gm: GraphModule) -> None:
+    """Random operators are numbered in program order."""
+    random = [n for n in gm.graph.nodes if n.op == "call_function" and n.target in (OPS.dropout.default, OPS.attention.default)]
+    for site, node in enumerate(random):
+        node.args = (*node.args[:-1], site)
 
 
 def canonicalise(gm: GraphModule) -> None:
-    """Run every pass in order and drop what no longer has a user."""
+    """Run every pass in order, drop what no longer has a user, and number what is random."""
     for rewrite in PASSES:
         rewrite(gm)
     gm.graph.eliminate_dead_code()
+    number_sites(gm)
     gm.graph.lint()
     gm.recompile()

@@ -50,7 +50,7 @@ class Traced:
 
     `gm` takes parameters, buffers, constants and inputs flat, in the order of `graph.values` with those roles; `flags` are
     keyword arguments that the trace added;
-    `node_of[i]` is the name of the fx node of value i (operator outputs of multi-result nodes are getitem nodes).
+    `node_of[i]` is the name of the fx node that makes value i.
     """
 
     gm: GraphModule

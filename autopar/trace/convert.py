@@ -9,7 +9,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Node
 
-from autopar.core.graph import Op, Operand, OpGraph, TensorMeta, Value
+from autopar.core.graph import Op, Operand, OpGraph, TensorMeta, Value, named
 from autopar.trace.canonical import bound
 
 NOT_DIFFERENTIABLE = frozenset((
@@ -42,10 +42,11 @@ class _Builder:
         self.sources = _tied_names(model)
         self.requires_grad = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
 
-    def add_value(self, node_name: str, meta: TensorMeta, role: str = "op", source: tuple[str, ...] = ()) -> int:
+    def add_value(self, node_name: str, meta: TensorMeta, role: str = "op", source: tuple[str, ...] = (), made_by: str = "") -> int:
         self.id_of[node_name] = len(self.values)
-        self.values.append(Value(node_name, meta, role, source))
-        self.names.append(node_name)
+        attribute = role in ("param", "buffer")
+        self.values.append(Value(f"self.{source[0]}" if attribute else node_name, meta, role, source))
+        self.names.append(made_by or node_name)
         return self.id_of[node_name]
 
     def add_inputs(self) -> None:
@@ -98,7 +99,8 @@ class _Builder:
             if isinstance(item, torch.Tensor):
                 stats = "batch_norm" in str(node.target) and k > 0
                 grad = grads[k] if isinstance(grads, list) else grads
-                found.append(self.add_value(users.get(k, f"{node.name}.{k}"), _meta(item, grad and item.is_floating_point() and not stats)))
+                meta = _meta(item, grad and item.is_floating_point() and not stats)
+                found.append(self.add_value(users.get(k, f"{node.name}.{k}"), meta, made_by=node.name))
         return tuple(found)
 
 
@@ -118,7 +120,8 @@ def _origin(node: Node) -> tuple[str, str]:
     stack = node.meta.get("nn_module_stack") or {}
     path = list(stack.values())[-1][0] if stack else ""
     path = path.removeprefix("model").removeprefix(".")
-    frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")]
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
+    frames = [line for line in lines if line.startswith("File ") and not line.startswith('File "<')]  # code that torch wrote has no file
     source = ""
     if frames:
         file, line = frames[-1].split(", line ")[:2]
@@ -145,7 +148,7 @@ def merge_tied(program: ExportedProgram, model: nn.Module) -> None:
 
 
 def to_op_graph(program: ExportedProgram, model: nn.Module, name: str) -> tuple[OpGraph, tuple[str, ...]]:
-    """The torch-free graph of a canonical exported program, and for every value the name of its fx node."""
+    """The torch-free graph of a canonical exported program, and for every value the name of the fx node that makes it."""
     builder = _Builder(program, model)
     builder.add_inputs()
     for node in program.graph.nodes:
@@ -161,5 +164,5 @@ def to_op_graph(program: ExportedProgram, model: nn.Module, name: str) -> tuple[
             updates.append((buffers[spec.target.removeprefix("model.")], builder.id_of[node.name]))
         elif spec.kind is OutputKind.USER_OUTPUT:
             outputs.append(builder.id_of[node.name])
-    graph = OpGraph(tuple(builder.values), tuple(builder.ops), tuple(outputs), tuple(updates), name)
+    graph = OpGraph(*named(builder.values, builder.ops), tuple(outputs), tuple(updates), name)
     return graph, tuple(builder.names)

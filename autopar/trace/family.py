@@ -1,0 +1,77 @@
+"""A model's `Family`, read off traces of a few of its blocks.
+
+Three batches are traced: one with three blocks of every run, which says how blocks are joined, and two with one block, since all
+are alike. Two batches give the numbers that depend on the samples, the third must be what they say. One sample is another case, since its
+dimension broadcasts: it is traced by itself when its graph is asked for.
+"""
+
+from typing import Any
+
+from torch import nn
+
+from autopar.core.family import Family, Form
+from autopar.core.graph import OpGraph
+from autopar.core.unroll import check_run
+from autopar.errors import NoFamilyError, TraceError
+from autopar.runtime.microbatches import Batch, resized
+from autopar.trace.blocks import Chain, check_alike, runs_of, shortened
+from autopar.trace.capture import trace
+
+SAMPLES = 2
+MORE_SAMPLES = 19
+CHECK_SAMPLES = 5
+"""Primes, so that what is rounded to a multiple, limited or squared is not taken for a multiple of the samples."""
+
+
+def family_of(model: nn.Module, inputs: Batch) -> Family | None:
+    """The graphs of `model` for any number of samples like those of `inputs`, a batch; None where `find_family` refuses."""
+    try:
+        return find_family(model, inputs)
+    except NoFamilyError:
+        return None
+
+
+def find_family(model: nn.Module, inputs: Batch) -> Family:
+    """The graphs of `model` for any number of samples like those of `inputs`. Raises NoFamilyError, which says why, where they do not
+    follow from short traces; then every graph is to be traced in full."""
+    return _Finder(model, inputs).family()
+
+
+class _Finder:
+    def __init__(self, model: nn.Module, inputs: Batch) -> None:
+        self.model, self.inputs = model, inputs
+        self.runs = runs_of(model)
+        if not self.runs:
+            raise NoFamilyError(f"{type(model).__name__} has no row of blocks of one make")
+
+    def family(self) -> Family:
+        form, chains = self._form(SAMPLES)
+        for chain in chains:
+            check_alike(self.model, chain)
+        form = form.fitted(SAMPLES, self._graph(MORE_SAMPLES, 1)[0], MORE_SAMPLES)
+        found, traced = form.at(form.unrolled(1), CHECK_SAMPLES), self._graph(CHECK_SAMPLES, 1)[0]
+        if found != traced or found.digest != traced.digest:
+            raise NoFamilyError(f"the graph of {type(self.model).__name__} is no linear function of the number of samples")
+        return Family(form, lambda: self._form(1)[0])
+
+    def _form(self, samples: int) -> tuple[Form, list[Chain]]:
+        graph, chains = self._graph(samples, 3)
+        for run in self.runs:
+            check_run(graph, run)
+        return Form(graph, self.runs), chains
+
+    def _graph(self, samples: int, kept: int) -> tuple[OpGraph, list[Chain]]:
+        """A trace with so many blocks of every run."""
+        try:
+            short, chains = shortened(self.model, self.runs, kept)
+        except (TypeError, RuntimeError, AttributeError) as error:
+            raise NoFamilyError(f"{type(self.model).__name__} cannot be copied: {error}") from error
+        batch: Any = resized(self.inputs, samples)
+        try:
+            graph = trace(short, *(((), batch) if isinstance(batch, dict) else (batch, {}))).graph
+        except TraceError as error:
+            refusals = [chain.refusal for chain in chains if chain.refusal]
+            raise NoFamilyError(refusals[0] if refusals else str(error)) from error
+        for chain in chains:
+            chain.check_complete()
+        return graph, chains
