@@ -3,23 +3,28 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
 from autopar.core.cluster import Cluster
+from autopar.core.family import Family
 from autopar.core.graph import OpGraph
 from autopar.core.mesh import Mesh
 from autopar.core.plan import Plan
 from autopar.core.residency import Precision
-from autopar.errors import UsageError
+from autopar.errors import NoFamilyError, UsageError
+from autopar.joint.plan import joint_search, planned_jointly
+from autopar.joint.search import JointSearch
 from autopar.planner.appraisal import Appraisal, appraise
 from autopar.planner.pins import parse_pins
 from autopar.planner.plan import Planned, plan_graph
 from autopar.planner.search import MEMORY_SHARE, Options
 from autopar.runtime.microbatches import batch_size, split_batch
 from autopar.trace.capture import Traced, trace
+from autopar.trace.family import find_family
 from autopar.verification import as_call
 
 Progress = Callable[[str], None]
@@ -64,11 +69,12 @@ class Request:
     def options(
         self, *, pins: Sequence[str] = (), mesh: Mesh | None = None, tokens: int = 0, time_limit_s: float = 30.0, max_memory: float = MEMORY_SHARE,
         micro_batches: int | None = None, precision: Precision | None = None, offload: bool = False, pipelines: bool = False,
+        joint: bool | None = None,
     ) -> Options:  # fmt: skip
         """What is fixed of the plan; the keywords of `autopar.plan`."""
         number = self._micro_batches(pins, micro_batches)
         return Options(
-            pins=tuple(pins), mesh=mesh, memory_share=max_memory, time_limit_s=time_limit_s, tokens=tokens, offload=offload, pipelines=pipelines,
+            pins=tuple(pins), mesh=mesh, memory_share=max_memory, time_limit_s=time_limit_s, tokens=tokens, offload=offload, pipelines=pipelines, joint=joint,
             micro_batches=number or 1, free_micro_batches=number is None, precision=precision or default_precision(self.model),
         )  # fmt: skip
 
@@ -85,12 +91,43 @@ class Request:
     def planned(self, cluster: Cluster, *, progress: Progress = quiet, **given: Any) -> Planned:
         """The best plan on a cluster. Raises InfeasibleError where none fits."""
         options = self.options(**given)
+        joint = self._joint(cluster, options, progress)
+        if joint is not None:
+            return planned_jointly(joint, self.family.graph, options.tokens)
         progress("tracing")
         return plan_graph(self.traced(options.micro_batches).graph, cluster, options, progress, self.graph)
 
+    def _joint(self, cluster: Cluster, options: Options, progress: Progress) -> JointSearch | None:
+        """The joint search, where it is asked for or the cluster has several nodes, and the model is one row of equal blocks."""
+        pins = parse_pins(options.pins)
+        wanted = cluster.num_nodes > 1 if options.joint is None else options.joint
+        refusal = "a mesh is given" if options.mesh is not None else "pins name operators" if pins.named else f"schedule {pins.schedule} is not of its space" if pins.schedule not in (None, "1f1b", "interleaved") else ""
+        if not wanted or (refusal and options.joint is None):
+            return None
+        try:
+            if refusal:
+                raise NoFamilyError(refusal)
+            progress("tracing three blocks")
+            return joint_search(self.family, self.batch_size, cluster, options, pins, progress)
+        except NoFamilyError as error:
+            if options.joint:
+                raise UsageError(f"no joint search: {error}; leave --joint out") from None
+            return None
+
+    @cached_property
+    def family(self) -> Family:
+        """The model's graphs, of short traces. Raises NoFamilyError."""
+        start = time.perf_counter()
+        try:
+            return find_family(self.model, self.kwargs or self.args)
+        finally:
+            self.trace_s += time.perf_counter() - start
+
     def appraised(self, plan: Plan, cluster: Cluster) -> Appraisal:
         """What a plan costs on a cluster, term by term. Raises PlanMismatchError where it is for another model or batch."""
-        return appraise(plan, self.traced(plan.residency.micro_batches).graph, cluster)
+        number = plan.residency.micro_batches
+        family = self.__dict__.get("family")  # where the plan comes from short traces, so does its graph
+        return appraise(plan, self.traced(number).graph if family is None else family.graph(self.batch_size // number), cluster)
 
 
 def default_precision(model: nn.Module) -> Precision:

@@ -13,6 +13,7 @@ from autopar.cli.options import (
     Batch,
     ClusterName,
     Debug,
+    Joint,
     Json,
     MicroBatches,
     ModelName,
@@ -45,7 +46,7 @@ AllowGap = Annotated[bool, typer.Option("--allow-gap", help="Exit 0, not 4, when
 
 def plan(
     model: ModelName, cluster: ClusterName, batch: Batch = None, seq: Seq = None, dtype: DType = None, pin: PinTexts = None,
-    micro_batches: MicroBatches = None, offload: Offload = False, pipelines: Pipelines = False, budget: Budget = 30.0, max_memory: MaxMemory = 0.9, out: OutFile = None, allow_gap: AllowGap = False, json: Json = False, debug: Debug = False,
+    micro_batches: MicroBatches = None, offload: Offload = False, pipelines: Pipelines = False, joint: Joint = None, budget: Budget = 30.0, max_memory: MaxMemory = 0.9, out: OutFile = None, allow_gap: AllowGap = False, json: Json = False, debug: Debug = False,
 ) -> int:  # fmt: skip
     """Find the best layout of MODEL on a cluster. Needs no device, no weights and no network."""
     machines = Cluster.parse(cluster)
@@ -58,7 +59,7 @@ def plan(
         from autopar.models.load import load_model
 
         loaded = load_model(model, batch=global_batch(batch, machines, micro_batches), seq=seq, device="meta", dtype=asked.dtype)
-        found, seconds = search(loaded, machines, asked, budget_s=budget, max_memory=max_memory, progress=progress)
+        found, seconds = search(loaded, machines, asked, budget_s=budget, max_memory=max_memory, joint=joint, progress=progress)
     if out is not None:
         _save(found, out)
     if json:
@@ -77,14 +78,15 @@ def default_dtype(cluster: Cluster) -> str:
 
 
 def search(
-    loaded: "LoadedModel", cluster: Cluster, asked: Asked, *, budget_s: float = 30.0, max_memory: float = 0.9, progress: Any
+    loaded: "LoadedModel", cluster: Cluster, asked: Asked, *, budget_s: float = 30.0, max_memory: float = 0.9, joint: bool | None = None,
+    progress: Any
 ) -> tuple[Plan, dict[str, float]]:
     """The plan, under the name its model was given on the command line, and the seconds of tracing and searching."""
     from autopar.api import plan_timed
 
     found, seconds = plan_timed(
         loaded.module, cluster, loaded.kwargs, pins=asked.pins, micro_batches=asked.micro_batches, offload=asked.offload, pipelines=asked.pipelines, tokens=loaded.tokens_per_batch,
-        time_limit_s=budget_s, max_memory=max_memory, progress=progress,
+        time_limit_s=budget_s, max_memory=max_memory, joint=joint, progress=progress,
     )  # fmt: skip
     return replace(found, model=loaded.name), seconds
 

@@ -1,23 +1,33 @@
 """The plan of what the joint search found: its decisions on the whole graph, priced and walked there as every plan is."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 
 from autopar.core.cluster import Cluster
+from autopar.core.family import Family
 from autopar.core.graph import OpGraph
 from autopar.core.memory import MemoryUse
 from autopar.core.mesh import Mesh, MeshAxis
 from autopar.core.pipeline import Pipeline
 from autopar.core.plan import Plan, Proof
+from autopar.errors import InfeasibleError, NoFamilyError
 from autopar.joint.deep import Deep
-from autopar.joint.search import Joint
+from autopar.joint.fold import SHOWN, Run
+from autopar.joint.search import Joint, JointSearch
 from autopar.joint.unroll import modes_of, unrolled
 from autopar.planner.bind import decisions
 from autopar.planner.liveness import Engine
 from autopar.planner.meshes import role_names
+from autopar.planner.pins import Pins
+from autopar.planner.plan import Planned
 from autopar.planner.roles import batch_factors
+from autopar.planner.search import Options
 from autopar.planner.staging import Staged, pipeline_prediction
 from autopar.program import Program
 from autopar.stages import cut_into_stages
+
+TRIES = 4
 
 
 @dataclass(frozen=True)
@@ -53,17 +63,47 @@ def on_whole_graph(deep: Deep, graph: OpGraph) -> Whole:
     return Whole(program, Staged(cut_into_stages(program, pipeline if order.num_ranks > 1 else None), order, kinds.pricing, Engine.of(kinds.pricing.cluster)))
 
 
-def joint_plan(joint: Joint, graph: OpGraph, cluster: Cluster, tokens: int = 0) -> Plan:
-    """The fastest plan found."""
-    whole = on_whole_graph(joint.best.deep, graph)
+def joint_search(family: Family, batch: int, cluster: Cluster, options: Options, pins: Pins, progress: Callable[[str], None]) -> JointSearch:
+    """The search over plans of `batch` samples a step. Raises NoFamilyError where the model has no single run of blocks."""
+    if len(family.runs) != 1 or family.depth < SHOWN:
+        raise NoFamilyError(f"{len(family.runs)} rows of blocks, and {SHOWN} or more blocks in one row are needed")
+    graphs = partial(family.graph, depth=SHOWN)
+    blocks = tuple(dict.fromkeys(segment.block for segment in graphs(2).segments if segment.block.startswith(f"{family.runs[0].path}.")))
+    if len(blocks) != SHOWN:
+        raise NoFamilyError(f"{len(blocks)} blocks of {family.runs[0].path} hold operators, not {SHOWN}")
+    return JointSearch(graphs, Run(blocks, family.depth), batch, cluster, options, pins, progress)
+
+
+def planned_jointly(search: JointSearch, graph: Callable[[int], OpGraph], tokens: int = 0) -> Planned:
+    """The fastest plan found that fits on the whole graph too; `graph`: of so many samples, with all blocks. Raises InfeasibleError.
+
+    Three blocks tell the memory of the whole to a few percent; where it is more, the search is done again within less.
+    """
+    share = search.options.memory_share
+    for _ in range(TRIES):
+        joint = search.search()
+        whole = on_whole_graph(joint.best.deep, graph(joint.best.point.samples))
+        if whole.memory.high_bytes <= search.cluster.device.memory_bytes * share:
+            return Planned(_plan(joint, whole, search.cluster, tokens), whole.program)
+        less = search.options.memory_share * min(0.99, share * search.cluster.device.memory_bytes / whole.memory.high_bytes)
+        search = replace(search, options=replace(search.options, memory_share=less))
+    raise InfeasibleError(f"plans for {graph(1).name} that were found hold more than {share:.0%} of a device's memory; pin zero=3 or recompute=full")
+
+
+def _plan(joint: Joint, whole: Whole, cluster: Cluster, tokens: int) -> Plan:
     program = whole.program
-    names = role_names(program, batch_factors(graph, program.rules))
+    names = program.mesh.names
+    if "dp" not in names and "tp" not in names:
+        names = role_names(program, batch_factors(program.graph, program.rules))
     mesh = Mesh(tuple(MeshAxis(name, axis.size) for name, axis in zip(names, program.mesh.axes)))
     step = whole.step_s
-    status = f"{'exact' if joint.gap <= 1e-9 else 'bound'} over {joint.num_points} points, of which {joint.looked[1]} were sharded and {joint.looked[3]} planned"
+    status = (
+        f"joint search of {joint.num_points} points (pipeline x mesh x microbatches): {joint.looked[1]} sharded, {joint.looked[3]} planned; "
+        "the bound holds for plans whose blocks are sharded alike"
+    )
     return Plan(
-        graph_digest=graph.digest, model=graph.name, cluster=cluster.name, mesh=mesh, **decisions(program, mesh),
-        predicted=pipeline_prediction(cluster, whole.staged, tokens), proof=Proof(step, min(step, joint.bound_s), max(0.0, step - joint.bound_s) / step, "joint", status),
-        pipeline=whole.staged.stages.pipeline if joint.best.point.num_ranks > 1 else None,
+        graph_digest=program.graph.digest, model=program.graph.name, cluster=cluster.name, mesh=mesh, **decisions(program, mesh),
+        predicted=pipeline_prediction(cluster, whole.staged, tokens), pipeline=whole.staged.stages.pipeline if joint.best.point.num_ranks > 1 else None,
+        proof=Proof(step, min(step, joint.bound_s), max(0.0, step - joint.bound_s) / step, "elimination + price of memory", status),
         notes=tuple(f"no rule for {kind}: computed replicated" for kind in program.ops_without_rule),
     )  # fmt: skip

@@ -111,7 +111,8 @@ class JointSearch:
         start = time.perf_counter()
         ideal = Ideal(self.cluster, self.run)
         heap: list[tuple[float, int, int, PointSearch]] = []
-        for n, point in enumerate(points(self.cluster, self.batch, self.run.depth, self.pins)):
+        number = None if self.options.free_micro_batches else self.options.micro_batches
+        for n, point in enumerate(points(self.cluster, self.batch, self.run.depth, self.pins, number)):
             search = PointSearch(self, point)
             heapq.heappush(heap, (search.ideal_s(ideal), 0, n, search))
         num_points, looked, found, closed = len(heap), [len(heap), 0, 0, 0], [], math.inf
@@ -128,10 +129,6 @@ class JointSearch:
                 continue
             closed = min(closed, bound)
             made = search.plan(best)
-            import os
-            if os.environ.get("DBG"):
-                d=made.deep if made else None
-                print(search.point, "ideal %.3f"%search.ideal_s(ideal), "free %.3f"%search.fastest_s(), "fit %.3f"%(bound), "made", d and (d.step_s, d.least_s, d.order.schedule, d.order.virtual, made.zero, sum(x.heavy for x in d.depths), d.heavy.program.residency.recompute.get("blocks.1")), flush=True)
             if made is not None:
                 found.append(made)
                 best = min(best, made.step_s)
@@ -210,7 +207,7 @@ class PointSearch:
     @cached_property
     def built(self) -> tuple[SearchProblem, Ports]:
         task, joint = self.task, self.joint
-        constraints = Constraints(self.point.mesh, joint.pins, strict=False)
+        constraints = Constraints(self.point.mesh, joint.pins, strict=bool(joint.pins.mesh_axes))
         return ProblemBuilder(task.graph, task.rules, task.batch, self.pricing, constraints, self.keeping).build(None)
 
     @cached_property

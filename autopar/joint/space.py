@@ -21,18 +21,19 @@ MAX_AXIS_SAMPLES = 16
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """`num_ranks` in a pipeline, each a mesh of `outer` x `inner` devices; `num_microbatches` of `samples` each."""
+    """`num_ranks` in a pipeline, each a mesh of `outer` x `inner` devices; `num_microbatches` of `samples` each. `names`: of the mesh's axes."""
 
     num_ranks: int
     outer: int
     inner: int
     num_microbatches: int
     samples: int
+    names: tuple[str, str] = ("a", "b")
 
     @property
     def mesh(self) -> Mesh:
-        axes = tuple(MeshAxis(name, size) for name, size in (("a", self.outer), ("b", self.inner)) if size > 1)
-        return Mesh(axes or (MeshAxis("a", 1),))
+        axes = tuple(MeshAxis(name, size) for name, size in zip(self.names, (self.outer, self.inner)) if size > 1)
+        return Mesh(axes or (MeshAxis(self.names[0], 1),))
 
     @property
     def num_devices(self) -> int:
@@ -47,21 +48,23 @@ def divisors(n: int) -> list[int]:
     return sorted({*small, *(n // d for d in small)})
 
 
-def points(cluster: Cluster, batch: int, depth: int, pins: Pins) -> Iterator[Point]:
-    """All lengths of pipelines, meshes whose inner axis stays inside a node, and sizes of microbatches."""
-    devices, degrees = cluster.num_devices, dict(pins.mesh_axes)
-    for ranks in [pins.pp] if pins.pp else [d for d in divisors(devices) if d <= depth]:
-        if devices % ranks:
+def points(cluster: Cluster, batch: int, depth: int, pins: Pins, num_microbatches: int | None = None) -> Iterator[Point]:
+    """All lengths of pipelines, meshes whose inner axis stays inside a node, and sizes of microbatches. Pinned degrees name the axes: dp, then tp."""
+    degrees = dict(pins.mesh_axes)
+    names = ("dp", "tp") if degrees else ("a", "b")
+    for ranks in divisors(cluster.num_devices):
+        if ranks > depth or ranks != (pins.pp or ranks):
             continue
-        of_stage = devices // ranks
+        of_stage = cluster.num_devices // ranks
         for inner in divisors(of_stage):
-            if inner > cluster.devices_per_node or inner != degrees.get("tp", inner) or of_stage // inner != degrees.get("dp", of_stage // inner):
+            outer = of_stage // inner
+            if inner > cluster.devices_per_node or inner != degrees.get("tp", inner) or outer != degrees.get("dp", outer):
                 continue
             for samples in divisors(batch):
-                outer, number = of_stage // inner, batch // samples
-                alone = samples * inner >= outer and samples <= MAX_AXIS_SAMPLES * outer
-                if alone and (pins.micro_batch is None or samples == pins.micro_batch * outer):
-                    yield Point(ranks, outer, inner, number, samples)
+                number, few = batch // samples, samples * inner < outer or samples > MAX_AXIS_SAMPLES * outer
+                pinned = number if pins.micro_batch is None else batch // (pins.micro_batch * outer)
+                if not few and number == pinned == (num_microbatches or number):
+                    yield Point(ranks, outer, inner, number, samples, names)
 
 
 def orders(point: Point, depth: int, pins: Pins) -> Iterator[Order]:

@@ -24,5 +24,5 @@ def graphs(dims: Dims, layers: int = 3) -> Callable[[int], OpGraph]:
 
 
 def joint_search(dims: Dims, cluster: Cluster, batch: int, pins: tuple[str, ...] = (), memory_share: float = 0.9, **given: object) -> JointSearch:
-    options = Options(precision=Precision(master="float32"), memory_share=memory_share)
+    options = Options(precision=Precision(master="float32"), memory_share=memory_share, free_micro_batches=True)
     return JointSearch(graphs(dims), Run(BLOCKS, dims.layers), batch, cluster, options, parse_pins(pins), **given)
