@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from autopar.core.graph import OpGraph, Segment
+from autopar.core.layout import I
 from autopar.errors import UsageError
 from autopar.joint.deep import Depth
 from autopar.joint.fold import Run
@@ -18,17 +19,16 @@ def unrolled(short: Program, graph: OpGraph, run: Run, modes: Sequence[str]) -> 
     """
     op_of = dict(_same_ops(short.graph, graph, run))
     value_of = dict(_same_values(short.graph, graph, op_of))
-    made = [value_of.get(v) for v in range(len(graph.values))]
-    produced = tuple(short.produced[w] if w is not None else (short.produced[0] if short.produced else ()) for w in made)
-    by_value = {v: w for v, w in value_of.items()}
-    blocks = [name for name in _blocks(graph, run, short.graph)]
+    whole = tuple(I for _ in short.mesh.axes)
+    blocks = _blocks(graph, run)
     others = {block: mode for block, mode in short.residency.recompute.items() if block not in run.blocks}
     recompute = {**others, **{block: mode for block, mode in zip(blocks, modes, strict=True) if mode != "none"}}
-    zero = {v: short.residency.zero[w] for v, w in by_value.items() if w in short.residency.zero}
+    zero = {v: short.residency.zero[w] for v, w in value_of.items() if w in short.residency.zero}
     return Program(
         graph, short.mesh, tuple(rules_of(graph)), tuple(short.strategies[op_of[i]] for i in range(len(graph.ops))),
-        storage={v: short.storage[by_value[v]] for v in graph.params}, deferred={v: short.deferred[by_value[v]] for v in graph.params},
-        produced=produced, relay={v: short.relay[w] for v, w in sorted(by_value.items()) if w in short.relay},
+        storage={v: short.storage[value_of[v]] for v in graph.params}, deferred={v: short.deferred[value_of[v]] for v in graph.params},
+        produced=tuple(short.produced[value_of[v]] if v in value_of else whole for v in range(len(graph.values))),
+        relay={v: short.relay[w] for v, w in sorted(value_of.items()) if w in short.relay},
         routes={(i, k): short.routes[op_of[i], k] for i, op in enumerate(graph.ops) for k in range(len(op.operands))},
         output_routes=short.output_routes, update_routes=short.update_routes, residency=replace(short.residency, zero=zero, recompute=recompute),
     )  # fmt: skip
@@ -39,14 +39,10 @@ def modes_of(depths: Sequence[Depth], light: str, heavy: str) -> tuple[str, ...]
     return tuple(mode for depth in depths for mode in (heavy,) * depth.heavy + (light,) * (depth.blocks - depth.heavy))
 
 
-def _run_segments(graph: OpGraph, prefix: str) -> list[int]:
-    return [n for n, segment in enumerate(graph.segments) if segment.block.rpartition(".")[0] == prefix and segment.block]
-
-
-def _blocks(graph: OpGraph, run: Run, short: OpGraph) -> list[str]:
+def _blocks(graph: OpGraph, run: Run) -> list[str]:
     """Names of all blocks of the run."""
     prefix = run.blocks[0].rpartition(".")[0]
-    found = list(dict.fromkeys(graph.segments[n].block for n in _run_segments(graph, prefix)))
+    found = list(dict.fromkeys(segment.block for segment in graph.segments if segment.block and segment.block.rpartition(".")[0] == prefix))
     if len(found) != run.depth:
         raise UsageError(f"{graph.name} has {len(found)} blocks {prefix}.*, not {run.depth}")
     return found
@@ -54,7 +50,7 @@ def _blocks(graph: OpGraph, run: Run, short: OpGraph) -> list[str]:
 
 def _same_ops(short: OpGraph, graph: OpGraph, run: Run) -> Iterator[tuple[int, int]]:
     """(operator, the operator of the short graph that stands for it)."""
-    blocks = _blocks(graph, run, short)
+    blocks = _blocks(graph, run)
     place = {block: 0 if n == 0 else 2 if n == run.depth - 1 else 1 for n, block in enumerate(blocks)}
     of_short: dict[str, list[Segment]] = {}
     for segment in short.segments:

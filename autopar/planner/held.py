@@ -182,7 +182,7 @@ def received_bytes(program: Program) -> int:
     return sum(program.local_bytes(v, program.produced[v]) for v, value in enumerate(values) if value.role == "input" and not value.source)
 
 
-def resident(program: Program, holdings: Holdings, beside: Beside) -> Memory:
+def resident(program: Program, holdings: Holdings) -> Memory:
     """What is there before a step: parameters, optimizer state, buffers and the batch."""
     graph, residency = program.graph, program.residency
     held = holdings.parameters.values()
@@ -195,19 +195,13 @@ def resident(program: Program, holdings: Holdings, beside: Beside) -> Memory:
         stored = residency.precision.stored(graph.values[h.value].meta.dtype)
         if h.trained and not residency.offload:
             optimizer += h.stored // DTYPE_BYTES[stored] * adam(stored, master=None).optimizer_bytes
-    return Memory(
-        parameters=parameters + beside.parameters,
-        optimizer=optimizer + beside.optimizer,
-        gradients=beside.gradients,
-        activations=received_bytes(program) + beside.activations,
-        communication=beside.communication,
-    )
+    return Memory(parameters=parameters, optimizer=optimizer, activations=received_bytes(program))
 
 
 def state_of(program: Program) -> Beside:
     """What a program holds between its microbatches: parameters, optimizer state, gradients."""
     holdings = Holdings(program)
-    parts = resident(program, holdings, Beside()).parts
+    parts = resident(program, holdings).parts
     trained = [h for h in holdings.parameters.values() if h.trained]
     gradients = sum(h.working if h.stage < 2 else h.reduced for h in trained)
     updated = 0 if program.residency.offload else sum(h.stored for h in trained)

@@ -333,7 +333,7 @@ def kept_by_segment(program: Program) -> tuple[int, ...]:
     """For each segment, and for what leads to the outputs, the bytes of its results that one microbatch keeps from forward to backward; what
     comes from other stages is counted with the first."""
     holdings = Holdings(program)
-    memory = resident(program, holdings, Beside())
+    memory = resident(program, holdings)
     walk = _Walk(program, steps_of(program), holdings, memory, Engine())
     walk.forward()
     first = [*walk.first_storage, memory.num_storages]
@@ -349,7 +349,7 @@ def memory_use(program: Program, engine: Engine = Engine(), beside: Beside = Bes
 def moments(program: Program, engine: Engine = Engine()) -> tuple[MemoryUse, ...]:
     """The fullest moment of the passes, and the optimizer step; of a rank that holds nothing else."""
     holdings = Holdings(program)
-    memory = resident(program, holdings, Beside())
+    memory = resident(program, holdings)
     walk = _Walk(program, steps_of(program), holdings, memory, engine)
     walk.refresh()
     times = min(program.residency.micro_batches, 3)

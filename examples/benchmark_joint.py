@@ -1,0 +1,61 @@
+"""What the joint search takes for the models and clusters that planners are measured on: seconds from the command line's start to the plan, memory, and gap.
+
+    python examples/benchmark_joint.py [--only 8b]
+
+Every case runs in a process of its own, as `autopar plan` does: imports, building the model without weights, tracing, search, plan.
+Beside it what others need, from their papers or measured (seconds of planning): Galvatron 118 CPU s for 70B on 64 GPUs at one number of
+microbatches; Calculon 29 ms a candidate, about 9 CPU h for its default space; Aceso 200 s without a bound; Meta AutoParallel 197 s for 8B on one given mesh.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+CASES = {
+    "405b": ("llama-3.1-405b", "h100-sxm:2048", 2048, 8192),
+    "175b": ("gpt3-175b", "a100-sxm:128", 1536, 2048),
+    "70b": ("llama-3.1-70b", "h100-sxm:32", 1024, 8192),
+    "8b": ("llama-3.1-8b", "h100-sxm:1", 64, 8192),
+    "bert": ("bert-large", "v100-sxm:1x4", 256, 512),
+}
+LIMITS = {"405b": (30.0, 4.0)}
+LIMIT = (15.0, 4.0)
+
+
+def planned(model: str, cluster: str, batch: int, seq: int) -> dict:
+    """One case in a process of its own, with its wall and CPU seconds and its peak memory in GiB."""
+    command = [sys.executable, "-m", "autopar", "plan", model, "--cluster", cluster, "--batch", str(batch), "--seq", str(seq), "--joint", "--json"]
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode not in (0, 4):
+        raise SystemExit(f"{' '.join(command[1:])}: {done.stderr.strip()}")
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return json.loads(done.stdout) | {"wall_s": wall, "cpu_s": cpu, "gib": after.ru_maxrss / 2**20}
+
+
+def main(only: Annotated[str | None, typer.Option(help=f"One of {', '.join(CASES)}.")] = None) -> None:
+    """Print the table."""
+    table = Table("model", "cluster", "wall", "cpu", "of it search", "memory", "gap", "step", "MFU", "plan", "within", box=None)
+    for name, (model, cluster, batch, seq) in CASES.items():
+        if only not in (None, name):
+            continue
+        found = planned(model, cluster, batch, seq)
+        seconds, gib = LIMITS.get(name, LIMIT)
+        within = found["wall_s"] <= seconds and found["gib"] <= gib and found["seconds"]["search"] <= 10.0
+        table.add_row(
+            model, cluster, f"{found['wall_s']:.1f} s", f"{found['cpu_s']:.1f} s", f"{found['seconds']['search']:.1f} s", f"{found['gib']:.2f} GiB",
+            f"{found['proof']['gap']:.2%}", f"{found['predicted']['step_time_s']:.2f} s", f"{found['predicted']['mfu']:.1%}", found["layout"], "yes" if within else "no",
+        )  # fmt: skip
+    Console(width=None if sys.stdout.isatty() else 220).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
