@@ -57,15 +57,12 @@ def least_step_s(order: Order, depth: int, lines: Sequence[Sequence[Line]], ends
 
 
 def _blocks(order: Order, depth: int, lines: Sequence[Sequence[Line]], ends_s: Parts, pass_s: Parts, step_s: float) -> int:
-    """How many blocks all ranks can do. What a rank does of the first microbatch keeps those behind it waiting, a microbatch's work for every block;
-    that is less than it gains where there are at least as many microbatches as ranks, so there the first ranks take all they can."""
-    found, way_s = 0, pass_s.first
-    waits = order.virtual == 1 and order.num_microbatches >= order.num_ranks
-    last = len(lines) - 1
+    """How many blocks all ranks can do. A block of a rank that has one stage keeps those behind it waiting a microbatch's work on it; that costs them
+    no more than one block, so the first ranks may take all they can. Of several stages a rank begins with the first, of one block at least."""
+    found, last = 0, len(lines) - 1
     for rank, of_rank in enumerate(lines):
-        left = step_s - (way_s if waits and rank else 0.0) - (ends_s.first if rank == 0 else 0.0) - (ends_s.last if rank == last else 0.0)
+        ahead = found if order.virtual == 1 else rank
+        left = step_s - (pass_s.first + ahead * pass_s.block if rank else ends_s.first) - (ends_s.last if rank == last else 0.0)
         number = min(math.floor((left + line.relief_s) / line.block_s * (1 + PRECISION)) for line in of_rank)
-        number = max(0, min(number, depth))
-        found += number
-        way_s += number * pass_s.block
+        found += max(0, min(number, depth))
     return found

@@ -117,7 +117,7 @@ class JointSearch:
             heapq.heappush(heap, (search.ideal_s(ideal), 0, n, search))
         num_points, looked, found, closed = len(heap), [len(heap), 0, 0, 0], [], math.inf
         best = math.inf
-        while heap and heap[0][0] < best * (1 - self.gap):
+        while heap and heap[0][0] < best * (1 - self.gap) and (not found or time.perf_counter() - start < self.options.time_limit_s):
             bound, level, n, search = heapq.heappop(heap)
             self.progress(f"searching {search.point}: bound {bound:.4g} s, best {best:.4g} s")
             level += 1
