@@ -9,6 +9,8 @@ over the best of a few tiles and of splits of k, as the heuristics of vendor lib
 costs beside its products, in steps of k: loading the first operands, writing the result. A device of unknown structure
 (`num_multiprocessors` 0) reaches its efficiency at any shape, as the plain roofline of `compute.py` says.
 
+Rows of operands that do not begin at multiples of ALIGNMENT cannot be loaded for matrix units; such products run at the vector rate of float32.
+
 Attention. A fused kernel does the share of the scores that its mask leaves, at `attention_efficiency` of the peak; its backward is 2.5 times the
 work (five products for two), at a somewhat lower rate. Written out, attention is two batched products and SCORE_PASSES over the scores.
 """
@@ -26,6 +28,10 @@ TILES = ((256, 128, 1.0), (128, 256, 1.0), (128, 128, 0.95), (128, 64, 0.8), (64
 SPLITS = (1, 2, 4, 8)
 FILL = 96
 """Source: three stages of 32 in flight before the first product (CUTLASS), and about as much again overlapped with the next tile's."""
+
+ALIGNMENT = 8
+"""Elements of 16 bits. Source: cuBLAS's documentation, 16 bytes for matrix units. Only the products of an attention that is written out are looked
+at, whose rows are as long as a head is wide: other sizes are chosen to fit."""
 
 ATTENTION_BACKWARD = 2.5
 ATTENTION_BACKWARD_RATE = 0.8
@@ -56,6 +62,8 @@ class Kernels:
     `product_dtype`: in which products with a weight are computed, None: in that of their operands. `fused`: chains of pointwise operators
     make one pass. `attention_share`: of what the best known attention kernel reaches on the device. `host_s`: of the process that launches,
     per operator and direction; the device waits where the host is slower. `repeats_collectives`: recomputation communicates again.
+    `adds_gradients`: those of a further microbatch are added to the sum by a pass of their own, not by the product that makes them.
+    `sums_whole`: ranks that keep a part of the optimizer's state get the sum of all gradients.
     """
 
     product_dtype: str | None = None
@@ -63,6 +71,8 @@ class Kernels:
     attention_share: float = 1.0
     host_s: float = 0.0
     repeats_collectives: bool = False
+    adds_gradients: bool = False
+    sums_whole: bool = False
 
 
 PLAIN = Kernels()
@@ -110,7 +120,8 @@ def _busy_seconds(device: Device, work: Work, kernels: Kernels) -> float:
     if work.kernel == "scores" and work.shape is not None:
         batch, queries, keys, width = work.shape
         scores = SCORE_PASSES * batch * queries * keys * 2 / (device.memory_bytes_per_s * device.memory_efficiency)
-        products = product_seconds(device, (batch, queries, keys, width), work.dtype) + product_seconds(device, (batch, queries, width, keys), work.dtype)
+        dtype = work.dtype if width % ALIGNMENT == 0 else "float32"
+        products = product_seconds(device, (batch, queries, keys, width), dtype) + product_seconds(device, (batch, queries, width, keys), dtype)
         return max(products, moved) + scores
     dtype = kernels.product_dtype if kernels.product_dtype is not None and work.is_weight else work.dtype
     if work.shape is None or not device.num_multiprocessors:

@@ -11,7 +11,7 @@ from autopar.forecast.forced import Layout3D
 from autopar.forecast.machines import machine
 from autopar.forecast.runs import Row, Unpriced
 from autopar.forecast.software import Software, software_of
-from autopar.forecast.step import StepPlan
+from autopar.forecast.step import StepPlan, fewest_layers
 from autopar.forecast.transformer import Dims
 
 DENSE = ("gpt", "llama", "nemotron", "qwen3-dense", "transformer")
@@ -61,7 +61,7 @@ def case_of(row: Row) -> Case:
     product = "float8_e4m3fn" if precision in FLOAT8 else "float4_e2m1fn" if precision == "nvfp4" else dtype
     return Case(
         row=row, dims=dims, cluster=cluster, gpu=gpu, plan=plan, software=software, dtype=dtype, product_dtype=product,
-        recompute=_recompute(row), precision=Precision(master="float32", reduction=software.reduction),
+        recompute=_recompute(row, software, dims), precision=Precision(master="float32", reduction=software.sums_in(dtype)),
         measured_s=_measured_s(row, dims, plan, cluster) if row.text("kind") == "run" else None,
     )  # fmt: skip
 
@@ -71,8 +71,6 @@ def _refuse(row: Row) -> None:
         raise Unpriced("mixture of experts: no graph yet")
     if row.text("model_family") not in DENSE:
         raise Unpriced(f"model family {row.text('model_family')[:20]!r}: no graph yet")
-    if (row.number("cp") or 1) > 1:
-        raise Unpriced("context parallelism: no layout yet")
     if "MegaScale;" in row.notes or row.notes.startswith("MegaScale weak"):
         raise Unpriced("parallel blocks and sliding windows: no graph yet")
 
@@ -89,30 +87,33 @@ def _dims(row: Row, software: Software) -> Dims:
         inner=row.number("ffn_hidden") or 4 * hidden, vocab=row.number("vocab") or 51200, seq=row.needed("seq"),
         norm="rms" if llama else "layer", activation="swiglu" if llama else "squared_relu" if nemotron else "gelu", positions=positions,
         biases=not llama and not nemotron and software.biases, tied=not llama and not nemotron, fused_attention=flash,
-        dropout=0.0 if flash or llama else software.dropout, fused_norm=software.fused_norm or "RMS kernel" in row.notes, wide_loss=True,
+        dropout=0.0 if flash or llama else software.dropout, fused_norm=software.fused_norm or "RMS kernel" in row.notes, wide_loss=True, packed=flash,
     )  # fmt: skip
 
 
 def _plan(row: Row, dims: Dims, software: Software) -> StepPlan:
-    devices, tp, pp = row.needed("num_gpus"), row.needed("tp"), row.needed("pp")
-    dp, left = devices // (tp * pp), devices % (tp * pp)
+    devices, tp, pp, cp = row.needed("num_gpus"), row.needed("tp"), row.needed("pp"), row.number("cp") or 1
+    dp, left = divmod(devices, tp * pp * cp)
     if left or (row.number("dp") or dp) != dp:
-        raise Unpriced(f"tp={tp} pp={pp} dp={row.text('dp')} do not make {devices} devices")
+        raise Unpriced(f"tp={tp} pp={pp} cp={cp} dp={row.text('dp')} do not make {devices} devices")
     batch = row.number("global_batch") or dp * (row.number("batch_per_replica") or row.number("micro_batch") or 1)
-    micro = row.number("micro_batch") or (1 if pp > 1 else max(1, batch // dp))
+    micro = row.number("micro_batch") or (1 if pp * cp > 1 else max(1, batch // dp))
     times = max(1, round(batch / (dp * micro)))
     stage = software.zero if row.number("zero_stage") is None else row.needed("zero_stage") if row.text("zero_stage") != "0" else 0
     sp = row.text("sp") == "1" if row.text("sp") else software.sequence_parallel and tp > 1
-    vpp = row.number("vpp") or 1
-    if dims.layers < pp * vpp:
+    vpp = row.number("vpp") or (-(-dims.layers // pp) if "interleaved schedule" in row.notes else 1)
+    if dims.layers < fewest_layers(pp, vpp):
         raise Unpriced(f"{dims.layers} layers on {pp} x {vpp} stages")
-    layout = Layout3D(dp=dp, tp=tp, sp=sp and tp > 1, zero=stage if dp > 1 else 0, micro_batch=micro)
+    layout = Layout3D(dp=dp, tp=tp, sp=sp and tp > 1, zero=stage if dp * cp > 1 else 0, micro_batch=micro, cp=cp)
     return StepPlan(layout=layout, pp=pp, vpp=vpp if pp > 1 else 1, num_microbatches=times)
 
 
-def _recompute(row: Row) -> tuple[str, ...]:
+def _recompute(row: Row, software: Software, dims: Dims) -> tuple[str, ...]:
+    """Software that calls recomputation of attention's core "selective" has nothing to save by it where attention is fused."""
     given = row.text("recompute")
-    return (given,) if given in RECOMPUTE else RECOMPUTE
+    if given in RECOMPUTE:
+        return (given,)
+    return ("none", "full") if software.selects_attention and dims.fused_attention else RECOMPUTE
 
 
 def _measured_s(row: Row, dims: Dims, plan: StepPlan, cluster: Cluster) -> float:

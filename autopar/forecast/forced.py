@@ -1,10 +1,10 @@
 """A plan that is given, as a program: the search with everything pinned that the plan says, over the same rules, moves and prices.
 
-`tp` is Megatron's tensor parallelism (columns, then rows; heads; vocabulary), with `sp` what lies between is cut along the sequence; `dp` cuts
-the batch, and ZeRO the state along it.
+`tp` is Megatron's tensor parallelism (columns, then rows; heads; vocabulary), with `sp` what lies between is cut along the sequence; `cp` cuts the
+sequence everywhere, queries within attention, whose keys and values are gathered; `dp` cuts the batch, and ZeRO the state along it and `cp`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -30,7 +30,7 @@ COLUMNS, ROWS = ("q", "k", "v", "gate", "up"), ("o", "down")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout3D:
-    """How one stage of a transformer is laid out on its dp x tp devices. `zero`: stage of ZeRO over dp; `recompute`: of every block."""
+    """How one stage of a transformer is laid out on its dp x cp x tp devices. `zero`: stage of ZeRO over dp; `recompute`: of every block."""
 
     dp: int = 1
     tp: int = 1
@@ -38,10 +38,11 @@ class Layout3D:
     zero: int = 0
     recompute: str = "none"
     micro_batch: int = 1
+    cp: int = 1
 
     @property
     def mesh(self) -> Mesh:
-        axes = tuple(MeshAxis(name, n) for name, n in (("dp", self.dp), ("tp", self.tp)) if n > 1)
+        axes = tuple(MeshAxis(name, n) for name, n in (("dp", self.dp), ("cp", self.cp), ("tp", self.tp)) if n > 1)
         return Mesh(axes or (MeshAxis("dp", 1),))
 
 
@@ -61,13 +62,15 @@ class Forced:
     def __post_init__(self) -> None:
         if self.dims.kv_heads % self.layout.tp or self.dims.inner % self.layout.tp:
             raise UsageError(f"tp={self.layout.tp} does not divide {self.dims.kv_heads} key heads and an inner width of {self.dims.inner}")
-        if self.layout.sp and self.dims.seq % self.layout.tp:
-            raise UsageError(f"tp={self.layout.tp} does not divide a sequence of {self.dims.seq} for sequence parallelism")
+        if self.dims.seq % (self.layout.cp * (self.layout.tp if self.layout.sp else 1)):
+            raise UsageError(f"tp={self.layout.tp} and cp={self.layout.cp} do not divide a sequence of {self.dims.seq}")
+        if self.layout.cp > 1 and self.layout.micro_batch > 1:
+            raise UsageError("context parallelism of several sequences in a microbatch: their parts do not lie in one piece")
 
     @cached_property
     def graph(self) -> OpGraph:
         padding = -self.dims.vocab % (128 * self.layout.tp)  # as all who cut the vocabulary do
-        return transformer_graph(_padded(self.dims, padding), self.layout.micro_batch * self.layout.dp, self.dtype)
+        return transformer_graph(_padded(self.dims, padding), self.layout.micro_batch * self.layout.dp, self.dtype, cut_rows=self.layout.cp > 1)
 
     @cached_property
     def pricing(self) -> Pricing:
@@ -94,13 +97,13 @@ def _structure(dims: Dims) -> Dims:
 def _degrees(layout: Layout3D) -> Layout3D:
     """Which axes there are, not how long they are. A batch of one is a dimension that no factor runs along."""
     alone = layout.dp == layout.micro_batch == 1
-    return replace(layout, dp=min(layout.dp, 2), tp=min(layout.tp, 2), micro_batch=1 if alone else 2, recompute="none")
+    return replace(layout, dp=min(layout.dp, 2), cp=min(layout.cp, 2), tp=min(layout.tp, 2), micro_batch=1 if alone or layout.cp > 1 else 2, recompute="none")
 
 
 @lru_cache(maxsize=1024)
 def _decided(dims: Dims, layout: Layout3D) -> Program:
     cluster = Cluster.preset("a100-sxm")
-    graph, pricing = transformer_graph(dims, layout.micro_batch * layout.dp), Pricing(cluster, layout.mesh)
+    graph, pricing = transformer_graph(dims, layout.micro_batch * layout.dp, cut_rows=layout.cp > 1), Pricing(cluster, layout.mesh)
     rules = rules_of(graph)
     keeping = Keeping(stages=(layout.zero,), precision=Precision(master="float32"))
     constraints = Constraints(layout.mesh, Pins(named=tuple(_pins(layout))), strict=True)
@@ -116,11 +119,17 @@ def _padded(dims: Dims, padding: int) -> Dims:
 
 
 def _pins(layout: Layout3D) -> Iterator[Pin]:
-    if layout.tp == 1:
-        return
-    between = {"norm": "b1", "residual": "d1"} if layout.sp else {"norm": "I", "residual": "I"}
-    words = {"token": "v", "head": "o", "*.token_cross_entropy.*": "v", "*.attention": "g"}
-    words |= {f"blocks.*.{name}": "o" for name in COLUMNS} | {f"blocks.*.{name}": "i" for name in ROWS}
-    words |= {"*.norm?": between["norm"], "norm": between["norm"], "*.residual.*": between["residual"]}
+    """On every axis the factor that operators are cut by, by patterns of their names."""
+    if layout.cp > 1:
+        words = {name: "b1" for name in ("token", "head", "norm", "*.norm?", *(f"blocks.*.{name}" for name in (*COLUMNS, *ROWS)))}
+        yield from _along("cp", words | {"*.residual.*": "d1", "*.attention": "q", "*.token_cross_entropy.*": "n"})
+    if layout.tp > 1:
+        between = {"norm": "b1", "residual": "d1"} if layout.sp else {"norm": "I", "residual": "I"}
+        words = {"token": "v", "head": "o", "*.token_cross_entropy.*": "v", "*.attention": "g"}
+        words |= {f"blocks.*.{name}": "o" for name in COLUMNS} | {f"blocks.*.{name}": "i" for name in ROWS}
+        yield from _along("tp", words | {"*.norm?": between["norm"], "norm": between["norm"], "*.residual.*": between["residual"]})
+
+
+def _along(axis: str, words: Mapping[str, str]) -> Iterator[Pin]:
     for pattern, word in words.items():
-        yield Pin(pattern, "tp", word, f"{pattern}=tp:{word}")
+        yield Pin(pattern, axis, word, f"{pattern}={axis}:{word}")

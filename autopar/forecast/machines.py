@@ -11,7 +11,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-COMPUTERS = {("BigScience", "a100-sxm"): "a100-jean-zay"}
+COMPUTERS = {("BigScience", "a100-sxm"): "a100-jean-zay", ("BigScience", "v100-sxm"): "v100-jean-zay"}
 """Named computers whose network is not that of the vendor's own node: (word of the source, preset of the device) -> preset."""
 
 

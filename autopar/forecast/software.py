@@ -1,6 +1,6 @@
 """What published training software does, as a few properties: which kernels it fuses, what it overlaps, what it keeps."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autopar.cost_models.kernels import PLAIN, Kernels
 from autopar.forecast.runs import Row
@@ -8,8 +8,9 @@ from autopar.forecast.runs import Row
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Software:
-    """`flash`: fused attention where a row does not say; `half`: float16 where it does not say; `reduction`: dtype that gradients are summed in;
-    `zero`: its stage where a row does not say; `fused_norm`: whether an RMS norm is one kernel."""
+    """`flash`: fused attention where a row does not say; `half`: float16 where it does not say; `reduction`: dtype that gradients are summed in,
+    None: their own, unless that is bfloat16, which cannot hold a sum; `zero`: its stage where a row does not say; `fused_norm`: whether an RMS norm
+    is one kernel; `selects_attention`: its selective recomputation is that of attention's core alone."""
 
     name: str
     flash: bool = True
@@ -21,19 +22,27 @@ class Software:
     overlap: bool = False
     zero: int = 0
     fused_norm: bool = True
+    selects_attention: bool = False
     kernels: Kernels = PLAIN
 
+    def sums_in(self, dtype: str) -> str | None:
+        """The dtype that gradients of `dtype` are summed in."""
+        return "float32" if dtype == "bfloat16" else self.reduction
 
-MEGATRON_KERNELS = Kernels(fused=True, repeats_collectives=True, host_s=8e-6)
-EAGER = Kernels(host_s=12e-6)
-MEGATRON_2021 = Software(name="Megatron-LM 2021", flash=False, half=True, dropout=0.1, reduction=None, kernels=MEGATRON_KERNELS)
-MEGATRON_2022 = Software(name="Megatron-LM 2022", flash=False, half=True, dropout=0.1, reduction="float32", kernels=MEGATRON_KERNELS)
-MEGATRON_DEEPSPEED = Software(name="Megatron-DeepSpeed", flash=False, half=True, dropout=0.1, reduction=None, kernels=Kernels(fused=True, repeats_collectives=True, host_s=30e-6))
-MEGATRON_2023 = Software(name="Megatron-LM 2023", zero=1, sequence_parallel=True, kernels=Kernels(fused=True, repeats_collectives=True, host_s=8e-6))
-SCALING = Software(name="Aleph Alpha Scaling", zero=1, fused_norm=False, kernels=Kernels(repeats_collectives=True, host_s=12e-6))
-FOUNDRY = Software(name="llm-foundry FSDP", biases=False, overlap=True, kernels=Kernels(attention_share=0.6, host_s=12e-6))
+
+MEGATRON = Kernels(fused=True, repeats_collectives=True)
+EAGER = Kernels(host_s=12e-6, adds_gradients=True)
+
+MEGATRON_2021 = Software(name="Megatron-LM 2021", flash=False, half=True, dropout=0.1, reduction=None, kernels=replace(MEGATRON, host_s=8e-6, adds_gradients=True))
+MEGATRON_2022 = Software(name="Megatron-LM 2022", flash=False, half=True, dropout=0.1, kernels=replace(MEGATRON, host_s=8e-6))
+MEGATRON_2023 = Software(name="Megatron-LM 2023", zero=1, selects_attention=True, sequence_parallel=True, kernels=replace(MEGATRON, host_s=8e-6))
+MEGATRON_CORE = Software(name="Megatron Core", zero=1, selects_attention=True, sequence_parallel=True, overlap=True, biases=False, kernels=MEGATRON)
+MEGATRON_DEEPSPEED = Software(
+    name="Megatron-DeepSpeed", flash=False, half=True, dropout=0.1, reduction=None, kernels=replace(MEGATRON, host_s=30e-6, adds_gradients=True, sums_whole=True)
+)
+SCALING = Software(name="Aleph Alpha Scaling", zero=1, fused_norm=False, kernels=replace(EAGER, repeats_collectives=True))
+FOUNDRY = Software(name="llm-foundry FSDP", biases=False, overlap=True, kernels=replace(EAGER, attention_share=0.6))
 TITAN = Software(name="torchtitan FSDP2", fused_norm=False, biases=False, overlap=True, sequence_parallel=True, kernels=EAGER)
-MEGATRON_CORE = Software(name="Megatron Core", zero=1, sequence_parallel=True, overlap=True, biases=False, kernels=Kernels(fused=True, repeats_collectives=True))
 
 BY_SOURCE = (
     ("Korthikanti", MEGATRON_2022), ("MegaScale", MEGATRON_2023),

@@ -24,7 +24,7 @@ class Dims:
 
     `fused_attention` False: scores and probabilities are written to memory, as before flash attention. `tied`: the head uses the
     weight of the token embedding. `fused_norm` False: an RMS norm of elementary operators in float32, as models write it out. `wide_loss`: the loss is
-    computed in float32. `dropout`: of embeddings, probabilities and both residual branches.
+    computed in float32. `dropout`: of embeddings, probabilities and both residual branches. `packed`: attention's result lies as its projection reads it.
     """
 
     layers: int
@@ -43,6 +43,7 @@ class Dims:
     fused_attention: bool = True
     fused_norm: bool = True
     wide_loss: bool = False
+    packed: bool = False
 
     def __post_init__(self) -> None:
         counts = (self.layers, self.hidden, self.heads, self.kv_heads, self.inner, self.vocab, self.seq)
@@ -60,9 +61,9 @@ class Dims:
         return replace(self, layers=layers)
 
 
-def transformer_graph(dims: Dims, batch: int, dtype: str = "bfloat16") -> OpGraph:
-    """The graph of one pass over `batch` sequences; floats are `dtype`."""
-    return _Builder(dims, batch, dtype).graph()
+def transformer_graph(dims: Dims, batch: int, dtype: str = "bfloat16", *, cut_rows: bool = False) -> OpGraph:
+    """The graph of one pass over `batch` sequences; floats are `dtype`. `cut_rows`: its attention may be cut along the sequence."""
+    return _Builder(dims, batch, dtype, cut_rows).graph()
 
 
 @dataclass
@@ -70,6 +71,7 @@ class _Builder:
     dims: Dims
     batch: int
     dtype: str
+    cut_rows: bool = False
     values: list[Value] = field(default_factory=list)
     ops: list[Op] = field(default_factory=list)
     path: str = ""
@@ -182,11 +184,16 @@ class _Builder:
         args |= {"attn_mask": Operand(3) if "alibi" in beside else None, "dropout_p": dims.dropout, "is_causal": "alibi" not in beside}
         args |= {"scale": None, "enable_gqa": dims.kv_heads != dims.heads}
         written_out = not dims.fused_attention or dims.dropout > 0
-        kind = "autopar.attention.default" if written_out else "aten.scaled_dot_product_attention.default"
+        if self.cut_rows and (written_out or "alibi" in beside):
+            raise UsageError("context parallelism of an attention that is written out or has a bias: only a fused causal one is cut along the sequence")
+        if self.cut_rows:
+            args = {name: args[name] for name in ("query", "key", "value", "is_causal", "scale", "enable_gqa")}
+        kind = "autopar.attention.default" if written_out else "autopar.context_attention.default" if self.cut_rows else "aten.scaled_dot_product_attention.default"
         given = [q, k, v, *([beside["alibi"]] if "alibi" in beside else [])]
         mixed = self.op(kind, given, self.shape(q), args | ({"site": len(self.ops)} if written_out else {}), at="attention")
         mixed = self.transposed(mixed)
-        mixed = self.unary("aten.clone.default", mixed)
+        if not dims.packed:
+            mixed = self.unary("aten.clone.default", mixed)
         shape = self.batch, dims.seq, dims.hidden
         return self.linear(self.op("aten.reshape.default", [mixed], shape, {"self": Operand(0), "shape": shape}), "o", dims.hidden)
 

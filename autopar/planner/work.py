@@ -75,7 +75,7 @@ class _Pieces:
         self.computed = _searched(graph)
         self.block = {i: segment.block for segment in graph.segments for i in segment.ops if segment.block}
         self.live_moves = _live_moves(program)
-        self.fused = _fused(program) if pricing.kernels.fused else frozenset()
+        self.fused = fused_values(program) if pricing.kernels.fused else frozenset()
         self.uses = uses(graph)
         residency = program.residency
         self.sharding = Sharding(pricing, Keeping(micro_batches=residency.micro_batches, precision=residency.precision, offload=residency.offload))
@@ -189,7 +189,7 @@ def launches(program: Program, pricing: Pricing) -> tuple[int, int]:
     return there, back
 
 
-def _fused(program: Program) -> frozenset[int]:
+def fused_values(program: Program) -> frozenset[int]:
     """Values that a pointwise operator makes for another one of the same block alone, where it lies."""
     graph, found = program.graph, set()
     block = {i: segment.block for segment in graph.segments for i in segment.ops}

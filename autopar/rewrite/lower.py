@@ -192,6 +192,14 @@ def attention(site: Site) -> Node:
                      [*shape[:3], keys], layout)  # fmt: skip
 
 
+@lowering("autopar.context_attention.default")
+def context_attention(site: Site) -> Node:
+    axes, a = site.axes_cutting("q"), site.args
+    if not axes:
+        return site.itself()
+    return site.call(kernels.rows_of_attention, a["query"], a["key"], a["value"], site.mesh, axes, a["is_causal"], a["scale"], a["enable_gqa"])
+
+
 @lowering("autopar.token_cross_entropy.default")
 def token_cross_entropy(site: Site) -> Node:
     """Three numbers a row cross the group, never the logits."""

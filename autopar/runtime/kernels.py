@@ -31,6 +31,13 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Ten
     return dropout(scores.softmax(-1), mesh, p, site, shape, layout) @ v
 
 
+def rows_of_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mesh: Rank, axes: list[str], causal: bool, scale: float | None, grouped: bool) -> torch.Tensor:
+    """Attention of this rank's rows to all keys; row i of the whole sees keys 0 to i."""
+    rows = torch.arange(q.shape[2], device=q.device) + shard_start(mesh, axes, q.shape[2])
+    seen = rows.unsqueeze(1) >= torch.arange(k.shape[2], device=q.device) if causal else None
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=grouped)
+
+
 def shard_start(mesh: Rank, axes: list[str], part: int) -> int:
     """First global index of this rank's part of a dimension cut by `axes`, `part` indices a rank."""
     position = 0

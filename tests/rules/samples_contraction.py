@@ -121,6 +121,8 @@ ATTENTION = [
     ),
     call("scaled_dot_product_attention", X(12, 6, 8), X(12, 12, 8), X(12, 12, 8), note="three dimensions", known=False),
     call("autopar.attention", X(*Q), X(*K), X(*V), None, 0.25, False, None, False, 3),
+    call("autopar.context_attention", X(4, 4, 12, 8), X(4, 4, 12, 8), X(4, 4, 12, 4), True, None, False),
+    call("autopar.context_attention", X(2, 12, 6, 8), X(2, 4, 6, 8), X(2, 4, 6, 8), True, 0.3, True, note="grouped"),
     call("autopar.attention", X(*Q), X(*K), X(*V), MASK(4, 1, 6, 12), 0.25, False, 0.2, False, 3, note="mask"),
     call("autopar.attention", X(4, 4, 12, 8), X(4, 4, 12, 8), X(4, 4, 12, 4), None, 0.25, True, None, False, 3, note="causal"),
     call("autopar.attention", X(2, 12, 6, 8), X(2, 4, 12, 8), X(2, 4, 12, 8), X(12, 6, 12), 0.25, False, None, True, 3, note="grouped"),
