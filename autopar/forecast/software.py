@@ -38,7 +38,7 @@ MEGATRON_2022 = Software(name="Megatron-LM 2022", flash=False, half=True, dropou
 MEGATRON_2023 = Software(name="Megatron-LM 2023", zero=1, selects_attention=True, sequence_parallel=True, kernels=replace(MEGATRON, host_s=8e-6))
 MEGATRON_CORE = Software(name="Megatron Core", zero=1, selects_attention=True, sequence_parallel=True, overlap=True, biases=False, kernels=MEGATRON)
 MEGATRON_DEEPSPEED = Software(
-    name="Megatron-DeepSpeed", flash=False, half=True, dropout=0.1, reduction=None, kernels=replace(MEGATRON, host_s=30e-6, adds_gradients=True, sums_whole=True)
+    name="Megatron-DeepSpeed", flash=False, half=True, dropout=0.1, reduction=None, kernels=replace(MEGATRON, host_s=55e-6, adds_gradients=True, sums_whole=True)
 )
 SCALING = Software(name="Aleph Alpha Scaling", zero=1, fused_norm=False, kernels=replace(EAGER, repeats_collectives=True))
 FOUNDRY = Software(name="llm-foundry FSDP", biases=False, overlap=True, kernels=replace(EAGER, attention_share=0.6))
