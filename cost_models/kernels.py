@@ -40,6 +40,9 @@ ATTENTION_BACKWARD_RATE = 0.8
 SCORE_PASSES = 6.0
 """Over the scores in a written-out forward: written, scaled and masked and normalised (read, written), dropped (read, written), read."""
 
+ELEMENTARY_SCORE_PASSES = 14.0
+"""The same by elementary operators, without dropout: written, masked (read, written), widened, normalised and narrowed again in float32 (10), read."""
+
 
 class Work(NamedTuple):
     """One operator on one device. `shape`: (batch, m, n, k) of a product, for attention (batch x heads, queries, keys, width of a head);
@@ -69,6 +72,8 @@ class Kernels:
     product_dtype: str | None = None
     fused: bool = False
     attention_share: float = 1.0
+    attention_before: bool = False
+    score_passes: float = SCORE_PASSES
     host_s: float = 0.0
     repeats_collectives: bool = False
     adds_gradients: bool = False
@@ -116,10 +121,11 @@ def _busy_seconds(device: Device, work: Work, kernels: Kernels) -> float:
         return max(work.flops / (device.peak("float32") * device.matmul_efficiency), moved)
     if work.kernel == "attention":
         rate = device.peak(work.dtype) * (device.attention_efficiency or device.matmul_efficiency) * device.sustained_rate * kernels.attention_share
+        rate *= device.previous_rate if kernels.attention_before else 1.0
         return max(work.flops * work.masked / rate, moved)
     if work.kernel == "scores" and work.shape is not None:
         batch, queries, keys, width = work.shape
-        scores = SCORE_PASSES * batch * queries * keys * 2 / (device.memory_bytes_per_s * device.memory_efficiency)
+        scores = kernels.score_passes * batch * queries * keys * 2 / (device.memory_bytes_per_s * device.memory_efficiency)
         dtype = work.dtype if width % ALIGNMENT == 0 else "float32"
         products = product_seconds(device, (batch, queries, keys, width), dtype) + product_seconds(device, (batch, queries, width, keys), dtype)
         return max(products, moved) + scores

@@ -1,6 +1,7 @@
 """From a published row to what can be priced: model, cluster, plan, and seconds of a step as measured."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from autopar.core.cluster import Cluster
@@ -22,7 +23,7 @@ RECOMPUTE = ("none", "selective", "full")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One run. `recompute`: the modes that it may have used, lightest first; one where it is published."""
+    """One run. `recompute`: the modes that it may have used, lightest first; one where it is published; `others`: plans that it may have run too."""
 
     row: Row
     dims: Dims
@@ -35,6 +36,12 @@ class Case:
     precision: Precision
     product_dtype: str
     measured_s: float | None
+    others: tuple[StepPlan, ...] = ()
+
+    @property
+    def plans(self) -> tuple[StepPlan, ...]:
+        """What may have been run: where a source prints none of microbatch, interleaving and recomputation, the one that is fastest is taken."""
+        return (self.plan, *self.others)
 
     @property
     def kernels(self) -> Kernels:
@@ -63,7 +70,19 @@ def case_of(row: Row) -> Case:
         row=row, dims=dims, cluster=cluster, gpu=gpu, plan=plan, software=software, dtype=dtype, product_dtype=product,
         recompute=_recompute(row, software, dims), precision=Precision(master="float32", reduction=software.sums_in(dtype)),
         measured_s=_measured_s(row, dims, plan, cluster) if row.text("kind") == "run" else None,
+        others=tuple(_others(row, plan, dims)),
     )  # fmt: skip
+
+
+def _others(row: Row, plan: StepPlan, dims: Dims) -> Iterator[StepPlan]:
+    """Plans with other microbatches and interleavings, for a row that prints neither these nor a recomputation."""
+    if any(row.text(name) for name in ("micro_batch", "vpp", "recompute")) or "interleaved schedule" in row.notes:
+        return
+    layout, samples = plan.layout, plan.layout.micro_batch * plan.num_microbatches
+    for micro in (m for m in (1, 2, 4) if samples % m == 0 and (m == 1 or layout.cp == 1)):
+        for vpp in range(1, dims.layers // plan.pp + 1) if plan.pp > 1 else (1,):
+            if dims.layers % (plan.pp * vpp) == 0:
+                yield replace(plan, layout=replace(layout, micro_batch=micro), vpp=vpp, num_microbatches=samples // micro)
 
 
 def _refuse(row: Row) -> None:
@@ -104,7 +123,7 @@ def _plan(row: Row, dims: Dims, software: Software) -> StepPlan:
     vpp = row.number("vpp") or (-(-dims.layers // pp) if "interleaved schedule" in row.notes else 1)
     if dims.layers < fewest_layers(pp, vpp):
         raise Unpriced(f"{dims.layers} layers on {pp} x {vpp} stages")
-    layout = Layout3D(dp=dp, tp=tp, sp=sp and tp > 1, zero=stage if dp * cp > 1 else 0, micro_batch=micro, cp=cp)
+    layout = Layout3D(dp=dp, tp=tp, sp=sp and tp > 1, zero=stage if dp * cp > 1 else 0, micro_batch=micro, cp=cp, whole_loss=software.whole_loss and tp > 1)
     return StepPlan(layout=layout, pp=pp, vpp=vpp if pp > 1 else 1, num_microbatches=times)
 
 

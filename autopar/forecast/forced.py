@@ -30,7 +30,8 @@ COLUMNS, ROWS = ("q", "k", "v", "gate", "up"), ("o", "down")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout3D:
-    """How one stage of a transformer is laid out on its dp x cp x tp devices. `zero`: stage of ZeRO over dp; `recompute`: of every block."""
+    """How one stage of a transformer is laid out on its dp x cp x tp devices. `zero`: stage of ZeRO over dp; `recompute`: of every block;
+    `whole_loss`: the loss is computed on whole logits by every rank of tp."""
 
     dp: int = 1
     tp: int = 1
@@ -39,6 +40,7 @@ class Layout3D:
     recompute: str = "none"
     micro_batch: int = 1
     cp: int = 1
+    whole_loss: bool = False
 
     @property
     def mesh(self) -> Mesh:
@@ -125,7 +127,7 @@ def _pins(layout: Layout3D) -> Iterator[Pin]:
         yield from _along("cp", words | {"*.residual.*": "d1", "*.attention": "q", "*.token_cross_entropy.*": "n"})
     if layout.tp > 1:
         between = {"norm": "b1", "residual": "d1"} if layout.sp else {"norm": "I", "residual": "I"}
-        words = {"token": "v", "head": "o", "*.token_cross_entropy.*": "v", "*.attention": "g"}
+        words = {"token": "v", "head": "o", "*.token_cross_entropy.*": "I" if layout.whole_loss else "v", "*.attention": "g"}
         words |= {f"blocks.*.{name}": "o" for name in COLUMNS} | {f"blocks.*.{name}": "i" for name in ROWS}
         yield from _along("tp", words | {"*.norm?": between["norm"], "norm": between["norm"], "*.residual.*": between["residual"]})
 

@@ -9,6 +9,7 @@ notes where they say `inferred: name=value`, and else by the rules below, the sa
     global_batch             the only microbatch of every replica
     micro_batch              1 in a pipeline or where the sequence is cut, else all sequences of a replica
     vpp                      1; as many stages a rank as it has blocks where the notes say "interleaved schedule"
+                             where none of micro_batch, vpp and recompute is printed: the fastest plan that fits
     sp, zero_stage           as the software runs unless told otherwise (`software.py`)
     recompute                the least that fits the device: none, selective, full
 """

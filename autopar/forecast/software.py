@@ -2,54 +2,63 @@
 
 from dataclasses import dataclass, replace
 
-from autopar.cost_models.kernels import PLAIN, Kernels
+from autopar.cost_models.kernels import ELEMENTARY_SCORE_PASSES, PLAIN, Kernels
 from autopar.forecast.runs import Row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Software:
-    """`flash`: fused attention where a row does not say; `half`: float16 where it does not say; `reduction`: dtype that gradients are summed in,
-    None: their own, unless that is bfloat16, which cannot hold a sum; `zero`: its stage where a row does not say; `fused_norm`: whether an RMS norm
-    is one kernel; `selects_attention`: its selective recomputation is that of attention's core alone."""
+    """`flash`: fused attention where a row does not say; `half`: float16 where it does not say; `sums`: dtypes that gradients of (float16, bfloat16) are
+    summed in; `zero`: its stage where a row does not say; `fused_norm`: whether an RMS norm is one kernel; `selects_attention`: its selective
+    recomputation is that of attention's core alone, `selects_blocks`: that of every second block; `whole_loss`: the loss is computed on whole logits."""
 
     name: str
     flash: bool = True
     half: bool = False
     biases: bool = True
     dropout: float = 0.0
-    reduction: str | None = "float32"
+    sums: tuple[str, str] = ("float32", "float32")
     sequence_parallel: bool = False
     overlap: bool = False
     zero: int = 0
     fused_norm: bool = True
     selects_attention: bool = False
+    selects_blocks: bool = False
+    whole_loss: bool = False
     kernels: Kernels = PLAIN
 
-    def sums_in(self, dtype: str) -> str | None:
+    def sums_in(self, dtype: str) -> str:
         """The dtype that gradients of `dtype` are summed in."""
-        return "float32" if dtype == "bfloat16" else self.reduction
+        return self.sums[dtype == "bfloat16"]
 
+
+FLASH_1 = 0.55
+"""Share of FlashAttention-2's rate that FlashAttention reaches. Source: Dao 2023, figures 4 to 6."""
 
 MEGATRON = Kernels(fused=True, repeats_collectives=True)
 EAGER = Kernels(host_s=12e-6, adds_gradients=True)
 
-MEGATRON_2021 = Software(name="Megatron-LM 2021", flash=False, half=True, dropout=0.1, reduction=None, kernels=replace(MEGATRON, host_s=8e-6, adds_gradients=True))
+MEGATRON_2021 = Software(name="Megatron-LM 2021", flash=False, half=True, dropout=0.1, sums=("float16", "float32"), kernels=replace(MEGATRON, host_s=8e-6, adds_gradients=True))
+MEGATRON_2020 = replace(MEGATRON_2021, name="Megatron-LM 2020", kernels=replace(MEGATRON_2021.kernels, fused=False, score_passes=ELEMENTARY_SCORE_PASSES))
 MEGATRON_2022 = Software(name="Megatron-LM 2022", flash=False, half=True, dropout=0.1, kernels=replace(MEGATRON, host_s=8e-6))
-MEGATRON_2023 = Software(name="Megatron-LM 2023", zero=1, selects_attention=True, sequence_parallel=True, kernels=replace(MEGATRON, host_s=8e-6))
-MEGATRON_CORE = Software(name="Megatron Core", zero=1, selects_attention=True, sequence_parallel=True, overlap=True, biases=False, kernels=MEGATRON)
+MEGATRON_2023 = Software(name="Megatron-LM 2023", flash=False, zero=1, sequence_parallel=True, kernels=replace(MEGATRON, host_s=8e-6))
+MEGATRON_CORE = Software(name="Megatron Core", zero=1, selects_attention=True, sequence_parallel=True, overlap=True, biases=False, sums=("float16", "bfloat16"), kernels=MEGATRON)
+LLAMA_3 = replace(MEGATRON_CORE, name="Llama 3", sums=("float32", "float32"))
 MEGATRON_DEEPSPEED = Software(
-    name="Megatron-DeepSpeed", flash=False, half=True, dropout=0.1, reduction=None, kernels=replace(MEGATRON, host_s=55e-6, adds_gradients=True, sums_whole=True)
+    name="Megatron-DeepSpeed", flash=False, half=True, dropout=0.1, sums=("float16", "float32"), kernels=replace(MEGATRON, host_s=55e-6, adds_gradients=True, sums_whole=True)
 )
-SCALING = Software(name="Aleph Alpha Scaling", zero=1, fused_norm=False, kernels=replace(EAGER, repeats_collectives=True))
-FOUNDRY = Software(name="llm-foundry FSDP", biases=False, overlap=True, kernels=replace(EAGER, attention_share=0.6))
-TITAN = Software(name="torchtitan FSDP2", fused_norm=False, biases=False, overlap=True, sequence_parallel=True, kernels=EAGER)
+SCALING = Software(name="Aleph Alpha Scaling", zero=1, fused_norm=False, whole_loss=True, kernels=replace(EAGER, repeats_collectives=True))
+FOUNDRY = Software(name="llm-foundry FSDP", biases=False, overlap=True, kernels=replace(EAGER, attention_share=FLASH_1, attention_before=True))
+TITAN = Software(
+    name="torchtitan FSDP2", fused_norm=False, biases=False, overlap=True, sequence_parallel=True, selects_blocks=True, kernels=replace(EAGER, attention_before=True)
+)
 
 BY_SOURCE = (
     ("Korthikanti", MEGATRON_2022), ("MegaScale", MEGATRON_2023),
     ("BigScience", MEGATRON_DEEPSPEED), ("vTrain", MEGATRON_DEEPSPEED), ("MT-NLG", MEGATRON_DEEPSPEED),
     ("Aleph Alpha", SCALING), ("MosaicML", FOUNDRY), ("torchtitan", TITAN), ("Automodel", TITAN),
-    ("NVIDIA", MEGATRON_CORE), ("Llama 3", MEGATRON_CORE), ("2024 H100", MEGATRON_CORE), ("examples/llama", MEGATRON_CORE),
-    ("Narayanan", MEGATRON_2021), ("Megatron-LM README", MEGATRON_2021),
+    ("NVIDIA", MEGATRON_CORE), ("Llama 3", LLAMA_3), ("2024 H100", MEGATRON_CORE), ("examples/llama", MEGATRON_CORE),
+    ("Narayanan", MEGATRON_2021), ("September 2020", MEGATRON_2020), ("Megatron-LM README", MEGATRON_2021),
 )  # fmt: skip
 """What a source says it ran, by words of its name; the first that fits."""
 
@@ -57,4 +66,10 @@ OTHER = Software(name="unnamed", half=True)
 
 
 def software_of(row: Row) -> Software:
-    return next((software for words, software in BY_SOURCE if words in row.source), OTHER)
+    """The software of a source, with the attention kernel that the row's notes name."""
+    software = next((software for words, software in BY_SOURCE if words in row.source), OTHER)
+    if "kernel: torch" in row.notes:
+        return replace(software, kernels=replace(software.kernels, score_passes=ELEMENTARY_SCORE_PASSES))
+    if "kernel: flash_attentionv1" in row.notes:
+        return replace(software, kernels=replace(software.kernels, attention_share=FLASH_1))
+    return software

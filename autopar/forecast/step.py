@@ -17,7 +17,7 @@ from autopar.core.pipeline import Pipeline
 from autopar.core.residency import Precision
 from autopar.core.schedule import Edge, Kind
 from autopar.cost_models.kernels import PLAIN, Kernels
-from autopar.cost_models.overlap import overlapped_seconds
+from autopar.cost_models.overlap import occupied, overlapped_seconds
 from autopar.cost_models.pipeline import EdgeCost, StageCost
 from autopar.errors import UsageError
 from autopar.forecast.forced import Forced, Layout3D
@@ -152,11 +152,20 @@ class Step:
             blocks * getattr(states[1], part) + both * getattr(states[0], part) for part in ("parameters", "gradients", "optimizer")
         )
         activations = max(0, round(flight * sum(kept) / len(kept)) - kinds.kept_bytes[number])
+        gradients += round(self._sums_beside * sum(kinds.gradients(self.depths[s], first=s == 0, last=s == last) for s in held))
         beside = Beside(parameters=parameters, optimizer=optimizer, gradients=gradients, activations=activations)
         # of a single microbatch, gradients take the place of activations
         moments = (beside,) if self.plan.num_microbatches > 1 else (replace(beside, gradients=0), replace(beside, activations=0))
         program = kinds.stages.stages[number].program
         return max((memory_use(program, Engine(), moment) for moment in moments), key=lambda m: m.high_bytes)
+
+    @property
+    def _sums_beside(self) -> float:
+        """Bytes of sums of gradients in a wider dtype beside (or in place of) the gradients themselves, over the bytes of those."""
+        widths = DTYPE_BYTES[self.precision.reduced(self.dtype)] / DTYPE_BYTES[self.dtype]
+        if self.plan.layout.zero >= 2 or widths == 1 or self.plan.num_microbatches == 1:
+            return 0.0
+        return widths if self.kernels.adds_gradients else widths - 1
 
     @property
     def forecast(self) -> Forecast:
@@ -216,21 +225,25 @@ class Kinds:
         gather_s, reduce_s = traffic_seconds(gather, pricing), traffic_seconds(reduce, pricing)
         if self.overlap:
             parts = max(1, depth)
-            gather_s = overlapped_seconds((forward / parts,) * parts, (gather_s / parts,) * parts) - forward
+            gather_s = overlapped_seconds((forward / parts,) * parts, (gather_s / parts,) * parts, taken=self.taken) - forward
             backward = inputs + weights
-            reduce_s = overlapped_seconds((backward / parts,) * parts, (), (reduce_s / parts,) * parts) - backward
+            reduce_s = overlapped_seconds((backward / parts,) * parts, (), (reduce_s / parts,) * parts, taken=self.taken) - backward
         stored = depth * self.updates[1].stored_bytes + sum(self.updates[i].stored_bytes - self.updates[1].stored_bytes for i in ends)
         return StageCost(
             forward_s=forward, input_gradient_s=inputs, weight_gradient_s=weights, gather_s=max(0.0, gather_s), reduce_s=max(0.0, reduce_s),
             step_s=update_seconds(self.forced.cluster.device, stored), activation_bytes=depth * kept[1] + sum(kept[i] - kept[1] for i in ends),
         )  # fmt: skip
 
+    def gradients(self, depth: int, *, first: bool, last: bool) -> int:
+        """Bytes of the gradients of a stage of `depth` blocks."""
+        middle = self.states[1].gradients
+        return depth * middle + sum(self.states[i].gradients - middle for i, there in ((0, first), (2, last)) if there)
+
     def _addition_s(self, depth: int, ends: Sequence[int]) -> float:
         """Seconds of adding a microbatch's gradients to the sum, where a pass of its own does that: gradient read, sum read and written."""
         if not self.forced.pricing.kernels.adds_gradients or self.forced.micro_batches == 1:
             return 0.0
-        middle, device = self.states[1].gradients, self.forced.cluster.device
-        num_bytes = depth * middle + sum(self.states[i].gradients - middle for i in ends)
+        device, num_bytes = self.forced.cluster.device, self.gradients(depth, first=0 in ends, last=2 in ends)
         widths = DTYPE_BYTES[self.forced.precision.reduced(self.forced.dtype)] / DTYPE_BYTES[self.forced.dtype]
         return num_bytes * (1 + 2 * widths) / (device.memory_bytes_per_s * device.memory_efficiency)
 
@@ -248,9 +261,13 @@ class Kinds:
         backward = inputs + weights
         if not self.overlap:
             return forward + depth * gather, weights + depth * (gather + scatter)
-        there = overlapped_seconds((forward / depth,) * depth, (gather,) * depth)
-        back = overlapped_seconds((backward / depth,) * depth, (gather,) * depth, (scatter,) * depth)
+        there = overlapped_seconds((forward / depth,) * depth, (gather,) * depth, taken=self.taken)
+        back = overlapped_seconds((backward / depth,) * depth, (gather,) * depth, (scatter,) * depth, taken=self.taken)
         return there, back - inputs
+
+    @property
+    def taken(self) -> float:
+        return occupied(self.forced.cluster.device.num_multiprocessors)
 
     @cached_property
     def message(self) -> EdgeCost:

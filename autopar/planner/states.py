@@ -152,7 +152,7 @@ def op_states(
         chosen.setdefault((tuple(ins), tuple(outs), rule.degree(strategy, mesh)), (strategy, ins, outs))
     picked = [c for c in chosen.values() if prefer(c[0])] or list(chosen.values())
     flops = np.array([rule.flops / rule.degree(s, mesh) for s, _, _ in picked])
-    moved = np.array([_local_bytes(operands, ins, mesh) + _local_bytes(results, outs, mesh) for _, ins, outs in picked])
+    moved = np.array([_local_bytes(operands, ins, mesh) + _local_bytes(results, outs, mesh) + written_beside(rule, s, mesh) for s, ins, outs in picked])
     dtype = results[0].dtype if results else "float32"
     priced = [pricing.compute(work_of(rule, s, mesh, f, m, dtype)) for (s, _, _), f, m in zip(picked, flops.tolist(), moved.tolist(), strict=True)]
     forward_s = np.array([there for there, *_ in priced])
@@ -178,6 +178,11 @@ def work_of(rule: OpRule, strategy: Strategy, mesh: Mesh, flops: float, num_byte
         batch, m, n, k = shape
         shape = (max(1, round(batch * rows)), m, n, k) if rule.kernel or batch > 1 else (batch, max(1, round(m * rows)), n, k)
     return Work(kernel, flops, num_bytes, dtype, shape, rule.masked, is_weight, bool(rule.saved_operands or rule.saved_results))
+
+
+def written_beside(rule: OpRule, strategy: Strategy, mesh: Mesh) -> int:
+    """Bytes that a pointwise operator writes for its backward beside its results; kernels of attention keep theirs on the chip."""
+    return rule.kept_bytes(strategy, mesh) if rule.cost == "pointwise" else 0
 
 
 def result_bytes(results: Sequence[TensorMeta], layouts: Sequence[Sequence[Layout]], saved: Collection[int], mesh: Mesh) -> np.ndarray:

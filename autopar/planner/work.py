@@ -14,7 +14,7 @@ import numpy as np
 from autopar.core.graph import DTYPE_BYTES, OpGraph
 from autopar.core.moves import COLLECTIVES, step_input_bytes
 from autopar.planner.keeping import Keeping, Sharding, Use, kept_by_selective, uses
-from autopar.planner.states import Pricing, work_of
+from autopar.planner.states import Pricing, work_of, written_beside
 from autopar.program import Program, Route, route_steps
 
 PHASES = ("forward_s", "input_gradient_s", "weight_gradient_s", "gather_s", "reduce_s", "update_s")
@@ -102,6 +102,7 @@ class _Pieces:
         op, rule, strategy = graph.ops[i], program.rules[i], program.strategies[i]
         moved = sum(program.local_bytes(v, program.needed(i, k)) * self._share(v) for k, v in enumerate(op.operands) if v not in self.fused)
         moved += sum(program.local_bytes(v, program.produced[v]) * self._share(v) for v in op.results if v not in self.fused)
+        moved += written_beside(rule, strategy, program.mesh) / self.parts
         dtype = graph.values[op.results[0]].meta.dtype if op.results else "float32"
         share = max((self._share(v) for v in op.results), default=1.0)
         is_weight = i in self.block and op.kind in SPLIT and op.operands[-1] in self.weights
