@@ -123,7 +123,7 @@ def _plan(row: Row, dims: Dims, software: Software) -> StepPlan:
     vpp = row.number("vpp") or (-(-dims.layers // pp) if "interleaved schedule" in row.notes else 1)
     if dims.layers < fewest_layers(pp, vpp):
         raise Unpriced(f"{dims.layers} layers on {pp} x {vpp} stages")
-    layout = Layout3D(dp=dp, tp=tp, sp=sp and tp > 1, zero=stage if dp * cp > 1 else 0, micro_batch=micro, cp=cp, whole_loss=software.whole_loss and tp > 1)
+    layout = Layout3D(dp=dp, tp=tp, sp=sp and tp > 1, zero=stage if dp * cp > 1 else 0, micro_batch=micro, cp=cp, whole_loss=software.whole_loss)
     return StepPlan(layout=layout, pp=pp, vpp=vpp if pp > 1 else 1, num_microbatches=times)
 
 

@@ -11,8 +11,8 @@ from autopar.forecast.cases import Case, case_of, with_recompute
 from autopar.forecast.runs import Row, Unpriced
 from autopar.forecast.step import Step, StepPlan
 
-FITS = 0.85
-"""Share of a device's memory that a run may use: the rest is the context of the device, the communication library and fragments."""
+RESERVED_BYTES = 3_000_000_000
+"""Of a device, for its context, the libraries' workspaces and the buffers of communicators. Source: assumed, the usual 2 to 4 GB."""
 
 CHUNK = 24
 """Rows that a process takes at a time, neighbours in model and layout, which share what is planned once."""
@@ -32,6 +32,7 @@ class Result:
     memory_bytes: int
     device_bytes: int
     recompute: str
+    usable_bytes: int
 
     @property
     def log_error(self) -> float | None:
@@ -40,7 +41,7 @@ class Result:
 
     @property
     def fits(self) -> bool:
-        return self.memory_bytes <= FITS * self.device_bytes
+        return self.memory_bytes <= self.usable_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,8 @@ def price_row(row: Row) -> Result | Refused:
 def price(case: Case) -> Result:
     """The forecast of a case: of each of its plans with the lightest mode of recomputation that fits, the heaviest where none does; of several the
     fastest that fits."""
-    limit = FITS * case.cluster.device.memory_bytes
+    device = case.cluster.device
+    limit = round((device.memory_bytes - RESERVED_BYTES) * (1 - case.software.fragments))
     found = [_lightest(case, plan, limit) for plan in case.plans]
     seconds, num_bytes, mode = min(found, key=lambda f: (f[1] > limit, f[0]))
     row, dims = case.row, case.dims
@@ -100,11 +102,11 @@ def price(case: Case) -> Result:
         id=row.id, source=row.source, group=row.text("split_group"), machine=(case.gpu, case.software.name),
         setting=f"{case.gpu} {row.text('num_gpus')} {dims.layers} {dims.hidden} {dims.seq} {dims.vocab} {row.text('global_batch')}",
         predicted_s=seconds, measured_s=case.measured_s, memory_bytes=num_bytes,
-        device_bytes=case.cluster.device.memory_bytes, recompute=mode,
+        device_bytes=device.memory_bytes, recompute=mode, usable_bytes=limit,
     )  # fmt: skip
 
 
-def _lightest(case: Case, plan: StepPlan, limit: float) -> tuple[float, int, str]:
+def _lightest(case: Case, plan: StepPlan, limit: int) -> tuple[float, int, str]:
     """(seconds, bytes, mode of recomputation)."""
     for mode in case.recompute:
         seconds, num_bytes = _step(case, plan, mode)

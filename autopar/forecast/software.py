@@ -10,7 +10,8 @@ from autopar.forecast.runs import Row
 class Software:
     """`flash`: fused attention where a row does not say; `half`: float16 where it does not say; `sums`: dtypes that gradients of (float16, bfloat16) are
     summed in; `zero`: its stage where a row does not say; `fused_norm`: whether an RMS norm is one kernel; `selects_attention`: its selective
-    recomputation is that of attention's core alone, `selects_blocks`: that of every second block; `whole_loss`: the loss is computed on whole logits."""
+    recomputation is that of attention's core alone, `selects_blocks`: that of every second block; `whole_loss`: the loss is computed on whole logits; `fragments`: share of memory that the
+    allocator loses between what is held. Source: assumed, set by hand where runs and reports of memory running out part; 0.03 with expandable segments."""
 
     name: str
     flash: bool = True
@@ -25,6 +26,7 @@ class Software:
     selects_attention: bool = False
     selects_blocks: bool = False
     whole_loss: bool = False
+    fragments: float = 0.13
     kernels: Kernels = PLAIN
 
     def sums_in(self, dtype: str) -> str:
@@ -42,12 +44,14 @@ MEGATRON_2021 = Software(name="Megatron-LM 2021", flash=False, half=True, dropou
 MEGATRON_2020 = replace(MEGATRON_2021, name="Megatron-LM 2020", kernels=replace(MEGATRON_2021.kernels, fused=False, score_passes=ELEMENTARY_SCORE_PASSES))
 MEGATRON_2022 = Software(name="Megatron-LM 2022", flash=False, half=True, dropout=0.1, kernels=replace(MEGATRON, host_s=8e-6))
 MEGATRON_2023 = Software(name="Megatron-LM 2023", flash=False, zero=1, sequence_parallel=True, kernels=replace(MEGATRON, host_s=8e-6))
-MEGATRON_CORE = Software(name="Megatron Core", zero=1, selects_attention=True, sequence_parallel=True, overlap=True, biases=False, sums=("float16", "bfloat16"), kernels=MEGATRON)
+MEGATRON_CORE = Software(name="Megatron Core", zero=1, selects_attention=True, sequence_parallel=True, overlap=True, biases=False, sums=("float16", "bfloat16"), fragments=0.03, kernels=MEGATRON)
 LLAMA_3 = replace(MEGATRON_CORE, name="Llama 3", sums=("float32", "float32"))
 MEGATRON_DEEPSPEED = Software(
     name="Megatron-DeepSpeed", flash=False, half=True, dropout=0.1, sums=("float16", "float32"), kernels=replace(MEGATRON, host_s=55e-6, adds_gradients=True, sums_whole=True)
 )
-SCALING = Software(name="Aleph Alpha Scaling", zero=1, fused_norm=False, whole_loss=True, kernels=replace(EAGER, repeats_collectives=True))
+SCALING = Software(
+    name="Aleph Alpha Scaling", zero=1, fused_norm=False, whole_loss=True, sums=("float16", "bfloat16"), kernels=replace(EAGER, repeats_collectives=True, sums_whole=True)
+)
 FOUNDRY = Software(name="llm-foundry FSDP", biases=False, overlap=True, kernels=replace(EAGER, attention_share=FLASH_1, attention_before=True))
 TITAN = Software(
     name="torchtitan FSDP2", fused_norm=False, biases=False, overlap=True, sequence_parallel=True, selects_blocks=True, kernels=replace(EAGER, attention_before=True)

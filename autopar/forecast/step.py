@@ -156,8 +156,15 @@ class Step:
         beside = Beside(parameters=parameters, optimizer=optimizer, gradients=gradients, activations=activations)
         # of a single microbatch, gradients take the place of activations
         moments = (beside,) if self.plan.num_microbatches > 1 else (replace(beside, gradients=0), replace(beside, activations=0))
+        if number == 2 and self.plan.layout.whole_loss:
+            moments = tuple(replace(moment, communication=self._loss_bytes) for moment in moments)
         program = kinds.stages.stages[number].program
         return max((memory_use(program, Engine(), moment) for moment in moments), key=lambda m: m.high_bytes)
+
+    @property
+    def _loss_bytes(self) -> int:
+        """What torch's cross entropy on whole logits holds beside what a program of its own makes: the gradient of every log-probability."""
+        return self.plan.layout.micro_batch * self.dims.seq // self.plan.layout.cp * self.dims.vocab * DTYPE_BYTES["float32"]
 
     @property
     def _sums_beside(self) -> float:

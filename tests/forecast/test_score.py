@@ -28,7 +28,7 @@ def row(**changed: str) -> Row:
 
 def result(name: str, predicted: float, measured: float | None, *, source: str = "s", group: str = "", software: str = "one", setting: str = "", memory: int = 1) -> Result:
     return Result(id=name, source=source, group=group or name, machine=("gpu", software), setting=setting, predicted_s=predicted, measured_s=measured,
-                  memory_bytes=memory, device_bytes=100, recompute="none")  # fmt: skip
+                  memory_bytes=memory, device_bytes=100, recompute="none", usable_bytes=90)  # fmt: skip
 
 
 def test_the_22_billion_model_of_korthikanti_within_a_tenth() -> None:
