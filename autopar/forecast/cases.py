@@ -1,6 +1,7 @@
 """From a published row to what can be priced: model, cluster, plan, and seconds of a step as measured."""
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -13,11 +14,14 @@ from autopar.forecast.machines import machine
 from autopar.forecast.runs import Row, Unpriced
 from autopar.forecast.software import Software, software_of
 from autopar.forecast.step import StepPlan, fewest_layers
-from autopar.forecast.transformer import Dims
+from autopar.forecast.transformer import Dims, Experts, Latent
 
 DENSE = ("gpt", "llama", "nemotron", "qwen3-dense", "transformer")
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp8": "bfloat16", "mxfp8": "bfloat16", "nvfp4": "bfloat16", "": "bfloat16"}
 FLOAT8 = ("fp8", "mxfp8")
+HEAD_WIDTHS = {"qwen3": 128, "gpt-oss": 64, "gpt oss": 64}
+"""Of models whose heads are not the share of their width. Source: their published configurations."""
+
 RECOMPUTE = ("none", "selective", "full")
 
 
@@ -86,20 +90,23 @@ def _others(row: Row, plan: StepPlan, dims: Dims) -> Iterator[StepPlan]:
 
 
 def _refuse(row: Row) -> None:
-    if row.text("experts") or row.text("model_family") == "moe":
-        raise Unpriced("mixture of experts: no graph yet")
-    if row.text("model_family") not in DENSE:
+    if row.text("model_family") not in (*DENSE, "moe"):
         raise Unpriced(f"model family {row.text('model_family')[:20]!r}: no graph yet")
+    if "every other layer" in row.notes:
+        raise Unpriced("mixtures in every other block: no graph yet")
     if "MegaScale;" in row.notes or row.notes.startswith("MegaScale weak"):
         raise Unpriced("parallel blocks and sliding windows: no graph yet")
 
 
 def _dims(row: Row, software: Software) -> Dims:
-    hidden, heads, llama = row.needed("hidden"), row.needed("heads"), row.text("model_family") in ("llama", "qwen3-dense")
+    hidden, heads, llama = row.needed("hidden"), row.needed("heads"), row.text("model_family") in ("llama", "qwen3-dense", "moe")
     nemotron = row.text("model_family") == "nemotron"
-    positions = "alibi" if "ALiBi" in row.notes else "rotary" if llama or nemotron else "learned"
+    positions = "alibi" if "ALiBi" in row.notes else "none" if "MLA" in row.notes else "rotary" if llama or nemotron else "learned"
     flash = software.flash if row.text("flash_attention") == "" else row.text("flash_attention") == "1"
-    if hidden % heads:
+    named = f"{row.notes} {row.text('split_group')}".lower()
+    head_width = next((width for name, width in HEAD_WIDTHS.items() if name in named and row.text("experts")), 0)
+    latent = Latent() if "MLA" in row.notes else None
+    if hidden % heads and not head_width:
         raise Unpriced(f"{heads} heads do not divide a width of {hidden}")
     return Dims(
         layers=row.needed("layers"), hidden=hidden, heads=heads, kv_heads=row.number("kv_heads") or heads,
@@ -107,7 +114,24 @@ def _dims(row: Row, software: Software) -> Dims:
         norm="rms" if llama else "layer", activation="swiglu" if llama else "squared_relu" if nemotron else "gelu", positions=positions,
         biases=not llama and not nemotron and software.biases, tied=not llama and not nemotron, fused_attention=flash,
         dropout=0.0 if flash or llama else software.dropout, fused_norm=software.fused_norm or "RMS kernel" in row.notes, wide_loss=True, packed=flash,
+        experts=_experts(row), head_width=head_width, latent=latent,
     )  # fmt: skip
+
+
+def _experts(row: Row) -> Experts | None:
+    """Widths that notes give are of experts; else they are as wide as the MLP."""
+    if not row.text("experts"):
+        return None
+    width = re.search(r"moe_ffn=(\d+)", row.notes)
+    inner = int(width[1]) if width else row.needed("ffn_hidden")
+    return Experts(row.needed("experts"), row.needed("topk"), inner, inner if "shared expert" in row.notes else 0)
+
+
+def _degrees_of_experts(row: Row, tp: int) -> tuple[int, bool]:
+    """(ranks of dp that share the experts, whether tp cuts every expert): ranks of tp hold experts of their own unless the notes or the degrees say no."""
+    ep = row.number("ep") or 1
+    cut = tp > 1 and ("xpert tensor parallel" in row.notes or ep % tp > 0)
+    return (ep, True) if cut else (max(1, ep // tp), False)
 
 
 def _plan(row: Row, dims: Dims, software: Software) -> StepPlan:
@@ -124,6 +148,9 @@ def _plan(row: Row, dims: Dims, software: Software) -> StepPlan:
     if dims.layers < fewest_layers(pp, vpp):
         raise Unpriced(f"{dims.layers} layers on {pp} x {vpp} stages")
     layout = Layout3D(dp=dp, tp=tp, sp=sp and tp > 1, zero=stage if dp * cp > 1 else 0, micro_batch=micro, cp=cp, whole_loss=software.whole_loss)
+    if dims.experts is not None:
+        ep, cut = _degrees_of_experts(row, tp)
+        layout = replace(layout, ep=ep, tp_of_experts=cut)
     return StepPlan(layout=layout, pp=pp, vpp=vpp if pp > 1 else 1, num_microbatches=times)
 
 

@@ -3,7 +3,7 @@
 from autopar.core.graph import DTYPE_BYTES
 from autopar.core.moves import COLLECTIVES
 from autopar.cost_models.kernels import Kernels
-from autopar.planner.work import SPLIT, fused_values
+from autopar.planner.work import WITH_WEIGHTS, fused_values
 from autopar.program import Program
 
 PRODUCT_BYTES = {"float8_e4m3fn": 1.0, "float4_e2m1fn": 0.5}
@@ -39,7 +39,7 @@ def _unmade_bytes(program: Program, kernels: Kernels) -> int:
         size, width = program.local_bytes(v, program.produced[v]), DTYPE_BYTES[graph.values[v].meta.dtype]
         if v in links:
             total += size
-        elif all(i in blocks and graph.ops[i].kind in SPLIT for i in keepers):
+        elif all(i in blocks and graph.ops[i].kind in WITH_WEIGHTS for i in keepers):
             total += size * (1 - PRODUCT_BYTES.get(kernels.product_dtype or "", width) / width)
     return round(total)
 

@@ -200,7 +200,7 @@ class ProblemBuilder:
         return self._add(value.source[0], self._layout_cache[key])
 
     def _storage_allowed(self, axis: int, placement) -> bool:  # noqa: ANN001
-        return not (self.constraints.strict and self.mesh.names[axis] == "dp" and placement.kind == "S")
+        return not (self.constraints.strict and self.mesh.names[axis] in ("dp", "cp") and placement.kind == "S")
 
     def _consumer_cuts(self, v: int) -> frozenset[tuple[int, int]]:
         layouts = [self.states[self.ops[i]].operand_layouts[k] for i, k in self.graph.consumers[v]]

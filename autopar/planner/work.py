@@ -23,6 +23,9 @@ PHASES = ("forward_s", "input_gradient_s", "weight_gradient_s", "gather_s", "red
 SPLIT = ("aten.linear.default", "aten.addmm.default", "aten.mm.default")
 """Contractions whose weight gradient can wait (`runtime/split.py`); other operators make it with the gradient of their input."""
 
+WITH_WEIGHTS = (*SPLIT, "aten.bmm.default")
+"""Contractions that software may compute in a narrower dtype where one operand is a weight."""
+
 COLLECTIVE_LAUNCHES = 4
 """A collective takes the host so many times what an operator does: checks, streams that wait for each other, the communication library."""
 
@@ -105,7 +108,7 @@ class _Pieces:
         moved += written_beside(rule, strategy, program.mesh) / self.parts
         dtype = graph.values[op.results[0]].meta.dtype if op.results else "float32"
         share = max((self._share(v) for v in op.results), default=1.0)
-        is_weight = i in self.block and op.kind in SPLIT and op.operands[-1] in self.weights
+        is_weight = i in self.block and op.kind in WITH_WEIGHTS and op.operands[-1] in self.weights
         work = work_of(rule, strategy, program.mesh, rule.flops / rule.degree(strategy, program.mesh) * share, moved, dtype, rows=share, is_weight=is_weight)
         forward, *halves = self.pricing.compute(work)
         differentiable = [v for v in op.operands if graph.values[v].meta.requires_grad]

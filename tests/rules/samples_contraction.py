@@ -128,6 +128,13 @@ ATTENTION = [
     call("autopar.attention", X(2, 12, 6, 8), X(2, 4, 12, 8), X(2, 4, 12, 8), X(12, 6, 12), 0.25, False, None, True, 3, note="grouped"),
 ]
 
+MIXTURES = [
+    call("autopar.dispatch", X(24, 12), 12, 2),
+    call("autopar.dispatch", X(12, 6), 12, 12, note="all"),
+    call("autopar.combine", X(12, 4, 6), X(24, 2)),
+    call("autopar.combine", X(12, 12, 6), X(12, 12), note="all"),
+]
+
 LOSSES = [
     call("autopar.token_cross_entropy", X(12, 24), TARGET(24, 12), -100, 0.0),
     call("autopar.token_cross_entropy", X(12, 24), TARGET(24, 12), -100, 0.1, note="smoothed"),
@@ -145,4 +152,4 @@ LOSSES = [
     call("binary_cross_entropy_with_logits", X(4, 12), UNIT(4, 12).frozen(), POS(4, 12).frozen(), POS(12).frozen(), 0, note="weights"),
 ]
 
-SAMPLES = [*PRODUCTS, *CONVOLUTIONS, *LOOKUPS, *ATTENTION, *LOSSES]
+SAMPLES = [*PRODUCTS, *CONVOLUTIONS, *LOOKUPS, *ATTENTION, *MIXTURES, *LOSSES]
