@@ -66,7 +66,7 @@ class Kernels:
     make one pass. `attention_share`: of what the best known attention kernel reaches on the device. `host_s`: of the process that launches,
     per operator and direction; the device waits where the host is slower. `repeats_collectives`: recomputation communicates again.
     `adds_gradients`: those of a further microbatch are added to the sum by a pass of their own, not by the product that makes them.
-    `sums_whole`: ranks that keep a part of the optimizer's state get the sum of all gradients.
+    `exchange_share`: of the bytes of an all-to-all that are sent: a token for several experts of a node may travel once. `sums_whole`: ranks that keep a part of the optimizer's state get the sum of all gradients.
     """
 
     product_dtype: str | None = None
@@ -78,6 +78,7 @@ class Kernels:
     repeats_collectives: bool = False
     adds_gradients: bool = False
     sums_whole: bool = False
+    exchange_share: float = 1.0
 
 
 PLAIN = Kernels()

@@ -14,7 +14,7 @@ from autopar.forecast.machines import machine
 from autopar.forecast.runs import Row, Unpriced
 from autopar.forecast.software import Software, software_of
 from autopar.forecast.step import StepPlan, fewest_layers
-from autopar.forecast.transformer import Dims, Experts, Latent
+from autopar.forecast.transformer import Dims, Experts
 
 DENSE = ("gpt", "llama", "nemotron", "qwen3-dense", "transformer")
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp8": "bfloat16", "mxfp8": "bfloat16", "nvfp4": "bfloat16", "": "bfloat16"}
@@ -49,7 +49,17 @@ class Case:
 
     @property
     def kernels(self) -> Kernels:
-        return self.software.kernels if self.product_dtype == self.dtype else replace(self.software.kernels, product_dtype=self.product_dtype)
+        product = None if self.product_dtype == self.dtype else self.product_dtype
+        return replace(self.software.kernels, product_dtype=product, exchange_share=self._exchange_share)
+
+    @property
+    def _exchange_share(self) -> float:
+        """Nodes that a token goes to over experts that it goes to, on average, where it is sent once to each node."""
+        experts, layout = self.dims.experts, self.plan.layout
+        nodes = max(1, layout.ep * layout.tp // self.cluster.devices_per_node)
+        if experts is None or not self.software.sends_once or nodes == 1:
+            return 1.0
+        return nodes * (1 - (1 - 1 / nodes) ** experts.chosen) / experts.chosen
 
     @property
     def tokens(self) -> int:
@@ -94,6 +104,10 @@ def _refuse(row: Row) -> None:
         raise Unpriced(f"model family {row.text('model_family')[:20]!r}: no graph yet")
     if "every other layer" in row.notes:
         raise Unpriced("mixtures in every other block: no graph yet")
+    if "MLA" in row.notes:
+        raise Unpriced("multi-head latent attention: no graph yet")
+    if (row.number("cp") or 1) > 1 and row.text("experts"):
+        raise Unpriced("experts and context parallelism together: decided too slowly")
     if "MegaScale;" in row.notes or row.notes.startswith("MegaScale weak"):
         raise Unpriced("parallel blocks and sliding windows: no graph yet")
 
@@ -101,11 +115,10 @@ def _refuse(row: Row) -> None:
 def _dims(row: Row, software: Software) -> Dims:
     hidden, heads, llama = row.needed("hidden"), row.needed("heads"), row.text("model_family") in ("llama", "qwen3-dense", "moe")
     nemotron = row.text("model_family") == "nemotron"
-    positions = "alibi" if "ALiBi" in row.notes else "none" if "MLA" in row.notes else "rotary" if llama or nemotron else "learned"
+    positions = "alibi" if "ALiBi" in row.notes else "rotary" if llama or nemotron else "learned"
     flash = software.flash if row.text("flash_attention") == "" else row.text("flash_attention") == "1"
     named = f"{row.notes} {row.text('split_group')}".lower()
     head_width = next((width for name, width in HEAD_WIDTHS.items() if name in named and row.text("experts")), 0)
-    latent = Latent() if "MLA" in row.notes else None
     if hidden % heads and not head_width:
         raise Unpriced(f"{heads} heads do not divide a width of {hidden}")
     return Dims(
@@ -114,7 +127,7 @@ def _dims(row: Row, software: Software) -> Dims:
         norm="rms" if llama else "layer", activation="swiglu" if llama else "squared_relu" if nemotron else "gelu", positions=positions,
         biases=not llama and not nemotron and software.biases, tied=not llama and not nemotron, fused_attention=flash,
         dropout=0.0 if flash or llama else software.dropout, fused_norm=software.fused_norm or "RMS kernel" in row.notes, wide_loss=True, packed=flash,
-        experts=_experts(row), head_width=head_width, latent=latent,
+        experts=_experts(row), head_width=head_width,
     )  # fmt: skip
 
 
@@ -140,7 +153,7 @@ def _plan(row: Row, dims: Dims, software: Software) -> StepPlan:
     if left or (row.number("dp") or dp) != dp:
         raise Unpriced(f"tp={tp} pp={pp} cp={cp} dp={row.text('dp')} do not make {devices} devices")
     batch = row.number("global_batch") or dp * (row.number("batch_per_replica") or row.number("micro_batch") or 1)
-    micro = row.number("micro_batch") or (1 if pp * cp > 1 else max(1, batch // dp))
+    micro = row.number("micro_batch") or (1 if pp * cp > 1 or dims.experts else max(1, batch // dp))
     times = max(1, round(batch / (dp * micro)))
     stage = software.zero if row.number("zero_stage") is None else row.needed("zero_stage") if row.text("zero_stage") != "0" else 0
     sp = row.text("sp") == "1" if row.text("sp") else software.sequence_parallel and tp > 1
@@ -156,10 +169,10 @@ def _plan(row: Row, dims: Dims, software: Software) -> StepPlan:
 
 def _recompute(row: Row, software: Software, dims: Dims) -> tuple[str, ...]:
     """Software that calls recomputation of attention's core "selective" has nothing to save by it where attention is fused."""
-    given = row.text("recompute")
+    given, idle = row.text("recompute"), software.selects_attention and dims.fused_attention
     if given in RECOMPUTE:
-        return (given,)
-    return ("none", "full") if software.selects_attention and dims.fused_attention else RECOMPUTE
+        return ("none",) if given == "selective" and idle else (given,)
+    return ("none", "full") if idle else RECOMPUTE
 
 
 def _measured_s(row: Row, dims: Dims, plan: StepPlan, cluster: Cluster) -> float:

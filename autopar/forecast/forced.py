@@ -15,7 +15,7 @@ from autopar.core.mesh import Mesh, MeshAxis
 from autopar.core.residency import Precision
 from autopar.cost_models.kernels import PLAIN, Kernels
 from autopar.errors import UsageError
-from autopar.forecast.transformer import Dims, Experts, Latent, transformer_graph
+from autopar.forecast.transformer import Dims, Experts, transformer_graph
 from autopar.planner.decode import decode
 from autopar.planner.keeping import Keeping
 from autopar.planner.pins import Pin, Pins
@@ -27,8 +27,7 @@ from autopar.program import Program
 from autopar.search.solve import solve
 
 COLUMNS, ROWS = ("q", "k", "v", "gate", "up", "shared_gate", "shared_up"), ("o", "down", "shared_down")
-INSIDE = ("blocks.*.query_latent", "blocks.*.key_latent")
-NORMS = ("norm", "*.norm?", "*_norm")
+NORMS = ("norm", "*.norm?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +101,7 @@ def _structure(dims: Dims) -> Dims:
     grouped = dims.kv_heads != dims.heads
     small = replace(
         dims, hidden=512, heads=8, kv_heads=4 if grouped else 8, inner=1536, vocab=1024, seq=128, dropout=0.1 if dims.dropout else 0.0,
-        head_width=64 if dims.head_width else 0, latent=dims.latent and Latent(128, 128, 64, 64),
+        head_width=64 if dims.head_width else 0,
     )  # fmt: skip
     if dims.experts is None:
         return small
@@ -142,22 +141,22 @@ def _padded(dims: Dims, padding: int) -> Dims:
 def _pins(layout: Layout3D) -> Iterator[Pin]:
     """On every axis the factor that operators are cut by, by patterns of their names."""
     if layout.ep > 1:
-        patterns = [pattern.replace("*", "?") for pattern in _everywhere("b0")] + ["blocks.?.norm?", "blocks.?.query_norm", "blocks.?.key_norm", "blocks.?.router"]
+        patterns = [pattern.replace("*", "?") for pattern in _everywhere("b0")] + ["blocks.?.norm?", "blocks.?.router"]
         stored = {f"{pattern}.weight": "I" for pattern in patterns} | {"*.experts.*.weight": "S0"}
         yield from _along("ep", _everywhere("b0") | {"*.residual.*": "d0", "*.attention": "b"} | _rows("b", "b", "b") | stored)
     if layout.cp > 1:
         yield from _along("cp", _everywhere("b1") | {"*.residual.*": "d1", "*.attention": "q"} | _rows("m", "m", "m"))
     if layout.tp > 1:
         between = ("b1", "d1") if layout.sp else ("I", "I")
-        words = {"token": "v", "head": "o", "*.attention": "g", "*.residual.*": between[1]} | dict.fromkeys((*NORMS, *INSIDE), between[0])
+        words = {"token": "v", "head": "o", "*.attention": "g", "*.residual.*": between[1]} | dict.fromkeys(NORMS, between[0])
         words |= {f"blocks.*.{name}": "o" for name in COLUMNS} | {f"blocks.*.{name}": "i" for name in ROWS}
-        words |= _rows("n", "n", "k") if layout.tp_of_experts else _rows("b", "b", "b")
+        words |= _rows("n", "n", "k") if layout.tp_of_experts else _rows("b", "b", "b") | {"*.dispatch.*": "e", "*.combine.*": "e"}
         yield from _along("tp", words | {"blocks.*.router": "b0", "*.token_cross_entropy.*": "I" if layout.whole_loss else "v"})
 
 
 def _everywhere(factor: str) -> dict[str, str]:
     """Cut along the batch or the sequence."""
-    return dict.fromkeys(("token", "head", *NORMS, *INSIDE, *(f"blocks.*.{name}" for name in (*COLUMNS, *ROWS))), factor)
+    return dict.fromkeys(("token", "head", *NORMS, *(f"blocks.*.{name}" for name in (*COLUMNS, *ROWS))), factor)
 
 
 def _rows(gate: str, up: str, down: str) -> dict[str, str]:

@@ -24,4 +24,6 @@ def machine(gpu: str, num_devices: int, per_node: int | None, source: str = "") 
     preset = next((named for (word, device), named in COMPUTERS.items() if word in source and device == preset), preset)
     own = Cluster.preset(preset).devices_per_node
     size = per_node if per_node and per_node != own and own <= 16 else own
+    if own > 16 and num_devices > own:  # of a rack a job takes a power of two, so that groups of ranks do not lie across racks
+        size = 1 << (own.bit_length() - 1)
     return preset, Cluster.preset(preset, -(-num_devices // size), None if size == own else size)

@@ -10,7 +10,8 @@ from autopar.forecast.runs import Row
 class Software:
     """`flash`: fused attention where a row does not say; `half`: float16 where it does not say; `sums`: dtypes that gradients of (float16, bfloat16) are
     summed in; `zero`: its stage where a row does not say; `fused_norm`: whether an RMS norm is one kernel; `selects_attention`: its selective
-    recomputation is that of attention's core alone, `selects_blocks`: that of every second block; `whole_loss`: the loss is computed on whole logits; `fragments`: share of memory that the
+    recomputation is that of attention's core alone, `selects_blocks`: that of every second block; `whole_loss`: the loss is computed on whole logits; `sends_once`: a token to several experts of
+    a node; `fragments`: share of memory that the
     allocator loses between what is held. Source: assumed, set by hand where runs and reports of memory running out part; 0.03 with expandable segments."""
 
     name: str
@@ -27,6 +28,7 @@ class Software:
     selects_blocks: bool = False
     whole_loss: bool = False
     fragments: float = 0.13
+    sends_once: bool = False
     kernels: Kernels = PLAIN
 
     def sums_in(self, dtype: str) -> str:
@@ -44,7 +46,7 @@ MEGATRON_2021 = Software(name="Megatron-LM 2021", flash=False, half=True, dropou
 MEGATRON_2020 = replace(MEGATRON_2021, name="Megatron-LM 2020", kernels=replace(MEGATRON_2021.kernels, fused=False, score_passes=ELEMENTARY_SCORE_PASSES))
 MEGATRON_2022 = Software(name="Megatron-LM 2022", flash=False, half=True, dropout=0.1, kernels=replace(MEGATRON, host_s=8e-6))
 MEGATRON_2023 = Software(name="Megatron-LM 2023", flash=False, zero=1, sequence_parallel=True, kernels=replace(MEGATRON, host_s=8e-6))
-MEGATRON_CORE = Software(name="Megatron Core", zero=1, selects_attention=True, sequence_parallel=True, overlap=True, biases=False, sums=("float16", "bfloat16"), fragments=0.03, kernels=MEGATRON)
+MEGATRON_CORE = Software(name="Megatron Core", zero=1, selects_attention=True, sequence_parallel=True, overlap=True, biases=False, sums=("float16", "bfloat16"), fragments=0.03, sends_once=True, kernels=replace(MEGATRON, host_s=10e-6))
 LLAMA_3 = replace(MEGATRON_CORE, name="Llama 3", sums=("float32", "float32"))
 MEGATRON_DEEPSPEED = Software(
     name="Megatron-DeepSpeed", flash=False, half=True, dropout=0.1, sums=("float16", "float32"), kernels=replace(MEGATRON, host_s=55e-6, adds_gradients=True, sums_whole=True)
@@ -61,7 +63,7 @@ BY_SOURCE = (
     ("Korthikanti", MEGATRON_2022), ("MegaScale", MEGATRON_2023),
     ("BigScience", MEGATRON_DEEPSPEED), ("vTrain", MEGATRON_DEEPSPEED), ("MT-NLG", MEGATRON_DEEPSPEED),
     ("Aleph Alpha", SCALING), ("MosaicML", FOUNDRY), ("torchtitan", TITAN), ("Automodel", TITAN),
-    ("NVIDIA", MEGATRON_CORE), ("Llama 3", LLAMA_3), ("2024 H100", MEGATRON_CORE), ("examples/llama", MEGATRON_CORE),
+    ("NVIDIA", MEGATRON_CORE), ("moe-modelzoo", MEGATRON_CORE), ("DeepSeek-V3", MEGATRON_CORE), ("Llama 3", LLAMA_3), ("2024 H100", MEGATRON_CORE), ("examples/llama", MEGATRON_CORE),
     ("Narayanan", MEGATRON_2021), ("September 2020", MEGATRON_2020), ("Megatron-LM README", MEGATRON_2021),
 )  # fmt: skip
 """What a source says it ran, by words of its name; the first that fits."""

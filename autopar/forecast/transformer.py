@@ -28,17 +28,6 @@ class Experts:
     shared: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Latent:
-    """Attention whose queries, keys and values are made from narrow latents (DeepSeek-V2): widths of the latent of queries, of that of keys and values,
-    of a head of queries and keys and of one of values."""
-
-    query: int = 1536
-    key_value: int = 512
-    key_width: int = 192
-    value_width: int = 128
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dims:
     """A decoder transformer. `kv_heads` below `heads`: grouped-query attention; `inner`: width of the MLP.
@@ -68,7 +57,6 @@ class Dims:
     packed: bool = False
     head_width: int = 0
     experts: Experts | None = None
-    latent: Latent | None = None
 
     def __post_init__(self) -> None:
         counts = (self.layers, self.hidden, self.heads, self.kv_heads, self.inner, self.vocab, self.seq)
@@ -82,8 +70,7 @@ class Dims:
 
     @property
     def head_dim(self) -> int:
-        """Width of a head of values."""
-        return self.latent.value_width if self.latent else self.head_width or self.hidden // self.heads
+        return self.head_width or self.hidden // self.heads
 
     def with_layers(self, layers: int) -> "Dims":
         return replace(self, layers=layers)
@@ -203,23 +190,12 @@ class _Builder:
     def queries_keys_values(self, x: int, beside: dict[str, int]) -> tuple[int, int, int]:
         """Each [b, heads, s, width]."""
         dims = self.dims
-        if dims.latent is not None:
-            return self.from_latents(x, dims.latent)
         width, kv_width = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
         widths = (("q", width, dims.heads), ("k", kv_width, dims.kv_heads), ("v", kv_width, dims.kv_heads))
         q, k, v = (self.heads_first(self.linear(x, name, size), heads) for name, size, heads in widths)
         if dims.positions == "rotary":
             tables = beside["cos"], beside["sin"]
             q, k = self.rotated(q, tables), self.rotated(k, tables)
-        return q, k, v
-
-    def from_latents(self, x: int, latent: Latent) -> tuple[int, int, int]:
-        """The rotary part of a head's keys, which all heads share, is made like the rest of them."""
-        heads = self.dims.heads
-        of_queries = self.norm(self.linear(x, "query_latent", latent.query), "query_norm")
-        of_keys = self.norm(self.linear(x, "key_latent", latent.key_value), "key_norm")
-        made = ((of_queries, "q", latent.key_width), (of_keys, "k", latent.key_width), (of_keys, "v", latent.value_width))
-        q, k, v = (self.heads_first(self.linear(source, name, heads * width), heads) for source, name, width in made)
         return q, k, v
 
     def attention(self, x: int, beside: dict[str, int]) -> int:

@@ -102,6 +102,7 @@ class Pricing:
 
     def _step(self, primitive: str, axes: tuple[int, ...], local_bytes: float) -> float:
         if primitive in COLLECTIVES:
+            local_bytes *= self.kernels.exchange_share if primitive == "all_to_all" else 1.0
             return float(collective_seconds(self.cluster, self.whole, primitive, self._in_whole(axes), local_bytes))
         passes = LOCAL_COPIES[primitive]
         return passes * float(op_seconds(self.cluster.device, 0.0, 2 * local_bytes, "float32", "pointwise")) if passes else 0.0
