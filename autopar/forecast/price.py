@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 
 from autopar.errors import AutoparError
@@ -61,30 +62,34 @@ class Priced:
     refused: tuple[Refused, ...]
 
 
-def price_rows(rows: Sequence[Row], workers: int = 1) -> Priced:
-    """Price every run and every report of memory running out among the rows, in the order of the file."""
+def price_rows(rows: Sequence[Row], workers: int = 1, *, mixtures: bool = False) -> Priced:
+    """Price every run and every report of memory running out among the rows, in the order of the file. `mixtures`: those of experts too, whose forecasts
+    are not near enough to count."""
     order = sorted(range(len(rows)), key=lambda n: (rows[n].text("pp"), rows[n].text("hidden"), rows[n].text("tp"), n))
     chunks = [[rows[n] for n in order[i : i + CHUNK]] for i in range(0, len(order), CHUNK)]
+    each = partial(price_chunk, mixtures=mixtures)
     if workers == 1:
-        found = [price_chunk(chunk) for chunk in chunks]
+        found = [each(chunk) for chunk in chunks]
     else:
         with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-            found = list(pool.map(price_chunk, chunks))
+            found = list(pool.map(each, chunks))
     by_id = {r.id: r for chunk in found for r in chunk}
     in_order = [by_id[row.id] for row in rows]
     return Priced(tuple(r for r in in_order if isinstance(r, Result)), tuple(r for r in in_order if isinstance(r, Refused)))
 
 
-def price_chunk(rows: Sequence[Row]) -> list[Result | Refused]:
-    return [price_row(row) for row in rows]
+def price_chunk(rows: Sequence[Row], *, mixtures: bool = False) -> list[Result | Refused]:
+    return [price_row(row, mixtures=mixtures) for row in rows]
 
 
-def price_row(row: Row) -> Result | Refused:
+def price_row(row: Row, *, mixtures: bool = False) -> Result | Refused:
     try:
         if row.text("kind") not in ("run", "oom"):
             raise Unpriced(f"kind {row.text('kind')[:20]}: not the run of a step")
         if row.text("scorable") == "no":
             raise Unpriced("marked as not scorable")
+        if row.text("experts") and not mixtures:
+            raise Unpriced("mixture of experts: forecasts of dispatchers are not near enough, --mixtures shows them")
         return price(case_of(row))
     except AutoparError as error:
         return Refused(row.id, row.source, str(error))

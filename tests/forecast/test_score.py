@@ -70,7 +70,8 @@ def test_what_notes_infer_fills_what_is_not_printed(tmp_path: Path) -> None:
         ({"metric": "train_days"}, "no step time"),
         ({"kind": "memory"}, "not the run of a step"),
         ({"scorable": "no"}, "not scorable"),
-        ({"cp": "2"}, "context parallelism"),
+        ({"cp": "2", "num_gpus": "16"}, "several in a microbatch"),
+        ({"notes": "MLA attention"}, "latent attention"),
     ],
 )
 def test_rows_that_cannot_be_priced_are_named_with_the_reason(changed: dict[str, str], reason: str) -> None:
