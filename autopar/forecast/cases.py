@@ -70,7 +70,7 @@ def case_of(row: Row) -> Case:
     """Raises Unpriced where a row says too little, or what no graph here computes."""
     _refuse(row)
     software = software_of(row)
-    gpu, cluster = machine(row.text("gpu"), row.needed("num_gpus"), row.number("gpus_per_node"), row.source)
+    gpu, cluster = machine(row.text("gpu"), row.needed("num_gpus"), row.number("gpus_per_node"), row.source, row.notes)
     dims = _dims(row, software)
     plan = _plan(row, dims, software)
     precision = row.text("precision")

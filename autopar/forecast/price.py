@@ -105,10 +105,15 @@ def price(case: Case) -> Result:
     row, dims = case.row, case.dims
     return Result(
         id=row.id, source=row.source, group=row.text("split_group"), machine=(case.gpu, case.software.name),
-        setting=f"{case.gpu} {row.text('num_gpus')} {dims.layers} {dims.hidden} {dims.seq} {dims.vocab} {row.text('global_batch')}",
+        setting=" ".join(map(str, (case.gpu, row.text("num_gpus"), dims.layers, dims.hidden, dims.seq, dims.vocab, row.text("global_batch"), _state(row)))),
         predicted_s=seconds, measured_s=case.measured_s, memory_bytes=num_bytes,
         device_bytes=device.memory_bytes, recompute=mode, usable_bytes=limit,
     )  # fmt: skip
+
+
+def _state(row: Row) -> str:
+    """Of the machine, where notes say that rows from before and after a repair do not compare."""
+    return "repaired" if "do not compare with rows dated before" in row.notes else ""
 
 
 def _lightest(case: Case, plan: StepPlan, limit: int) -> tuple[float, int, str]:
