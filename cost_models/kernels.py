@@ -63,10 +63,12 @@ class Kernels:
     """What the kernels of a piece of software do differently from plain eager PyTorch.
 
     `product_dtype`: in which products with a weight are computed, None: in that of their operands. `fused`: chains of pointwise operators
-    make one pass. `attention_share`: of what the best known attention kernel reaches on the device. `host_s`: of the process that launches,
+    make one pass. `attention_share`: of what the best known attention kernel reaches on the device; `attention_before`: it was written for the
+    generation of devices before. `score_passes`: over the scores of an attention that is written out. `host_s`: of the process that launches,
     per operator and direction; the device waits where the host is slower. `repeats_collectives`: recomputation communicates again.
     `adds_gradients`: those of a further microbatch are added to the sum by a pass of their own, not by the product that makes them.
-    `exchange_share`: of the bytes of an all-to-all that are sent: a token for several experts of a node may travel once. `sums_whole`: ranks that keep a part of the optimizer's state get the sum of all gradients.
+    `sums_whole`: ranks that keep a part of the optimizer's state get the sum of all gradients. `exchange_share`: of the bytes of an all-to-all
+    that are sent, as a token for several experts of a node may travel once.
     """
 
     product_dtype: str | None = None

@@ -26,14 +26,15 @@ from autopar.planner.states import Pricing
 from autopar.program import Program
 from autopar.search.solve import solve
 
-COLUMNS, ROWS = ("q", "k", "v", "gate", "up", "shared_gate", "shared_up"), ("o", "down", "shared_down")
+COLUMNS = ("q", "k", "v", "gate", "up", "shared_gate", "shared_up")
+ROWS = ("o", "down", "shared_down")
 NORMS = ("norm", "*.norm?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout3D:
-    """How one stage of a transformer is laid out on its dp x cp x tp devices, `ep` of the dp for experts. `zero`: stage of ZeRO over dp; `recompute`: of every block;
-    `whole_loss`: the loss is computed on whole logits by every rank of tp."""
+    """How one stage of a transformer is laid out on its dp x cp x tp devices, `ep` of the dp for experts. `zero`: stage of ZeRO over dp;
+    `recompute`: of every block; `whole_loss`: the loss is computed on whole logits by every rank of tp."""
 
     dp: int = 1
     tp: int = 1
@@ -161,8 +162,9 @@ def _everywhere(factor: str) -> dict[str, str]:
 
 def _rows(gate: str, up: str, down: str) -> dict[str, str]:
     """Tokens as rows, their slots, and the products of experts."""
-    experts = zip(("gate", "up", "down"), (gate, up, down))
-    return {"blocks.*.router": "b0", "*.token_cross_entropy.*": "n", "*.dispatch.*": "c", "*.combine.*": "c"} | {f"blocks.*.experts.{name}": word for name, word in experts}
+    experts = {"gate": gate, "up": up, "down": down}
+    rows = {"blocks.*.router": "b0", "*.token_cross_entropy.*": "n", "*.dispatch.*": "c", "*.combine.*": "c"}
+    return rows | {f"blocks.*.experts.{name}": word for name, word in experts.items()}
 
 
 def _along(axis: str, words: Mapping[str, str]) -> Iterator[Pin]:

@@ -8,11 +8,13 @@ from autopar.forecast.runs import Row
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Software:
-    """`flash`: fused attention where a row does not say; `half`: float16 where it does not say; `sums`: dtypes that gradients of (float16, bfloat16) are
-    summed in; `zero`: its stage where a row does not say; `fused_norm`: whether an RMS norm is one kernel; `selects_attention`: its selective
-    recomputation is that of attention's core alone, `selects_blocks`: that of every second block; `whole_loss`: the loss is computed on whole logits; `sends_once`: a token to several experts of
-    a node; `fragments`: share of memory that the
-    allocator loses between what is held. Source: assumed, set by hand where runs and reports of memory running out part; 0.03 with expandable segments."""
+    """What rows leave open (`flash`: fused attention; `half`: float16; `zero`: its stage) and what the software does: `sums`: dtypes that gradients of
+    (float16, bfloat16) are summed in; `fused_norm`: an RMS norm is one kernel; `selects_attention`: its selective recomputation is that of attention's
+    core alone, `selects_blocks`: that of every second block; `whole_loss`: the loss is computed on whole logits; `sends_once`: a token to several experts
+    of a node; `fragments`: share of memory that the allocator loses between what is held.
+
+    Source of `fragments`: assumed, set by hand where runs and reports of memory running out part; 0.03 with expandable segments.
+    """
 
     name: str
     flash: bool = True
@@ -42,22 +44,41 @@ FLASH_1 = 0.55
 MEGATRON = Kernels(fused=True, repeats_collectives=True)
 EAGER = Kernels(host_s=12e-6, adds_gradients=True)
 
-MEGATRON_2021 = Software(name="Megatron-LM 2021", flash=False, half=True, dropout=0.1, sums=("float16", "float32"), kernels=replace(MEGATRON, host_s=8e-6, adds_gradients=True))
-MEGATRON_2020 = replace(MEGATRON_2021, name="Megatron-LM 2020", kernels=replace(MEGATRON_2021.kernels, fused=False, score_passes=ELEMENTARY_SCORE_PASSES))
+HALF_AS_IT_IS = ("float16", "float32")
+MEGATRON_2021 = Software(
+    name="Megatron-LM 2021", flash=False, half=True, dropout=0.1, sums=HALF_AS_IT_IS, kernels=replace(MEGATRON, host_s=8e-6, adds_gradients=True),
+)  # fmt: skip
+MEGATRON_2020 = replace(
+    MEGATRON_2021, name="Megatron-LM 2020", kernels=replace(MEGATRON_2021.kernels, fused=False, score_passes=ELEMENTARY_SCORE_PASSES),
+)  # fmt: skip
+"""Before its fused kernels. Source: Narayanan et al. 2021, section 4.2."""
+
 MEGATRON_2022 = Software(name="Megatron-LM 2022", flash=False, half=True, dropout=0.1, kernels=replace(MEGATRON, host_s=8e-6))
 MEGATRON_2023 = Software(name="Megatron-LM 2023", flash=False, zero=1, sequence_parallel=True, kernels=replace(MEGATRON, host_s=8e-6))
-MEGATRON_CORE = Software(name="Megatron Core", zero=1, selects_attention=True, sequence_parallel=True, overlap=True, biases=False, sums=("float16", "bfloat16"), fragments=0.03, sends_once=True, kernels=replace(MEGATRON, host_s=10e-6))
+"""As MegaScale's baseline, which has no flash attention yet. Source: Jiang et al. 2024, section 3.2 and table 3."""
+
+MEGATRON_CORE = Software(
+    name="Megatron Core", zero=1, selects_attention=True, sequence_parallel=True, overlap=True, biases=False, sums=("float16", "bfloat16"), fragments=0.03,
+    sends_once=True, kernels=replace(MEGATRON, host_s=10e-6),
+)  # fmt: skip
 LLAMA_3 = replace(MEGATRON_CORE, name="Llama 3", sums=("float32", "float32"))
+"""Source: Llama 3, section 3.3.2: sums in float32."""
+
 MEGATRON_DEEPSPEED = Software(
-    name="Megatron-DeepSpeed", flash=False, half=True, dropout=0.1, sums=("float16", "float32"), kernels=replace(MEGATRON, host_s=55e-6, adds_gradients=True, sums_whole=True)
-)
+    name="Megatron-DeepSpeed", flash=False, half=True, dropout=0.1, sums=HALF_AS_IT_IS,
+    kernels=replace(MEGATRON, host_s=55e-6, adds_gradients=True, sums_whole=True),
+)  # fmt: skip
 SCALING = Software(
-    name="Aleph Alpha Scaling", zero=1, fused_norm=False, whole_loss=True, sums=("float16", "bfloat16"), kernels=replace(EAGER, repeats_collectives=True, sums_whole=True)
-)
+    name="Aleph Alpha Scaling", zero=1, fused_norm=False, whole_loss=True, sums=("float16", "bfloat16"),
+    kernels=replace(EAGER, repeats_collectives=True, sums_whole=True),
+)  # fmt: skip
+"""Source: Aleph-Alpha/scaling, losses/cross_entropy.py and optimizer/parameter_group.py."""
+
 FOUNDRY = Software(name="llm-foundry FSDP", biases=False, overlap=True, kernels=replace(EAGER, attention_share=FLASH_1, attention_before=True))
 TITAN = Software(
-    name="torchtitan FSDP2", fused_norm=False, biases=False, overlap=True, sequence_parallel=True, selects_blocks=True, kernels=replace(EAGER, attention_before=True)
-)
+    name="torchtitan FSDP2", fused_norm=False, biases=False, overlap=True, sequence_parallel=True, selects_blocks=True,
+    kernels=replace(EAGER, attention_before=True),
+)  # fmt: skip
 
 BY_SOURCE = (
     ("Korthikanti", MEGATRON_2022), ("MegaScale", MEGATRON_2023),

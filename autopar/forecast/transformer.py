@@ -224,7 +224,8 @@ class _Builder:
         tokens, width = self.batch * self.dims.seq, self.dims.hidden
         shape = tokens, width
         rows = self.op("aten.reshape.default", [x], shape, {"self": Operand(0), "shape": shape}, label="rows")
-        scores = self.op("aten.softmax.int", [self.linear(rows, "router", experts.count, bias=False)], (tokens, experts.count), {"self": Operand(0), "dim": -1, "dtype": None})
+        routed = self.linear(rows, "router", experts.count, bias=False)
+        scores = self.op("aten.softmax.int", [routed], (tokens, experts.count), {"self": Operand(0), "dim": -1, "dtype": None})
         weights = self.op("aten.slice.Tensor", [scores], (tokens, experts.chosen), {"self": Operand(0), "dim": 1, "start": 0, "end": experts.chosen, "step": 1})
         slots = tokens * experts.chosen // experts.count
         sent = self.op("autopar.dispatch.default", [rows], (experts.count, slots, width), {"input": Operand(0), "experts": experts.count, "chosen": experts.chosen})
