@@ -288,6 +288,7 @@ def device_values(device: Device) -> dict[str, object]:
         **({"multiprocessors": device.num_multiprocessors} if device.num_multiprocessors else {}),
         **({"attention_efficiency": device.attention_efficiency} if device.attention_efficiency else {}),
         **({"sustained_rate": device.sustained_rate} if device.sustained_rate != 1 else {}),
+        **({"previous_rate": device.previous_rate} if device.previous_rate != 1 else {}),
         "peak": {dtype: format_quantity(value, COMPUTE) for dtype, value in device.peak_flops_per_s},
         **({"efficiency": dict(device.efficiencies)} if device.efficiencies else {}),
         "source": {name: str(source) for name, source in device.source},
