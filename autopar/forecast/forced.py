@@ -92,7 +92,8 @@ class Forced:
         blocks = [segment.block for segment in graph.segments if segment.block]
         recompute = {block: layout.recompute for block in blocks if layout.recompute != "none"}
         rules = rules_of(graph)
-        assert all(a.factors == b.factors for a, b in zip(rules, decided.rules, strict=True)), "a rule that depends on sizes"
+        if any(a.factors != b.factors for a, b in zip(rules, decided.rules, strict=True)):
+            raise UsageError(f"a layout for sizes of its own: {layout} cannot be decided on a small model")
         residency = replace(decided.residency, recompute=recompute, micro_batches=self.micro_batches, precision=self.precision)
         return replace(decided, graph=graph, mesh=layout.mesh, rules=rules, residency=residency)
 
@@ -131,7 +132,8 @@ def _decided(dims: Dims, layout: Layout3D) -> Program:
     problem, ports = ProblemBuilder(graph, rules, batch_factors(graph, rules), pricing, constraints, keeping).build(None)
     program = decode(graph, rules, pricing, ports, solve(problem, use_ilp="never").choices, keeping)
     nested = [p for layout in program.produced for p in layout if p.kind == "S" and p.outer > 1]
-    assert not nested, f"a layout that depends on sizes: {nested[:1]}"
+    if nested:
+        raise UsageError(f"a layout that depends on sizes: {nested[0]} under {layout}")
     return program
 
 

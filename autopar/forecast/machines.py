@@ -35,10 +35,10 @@ def machine(gpu: str, num_devices: int, per_node: int | None, source: str = "", 
 
 
 def _with_network(cluster: Cluster, notes: str) -> Cluster:
-    of_node = re.search(r"(\d+) Gb/s (?:per node|RoCE between nodes)", notes)
+    of_node = re.search(r"(?:(\d+)x [A-Za-z ]*)?\b(\d+) Gb/s (?:per node|RoCE between nodes)", notes)
     of_device = re.search(r"(\d+) Gb/s RDMA per GPU", notes)
     if not of_node and not of_device:
         return cluster
-    bits_per_s = 1e9 * (int(of_device[1]) if of_device else int(of_node[1]) / cluster.devices_per_node if of_node else 0)
+    bits_per_s = 1e9 * (int(of_device[1]) if of_device else int(of_node[1] or 1) * int(of_node[2]) / cluster.devices_per_node if of_node else 0)
     link = replace(cluster.inter_node, bandwidth_bytes_per_s=bits_per_s / 8, source=sources("derived: the network that the notes of the row name"))
     return replace(cluster, inter_node=link)

@@ -63,6 +63,7 @@ def test_what_a_row_leaves_open() -> None:
     """A network that notes name; a precision behind `inferred:`; of a plan of which nothing is printed beside its degrees, the fastest that fits."""
     named = case_of(row(notes="800 Gb/s per node")).cluster.inter_node
     assert named.bandwidth_bytes_per_s == 100e9 / 8 and "notes" in str(named.source_of("bandwidth"))
+    assert case_of(row(notes="8x HDR InfiniBand 200 Gb/s per node")).cluster.inter_node.bandwidth_bytes_per_s == 200e9 / 8
     changed = {"num_gpus": "16", "pp": "2", "micro_batch": "", "recompute": "", "global_batch": "16"}
     (given, *others) = case_of(row(**changed)).plans
     assert (given.vpp, given.num_microbatches) == (1, 16) and {p.layout.micro_batch for p in others} == {1, 2, 4}
