@@ -228,7 +228,7 @@ class Kinds:
         forward, weights = self._with_units(depth, forward, inputs, weights)
         gather, reduce = (self._total(depth, ends, name) for name in ("gathers", "sums"))
         if pricing.kernels.sums_whole:
-            reduce = {("all_reduce", axes): num_bytes for (_, axes), num_bytes in reduce.items()}
+            reduce = _whole(reduce)
         gather_s, reduce_s = traffic_seconds(gather, pricing), traffic_seconds(reduce, pricing)
         if self.overlap:
             parts = max(1, depth)
@@ -256,7 +256,7 @@ class Kinds:
 
     def _total(self, depth: int, ends: Sequence[int], name: str) -> Traffic:
         mid = getattr(self.updates[1], name)
-        keys = {key for update in self.updates for key in getattr(update, name)}
+        keys = dict.fromkeys(key for update in self.updates for key in getattr(update, name))
         return {key: depth * mid.get(key, 0.0) + sum(getattr(self.updates[i], name).get(key, 0.0) - mid.get(key, 0.0) for i in ends) for key in keys}
 
     def _with_units(self, depth: int, forward: float, inputs: float, weights: float) -> tuple[float, float]:
@@ -281,6 +281,14 @@ class Kinds:
         there, back = self.stages.message_bytes(0, 1), self.stages.message_bytes(0, 1, back=True)
         price = self.forced.pricing.message
         return EdgeCost(activation_s=price(there), gradient_s=price(back), activation_bytes=there, gradient_bytes=back)
+
+
+def _whole(sums: Traffic) -> Traffic:
+    """The same sums for every rank, where some were wanted in parts."""
+    found: Traffic = {}
+    for (_, axes), num_bytes in sums.items():
+        found["all_reduce", axes] = found.get(("all_reduce", axes), 0.0) + num_bytes
+    return found
 
 
 @lru_cache(maxsize=4096)

@@ -158,3 +158,10 @@ def test_an_embedding_and_a_head_may_be_stages_of_their_own() -> None:
     step = Step(dims, StepPlan(layout=Layout3D(), pp=4, vpp=2, num_microbatches=4), A100)
     assert step.depths == (0, 1, 1, 1, 1, 1, 1, 0)
     assert 0 < step.costs[0].forward_s < step.costs[1].forward_s and step.step_s > 0
+
+
+def test_whole_sums_are_of_all_that_is_summed() -> None:
+    """Six ranks cut some parameters and not others; a sum for every rank is of both, and takes longer than one of parts."""
+    plan = StepPlan(layout=Layout3D(dp=6, zero=1, micro_batch=2), num_microbatches=2)
+    parts, whole = (Step(DIMS, plan, A100, kernels=Kernels(sums_whole=there)).costs[0].reduce_s for there in (False, True))
+    assert parts < whole < 2.5 * parts
