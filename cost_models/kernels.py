@@ -9,6 +9,8 @@ over the best of a few tiles and of splits of k, as the heuristics of vendor lib
 costs beside its products, in steps of k: loading the first operands, writing the result. A device of unknown structure
 (`num_multiprocessors` 0) reaches its efficiency at any shape, as the plain roofline of `compute.py` says.
 
+Rows of operands that do not begin at multiples of ALIGNMENT cannot be loaded for matrix units; such products run at the vector rate of float32.
+
 Attention. A fused kernel does the share of the scores that its mask leaves, at `attention_efficiency` of the peak; its backward is 2.5 times the
 work (five products for two), at a somewhat lower rate. Written out, attention is two batched products and SCORE_PASSES over the scores.
 """
@@ -27,12 +29,19 @@ SPLITS = (1, 2, 4, 8)
 FILL = 96
 """Source: three stages of 32 in flight before the first product (CUTLASS), and about as much again overlapped with the next tile's."""
 
+ALIGNMENT = 8
+"""Elements of 16 bits. Source: cuBLAS's documentation, 16 bytes for matrix units. Only the products of an attention that is written out are looked
+at, whose rows are as long as a head is wide: other sizes are chosen to fit."""
+
 ATTENTION_BACKWARD = 2.5
 ATTENTION_BACKWARD_RATE = 0.8
 """Source: FlashAttention-2 (Dao 2023), figures 5 and 6: backward at about four fifths of the forward's rate."""
 
 SCORE_PASSES = 6.0
 """Over the scores in a written-out forward: written, scaled and masked and normalised (read, written), dropped (read, written), read."""
+
+ELEMENTARY_SCORE_PASSES = 14.0
+"""The same by elementary operators, without dropout: written, masked (read, written), widened, normalised and narrowed again in float32 (10), read."""
 
 
 class Work(NamedTuple):
@@ -54,15 +63,24 @@ class Kernels:
     """What the kernels of a piece of software do differently from plain eager PyTorch.
 
     `product_dtype`: in which products with a weight are computed, None: in that of their operands. `fused`: chains of pointwise operators
-    make one pass. `attention_share`: of what the best known attention kernel reaches on the device. `host_s`: of the process that launches,
+    make one pass. `attention_share`: of what the best known attention kernel reaches on the device; `attention_before`: it was written for the
+    generation of devices before. `score_passes`: over the scores of an attention that is written out. `host_s`: of the process that launches,
     per operator and direction; the device waits where the host is slower. `repeats_collectives`: recomputation communicates again.
+    `adds_gradients`: those of a further microbatch are added to the sum by a pass of their own, not by the product that makes them.
+    `sums_whole`: ranks that keep a part of the optimizer's state get the sum of all gradients. `exchange_share`: of the bytes of an all-to-all
+    that are sent, as a token for several experts of a node may travel once.
     """
 
     product_dtype: str | None = None
     fused: bool = False
     attention_share: float = 1.0
+    attention_before: bool = False
+    score_passes: float = SCORE_PASSES
     host_s: float = 0.0
     repeats_collectives: bool = False
+    adds_gradients: bool = False
+    sums_whole: bool = False
+    exchange_share: float = 1.0
 
 
 PLAIN = Kernels()
@@ -106,11 +124,13 @@ def _busy_seconds(device: Device, work: Work, kernels: Kernels) -> float:
         return max(work.flops / (device.peak("float32") * device.matmul_efficiency), moved)
     if work.kernel == "attention":
         rate = device.peak(work.dtype) * (device.attention_efficiency or device.matmul_efficiency) * device.sustained_rate * kernels.attention_share
+        rate *= device.previous_rate if kernels.attention_before else 1.0
         return max(work.flops * work.masked / rate, moved)
     if work.kernel == "scores" and work.shape is not None:
         batch, queries, keys, width = work.shape
-        scores = SCORE_PASSES * batch * queries * keys * 2 / (device.memory_bytes_per_s * device.memory_efficiency)
-        products = product_seconds(device, (batch, queries, keys, width), work.dtype) + product_seconds(device, (batch, queries, width, keys), work.dtype)
+        scores = kernels.score_passes * batch * queries * keys * 2 / (device.memory_bytes_per_s * device.memory_efficiency)
+        dtype = work.dtype if width % ALIGNMENT == 0 else "float32"
+        products = product_seconds(device, (batch, queries, keys, width), dtype) + product_seconds(device, (batch, queries, width, keys), dtype)
         return max(products, moved) + scores
     dtype = kernels.product_dtype if kernels.product_dtype is not None and work.is_weight else work.dtype
     if work.shape is None or not device.num_multiprocessors:

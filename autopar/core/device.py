@@ -30,6 +30,7 @@ OPTIONAL_NUMBERS = {
     "multiprocessors": "multiprocessors = 132",
     "attention_efficiency": "attention_efficiency = 0.6",
     "sustained_rate": "sustained_rate = 0.9",
+    "previous_rate": "previous_rate = 0.6",
     "efficiency": "[device.efficiency] with float8_e4m3fn = 0.7",
 }
 """Numbers that a file may leave out: products then reach their efficiency at any shape, attention that of products, every dtype the same."""
@@ -86,6 +87,7 @@ class Device:
     The efficiencies are the shares of peak and of memory bandwidth that large operators reach; `efficiencies` are those of dtypes whose share
     of their peak is another than `matmul_efficiency`. `num_multiprocessors` 0 and `attention_efficiency` 0 stand for unknown.
     `sustained_rate`: the share of the rate of a short benchmark that products keep in steps of seconds, where power limits the clock.
+    `previous_rate`: the share of its rate that kernels written for the generation before reach, whose instructions it still has.
     """
 
     name: str
@@ -98,6 +100,7 @@ class Device:
     num_multiprocessors: int = 0
     attention_efficiency: float = 0.0
     sustained_rate: float = 1.0
+    previous_rate: float = 1.0
     efficiencies: tuple[tuple[str, float], ...] = ()
     source: Sources = UNSOURCED
 
@@ -116,6 +119,7 @@ class Device:
         _check_number(self.name, "num_multiprocessors", self.num_multiprocessors, zero=True)
         _check_number(self.name, "attention_efficiency", self.attention_efficiency, zero=True, largest=1.0)
         _check_number(self.name, "sustained_rate", self.sustained_rate, largest=1.0)
+        _check_number(self.name, "previous_rate", self.previous_rate, largest=1.0)
         for dtype, share in self.efficiencies:
             _check_number(self.name, f"efficiency of {dtype}", share, largest=1.0)
 
@@ -214,6 +218,7 @@ def read_device(table: Table) -> Device:
         num_multiprocessors=table.count("multiprocessors", MAX_MULTIPROCESSORS) if "multiprocessors" in table.values else 0,
         attention_efficiency=table.share("attention_efficiency") if "attention_efficiency" in table.values else 0.0,
         sustained_rate=table.share("sustained_rate") if "sustained_rate" in table.values else 1.0,
+        previous_rate=table.share("previous_rate") if "previous_rate" in table.values else 1.0,
         efficiencies=_efficiencies(table),
         source=read_sources(table, (*DEVICE_NUMBERS, *OPTIONAL_NUMBERS)),
     )
@@ -283,6 +288,7 @@ def device_values(device: Device) -> dict[str, object]:
         **({"multiprocessors": device.num_multiprocessors} if device.num_multiprocessors else {}),
         **({"attention_efficiency": device.attention_efficiency} if device.attention_efficiency else {}),
         **({"sustained_rate": device.sustained_rate} if device.sustained_rate != 1 else {}),
+        **({"previous_rate": device.previous_rate} if device.previous_rate != 1 else {}),
         "peak": {dtype: format_quantity(value, COMPUTE) for dtype, value in device.peak_flops_per_s},
         **({"efficiency": dict(device.efficiencies)} if device.efficiencies else {}),
         "source": {name: str(source) for name, source in device.source},

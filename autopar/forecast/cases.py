@@ -1,6 +1,8 @@
 """From a published row to what can be priced: model, cluster, plan, and seconds of a step as measured."""
 
 import math
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from autopar.core.cluster import Cluster
@@ -11,18 +13,21 @@ from autopar.forecast.forced import Layout3D
 from autopar.forecast.machines import machine
 from autopar.forecast.runs import Row, Unpriced
 from autopar.forecast.software import Software, software_of
-from autopar.forecast.step import StepPlan
-from autopar.forecast.transformer import Dims
+from autopar.forecast.step import StepPlan, fewest_layers
+from autopar.forecast.transformer import Dims, Experts
 
 DENSE = ("gpt", "llama", "nemotron", "qwen3-dense", "transformer")
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp8": "bfloat16", "mxfp8": "bfloat16", "nvfp4": "bfloat16", "": "bfloat16"}
 FLOAT8 = ("fp8", "mxfp8")
+HEAD_WIDTHS = {"qwen3": 128, "gpt-oss": 64, "gpt oss": 64}
+"""Of models whose heads are not the share of their width. Source: their published configurations."""
+
 RECOMPUTE = ("none", "selective", "full")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One run. `recompute`: the modes that it may have used, lightest first; one where it is published."""
+    """One run. `recompute`: the modes that it may have used, lightest first; one where it is published; `others`: plans that it may have run too."""
 
     row: Row
     dims: Dims
@@ -35,10 +40,26 @@ class Case:
     precision: Precision
     product_dtype: str
     measured_s: float | None
+    others: tuple[StepPlan, ...] = ()
+
+    @property
+    def plans(self) -> tuple[StepPlan, ...]:
+        """What may have been run: where a source prints none of microbatch, interleaving and recomputation, the one that is fastest is taken."""
+        return (self.plan, *self.others)
 
     @property
     def kernels(self) -> Kernels:
-        return self.software.kernels if self.product_dtype == self.dtype else replace(self.software.kernels, product_dtype=self.product_dtype)
+        product = None if self.product_dtype == self.dtype else self.product_dtype
+        return replace(self.software.kernels, product_dtype=product, exchange_share=self._exchange_share)
+
+    @property
+    def _exchange_share(self) -> float:
+        """Nodes that a token goes to over experts that it goes to, on average, where it is sent once to each node."""
+        experts, layout = self.dims.experts, self.plan.layout
+        nodes = max(1, layout.ep * layout.tp // self.cluster.devices_per_node)
+        if experts is None or not self.software.sends_once or nodes == 1:
+            return 1.0
+        return nodes * (1 - (1 - 1 / nodes) ** experts.chosen) / experts.chosen
 
     @property
     def tokens(self) -> int:
@@ -49,7 +70,7 @@ def case_of(row: Row) -> Case:
     """Raises Unpriced where a row says too little, or what no graph here computes."""
     _refuse(row)
     software = software_of(row)
-    gpu, cluster = machine(row.text("gpu"), row.needed("num_gpus"), row.number("gpus_per_node"), row.source)
+    gpu, cluster = machine(row.text("gpu"), row.needed("num_gpus"), row.number("gpus_per_node"), row.source, row.notes)
     dims = _dims(row, software)
     plan = _plan(row, dims, software)
     precision = row.text("precision")
@@ -61,58 +82,97 @@ def case_of(row: Row) -> Case:
     product = "float8_e4m3fn" if precision in FLOAT8 else "float4_e2m1fn" if precision == "nvfp4" else dtype
     return Case(
         row=row, dims=dims, cluster=cluster, gpu=gpu, plan=plan, software=software, dtype=dtype, product_dtype=product,
-        recompute=_recompute(row), precision=Precision(master="float32", reduction=software.reduction),
+        recompute=_recompute(row, software, dims), precision=Precision(master="float32", reduction=software.sums_in(dtype)),
         measured_s=_measured_s(row, dims, plan, cluster) if row.text("kind") == "run" else None,
+        others=tuple(_others(row, plan, dims)),
     )  # fmt: skip
 
 
+def _others(row: Row, plan: StepPlan, dims: Dims) -> Iterator[StepPlan]:
+    """Plans with other microbatches and interleavings, for a row that prints neither these nor a recomputation."""
+    if any(row.text(name) for name in ("micro_batch", "vpp", "recompute")) or "interleaved schedule" in row.notes:
+        return
+    layout, samples = plan.layout, plan.layout.micro_batch * plan.num_microbatches
+    for micro in (m for m in (1, 2, 4) if samples % m == 0 and (m == 1 or layout.cp == 1)):
+        for vpp in range(1, dims.layers // plan.pp + 1) if plan.pp > 1 else (1,):
+            if dims.layers % (plan.pp * vpp) == 0:
+                yield replace(plan, layout=replace(layout, micro_batch=micro), vpp=vpp, num_microbatches=samples // micro)
+
+
 def _refuse(row: Row) -> None:
-    if row.text("experts") or row.text("model_family") == "moe":
-        raise Unpriced("mixture of experts: no graph yet")
-    if row.text("model_family") not in DENSE:
+    if row.text("model_family") not in (*DENSE, "moe"):
         raise Unpriced(f"model family {row.text('model_family')[:20]!r}: no graph yet")
-    if (row.number("cp") or 1) > 1:
-        raise Unpriced("context parallelism: no layout yet")
+    if "every other layer" in row.notes:
+        raise Unpriced("mixtures in every other block: no graph yet")
+    if "MLA" in row.notes:
+        raise Unpriced("multi-head latent attention: no graph yet")
+    if (row.number("cp") or 1) > 1 and row.text("experts"):
+        raise Unpriced("experts and context parallelism together: decided too slowly")
     if "MegaScale;" in row.notes or row.notes.startswith("MegaScale weak"):
         raise Unpriced("parallel blocks and sliding windows: no graph yet")
 
 
 def _dims(row: Row, software: Software) -> Dims:
-    hidden, heads, llama = row.needed("hidden"), row.needed("heads"), row.text("model_family") in ("llama", "qwen3-dense")
+    hidden, heads, llama = row.needed("hidden"), row.needed("heads"), row.text("model_family") in ("llama", "qwen3-dense", "moe")
     nemotron = row.text("model_family") == "nemotron"
     positions = "alibi" if "ALiBi" in row.notes else "rotary" if llama or nemotron else "learned"
     flash = software.flash if row.text("flash_attention") == "" else row.text("flash_attention") == "1"
-    if hidden % heads:
+    named = f"{row.notes} {row.text('split_group')}".lower()
+    head_width = next((width for name, width in HEAD_WIDTHS.items() if name in named and row.text("experts")), 0)
+    if hidden % heads and not head_width:
         raise Unpriced(f"{heads} heads do not divide a width of {hidden}")
     return Dims(
         layers=row.needed("layers"), hidden=hidden, heads=heads, kv_heads=row.number("kv_heads") or heads,
         inner=row.number("ffn_hidden") or 4 * hidden, vocab=row.number("vocab") or 51200, seq=row.needed("seq"),
         norm="rms" if llama else "layer", activation="swiglu" if llama else "squared_relu" if nemotron else "gelu", positions=positions,
         biases=not llama and not nemotron and software.biases, tied=not llama and not nemotron, fused_attention=flash,
-        dropout=0.0 if flash or llama else software.dropout, fused_norm=software.fused_norm or "RMS kernel" in row.notes, wide_loss=True,
+        dropout=0.0 if flash or llama else software.dropout, fused_norm=software.fused_norm or "RMS kernel" in row.notes, wide_loss=True, packed=flash,
+        experts=_experts(row), head_width=head_width,
     )  # fmt: skip
 
 
+def _experts(row: Row) -> Experts | None:
+    """Widths that notes give are of experts; else they are as wide as the MLP."""
+    if not row.text("experts"):
+        return None
+    width = re.search(r"moe_ffn=(\d+)", row.notes)
+    inner = int(width[1]) if width else row.needed("ffn_hidden")
+    return Experts(row.needed("experts"), row.needed("topk"), inner, inner if "shared expert" in row.notes else 0)
+
+
+def _degrees_of_experts(row: Row, tp: int) -> tuple[int, bool]:
+    """(ranks of dp that share the experts, whether tp cuts every expert): ranks of tp hold experts of their own unless the notes or the degrees say no."""
+    ep = row.number("ep") or 1
+    cut = tp > 1 and ("xpert tensor parallel" in row.notes or ep % tp > 0)
+    return (ep, True) if cut else (max(1, ep // tp), False)
+
+
 def _plan(row: Row, dims: Dims, software: Software) -> StepPlan:
-    devices, tp, pp = row.needed("num_gpus"), row.needed("tp"), row.needed("pp")
-    dp, left = devices // (tp * pp), devices % (tp * pp)
+    devices, tp, pp, cp = row.needed("num_gpus"), row.needed("tp"), row.needed("pp"), row.number("cp") or 1
+    dp, left = divmod(devices, tp * pp * cp)
     if left or (row.number("dp") or dp) != dp:
-        raise Unpriced(f"tp={tp} pp={pp} dp={row.text('dp')} do not make {devices} devices")
+        raise Unpriced(f"tp={tp} pp={pp} cp={cp} dp={row.text('dp')} do not make {devices} devices")
     batch = row.number("global_batch") or dp * (row.number("batch_per_replica") or row.number("micro_batch") or 1)
-    micro = row.number("micro_batch") or (1 if pp > 1 else max(1, batch // dp))
+    micro = row.number("micro_batch") or (1 if pp * cp > 1 or dims.experts else max(1, batch // dp))
     times = max(1, round(batch / (dp * micro)))
     stage = software.zero if row.number("zero_stage") is None else row.needed("zero_stage") if row.text("zero_stage") != "0" else 0
     sp = row.text("sp") == "1" if row.text("sp") else software.sequence_parallel and tp > 1
-    vpp = row.number("vpp") or 1
-    if dims.layers < pp * vpp:
+    vpp = row.number("vpp") or (-(-dims.layers // pp) if "interleaved schedule" in row.notes else 1)
+    if dims.layers < fewest_layers(pp, vpp):
         raise Unpriced(f"{dims.layers} layers on {pp} x {vpp} stages")
-    layout = Layout3D(dp=dp, tp=tp, sp=sp and tp > 1, zero=stage if dp > 1 else 0, micro_batch=micro)
+    layout = Layout3D(dp=dp, tp=tp, sp=sp and tp > 1, zero=stage if dp * cp > 1 else 0, micro_batch=micro, cp=cp, whole_loss=software.whole_loss)
+    if dims.experts is not None:
+        ep, cut = _degrees_of_experts(row, tp)
+        layout = replace(layout, ep=ep, tp_of_experts=cut)
     return StepPlan(layout=layout, pp=pp, vpp=vpp if pp > 1 else 1, num_microbatches=times)
 
 
-def _recompute(row: Row) -> tuple[str, ...]:
-    given = row.text("recompute")
-    return (given,) if given in RECOMPUTE else RECOMPUTE
+def _recompute(row: Row, software: Software, dims: Dims) -> tuple[str, ...]:
+    """Software that calls recomputation of attention's core "selective" has nothing to save by it where attention is fused."""
+    given, idle = row.text("recompute"), software.selects_attention and dims.fused_attention
+    if given in RECOMPUTE:
+        return ("none",) if given == "selective" and idle else (given,)
+    return ("none", "full") if idle else RECOMPUTE
 
 
 def _measured_s(row: Row, dims: Dims, plan: StepPlan, cluster: Cluster) -> float:

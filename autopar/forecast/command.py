@@ -18,10 +18,11 @@ def validate(
     runs: Annotated[Path | None, typer.Argument(help="A CSV file of runs; without one, the rows that the costs were calibrated on.")] = None,
     as_text: Annotated[bool, typer.Option("--json", help="Everything as JSON, every row included.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Write predicted over measured step times as SVG.")] = None,
+    mixtures: Annotated[bool, typer.Option("--mixtures", help="Price mixtures of experts too; their forecasts are not near enough to count.")] = False,
     workers: Annotated[int, typer.Option(min=1, max=64, help="Processes.")] = 2,
 ) -> None:
     """Price the rows of a file of published runs and score the forecasts."""
-    priced = price_rows(read_rows(runs or OWN_ROWS), workers)
+    priced = price_rows(read_rows(runs or OWN_ROWS), workers, mixtures=mixtures)
     found = score(priced)
     if plot is not None:
         plot.write_text(as_svg(priced), encoding="utf-8")

@@ -3,10 +3,17 @@
 from autopar.forecast.transformer import Dims
 
 
-def block_weights(dims: Dims) -> int:
-    """Elements of the matrices of one block."""
-    kv = dims.kv_heads * dims.head_dim
-    return dims.hidden * (2 * dims.hidden + 2 * kv) + (3 if dims.activation == "swiglu" else 2) * dims.hidden * dims.inner
+def block_weights(dims: Dims, *, used: bool = False) -> int:
+    """Elements of the matrices of one block; `used`: those that a token meets."""
+    made, kv = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
+    return dims.hidden * (2 * made + 2 * kv) + _inner_weights(dims, used=used)
+
+
+def _inner_weights(dims: Dims, *, used: bool) -> int:
+    if dims.experts is None:
+        return (3 if dims.activation == "swiglu" else 2) * dims.hidden * dims.inner
+    e = dims.experts
+    return dims.hidden * (3 * ((e.chosen if used else e.count) * e.inner + e.shared) + e.count)
 
 
 def model_flops(dims: Dims, tokens: int, convention: str = "") -> float:
@@ -16,7 +23,7 @@ def model_flops(dims: Dims, tokens: int, convention: str = "") -> float:
     only scores that a causal mask leaves; else every score counts.
     """
     masked = 0.5 if "causal-halved" in convention and "non" not in convention else 1.0
-    blocks = dims.layers * (2 * block_weights(dims) + masked * 4 * dims.seq * dims.hidden)
+    blocks = dims.layers * (2 * block_weights(dims, used=True) + masked * 4 * dims.seq * dims.heads * dims.head_dim)
     head = 2 * dims.hidden * dims.vocab
     passes = 4 if convention.startswith("hardware") else 3
     return float(tokens) * (passes * blocks + 3 * head)

@@ -7,7 +7,9 @@ notes where they say `inferred: name=value`, and else by the rules below, the sa
     vocab                    51,200, that of GPT-2 padded, 128,000 for Aleph Alpha's own tokenizer where the notes say so
     dp                       the devices that tp, pp and cp leave
     global_batch             the only microbatch of every replica
-    micro_batch              1 in a pipeline, else all sequences of a replica
+    micro_batch              1 in a pipeline or where the sequence is cut, else all sequences of a replica
+    vpp                      1; as many stages a rank as it has blocks where the notes say "interleaved schedule"
+                             where none of micro_batch, vpp and recompute is printed: the fastest plan that fits
     sp, zero_stage           as the software runs unless told otherwise (`software.py`)
     recompute                the least that fits the device: none, selective, full
 """
@@ -85,6 +87,8 @@ def _inferred(notes: str) -> Iterator[tuple[str, str]]:
     _, mark, text = notes.partition("inferred:")
     text = text if mark else ""
     yield from re.findall(r"\b(dp|tp|pp|cp|micro_batch|global_batch|recompute|sp|heads)=(?:min\(8,)?(\w+)", text)
+    if match := re.search(r"\b(fp8|bf16)\b", text):
+        yield "precision", match[1]
     if "ZeRO-1" in text or "distributed optimizer" in text:
         yield "zero_stage", "1"
     if match := re.search(r"(\d+) GPUs per node", text):

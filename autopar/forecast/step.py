@@ -1,8 +1,8 @@
 """Seconds and bytes of a whole step of a forced plan: one block of each kind is priced and counted as often as there are such blocks.
 
 Three blocks are laid out (`forced.py`) and cut into three stages as a pipeline would be: the first with the embedding, one in the middle, the
-last with the head and the loss. A stage of n blocks is the stage of its kind with n - 1 times the middle one added; the schedule's lists, run
-against the clock (`cost_models/timeline.py`), make the step of that.
+last with the head and the loss. A stage of n blocks is the stage of its kind with n - 1 times the middle one added, of none that less the middle one;
+the schedule's lists, run against the clock (`cost_models/timeline.py`), make the step of that.
 """
 
 import math
@@ -11,23 +11,23 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from autopar.core.cluster import Cluster
+from autopar.core.graph import DTYPE_BYTES
 from autopar.core.memory import MemoryUse
-from autopar.core.moves import COLLECTIVES
 from autopar.core.pipeline import Pipeline
 from autopar.core.residency import Precision
 from autopar.core.schedule import Edge, Kind
 from autopar.cost_models.kernels import PLAIN, Kernels
-from autopar.cost_models.overlap import overlapped_seconds
+from autopar.cost_models.overlap import occupied, overlapped_seconds
 from autopar.cost_models.pipeline import EdgeCost, StageCost
 from autopar.errors import UsageError
 from autopar.forecast.forced import Forced, Layout3D
+from autopar.forecast.kept import spared_bytes
 from autopar.forecast.transformer import Dims
 from autopar.planner.blocks import Order, timed
 from autopar.planner.held import Beside, state_of
 from autopar.planner.liveness import Engine, kept_by_segment, memory_use
 from autopar.planner.updates import Traffic, Updates, traffic_seconds, update_seconds, updates
 from autopar.planner.work import launches, pass_seconds
-from autopar.program import Program
 from autopar.schedules.orders import make_order
 from autopar.stages import Stages, cut_into_stages
 
@@ -48,6 +48,11 @@ class StepPlan:
     @property
     def num_devices(self) -> int:
         return self.pp * self.layout.mesh.num_ranks
+
+
+def fewest_layers(pp: int, vpp: int) -> int:
+    """Of a model on so many stages: in an interleaved pipeline the embedding and the head may be stages of their own."""
+    return pp * vpp - 2 if vpp > 1 else pp
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +76,8 @@ class Step:
     overlap: bool = False
 
     def __post_init__(self) -> None:
-        if self.dims.layers < self.plan.pp * self.plan.vpp:
-            raise UsageError(f"{self.dims.layers} layers on {self.plan.pp} x {self.plan.vpp} stages; every stage has at least one")
+        if self.dims.layers < fewest_layers(self.plan.pp, self.plan.vpp):
+            raise UsageError(f"{self.dims.layers} layers on {self.plan.pp} x {self.plan.vpp} stages; only the first and the last may have none")
         if self.plan.num_devices > self.cluster.num_devices:
             raise UsageError(f"a plan for {self.plan.num_devices} devices on {self.cluster.num_devices}")
 
@@ -95,7 +100,7 @@ class Step:
         """Blocks of every stage: as even as can be, what is over in the middle, whose stages have neither embedding nor head."""
         n = self.plan.pp * self.plan.vpp
         each, over = divmod(self.dims.layers, n)
-        first = (n - over) // 2
+        first = (n - over + 1) // 2
         return tuple(each + (first <= s < first + over) for s in range(n))
 
     @cached_property
@@ -147,11 +152,27 @@ class Step:
             blocks * getattr(states[1], part) + both * getattr(states[0], part) for part in ("parameters", "gradients", "optimizer")
         )
         activations = max(0, round(flight * sum(kept) / len(kept)) - kinds.kept_bytes[number])
+        gradients += round(self._sums_beside * sum(kinds.gradients(self.depths[s], first=s == 0, last=s == last) for s in held))
         beside = Beside(parameters=parameters, optimizer=optimizer, gradients=gradients, activations=activations)
         # of a single microbatch, gradients take the place of activations
         moments = (beside,) if self.plan.num_microbatches > 1 else (replace(beside, gradients=0), replace(beside, activations=0))
+        if number == 2 and self.plan.layout.whole_loss:
+            moments = tuple(replace(moment, communication=self._loss_bytes) for moment in moments)
         program = kinds.stages.stages[number].program
         return max((memory_use(program, Engine(), moment) for moment in moments), key=lambda m: m.high_bytes)
+
+    @property
+    def _loss_bytes(self) -> int:
+        """What torch's cross entropy on whole logits holds beside what a program of its own makes: the gradient of every log-probability."""
+        return self.plan.layout.micro_batch * self.dims.seq // self.plan.layout.cp * self.dims.vocab * DTYPE_BYTES["float32"]
+
+    @property
+    def _sums_beside(self) -> float:
+        """Bytes of sums of gradients in a wider dtype beside (or in place of) the gradients themselves, over the bytes of those."""
+        widths = DTYPE_BYTES[self.precision.reduced(self.dtype)] / DTYPE_BYTES[self.dtype]
+        if self.plan.layout.zero >= 2 or widths == 1 or self.plan.num_microbatches == 1:
+            return 0.0
+        return widths if self.kernels.adds_gradients else widths - 1
 
     @property
     def forecast(self) -> Forecast:
@@ -178,10 +199,9 @@ class Kinds:
 
     @cached_property
     def kept_bytes(self) -> tuple[int, ...]:
-        """Of one microbatch, from forward to backward. Software that communicates again for its backward keeps what was sent, not what came."""
-        again = self.forced.pricing.kernels.repeats_collectives
-        programs = [stage.program for stage in self.stages.stages]
-        return tuple(sum(kept_by_segment(p)) - (_communicated_bytes(p) if again else 0) for p in programs)
+        """Of one microbatch, from forward to backward."""
+        kernels = self.forced.pricing.kernels
+        return tuple(sum(kept_by_segment(stage.program)) - spared_bytes(stage.program, kernels) for stage in self.stages.stages)
 
     @cached_property
     def states(self) -> tuple[Beside, ...]:
@@ -204,37 +224,57 @@ class Kinds:
         host_s = pricing.kernels.host_s
         there, back = (depth * m + sum(self.launches[i][k] - m for i in ends) for k, m in enumerate(self.launches[1]))
         forward = max(forward, there * host_s)
-        weights += max(0.0, back * host_s - inputs - weights)
+        weights += max(0.0, back * host_s - inputs - weights) + self._addition_s(depth, ends)
         forward, weights = self._with_units(depth, forward, inputs, weights)
         gather, reduce = (self._total(depth, ends, name) for name in ("gathers", "sums"))
+        if pricing.kernels.sums_whole:
+            reduce = _whole(reduce)
         gather_s, reduce_s = traffic_seconds(gather, pricing), traffic_seconds(reduce, pricing)
         if self.overlap:
-            gather_s = overlapped_seconds((forward / depth,) * depth, (gather_s / depth,) * depth) - forward
+            parts = max(1, depth)
+            gather_s = overlapped_seconds((forward / parts,) * parts, (gather_s / parts,) * parts, taken=self.taken) - forward
             backward = inputs + weights
-            reduce_s = overlapped_seconds((backward / depth,) * depth, (), (reduce_s / depth,) * depth) - backward
+            reduce_s = overlapped_seconds((backward / parts,) * parts, (), (reduce_s / parts,) * parts, taken=self.taken) - backward
         stored = depth * self.updates[1].stored_bytes + sum(self.updates[i].stored_bytes - self.updates[1].stored_bytes for i in ends)
         return StageCost(
             forward_s=forward, input_gradient_s=inputs, weight_gradient_s=weights, gather_s=max(0.0, gather_s), reduce_s=max(0.0, reduce_s),
             step_s=update_seconds(self.forced.cluster.device, stored), activation_bytes=depth * kept[1] + sum(kept[i] - kept[1] for i in ends),
         )  # fmt: skip
 
+    def gradients(self, depth: int, *, first: bool, last: bool) -> int:
+        """Bytes of the gradients of a stage of `depth` blocks."""
+        middle = self.states[1].gradients
+        return depth * middle + sum(self.states[i].gradients - middle for i, there in ((0, first), (2, last)) if there)
+
+    def _addition_s(self, depth: int, ends: Sequence[int]) -> float:
+        """Seconds of adding a microbatch's gradients to the sum, where a pass of its own does that: gradient read, sum read and written."""
+        if not self.forced.pricing.kernels.adds_gradients or self.forced.micro_batches == 1:
+            return 0.0
+        device, num_bytes = self.forced.cluster.device, self.gradients(depth, first=0 in ends, last=2 in ends)
+        widths = DTYPE_BYTES[self.forced.precision.reduced(self.forced.dtype)] / DTYPE_BYTES[self.forced.dtype]
+        return num_bytes * (1 + 2 * widths) / (device.memory_bytes_per_s * device.memory_efficiency)
+
     def _total(self, depth: int, ends: Sequence[int], name: str) -> Traffic:
         mid = getattr(self.updates[1], name)
-        keys = {key for update in self.updates for key in getattr(update, name)}
+        keys = dict.fromkeys(key for update in self.updates for key in getattr(update, name))
         return {key: depth * mid.get(key, 0.0) + sum(getattr(self.updates[i], name).get(key, 0.0) - mid.get(key, 0.0) for i in ends) for key in keys}
 
     def _with_units(self, depth: int, forward: float, inputs: float, weights: float) -> tuple[float, float]:
         """With what is gathered before and summed after every block, beside the blocks that compute."""
         pricing, unit = self.forced.pricing, self.updates[1]
         gather, scatter = traffic_seconds(unit.unit_gathers, pricing, math.inf), traffic_seconds(unit.unit_sums, pricing, math.inf)
-        if not gather and not scatter:
+        if not depth or (not gather and not scatter):
             return forward, weights
         backward = inputs + weights
         if not self.overlap:
             return forward + depth * gather, weights + depth * (gather + scatter)
-        there = overlapped_seconds((forward / depth,) * depth, (gather,) * depth)
-        back = overlapped_seconds((backward / depth,) * depth, (gather,) * depth, (scatter,) * depth)
+        there = overlapped_seconds((forward / depth,) * depth, (gather,) * depth, taken=self.taken)
+        back = overlapped_seconds((backward / depth,) * depth, (gather,) * depth, (scatter,) * depth, taken=self.taken)
         return there, back - inputs
+
+    @property
+    def taken(self) -> float:
+        return occupied(self.forced.cluster.device.num_multiprocessors)
 
     @cached_property
     def message(self) -> EdgeCost:
@@ -243,14 +283,12 @@ class Kinds:
         return EdgeCost(activation_s=price(there), gradient_s=price(back), activation_bytes=there, gradient_bytes=back)
 
 
-def _communicated_bytes(program: Program) -> int:
-    """What collectives make and the backward keeps: the difference to what they are made of; all of it where blocks are computed again."""
-    modes, total = set(program.residency.recompute.values()), 0
-    for move in program.moves:
-        if move.live and move.step.forward in COLLECTIVES and program.graph.values[move.value].role == "op":
-            before, after = program.local_bytes(move.value, move.src), program.local_bytes(move.value, move.step.apply(move.src))
-            total += after if "full" in modes else max(0, after - before)
-    return total
+def _whole(sums: Traffic) -> Traffic:
+    """The same sums for every rank, where some were wanted in parts."""
+    found: Traffic = {}
+    for (_, axes), num_bytes in sums.items():
+        found["all_reduce", axes] = found.get(("all_reduce", axes), 0.0) + num_bytes
+    return found
 
 
 @lru_cache(maxsize=4096)

@@ -18,13 +18,24 @@ Activation = Literal["gelu", "swiglu", "squared_relu"]
 Positions = Literal["learned", "rotary", "alibi", "none"]
 
 
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """A mixture in place of the MLP: of `count` experts `chosen` for every token, each of width `inner`, and one of width `shared` for all."""
+
+    count: int
+    chosen: int
+    inner: int
+    shared: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dims:
     """A decoder transformer. `kv_heads` below `heads`: grouped-query attention; `inner`: width of the MLP.
 
     `fused_attention` False: scores and probabilities are written to memory, as before flash attention. `tied`: the head uses the
     weight of the token embedding. `fused_norm` False: an RMS norm of elementary operators in float32, as models write it out. `wide_loss`: the loss is
-    computed in float32. `dropout`: of embeddings, probabilities and both residual branches.
+    computed in float32. `dropout`: of embeddings, probabilities and both residual branches. `packed`: attention's result lies as its projection reads it.
+    `head_width`: of a head where it is not the share of `hidden`.
     """
 
     layers: int
@@ -43,26 +54,31 @@ class Dims:
     fused_attention: bool = True
     fused_norm: bool = True
     wide_loss: bool = False
+    packed: bool = False
+    head_width: int = 0
+    experts: Experts | None = None
 
     def __post_init__(self) -> None:
         counts = (self.layers, self.hidden, self.heads, self.kv_heads, self.inner, self.vocab, self.seq)
-        if min(counts) < 1 or self.hidden % self.heads or self.heads % self.kv_heads:
+        if min(counts) < 1 or (not self.head_width and self.hidden % self.heads) or self.heads % self.kv_heads:
             raise UsageError(
                 f"no transformer of {self.layers} layers of width {self.hidden}, {self.heads} heads over {self.kv_heads}, inner {self.inner}: "
                 "give positive numbers, heads that divide the width and key heads that divide the heads"
             )
+        if self.experts is not None and self.experts.count % self.experts.chosen:
+            raise UsageError(f"{self.experts.count} experts of which {self.experts.chosen} are chosen: give a number that divides theirs")
 
     @property
     def head_dim(self) -> int:
-        return self.hidden // self.heads
+        return self.head_width or self.hidden // self.heads
 
     def with_layers(self, layers: int) -> "Dims":
         return replace(self, layers=layers)
 
 
-def transformer_graph(dims: Dims, batch: int, dtype: str = "bfloat16") -> OpGraph:
-    """The graph of one pass over `batch` sequences; floats are `dtype`."""
-    return _Builder(dims, batch, dtype).graph()
+def transformer_graph(dims: Dims, batch: int, dtype: str = "bfloat16", *, cut_rows: bool = False) -> OpGraph:
+    """The graph of one pass over `batch` sequences; floats are `dtype`. `cut_rows`: its attention may be cut along the sequence."""
+    return _Builder(dims, batch, dtype, cut_rows).graph()
 
 
 @dataclass
@@ -70,6 +86,7 @@ class _Builder:
     dims: Dims
     batch: int
     dtype: str
+    cut_rows: bool = False
     values: list[Value] = field(default_factory=list)
     ops: list[Op] = field(default_factory=list)
     path: str = ""
@@ -170,31 +187,70 @@ class _Builder:
         turned = self.op("aten.cat.default", [self.unary("aten.neg.default", halves[1]), halves[0]], self.shape(x), {"tensors": (Operand(0), Operand(1)), "dim": -1})
         return self.add(self.binary("aten.mul.Tensor", x, tables[0]), self.binary("aten.mul.Tensor", turned, tables[1]))
 
-    def attention(self, x: int, beside: dict[str, int]) -> int:
+    def queries_keys_values(self, x: int, beside: dict[str, int]) -> tuple[int, int, int]:
+        """Each [b, heads, s, width]."""
         dims = self.dims
-        kv_width = dims.kv_heads * dims.head_dim
-        widths = (("q", dims.hidden, dims.heads), ("k", kv_width, dims.kv_heads), ("v", kv_width, dims.kv_heads))
-        q, k, v = (self.heads_first(self.linear(x, name, width), heads) for name, width, heads in widths)
+        width, kv_width = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
+        widths = (("q", width, dims.heads), ("k", kv_width, dims.kv_heads), ("v", kv_width, dims.kv_heads))
+        q, k, v = (self.heads_first(self.linear(x, name, size), heads) for name, size, heads in widths)
         if dims.positions == "rotary":
             tables = beside["cos"], beside["sin"]
             q, k = self.rotated(q, tables), self.rotated(k, tables)
+        return q, k, v
+
+    def attention(self, x: int, beside: dict[str, int]) -> int:
+        dims = self.dims
+        q, k, v = self.queries_keys_values(x, beside)
         args: dict[str, Any] = {"query": Operand(0), "key": Operand(1), "value": Operand(2)}
         args |= {"attn_mask": Operand(3) if "alibi" in beside else None, "dropout_p": dims.dropout, "is_causal": "alibi" not in beside}
         args |= {"scale": None, "enable_gqa": dims.kv_heads != dims.heads}
         written_out = not dims.fused_attention or dims.dropout > 0
-        kind = "autopar.attention.default" if written_out else "aten.scaled_dot_product_attention.default"
+        if self.cut_rows and (written_out or "alibi" in beside):
+            raise UsageError("context parallelism of an attention that is written out or has a bias: only a fused causal one is cut along the sequence")
+        if self.cut_rows:
+            args = {name: args[name] for name in ("query", "key", "value", "is_causal", "scale", "enable_gqa")}
+        kind = "autopar.attention.default" if written_out else "autopar.context_attention.default" if self.cut_rows else "aten.scaled_dot_product_attention.default"
         given = [q, k, v, *([beside["alibi"]] if "alibi" in beside else [])]
-        mixed = self.op(kind, given, self.shape(q), args | ({"site": len(self.ops)} if written_out else {}), at="attention")
+        mixed = self.op(kind, given, (*self.shape(q)[:3], dims.head_dim), args | ({"site": len(self.ops)} if written_out else {}), at="attention")
         mixed = self.transposed(mixed)
-        mixed = self.unary("aten.clone.default", mixed)
-        shape = self.batch, dims.seq, dims.hidden
+        if not dims.packed:
+            mixed = self.unary("aten.clone.default", mixed)
+        shape = self.batch, dims.seq, dims.heads * dims.head_dim
         return self.linear(self.op("aten.reshape.default", [mixed], shape, {"self": Operand(0), "shape": shape}), "o", dims.hidden)
+
+    def mixture(self, x: int, experts: Experts) -> int:
+        """Every token goes to `chosen` experts and the same number of tokens to each, as runs that force a balance do; the slots of an expert that
+        E / chosen neighbouring tokens fill are [E, slots, h]."""
+        tokens, width = self.batch * self.dims.seq, self.dims.hidden
+        shape = tokens, width
+        rows = self.op("aten.reshape.default", [x], shape, {"self": Operand(0), "shape": shape}, label="rows")
+        routed = self.linear(rows, "router", experts.count, bias=False)
+        scores = self.op("aten.softmax.int", [routed], (tokens, experts.count), {"self": Operand(0), "dim": -1, "dtype": None})
+        weights = self.op("aten.slice.Tensor", [scores], (tokens, experts.chosen), {"self": Operand(0), "dim": 1, "start": 0, "end": experts.chosen, "step": 1})
+        slots = tokens * experts.chosen // experts.count
+        sent = self.op("autopar.dispatch.default", [rows], (experts.count, slots, width), {"input": Operand(0), "experts": experts.count, "chosen": experts.chosen})
+        gate = self.unary("aten.silu.default", self.of_experts(sent, "gate", experts.inner))
+        made = self.of_experts(self.binary("aten.mul.Tensor", gate, self.of_experts(sent, "up", experts.inner)), "down", width)
+        back = self.op("autopar.combine.default", [made, weights], shape, {"input": Operand(0), "weights": Operand(1)})
+        mixed = self.op("aten.reshape.default", [back], self.shape(x), {"self": Operand(0), "shape": self.shape(x)}, label="whole")
+        return self.add(mixed, self.gated(x, "shared_", experts.shared), "residual") if experts.shared else mixed
+
+    def of_experts(self, x: int, name: str, out: int) -> int:
+        """A product for every expert: [E, slots, i] x [E, i, o]."""
+        count, slots, width = self.shape(x)
+        weight = self.param(f"experts.{name}.weight", count, width, out)
+        return self.op("aten.bmm.default", [x, weight], (count, slots, out), {"self": Operand(0), "mat2": Operand(1)}, at=f"experts.{name}")
+
+    def gated(self, x: int, prefix: str, inner: int) -> int:
+        gate = self.unary("aten.silu.default", self.linear(x, f"{prefix}gate", inner))
+        return self.linear(self.binary("aten.mul.Tensor", gate, self.linear(x, f"{prefix}up", inner)), f"{prefix}down", self.dims.hidden)
 
     def mlp(self, x: int) -> int:
         dims = self.dims
+        if dims.experts is not None:
+            return self.mixture(x, dims.experts)
         if dims.activation == "swiglu":
-            gate = self.unary("aten.silu.default", self.linear(x, "gate", dims.inner))
-            return self.linear(self.binary("aten.mul.Tensor", gate, self.linear(x, "up", dims.inner)), "down", dims.hidden)
+            return self.gated(x, "", dims.inner)
         up = self.linear(x, "up", dims.inner)
         if dims.activation == "gelu":
             return self.linear(self.unary("aten.gelu.default", up, approximate="none"), "down", dims.hidden)

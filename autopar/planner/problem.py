@@ -19,6 +19,10 @@ from autopar.planner.states import Pricing, States, layout_states, op_states, re
 from autopar.program import without_r
 
 
+STATE_AXES = ("dp", "cp", "ep")
+"""Axes of a forced mesh along which ZeRO may cut the state: those on which parameters are whole."""
+
+
 @dataclass(frozen=True)
 class Ports:
     """Where the search nodes of values and ops are: node number -> meaning."""
@@ -72,7 +76,7 @@ class ProblemBuilder:
         self.saved = _saved_values(self.graph, self.rules)
         self.uses = uses(self.graph)
         names = self.mesh.names
-        self.sharding = Sharding(self.pricing, self.keeping, (names.index("dp"),) if self.constraints.strict and "dp" in names else () if self.constraints.strict else None)
+        self.sharding = Sharding(self.pricing, self.keeping, tuple(a for a, name in enumerate(names) if name in STATE_AXES) if self.constraints.strict else None)
         blocks = {i: segment.block for segment in self.graph.segments for i in segment.ops if segment.block}
         self.block_of = blocks if self.keeping.recompute != ("none",) else {}
 
@@ -196,7 +200,7 @@ class ProblemBuilder:
         return self._add(value.source[0], self._layout_cache[key])
 
     def _storage_allowed(self, axis: int, placement) -> bool:  # noqa: ANN001
-        return not (self.constraints.strict and self.mesh.names[axis] == "dp" and placement.kind == "S")
+        return not (self.constraints.strict and self.mesh.names[axis] in ("dp", "cp") and placement.kind == "S")
 
     def _consumer_cuts(self, v: int) -> frozenset[tuple[int, int]]:
         layouts = [self.states[self.ops[i]].operand_layouts[k] for i, k in self.graph.consumers[v]]

@@ -127,9 +127,10 @@ class Constraints:
 
         def check(strategy: Strategy) -> bool:
             for axis, choice in enumerate(strategy):
-                if not self.choice_allowed(axis, choice, batch):
+                pinned = axis in words and self.mesh.sizes[axis] > 1
+                if not pinned and not self.choice_allowed(axis, choice, batch):
                     return False
-                if axis in words and self.mesh.sizes[axis] > 1:
+                if pinned:
                     word = rule.factors[choice.index] if choice.kind == "cut" else choice.kind
                     if word not in words[axis][0]:
                         return False

@@ -102,6 +102,7 @@ class Pricing:
 
     def _step(self, primitive: str, axes: tuple[int, ...], local_bytes: float) -> float:
         if primitive in COLLECTIVES:
+            local_bytes *= self.kernels.exchange_share if primitive == "all_to_all" else 1.0
             return float(collective_seconds(self.cluster, self.whole, primitive, self._in_whole(axes), local_bytes))
         passes = LOCAL_COPIES[primitive]
         return passes * float(op_seconds(self.cluster.device, 0.0, 2 * local_bytes, "float32", "pointwise")) if passes else 0.0
@@ -152,7 +153,7 @@ def op_states(
         chosen.setdefault((tuple(ins), tuple(outs), rule.degree(strategy, mesh)), (strategy, ins, outs))
     picked = [c for c in chosen.values() if prefer(c[0])] or list(chosen.values())
     flops = np.array([rule.flops / rule.degree(s, mesh) for s, _, _ in picked])
-    moved = np.array([_local_bytes(operands, ins, mesh) + _local_bytes(results, outs, mesh) for _, ins, outs in picked])
+    moved = np.array([_local_bytes(operands, ins, mesh) + _local_bytes(results, outs, mesh) + written_beside(rule, s, mesh) for s, ins, outs in picked])
     dtype = results[0].dtype if results else "float32"
     priced = [pricing.compute(work_of(rule, s, mesh, f, m, dtype)) for (s, _, _), f, m in zip(picked, flops.tolist(), moved.tolist(), strict=True)]
     forward_s = np.array([there for there, *_ in priced])
@@ -178,6 +179,11 @@ def work_of(rule: OpRule, strategy: Strategy, mesh: Mesh, flops: float, num_byte
         batch, m, n, k = shape
         shape = (max(1, round(batch * rows)), m, n, k) if rule.kernel or batch > 1 else (batch, max(1, round(m * rows)), n, k)
     return Work(kernel, flops, num_bytes, dtype, shape, rule.masked, is_weight, bool(rule.saved_operands or rule.saved_results))
+
+
+def written_beside(rule: OpRule, strategy: Strategy, mesh: Mesh) -> int:
+    """Bytes that a pointwise operator writes for its backward beside its results; kernels of attention keep theirs on the chip."""
+    return rule.kept_bytes(strategy, mesh) if rule.cost == "pointwise" else 0
 
 
 def result_bytes(results: Sequence[TensorMeta], layouts: Sequence[Sequence[Layout]], saved: Collection[int], mesh: Mesh) -> np.ndarray:

@@ -14,7 +14,7 @@ import numpy as np
 from autopar.core.graph import DTYPE_BYTES, OpGraph
 from autopar.core.moves import COLLECTIVES, step_input_bytes
 from autopar.planner.keeping import Keeping, Sharding, Use, kept_by_selective, uses
-from autopar.planner.states import Pricing, work_of
+from autopar.planner.states import Pricing, work_of, written_beside
 from autopar.program import Program, Route, route_steps
 
 PHASES = ("forward_s", "input_gradient_s", "weight_gradient_s", "gather_s", "reduce_s", "update_s")
@@ -22,6 +22,9 @@ PHASES = ("forward_s", "input_gradient_s", "weight_gradient_s", "gather_s", "red
 
 SPLIT = ("aten.linear.default", "aten.addmm.default", "aten.mm.default")
 """Contractions whose weight gradient can wait (`runtime/split.py`); other operators make it with the gradient of their input."""
+
+WITH_WEIGHTS = (*SPLIT, "aten.bmm.default")
+"""Contractions that software may compute in a narrower dtype where one operand is a weight."""
 
 COLLECTIVE_LAUNCHES = 4
 """A collective takes the host so many times what an operator does: checks, streams that wait for each other, the communication library."""
@@ -75,7 +78,7 @@ class _Pieces:
         self.computed = _searched(graph)
         self.block = {i: segment.block for segment in graph.segments for i in segment.ops if segment.block}
         self.live_moves = _live_moves(program)
-        self.fused = _fused(program) if pricing.kernels.fused else frozenset()
+        self.fused = fused_values(program) if pricing.kernels.fused else frozenset()
         self.uses = uses(graph)
         residency = program.residency
         self.sharding = Sharding(pricing, Keeping(micro_batches=residency.micro_batches, precision=residency.precision, offload=residency.offload))
@@ -102,9 +105,10 @@ class _Pieces:
         op, rule, strategy = graph.ops[i], program.rules[i], program.strategies[i]
         moved = sum(program.local_bytes(v, program.needed(i, k)) * self._share(v) for k, v in enumerate(op.operands) if v not in self.fused)
         moved += sum(program.local_bytes(v, program.produced[v]) * self._share(v) for v in op.results if v not in self.fused)
+        moved += written_beside(rule, strategy, program.mesh) / self.parts
         dtype = graph.values[op.results[0]].meta.dtype if op.results else "float32"
         share = max((self._share(v) for v in op.results), default=1.0)
-        is_weight = i in self.block and op.kind in SPLIT and op.operands[-1] in self.weights
+        is_weight = i in self.block and op.kind in WITH_WEIGHTS and op.operands[-1] in self.weights
         work = work_of(rule, strategy, program.mesh, rule.flops / rule.degree(strategy, program.mesh) * share, moved, dtype, rows=share, is_weight=is_weight)
         forward, *halves = self.pricing.compute(work)
         differentiable = [v for v in op.operands if graph.values[v].meta.requires_grad]
@@ -189,7 +193,7 @@ def launches(program: Program, pricing: Pricing) -> tuple[int, int]:
     return there, back
 
 
-def _fused(program: Program) -> frozenset[int]:
+def fused_values(program: Program) -> frozenset[int]:
     """Values that a pointwise operator makes for another one of the same block alone, where it lies."""
     graph, found = program.graph, set()
     block = {i: segment.block for segment in graph.segments for i in segment.ops}

@@ -192,6 +192,31 @@ def attention(site: Site) -> Node:
                      [*shape[:3], keys], layout)  # fmt: skip
 
 
+@lowering("autopar.context_attention.default")
+def context_attention(site: Site) -> Node:
+    axes, a = site.axes_cutting("q"), site.args
+    if not axes:
+        return site.itself()
+    return site.call(kernels.rows_of_attention, a["query"], a["key"], a["value"], site.mesh, axes, a["is_causal"], a["scale"], a["enable_gqa"])
+
+
+@lowering("autopar.dispatch.default")
+def dispatch(site: Site) -> Node:
+    axes, a = site.axes_cutting("e"), site.args
+    if not axes:
+        return site.itself()
+    return site.call(kernels.slots_of_experts, a["input"], site.mesh, axes, site.local_result()[0], a["experts"], a["chosen"])
+
+
+@lowering("autopar.combine.default")
+def combine(site: Site) -> Node:
+    axes, a = site.axes_cutting("e"), site.args
+    if not axes:
+        return site.itself()
+    experts = site.program.graph.values[site.op.operands[0]].meta.shape[0]
+    return site.call(kernels.sum_of_experts, a["input"], a["weights"], site.mesh, axes, experts)
+
+
 @lowering("autopar.token_cross_entropy.default")
 def token_cross_entropy(site: Site) -> Node:
     """Three numbers a row cross the group, never the logits."""

@@ -8,10 +8,12 @@ from autopar.rules.pointwise import pointwise
 from autopar.rules.registry import Call, NoRule, rule
 
 
-@rule("aten.scaled_dot_product_attention.default", "autopar.attention.default")
+@rule("aten.scaled_dot_product_attention.default", "autopar.attention.default", "autopar.context_attention.default")
 def attention(call: Call) -> OpRule:
     """Batch, heads (groups of grouped-query heads) and, without a causal flag, query rows may be cut.
 
+    `context_attention` knows where its rows begin, so they may be cut in spite of the flag, with all keys at hand: context parallelism. It is priced
+    as if every rank had as many scores, which is so where rows are dealt from both ends.
     flops: 2 contractions over all (query, key) pairs, masked or not.
     """
     q, k, v = call.shape("query"), call.shape("key"), call.shape("value")
@@ -28,16 +30,18 @@ def attention(call: Call) -> OpRule:
         names = ["b", query_heads, "q", "t"][4 - len(shape) :]
         mask = [name if n > 1 else None for name, n in zip(names, shape)]
     causal = bool(call.args.get("is_causal"))
-    saved = _kept_by_kernel(call, ["b", query_heads, "q"], mask) if call.op.kind.startswith("aten") else _kept_written_out(call, ["b", query_heads, "q", "t"])
+    knows_its_rows = "context" in call.op.kind
+    fused = call.op.kind != "autopar.attention.default"
+    saved = _kept_by_kernel(call, ["b", query_heads, "q"], mask) if fused else _kept_written_out(call, ["b", query_heads, "q", "t"])
     return call.rule(
         {"query": ["b", query_heads, "q", "d"], "key": ["b", "g", "t", "d"], "value": ["b", "g", "t", "e"], "attn_mask": mask},
         [["b", query_heads, "q", "e"]],
         sizes={"g": groups, "r": heads // groups} if grouped else None,
-        whole=["d", "t", "r", *(["q"] if causal else [])],
+        whole=["d", "t", "r", *(["q"] if causal and not knows_its_rows else [])],
         linear=[["value"]],
         cost="contract",
         flops=2.0 * q[0] * heads * q[2] * k[2] * (q[3] + v[3]),
-        kernel="attention" if call.op.kind.startswith("aten") else "scores",
+        kernel="attention" if fused else "scores",
         masked=0.5 if causal else 1.0,
         **saved,
     )

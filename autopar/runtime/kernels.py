@@ -31,6 +31,32 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Ten
     return dropout(scores.softmax(-1), mesh, p, site, shape, layout) @ v
 
 
+def rows_of_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mesh: Rank, axes: list[str], causal: bool, scale: float | None, grouped: bool) -> torch.Tensor:
+    """Attention of this rank's rows to all keys; row i of the whole sees keys 0 to i."""
+    rows = torch.arange(q.shape[2], device=q.device) + shard_start(mesh, axes, q.shape[2])
+    seen = rows.unsqueeze(1) >= torch.arange(k.shape[2], device=q.device) if causal else None
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=grouped)
+
+
+def slots_of_experts(x: torch.Tensor, mesh: Rank, axes: list[str], count: int, experts: int, chosen: int) -> torch.Tensor:
+    """The slots of this rank's `count` experts; x [n, h] -> [count, slots, h]."""
+    groups = x.unflatten(0, (-1, experts // chosen))
+    return groups[:, _experts_here(x, mesh, axes, count) // chosen].transpose(0, 1)
+
+
+def sum_of_experts(y: torch.Tensor, weights: torch.Tensor, mesh: Rank, axes: list[str], experts: int) -> torch.Tensor:
+    """This rank's addend of what the experts of every token made; y [count, slots, h] -> [n, h]."""
+    chosen = weights.shape[1]
+    mine = _experts_here(y, mesh, axes, y.shape[0])
+    each = weights.unflatten(0, (-1, experts // chosen))[:, mine // chosen, mine % chosen]  # [slots, count]
+    whole = y.new_zeros(y.shape[1], experts // chosen, y.shape[2])
+    return whole.index_add(1, mine // chosen, y.transpose(0, 1) * each.unsqueeze(-1)).flatten(0, 1)
+
+
+def _experts_here(x: torch.Tensor, mesh: Rank, axes: list[str], count: int) -> torch.Tensor:
+    return torch.arange(count, device=x.device) + shard_start(mesh, axes, count)
+
+
 def shard_start(mesh: Rank, axes: list[str], part: int) -> int:
     """First global index of this rank's part of a dimension cut by `axes`, `part` indices a rank."""
     position = 0

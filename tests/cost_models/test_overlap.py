@@ -32,3 +32,9 @@ def test_between_the_longer_lane_and_both_after_each_other(rows: list[tuple[floa
     pieces, before, after = zip(*rows)
     found = overlapped_seconds(pieces, before, after, ahead=ahead)
     assert max(sum(pieces), sum(before) + sum(after)) - 1e-9 <= found <= sum(map(sum, rows)) + 1e-9
+
+
+def test_a_collective_slows_what_computes_beside_it() -> None:
+    """Half of the device for one of two seconds: the first block does half a second's work in that, and 1.5 seconds are left."""
+    assert overlapped_seconds((2.0, 2.0), (0.0, 1.0), taken=0.5) == pytest.approx(2.5 + 2.0)
+    assert overlapped_seconds((2.0, 2.0), (0.0, 1.0)) == pytest.approx(4.0)

@@ -28,7 +28,7 @@ def row(**changed: str) -> Row:
 
 def result(name: str, predicted: float, measured: float | None, *, source: str = "s", group: str = "", software: str = "one", setting: str = "", memory: int = 1) -> Result:
     return Result(id=name, source=source, group=group or name, machine=("gpu", software), setting=setting, predicted_s=predicted, measured_s=measured,
-                  memory_bytes=memory, device_bytes=100, recompute="none")  # fmt: skip
+                  memory_bytes=memory, device_bytes=100, recompute="none", usable_bytes=90)  # fmt: skip
 
 
 def test_the_22_billion_model_of_korthikanti_within_a_tenth() -> None:
@@ -48,20 +48,35 @@ def test_units_of_what_was_measured() -> None:
 
 def test_what_notes_infer_fills_what_is_not_printed(tmp_path: Path) -> None:
     path = tmp_path / "runs.csv"
-    notes = "MFU 40%; inferred: dp=8, global_batch=2048, vocab about 128k (from memory), ZeRO-1, 8 GPUs per node"
+    notes = "MFU 40%; inferred: dp=8, global_batch=2048, vocab about 128k (from memory), ZeRO-1, 8 GPUs per node, fp8 (a footnote)"
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*ROW, "notes", "zero_stage", "gpus_per_node"])
         writer.writeheader()
-        writer.writerow({**ROW, "num_gpus": "64", "dp": "", "global_batch": "", "vocab": "", "notes": notes})
+        writer.writerow({**ROW, "num_gpus": "64", "gpu": "H100", "precision": "", "dp": "", "global_batch": "", "vocab": "", "notes": notes})
     (read,) = read_rows(path)
     case = case_of(read)
     assert (case.plan.layout.dp, case.plan.num_microbatches, case.dims.vocab, case.plan.layout.zero) == (8, 64, 128000, 1)
+    assert case.product_dtype == "float8_e4m3fn"
+
+
+def test_what_a_row_leaves_open() -> None:
+    """A network that notes name; a precision behind `inferred:`; of a plan of which nothing is printed beside its degrees, the fastest that fits."""
+    named = case_of(row(notes="800 Gb/s per node")).cluster.inter_node
+    assert named.bandwidth_bytes_per_s == 100e9 / 8 and "notes" in str(named.source_of("bandwidth"))
+    assert case_of(row(notes="8x HDR InfiniBand 200 Gb/s per node")).cluster.inter_node.bandwidth_bytes_per_s == 200e9 / 8
+    changed = {"num_gpus": "16", "pp": "2", "micro_batch": "", "recompute": "", "global_batch": "16"}
+    (given, *others) = case_of(row(**changed)).plans
+    assert (given.vpp, given.num_microbatches) == (1, 16) and {p.layout.micro_batch for p in others} == {1, 2, 4}
+    assert {p.vpp for p in others} == {1, 2, 3, 4, 6, 8, 12, 24}
+    assert case_of(row(**changed | {"vpp": "2"})).plans[1:] == ()
+    core = {"source": "NVIDIA", "flash_attention": "1", "recompute": ""}
+    assert case_of(row(**core)).recompute == ("none", "full") and case_of(row(**core | {"recompute": "selective"})).recompute == ("none",)
 
 
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"experts": "8"}, "mixture of experts"),
+        ({"experts": "8", "topk": "2"}, "mixture of experts"),
         ({"gpu": "TPU v4"}, "no preset"),
         ({"heads": ""}, "heads not published"),
         ({"dp": "3"}, "do not make 8 devices"),
@@ -70,7 +85,8 @@ def test_what_notes_infer_fills_what_is_not_printed(tmp_path: Path) -> None:
         ({"metric": "train_days"}, "no step time"),
         ({"kind": "memory"}, "not the run of a step"),
         ({"scorable": "no"}, "not scorable"),
-        ({"cp": "2"}, "context parallelism"),
+        ({"cp": "2", "num_gpus": "16"}, "several in a microbatch"),
+        ({"notes": "MLA attention"}, "latent attention"),
     ],
 )
 def test_rows_that_cannot_be_priced_are_named_with_the_reason(changed: dict[str, str], reason: str) -> None:

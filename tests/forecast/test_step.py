@@ -13,7 +13,7 @@ from autopar.cost_models.pipeline import EdgeCost, StageCost
 from autopar.errors import UsageError
 from autopar.forecast.forced import Forced, Layout3D
 from autopar.forecast.step import STEADY_ROUNDS, Step, StepPlan
-from autopar.forecast.transformer import Dims
+from autopar.forecast.transformer import Dims, Experts
 from autopar.planner.blocks import Order, timed
 from autopar.planner.liveness import memory_use
 from autopar.planner.work import pass_seconds
@@ -100,7 +100,7 @@ def test_prefetched_gathers_hide_and_never_add() -> None:
 
 def test_plans_that_cannot_be_are_refused() -> None:
     with pytest.raises(UsageError, match="stages"):
-        Step(DIMS, StepPlan(layout=Layout3D(), pp=4, vpp=2), A100)
+        Step(DIMS, StepPlan(layout=Layout3D(), pp=4, vpp=4), A100)
     with pytest.raises(UsageError, match="devices"):
         Step(DIMS, StepPlan(layout=Layout3D(dp=32)), A100)
     with pytest.raises(UsageError, match="does not divide"):
@@ -109,3 +109,59 @@ def test_plans_that_cannot_be_are_refused() -> None:
 
 def test_the_mesh_leaves_out_axes_of_one() -> None:
     assert isinstance(Layout3D(tp=4).mesh, Mesh) and Layout3D(tp=4).mesh.names == ("tp",) and Layout3D(dp=2, tp=4).mesh.sizes == (2, 4)
+
+
+def test_context_parallelism_gathers_keys_and_values_and_nothing_else() -> None:
+    """Per block keys and values of the other parts of the sequence, once each; their gradients are scattered on the way back."""
+    layout = Layout3D(dp=2, cp=4, zero=1)
+    forced = Forced(LLAMA, layout, A100)
+    keys = LLAMA.kv_heads * LLAMA.head_dim * LLAMA.seq // 4 * 2
+    assert of_ledger(forced, "cp")["all_gather"] == 2 * LLAMA.layers * keys
+    assert of_ledger(forced, "cp")["reduce_scatter"] == 2 * LLAMA.layers * 4 * keys
+    assert layout.mesh.names == ("dp", "cp")
+    alone, cut = (Step(LLAMA, StepPlan(layout=lay), A100) for lay in (Layout3D(dp=2), Layout3D(dp=2, cp=4)))
+    assert cut.step_s < alone.step_s and cut.memory.activations < 0.4 * alone.memory.activations
+    with pytest.raises(UsageError, match="several in a microbatch"):
+        Forced(LLAMA, Layout3D(cp=2, micro_batch=2), A100)
+    with pytest.raises(UsageError, match="written out"):
+        Forced(replace(LLAMA, fused_attention=False), Layout3D(cp=2), A100).program  # noqa: B018
+
+
+MIXTURE = replace(LLAMA, experts=Experts(count=16, chosen=2, inner=512, shared=256))
+
+
+def test_experts_are_sent_their_tokens_and_keep_their_parameters() -> None:
+    """Per block one exchange of chosen x tokens to the experts and one back, in either direction; experts are stored cut, and summed over the ranks
+    that hold the same ones."""
+    forced = Forced(MIXTURE, Layout3D(dp=8, ep=4, zero=1), A100)
+    slots = 2 * MIXTURE.seq * MIXTURE.hidden * 2
+    assert of_ledger(forced, "ep")["all_to_all"] == 4 * MIXTURE.layers * slots
+    assert "all_to_all" not in of_ledger(forced, "dp")
+    sizes = {forced.graph.values[v].name: forced.program.local_bytes(v, forced.program.storage[v]) for v in forced.graph.params}
+    assert sizes["blocks.0.experts.up.weight"] == 16 // 4 * MIXTURE.hidden * 512 * 2
+    assert sizes["blocks.0.q.weight"] == MIXTURE.hidden**2 * 2
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["experts-over-tp", "experts-cut-by-tp"])
+def test_experts_beside_tensor_parallelism(inside: bool) -> None:
+    layout = Layout3D(dp=2, tp=2, sp=True, ep=2, tp_of_experts=inside)
+    forced = Forced(MIXTURE, layout, A100)
+    v = next(v for v in forced.graph.params if forced.graph.values[v].name == "blocks.0.experts.up.weight")
+    shape = forced.program.local_shape(v, forced.program.storage[v])
+    assert tuple(shape) == ((8, 1024, 256) if inside else (4, 1024, 512))
+    assert Step(MIXTURE, StepPlan(layout=layout), A100).step_s > 0
+
+
+def test_an_embedding_and_a_head_may_be_stages_of_their_own() -> None:
+    """126 layers on 16 x 8 stages; the stages at the ends cost what they have beside a block."""
+    dims = replace(DIMS, layers=6)
+    step = Step(dims, StepPlan(layout=Layout3D(), pp=4, vpp=2, num_microbatches=4), A100)
+    assert step.depths == (0, 1, 1, 1, 1, 1, 1, 0)
+    assert 0 < step.costs[0].forward_s < step.costs[1].forward_s and step.step_s > 0
+
+
+def test_whole_sums_are_of_all_that_is_summed() -> None:
+    """Six ranks cut some parameters and not others; a sum for every rank is of both, and takes longer than one of parts."""
+    plan = StepPlan(layout=Layout3D(dp=6, zero=1, micro_batch=2), num_microbatches=2)
+    parts, whole = (Step(DIMS, plan, A100, kernels=Kernels(sums_whole=there)).costs[0].reduce_s for there in (False, True))
+    assert parts < whole < 2.5 * parts

@@ -121,9 +121,18 @@ ATTENTION = [
     ),
     call("scaled_dot_product_attention", X(12, 6, 8), X(12, 12, 8), X(12, 12, 8), note="three dimensions", known=False),
     call("autopar.attention", X(*Q), X(*K), X(*V), None, 0.25, False, None, False, 3),
+    call("autopar.context_attention", X(4, 4, 12, 8), X(4, 4, 12, 8), X(4, 4, 12, 4), True, None, False),
+    call("autopar.context_attention", X(2, 12, 6, 8), X(2, 4, 6, 8), X(2, 4, 6, 8), True, 0.3, True, note="grouped"),
     call("autopar.attention", X(*Q), X(*K), X(*V), MASK(4, 1, 6, 12), 0.25, False, 0.2, False, 3, note="mask"),
     call("autopar.attention", X(4, 4, 12, 8), X(4, 4, 12, 8), X(4, 4, 12, 4), None, 0.25, True, None, False, 3, note="causal"),
     call("autopar.attention", X(2, 12, 6, 8), X(2, 4, 12, 8), X(2, 4, 12, 8), X(12, 6, 12), 0.25, False, None, True, 3, note="grouped"),
+]
+
+MIXTURES = [
+    call("autopar.dispatch", X(24, 12), 12, 2),
+    call("autopar.dispatch", X(12, 6), 12, 12, note="all"),
+    call("autopar.combine", X(12, 4, 6), X(24, 2)),
+    call("autopar.combine", X(12, 12, 6), X(12, 12), note="all"),
 ]
 
 LOSSES = [
@@ -143,4 +152,4 @@ LOSSES = [
     call("binary_cross_entropy_with_logits", X(4, 12), UNIT(4, 12).frozen(), POS(4, 12).frozen(), POS(12).frozen(), 0, note="weights"),
 ]
 
-SAMPLES = [*PRODUCTS, *CONVOLUTIONS, *LOOKUPS, *ATTENTION, *LOSSES]
+SAMPLES = [*PRODUCTS, *CONVOLUTIONS, *LOOKUPS, *ATTENTION, *MIXTURES, *LOSSES]
