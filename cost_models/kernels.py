@@ -55,7 +55,8 @@ class Kernels:
 
     `product_dtype`: in which products with a weight are computed, None: in that of their operands. `fused`: chains of pointwise operators
     make one pass. `attention_share`: of what the best known attention kernel reaches on the device. `host_s`: of the process that launches,
-    per operator and direction; the device waits where the host is slower. `repeats_collectives`: recomputation communicates again.
+    per operator and direction; the device waits where the host is slower. `repeats_collectives`: recomputation communicates again;
+    `stops_early`: it ends when the last of what the backward needs is there, as torch's checkpoint does, not with the block.
     """
 
     product_dtype: str | None = None
@@ -63,6 +64,7 @@ class Kernels:
     attention_share: float = 1.0
     host_s: float = 0.0
     repeats_collectives: bool = False
+    stops_early: bool = True
 
 
 PLAIN = Kernels()

@@ -125,11 +125,11 @@ class OpRule:
         return batch, rows, columns, summed
 
     @property
-    def flops_until_kept(self) -> float:
-        """Those of a forward that ends when all that the backward needs is there."""
+    def share_until_kept(self) -> float:
+        """The part of a forward after which all that the backward needs is there."""
         if self.saved_results or not self.known:
-            return self.flops
-        return self.flops - self.tail_flops if self.kept else 0.0
+            return 1.0
+        return 1.0 - self.tail_flops / self.flops if self.kept and self.flops else 0.0
 
     def kept_bytes(self, strategy: Strategy, mesh: Mesh) -> int:
         """Bytes of `kept` on one rank."""

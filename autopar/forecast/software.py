@@ -24,16 +24,16 @@ class Software:
     kernels: Kernels = PLAIN
 
 
-MEGATRON_KERNELS = Kernels(fused=True, repeats_collectives=True, host_s=8e-6)
+MEGATRON_KERNELS = Kernels(fused=True, repeats_collectives=True, stops_early=False, host_s=8e-6)
 EAGER = Kernels(host_s=12e-6)
 MEGATRON_2021 = Software(name="Megatron-LM 2021", flash=False, half=True, dropout=0.1, reduction=None, kernels=MEGATRON_KERNELS)
 MEGATRON_2022 = Software(name="Megatron-LM 2022", flash=False, half=True, dropout=0.1, reduction="float32", kernels=MEGATRON_KERNELS)
-MEGATRON_DEEPSPEED = Software(name="Megatron-DeepSpeed", flash=False, half=True, dropout=0.1, reduction=None, kernels=Kernels(fused=True, repeats_collectives=True, host_s=30e-6))
-MEGATRON_2023 = Software(name="Megatron-LM 2023", zero=1, sequence_parallel=True, kernels=Kernels(fused=True, repeats_collectives=True, host_s=8e-6))
-SCALING = Software(name="Aleph Alpha Scaling", zero=1, fused_norm=False, kernels=Kernels(repeats_collectives=True, host_s=12e-6))
+MEGATRON_DEEPSPEED = Software(name="Megatron-DeepSpeed", flash=False, half=True, dropout=0.1, reduction=None, kernels=Kernels(fused=True, repeats_collectives=True, stops_early=False, host_s=30e-6))
+MEGATRON_2023 = Software(name="Megatron-LM 2023", zero=1, sequence_parallel=True, kernels=Kernels(fused=True, repeats_collectives=True, stops_early=False, host_s=8e-6))
+SCALING = Software(name="Aleph Alpha Scaling", zero=1, fused_norm=False, kernels=Kernels(repeats_collectives=True, stops_early=False, host_s=12e-6))
 FOUNDRY = Software(name="llm-foundry FSDP", biases=False, overlap=True, kernels=Kernels(attention_share=0.6, host_s=12e-6))
 TITAN = Software(name="torchtitan FSDP2", fused_norm=False, biases=False, overlap=True, sequence_parallel=True, kernels=EAGER)
-MEGATRON_CORE = Software(name="Megatron Core", zero=1, sequence_parallel=True, overlap=True, biases=False, kernels=Kernels(fused=True, repeats_collectives=True))
+MEGATRON_CORE = Software(name="Megatron Core", zero=1, sequence_parallel=True, overlap=True, biases=False, kernels=Kernels(fused=True, repeats_collectives=True, stops_early=False))
 
 BY_SOURCE = (
     ("Korthikanti", MEGATRON_2022), ("MegaScale", MEGATRON_2023),
