@@ -37,7 +37,8 @@ SCORE_PASSES = 6.0
 
 class Work(NamedTuple):
     """One operator on one device. `shape`: (batch, m, n, k) of a product, for attention (batch x heads, queries, keys, width of a head);
-    `masked`: the share of an attention's scores that are needed; `reads_again`: its backward reads what it was computed from or has computed."""
+    `masked`: the share of an attention's scores that are needed; `reads_again`: its backward reads what it was computed from or has computed;
+    `functions`: exponentials and the like that its forward evaluates; `evaluates_again`: its backward does too."""
 
     kernel: str  # product | attention | scores | pointwise | view
     flops: float
@@ -47,6 +48,8 @@ class Work(NamedTuple):
     masked: float = 1.0
     is_weight: bool = False
     reads_again: bool = False
+    functions: float = 0.0
+    evaluates_again: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +77,11 @@ def forward_seconds(device: Device, work: Work, kernels: Kernels = PLAIN) -> flo
     """Seconds of one operator's forward."""
     if work.kernel == "view":
         return 0.0
-    return device.kernel_launch_s + _busy_seconds(device, work, kernels)
+    return device.kernel_launch_s + _busy_seconds(device, work, kernels) + _evaluating(device, work)
+
+
+def _evaluating(device: Device, work: Work) -> float:
+    return work.functions * work.masked * device.function_s
 
 
 def backward_seconds(device: Device, work: Work, kernels: Kernels = PLAIN) -> float:
@@ -84,7 +91,7 @@ def backward_seconds(device: Device, work: Work, kernels: Kernels = PLAIN) -> fl
 
 def backward_halves(device: Device, work: Work, kernels: Kernels = PLAIN) -> tuple[float, float]:
     """(gradient of the first operand, of the second) of a product; others have no halves and give 0 for the second."""
-    launch = device.kernel_launch_s
+    launch = device.kernel_launch_s + (_evaluating(device, work) if work.evaluates_again else 0.0)
     if work.kernel == "view":
         return 0.0, 0.0
     if work.kernel == "product" and work.shape is not None:

@@ -31,8 +31,10 @@ OPTIONAL_NUMBERS = {
     "attention_efficiency": "attention_efficiency = 0.6",
     "sustained_rate": "sustained_rate = 0.9",
     "efficiency": "[device.efficiency] with float8_e4m3fn = 0.7",
+    "function": 'function = "2 ns"',
 }
-"""Numbers that a file may leave out: products then reach their efficiency at any shape, attention that of products, every dtype the same."""
+"""Numbers that a file may leave out: products then reach their efficiency at any shape, attention that of products, every dtype the same, and
+exponentials take no longer than the memory they are read from."""
 
 LINK_NUMBERS = {
     "latency": 'latency = "3 us"',
@@ -86,6 +88,7 @@ class Device:
     The efficiencies are the shares of peak and of memory bandwidth that large operators reach; `efficiencies` are those of dtypes whose share
     of their peak is another than `matmul_efficiency`. `num_multiprocessors` 0 and `attention_efficiency` 0 stand for unknown.
     `sustained_rate`: the share of the rate of a short benchmark that products keep in steps of seconds, where power limits the clock.
+    `function_s`: what evaluating an exponential, or its like, takes beside reading and writing.
     """
 
     name: str
@@ -99,6 +102,7 @@ class Device:
     attention_efficiency: float = 0.0
     sustained_rate: float = 1.0
     efficiencies: tuple[tuple[str, float], ...] = ()
+    function_s: float = 0.0
     source: Sources = UNSOURCED
 
     def __post_init__(self) -> None:
@@ -116,6 +120,7 @@ class Device:
         _check_number(self.name, "num_multiprocessors", self.num_multiprocessors, zero=True)
         _check_number(self.name, "attention_efficiency", self.attention_efficiency, zero=True, largest=1.0)
         _check_number(self.name, "sustained_rate", self.sustained_rate, largest=1.0)
+        _check_number(self.name, "function_s", self.function_s, zero=True)
         for dtype, share in self.efficiencies:
             _check_number(self.name, f"efficiency of {dtype}", share, largest=1.0)
 
@@ -215,6 +220,7 @@ def read_device(table: Table) -> Device:
         attention_efficiency=table.share("attention_efficiency") if "attention_efficiency" in table.values else 0.0,
         sustained_rate=table.share("sustained_rate") if "sustained_rate" in table.values else 1.0,
         efficiencies=_efficiencies(table),
+        function_s=table.quantity("function", DURATION, zero=True) if "function" in table.values else 0.0,
         source=read_sources(table, (*DEVICE_NUMBERS, *OPTIONAL_NUMBERS)),
     )
 
@@ -285,6 +291,7 @@ def device_values(device: Device) -> dict[str, object]:
         **({"sustained_rate": device.sustained_rate} if device.sustained_rate != 1 else {}),
         "peak": {dtype: format_quantity(value, COMPUTE) for dtype, value in device.peak_flops_per_s},
         **({"efficiency": dict(device.efficiencies)} if device.efficiencies else {}),
+        **({"function": format_quantity(device.function_s, DURATION)} if device.function_s else {}),
         "source": {name: str(source) for name, source in device.source},
     }
 
