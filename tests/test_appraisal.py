@@ -27,7 +27,7 @@ PLANS: list[tuple[tuple[str, ...], dict[str, Any]]] = [
 ]
 
 
-MEASURED = replace(Cluster.local(4), host=Host(cores=2.0, action_s=1e-3, update_bytes_per_s=8e9))
+MEASURED = replace(Cluster.local(4), host=Host(cores=2.0, action_s=1e-3, watch_s=5e-5, update_bytes_per_s=8e9))
 
 
 def request_for(name: str, **given: Any) -> Request:

@@ -180,18 +180,19 @@ def kept_by_selective(op: Op, operands: Sequence[TensorMeta]) -> bool:
 
 
 def recompute_tables(
-    modes: Sequence[str], again_s: np.ndarray, saved_bytes: np.ndarray, made_bytes: np.ndarray, *, kept: bool, times: int
+    modes: Sequence[str], again_s: np.ndarray, saved_bytes: np.ndarray, made_bytes: np.ndarray, *, kept: bool, times: int, watch_s: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:
     """(extra seconds, bytes kept inside the block) of one operator: rows are modes, columns its states.
 
-    `again_s`: of the part of its forward that is done again where nothing is kept.
+    `again_s`: of the part of its forward that is done again where nothing is kept; `watch_s`: what selective recomputation adds, there and again.
     `saved_bytes`: what the backward reads; `made_bytes`: results, which selective recomputation keeps of an operator that is `kept`,
     read or not.
     """
     nothing = np.zeros_like(again_s)
     again = {"none": False, "selective": not kept, "full": True}
     bytes_in = {"none": saved_bytes, "selective": made_bytes if kept else nothing, "full": nothing}
-    return np.stack([times * again_s if again[mode] else nothing for mode in modes]), np.stack([bytes_in[mode] for mode in modes])
+    watched = {"none": 0.0, "selective": 2 * watch_s, "full": 0.0}
+    return np.stack([times * (again_s * again[mode] + watched[mode]) for mode in modes]), np.stack([bytes_in[mode] for mode in modes])
 
 
 def recomputed_flops(program: Program) -> float:

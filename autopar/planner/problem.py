@@ -307,7 +307,7 @@ class ProblemBuilder:
             read, made = (result_bytes(results, states.result_layouts, which, self.mesh) for which in (saved, inner))
             times = self.keeping.micro_batches
             again = states.forward_s * self.again.get(i, 0.0)
-            self._edge_cache[key] = recompute_tables(self.keeping.recompute, again, states.kept_bytes + read, made, kept=kept, times=times)
+            self._edge_cache[key] = recompute_tables(self.keeping.recompute, again, states.kept_bytes + read, made, kept=kept, times=times, watch_s=self.pricing.cluster.host.watch_s)
         seconds, memory = self._edge_cache[key]
         assert memory is not None
         return seconds, memory

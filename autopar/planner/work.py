@@ -113,9 +113,13 @@ class _Pieces:
         inputs, weights = _halves(backward, differentiable, self.weights) if op.kind in SPLIT else (backward, 0.0)
         if not self.fused.isdisjoint(op.results):  # its launch is that of the operator it is fused with
             forward, inputs = (max(0.0, s - self.pricing.cluster.device.kernel_launch_s) for s in (forward, inputs))
-        again = forward * self._computed_again(i)
+        again, watched = forward * self._computed_again(i), self._watched_s(i)
         inside, inside_back = self._inner(i, bool(backward), share)
-        return (forward + inside, inputs + again + inside_back, weights, 0.0, 0.0, 0.0)
+        return (forward + inside + watched, inputs + again + inside_back + watched, weights, 0.0, 0.0, 0.0)
+
+    def _watched_s(self, i: int) -> float:
+        selective = self.program.residency.recompute.get(self.block.get(i, "")) == "selective"
+        return self.pricing.cluster.host.watch_s if selective and not self.graph.differentiated.isdisjoint(self.graph.ops[i].results) else 0.0
 
     def _computed_again(self, i: int) -> float:
         """The part of an operator's forward that recomputation does again."""

@@ -38,6 +38,7 @@ BLOCKS = ((1, 8, 64, 2), (1, 64, 64, 2), (4, 64, 128, 2), (1, 64, 256, 2), (4, 6
 """(batch, sequence, width, layers)"""
 
 UPDATE = (48, 1 << 16)
+WATCHED = 64
 SIZES = (1 << 10, 1 << 17, 1 << 20, 1 << 22, 1 << 23)
 MICRO_BATCHES = (4, 16)
 FREE = 1e30
@@ -92,7 +93,7 @@ def tasks_for(num_processes: int) -> tuple[Task, ...]:
     found += [Task("stream", (elements,)) for elements in PASSES]
     found += [Task("function", (elements,)) for elements in FUNCTIONS]
     found += [Task("block", shape) for shape in BLOCKS]
-    found += [Task("update", UPDATE)]
+    found += [Task("update", UPDATE), Task("watched", (WATCHED,))]
     found += [Task(primitive, (n, size)) for primitive in MEASURED_COLLECTIVES for n in _group_sizes(num_processes) for size in SIZES]
     return (*found, *(Task("pipeline", (number, max(2, num_processes))) for number in MICRO_BATCHES))
 
@@ -243,10 +244,12 @@ def _host(cluster: Cluster, seconds: Seconds) -> Host:
     return Host(
         cores=cluster.host.cores,
         action_s=_digits(_action_s(cluster, seconds)),
+        watch_s=_digits(sum(watched_s / watched.shape[0] for watched, watched_s in _of(seconds, "watched"))),
         update_bytes_per_s=_digits(elements * (2 * policy.parameter_bytes + policy.gradient_bytes + 2 * policy.optimizer_bytes) / update_s),
         source=sources(
             "measured: processors that this process may use",
             action="measured: a pipeline with next to nothing to compute, less its operators and messages",
+            watch="measured: small operators under selective recomputation",
             update_bandwidth="measured: AdamW(fused=True)",
         ),
     )

@@ -24,6 +24,7 @@ from autopar.models.load import LoadedModel, load_model
 from autopar.profiler.tasks import Task
 from autopar.runtime.distributed import GroupExchange
 from autopar.runtime.launch import Worker
+from autopar.runtime.residence import selective_contexts
 
 BATCHES = 5
 """Timed runs of a task, of which the lower quartile counts: what disturbs only adds."""
@@ -105,6 +106,8 @@ def _call(task: Task, groups: dict[int, GroupExchange]) -> Call:
             return _passes(torch.exp, *task.shape, dtype)
         case "update":  # (parameters, elements of each)
             return _update(*task.shape)
+        case "watched":  # (operators,)
+            return partial(_watched, torch.zeros(8, requires_grad=True), *task.shape)
         case "block":  # (batch, sequence, width, layers)
             return _block(load_block(task, device="cpu"))
         case "pipeline":  # (microbatches, layers)
@@ -123,6 +126,14 @@ def _passes(function: Callable[..., torch.Tensor], elements: int, dtype: torch.d
         function(x, out=y)
 
     return run
+
+
+def _watched(x: torch.Tensor, operators: int) -> None:
+    """Operators that take no time, as selective recomputation sees them."""
+    first, _ = selective_contexts()
+    with first:
+        for _ in range(operators):
+            x.neg()
 
 
 def load_block(task: Task, device: str) -> LoadedModel:
