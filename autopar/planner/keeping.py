@@ -147,13 +147,16 @@ class Sharding:
         return self.keeping.micro_batches * (found.forward_s + found.backward_s) + once
 
     def update_s(self, meta: TensorMeta, layout: Layout, zero: Zero | None, live: bool) -> float:
-        """Seconds of the optimizer's step: it reads the gradient, and reads and writes the parameter and its state."""
+        """Seconds of the optimizer's step, which reads the gradient, and reads and writes the parameter and its state; and of adding up the gradients
+        of all microbatches, each of which is read and added to the sum."""
         rate = self.pricing.cluster.host.update_bytes_per_s
         if rate is None or not live:
             return 0.0
         used, part = self._elements(meta, layout, zero)
         policy = adam(meta.dtype, master=self.keeping.precision.master)
-        return (part if zero is not None else used) * (2 * policy.parameter_bytes + policy.gradient_bytes + 2 * policy.optimizer_bytes) / rate
+        step = (part if zero is not None else used) * (2 * policy.parameter_bytes + policy.gradient_bytes + 2 * policy.optimizer_bytes)
+        summed = part if zero is not None and zero.stage >= 2 else used
+        return (step + (self.keeping.micro_batches - 1) * 3 * policy.gradient_bytes * summed) / rate
 
     def exchange(self, meta: TensorMeta, layout: Layout, zero: Zero | None, deferred: tuple[int, ...], use: Use) -> Exchange:
         """The same by when it is done. A parameter takes its share of what its bucket or its unit takes."""
