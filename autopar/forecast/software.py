@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from autopar.cost_models.kernels import PLAIN, Kernels
+from autopar.cost_models.kernels import Kernels
 from autopar.forecast.runs import Row
 
 
@@ -21,17 +21,17 @@ class Software:
     overlap: bool = False
     zero: int = 0
     fused_norm: bool = True
-    kernels: Kernels = PLAIN
+    kernels: Kernels = Kernels(stops_early=False)
 
 
 MEGATRON_KERNELS = Kernels(fused=True, repeats_collectives=True, stops_early=False, host_s=8e-6)
-EAGER = Kernels(host_s=12e-6)
+EAGER = Kernels(stops_early=False, host_s=12e-6)
 MEGATRON_2021 = Software(name="Megatron-LM 2021", flash=False, half=True, dropout=0.1, reduction=None, kernels=MEGATRON_KERNELS)
 MEGATRON_2022 = Software(name="Megatron-LM 2022", flash=False, half=True, dropout=0.1, reduction="float32", kernels=MEGATRON_KERNELS)
 MEGATRON_DEEPSPEED = Software(name="Megatron-DeepSpeed", flash=False, half=True, dropout=0.1, reduction=None, kernels=Kernels(fused=True, repeats_collectives=True, stops_early=False, host_s=30e-6))
 MEGATRON_2023 = Software(name="Megatron-LM 2023", zero=1, sequence_parallel=True, kernels=Kernels(fused=True, repeats_collectives=True, stops_early=False, host_s=8e-6))
 SCALING = Software(name="Aleph Alpha Scaling", zero=1, fused_norm=False, kernels=Kernels(repeats_collectives=True, stops_early=False, host_s=12e-6))
-FOUNDRY = Software(name="llm-foundry FSDP", biases=False, overlap=True, kernels=Kernels(attention_share=0.6, host_s=12e-6))
+FOUNDRY = Software(name="llm-foundry FSDP", biases=False, overlap=True, kernels=Kernels(attention_share=0.6, stops_early=False, host_s=12e-6))
 TITAN = Software(name="torchtitan FSDP2", fused_norm=False, biases=False, overlap=True, sequence_parallel=True, kernels=EAGER)
 MEGATRON_CORE = Software(name="Megatron Core", zero=1, sequence_parallel=True, overlap=True, biases=False, kernels=Kernels(fused=True, repeats_collectives=True, stops_early=False))
 
