@@ -46,7 +46,8 @@ ELEMENTARY_SCORE_PASSES = 14.0
 
 class Work(NamedTuple):
     """One operator on one device. `shape`: (batch, m, n, k) of a product, for attention (batch x heads, queries, keys, width of a head);
-    `masked`: the share of an attention's scores that are needed; `reads_again`: its backward reads what it was computed from or has computed."""
+    `masked`: the share of an attention's scores that are needed; `reads_again`: its backward reads what it was computed from or has computed;
+    `functions`: exponentials and the like that its forward evaluates; `evaluates_again`: its backward does too."""
 
     kernel: str  # product | attention | scores | pointwise | view
     flops: float
@@ -56,6 +57,8 @@ class Work(NamedTuple):
     masked: float = 1.0
     is_weight: bool = False
     reads_again: bool = False
+    functions: float = 0.0
+    evaluates_again: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +68,8 @@ class Kernels:
     `product_dtype`: in which products with a weight are computed, None: in that of their operands. `fused`: chains of pointwise operators
     make one pass. `attention_share`: of what the best known attention kernel reaches on the device; `attention_before`: it was written for the
     generation of devices before. `score_passes`: over the scores of an attention that is written out. `host_s`: of the process that launches,
-    per operator and direction; the device waits where the host is slower. `repeats_collectives`: recomputation communicates again.
+    per operator and direction; the device waits where the host is slower. `repeats_collectives`: recomputation communicates again;
+    `stops_early`: it ends when the last of what the backward needs is there, as torch's checkpoint does, not with the block.
     `adds_gradients`: those of a further microbatch are added to the sum by a pass of their own, not by the product that makes them.
     `sums_whole`: ranks that keep a part of the optimizer's state get the sum of all gradients. `exchange_share`: of the bytes of an all-to-all
     that are sent, as a token for several experts of a node may travel once.
@@ -81,6 +85,7 @@ class Kernels:
     adds_gradients: bool = False
     sums_whole: bool = False
     exchange_share: float = 1.0
+    stops_early: bool = True
 
 
 PLAIN = Kernels()
@@ -90,7 +95,11 @@ def forward_seconds(device: Device, work: Work, kernels: Kernels = PLAIN) -> flo
     """Seconds of one operator's forward."""
     if work.kernel == "view":
         return 0.0
-    return device.kernel_launch_s + _busy_seconds(device, work, kernels)
+    return device.kernel_launch_s + _busy_seconds(device, work, kernels) + _evaluating(device, work)
+
+
+def _evaluating(device: Device, work: Work) -> float:
+    return work.functions * work.masked * device.function_s
 
 
 def backward_seconds(device: Device, work: Work, kernels: Kernels = PLAIN) -> float:
@@ -100,7 +109,7 @@ def backward_seconds(device: Device, work: Work, kernels: Kernels = PLAIN) -> fl
 
 def backward_halves(device: Device, work: Work, kernels: Kernels = PLAIN) -> tuple[float, float]:
     """(gradient of the first operand, of the second) of a product; others have no halves and give 0 for the second."""
-    launch = device.kernel_launch_s
+    launch = device.kernel_launch_s + (_evaluating(device, work) if work.evaluates_again else 0.0)
     if work.kernel == "view":
         return 0.0, 0.0
     if work.kernel == "product" and work.shape is not None:

@@ -4,12 +4,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from autopar.core.change import changed
 from autopar.core.cluster import Cluster, Host
 from autopar.errors import UsageError
 from autopar.models.load import load_model
-from autopar.planner.appraisal import LEFT_FREE, STARTING, UPDATE, WAITING
+from autopar.planner.appraisal import AGAIN, LEFT_FREE, STARTING, UPDATE, WAITING
 from autopar.planner.baselines import baseline_pins
 from autopar.planner.explain import decisions_of
 from autopar.request import Request
@@ -25,7 +27,7 @@ PLANS: list[tuple[tuple[str, ...], dict[str, Any]]] = [
 ]
 
 
-MEASURED = replace(Cluster.local(4), host=Host(cores=2.0, action_s=1e-3, update_bytes_per_s=8e9))
+MEASURED = replace(Cluster.local(4), host=Host(cores=2.0, action_s=1e-3, watch_s=5e-5, update_bytes_per_s=8e9))
 
 
 def request_for(name: str, **given: Any) -> Request:
@@ -49,6 +51,32 @@ def test_a_plan_costs_what_the_search_said(gpt2: Request, pins: tuple[str, ...],
     assert ("computed again" in found.terms) == bool(plan.residency.recompute)
     assert bool({WAITING, LEFT_FREE} & set(found.terms)) == (plan.pipeline is not None)
     assert ({UPDATE, STARTING} <= set(found.terms)) == (cluster is MEASURED)
+
+
+class Feedforward(nn.Module):
+    """Products alone; the backward needs no result of the last one."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(width, 3 * width, bias=False), nn.Linear(3 * width, width, bias=False)) for _ in range(depth))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x.sum()
+
+
+def test_recomputation_is_paid_until_all_is_there() -> None:
+    """On a device where products alone take time: the flops that are done again, by the search and by the program."""
+    rate, depth, width, rows = 1e9, 3, 8, 5
+    device = replace(Cluster.local(1).device, memory_bytes_per_s=1e30, peak_flops_per_s=(("float32", rate),), kernel_launch_s=0.0, matmul_efficiency=1.0)
+    cluster = replace(Cluster.local(1), device=device)
+    asked = Request(Feedforward(width, depth), (torch.randn(rows, width),))
+    none, full = (asked.planned(cluster, pins=(f"recompute={mode}",)).plan for mode in ("none", "full"))
+    again = depth * 2.0 * rows * width * 3 * width
+    assert full.predicted.recomputed_flops == again
+    assert full.predicted.step_time_s - none.predicted.step_time_s == pytest.approx(again / rate, rel=1e-6)
+    assert asked.appraised(full, cluster).terms[AGAIN] == pytest.approx(again / rate, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["gpt2-tiny", "mlp-tiny", "t5-tiny"])

@@ -7,7 +7,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 import autopar
+from autopar.core.mesh import Mesh
 from autopar.models.load import LoadedModel, load_model
+from autopar.runtime.distributed import connect, device_mesh, group_of
 from autopar.runtime.launch import Worker, launch
 
 STEPS = 3
@@ -95,6 +97,19 @@ def accumulate(worker: Worker) -> None:
 @pytest.mark.gloo
 def test_accumulated_gradients_are_reduced_once() -> None:
     launch(accumulate, 2)
+
+
+def connect_twice(worker: Worker) -> None:
+    mesh = Mesh.of(dp=2, tp=1)
+    first, second = (connect(mesh, [(0, 1)], torch.device("cpu")) for _ in range(2))
+    assert {name: x.group for name, x in first.exchanges.items()} == {name: x.group for name, x in second.exchanges.items()}
+    assert group_of((0, 1), "up") is group_of((0, 1), "up") is not group_of((0, 1), "down")
+    assert device_mesh(mesh, torch.device("cpu")) is device_mesh(mesh, torch.device("cpu"))
+
+
+@pytest.mark.gloo
+def test_modules_share_their_groups() -> None:
+    launch(connect_twice, 2)
 
 
 def from_meta(worker: Worker) -> None:

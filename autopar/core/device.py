@@ -32,8 +32,10 @@ OPTIONAL_NUMBERS = {
     "sustained_rate": "sustained_rate = 0.9",
     "previous_rate": "previous_rate = 0.6",
     "efficiency": "[device.efficiency] with float8_e4m3fn = 0.7",
+    "function": 'function = "2 ns"',
 }
-"""Numbers that a file may leave out: products then reach their efficiency at any shape, attention that of products, every dtype the same."""
+"""Numbers that a file may leave out: products then reach their efficiency at any shape, attention that of products, every dtype the same, and
+exponentials take no longer than the memory they are read from."""
 
 LINK_NUMBERS = {
     "latency": 'latency = "3 us"',
@@ -88,6 +90,7 @@ class Device:
     of their peak is another than `matmul_efficiency`. `num_multiprocessors` 0 and `attention_efficiency` 0 stand for unknown.
     `sustained_rate`: the share of the rate of a short benchmark that products keep in steps of seconds, where power limits the clock.
     `previous_rate`: the share of its rate that kernels written for the generation before reach, whose instructions it still has.
+    `function_s`: what evaluating an exponential, or its like, takes beside reading and writing.
     """
 
     name: str
@@ -102,6 +105,7 @@ class Device:
     sustained_rate: float = 1.0
     previous_rate: float = 1.0
     efficiencies: tuple[tuple[str, float], ...] = ()
+    function_s: float = 0.0
     source: Sources = UNSOURCED
 
     def __post_init__(self) -> None:
@@ -120,6 +124,7 @@ class Device:
         _check_number(self.name, "attention_efficiency", self.attention_efficiency, zero=True, largest=1.0)
         _check_number(self.name, "sustained_rate", self.sustained_rate, largest=1.0)
         _check_number(self.name, "previous_rate", self.previous_rate, largest=1.0)
+        _check_number(self.name, "function_s", self.function_s, zero=True)
         for dtype, share in self.efficiencies:
             _check_number(self.name, f"efficiency of {dtype}", share, largest=1.0)
 
@@ -220,6 +225,7 @@ def read_device(table: Table) -> Device:
         sustained_rate=table.share("sustained_rate") if "sustained_rate" in table.values else 1.0,
         previous_rate=table.share("previous_rate") if "previous_rate" in table.values else 1.0,
         efficiencies=_efficiencies(table),
+        function_s=table.quantity("function", DURATION, zero=True) if "function" in table.values else 0.0,
         source=read_sources(table, (*DEVICE_NUMBERS, *OPTIONAL_NUMBERS)),
     )
 
@@ -291,6 +297,7 @@ def device_values(device: Device) -> dict[str, object]:
         **({"previous_rate": device.previous_rate} if device.previous_rate != 1 else {}),
         "peak": {dtype: format_quantity(value, COMPUTE) for dtype, value in device.peak_flops_per_s},
         **({"efficiency": dict(device.efficiencies)} if device.efficiencies else {}),
+        **({"function": format_quantity(device.function_s, DURATION)} if device.function_s else {}),
         "source": {name: str(source) for name, source in device.source},
     }
 

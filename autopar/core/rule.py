@@ -68,7 +68,8 @@ class OpRule:
     `saved_operands`/`saved_results`: what the backward reads again, `kept`: what it keeps beside that (see `keeps_operand`);
     `tail_flops`: those done after all of `kept` is there.
     `inner`: the collectives the operator issues itself when a factor is cut. `kernel`: "attention" or "scores" (written out) where a
-    contraction is more than one product; `masked`: the share of an attention's scores that its mask leaves.
+    contraction is more than one product; `masked`: the share of an attention's scores that its mask leaves. `functions`: exponentials that
+    the forward evaluates, others in as many exponentials as they take.
     """
 
     factors: tuple[str, ...]
@@ -88,6 +89,7 @@ class OpRule:
     known: bool = True
     kernel: str = ""
     masked: float = 1.0
+    functions: float = 0.0
 
     def __post_init__(self) -> None:
         for dims in (*self.operands, *self.results):
@@ -125,11 +127,11 @@ class OpRule:
         return batch, rows, columns, summed
 
     @property
-    def flops_until_kept(self) -> float:
-        """Those of a forward that ends when all that the backward needs is there."""
+    def share_until_kept(self) -> float:
+        """The part of a forward after which all that the backward needs is there."""
         if self.saved_results or not self.known:
-            return self.flops
-        return self.flops - self.tail_flops if self.kept else 0.0
+            return 1.0
+        return 1.0 - self.tail_flops / self.flops if self.kept and self.flops else 0.0
 
     def kept_bytes(self, strategy: Strategy, mesh: Mesh) -> int:
         """Bytes of `kept` on one rank."""

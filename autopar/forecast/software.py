@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from autopar.cost_models.kernels import ELEMENTARY_SCORE_PASSES, PLAIN, Kernels
+from autopar.cost_models.kernels import ELEMENTARY_SCORE_PASSES, Kernels
 from autopar.forecast.runs import Row
 
 
@@ -31,7 +31,7 @@ class Software:
     whole_loss: bool = False
     fragments: float = 0.13
     sends_once: bool = False
-    kernels: Kernels = PLAIN
+    kernels: Kernels = Kernels(stops_early=False)
 
     def sums_in(self, dtype: str) -> str:
         """The dtype that gradients of `dtype` are summed in."""
@@ -41,8 +41,8 @@ class Software:
 FLASH_1 = 0.55
 """Share of FlashAttention-2's rate that FlashAttention reaches. Source: Dao 2023, figures 4 to 6."""
 
-MEGATRON = Kernels(fused=True, repeats_collectives=True)
-EAGER = Kernels(host_s=12e-6, adds_gradients=True)
+MEGATRON = Kernels(fused=True, repeats_collectives=True, stops_early=False)
+EAGER = Kernels(host_s=12e-6, adds_gradients=True, stops_early=False)
 
 HALF_AS_IT_IS = ("float16", "float32")
 MEGATRON_2021 = Software(

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from autopar.core.buckets import bucket_limit
-from autopar.core.graph import Op, OpGraph, Segment, TensorMeta
+from autopar.core.graph import Op, OpGraph, TensorMeta
 from autopar.core.layout import I, Layout, local_shape
 from autopar.core.mesh import Mesh
 from autopar.core.residency import RECOMPUTE, Precision
+from autopar.core.rule import OpRule
 from autopar.core.zero import Zero, zero_layout
 from autopar.cost_models.memory import adam
 from autopar.planner.pins import Pins
@@ -146,13 +147,16 @@ class Sharding:
         return self.keeping.micro_batches * (found.forward_s + found.backward_s) + once
 
     def update_s(self, meta: TensorMeta, layout: Layout, zero: Zero | None, live: bool) -> float:
-        """Seconds of the optimizer's step: it reads the gradient, and reads and writes the parameter and its state."""
+        """Seconds of the optimizer's step, which reads the gradient, and reads and writes the parameter and its state; and of adding up the gradients
+        of all microbatches, each of which is read and added to the sum."""
         rate = self.pricing.cluster.host.update_bytes_per_s
         if rate is None or not live:
             return 0.0
         used, part = self._elements(meta, layout, zero)
         policy = adam(meta.dtype, master=self.keeping.precision.master)
-        return (part if zero is not None else used) * (2 * policy.parameter_bytes + policy.gradient_bytes + 2 * policy.optimizer_bytes) / rate
+        step = (part if zero is not None else used) * (2 * policy.parameter_bytes + policy.gradient_bytes + 2 * policy.optimizer_bytes)
+        summed = part if zero is not None and zero.stage >= 2 else used
+        return (step + (self.keeping.micro_batches - 1) * 3 * policy.gradient_bytes * summed) / rate
 
     def exchange(self, meta: TensorMeta, layout: Layout, zero: Zero | None, deferred: tuple[int, ...], use: Use) -> Exchange:
         """The same by when it is done. A parameter takes its share of what its bucket or its unit takes."""
@@ -179,44 +183,46 @@ def kept_by_selective(op: Op, operands: Sequence[TensorMeta]) -> bool:
 
 
 def recompute_tables(
-    modes: Sequence[str], forward_s: np.ndarray, saved_bytes: np.ndarray, made_bytes: np.ndarray, *, kept: bool, times: int
+    modes: Sequence[str], again_s: np.ndarray, saved_bytes: np.ndarray, made_bytes: np.ndarray, *, kept: bool, times: int, watch_s: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:
     """(extra seconds, bytes kept inside the block) of one operator: rows are modes, columns its states.
 
+    `again_s`: of the part of its forward that is done again where nothing is kept; `watch_s`: what selective recomputation adds, there and again.
     `saved_bytes`: what the backward reads; `made_bytes`: results, which selective recomputation keeps of an operator that is `kept`,
     read or not.
     """
-    nothing = np.zeros_like(forward_s)
+    nothing = np.zeros_like(again_s)
     again = {"none": False, "selective": not kept, "full": True}
     bytes_in = {"none": saved_bytes, "selective": made_bytes if kept else nothing, "full": nothing}
-    return np.stack([times * forward_s if again[mode] else nothing for mode in modes]), np.stack([bytes_in[mode] for mode in modes])
+    watched = {"none": 0.0, "selective": 2 * watch_s, "full": 0.0}
+    return np.stack([times * (again_s * again[mode] + watched[mode]) for mode in modes]), np.stack([bytes_in[mode] for mode in modes])
 
 
 def recomputed_flops(program: Program) -> float:
     """Flops of contractions that a rank does a second time in one step because their results were not kept."""
-    modes, total = program.residency.recompute, 0.0
+    modes, rules, total = program.residency.recompute, program.rules, 0.0
+    again = computed_again(program.graph, rules)
     for segment, backward in zip(program.graph.segments, program.backward_segments, strict=True):
         mode = modes.get(segment.block, "none")
         if mode != "none" and backward:
-            again = _computed_again(program, segment)
-            total += sum(_local(program, i, flops) for i, flops in again if mode == "full" or not _kept(program, i))
+            contractions = (i for i in segment.ops if i in again and rules[i].cost == "contract" and (mode == "full" or not _kept(program, i)))
+            total += sum(again[i] * rules[i].flops / rules[i].degree(program.strategies[i], program.mesh) for i in contractions)
     return total * program.residency.micro_batches
 
 
-def _computed_again(program: Program, segment: Segment) -> list[tuple[int, float]]:
-    """(operator, its flops that are done again): torch's checkpoint stops when the last of what the block keeps for its backward is there."""
-    live, ops, rules = program.graph.differentiated, program.graph.ops, program.rules
-    for i in reversed(segment.ops):
-        rule = rules[i]
-        if any(v in live for v in ops[i].results) and (rule.saved_operands or rule.saved_results or rule.kept or not rule.known):
-            return [*((k, rules[k].flops) for k in range(segment.ops.start, i)), (i, rule.flops_until_kept)]
-    return []
+def computed_again(graph: OpGraph, rules: Sequence[OpRule]) -> dict[int, float]:
+    """Operator of a block -> the part of its forward that recomputation does again.
 
-
-def _local(program: Program, i: int, flops: float) -> float:
-    """A rank's share of an operator's flops."""
-    rule = program.rules[i]
-    return flops / rule.degree(program.strategies[i], program.mesh) if rule.cost == "contract" else 0.0
+    torch's checkpoint stops when the last of what the block keeps for its backward is there: what follows, such as the product with the last weight, is left out.
+    """
+    live, found = graph.differentiated, dict[int, float]()
+    for segment in (segment for segment in graph.segments if segment.block):
+        for i in reversed(segment.ops):
+            rule = rules[i]
+            if not live.isdisjoint(graph.ops[i].results) and (rule.saved_operands or rule.saved_results or rule.kept or not rule.known):
+                found |= dict.fromkeys(range(segment.ops.start, i), 1.0) | {i: rule.share_until_kept}
+                break
+    return found
 
 
 def _kept(program: Program, i: int) -> bool:

@@ -13,7 +13,7 @@ from autopar.core.problem import Edge, Node, SearchProblem
 from autopar.core.redistribute import layout_space
 from autopar.core.rule import OpRule
 from autopar.errors import PinConflictError
-from autopar.planner.keeping import Keeping, Sharding, Use, kept_by_selective, recompute_tables, uses
+from autopar.planner.keeping import Keeping, Sharding, Use, computed_again, kept_by_selective, recompute_tables, uses
 from autopar.planner.roles import Constraints
 from autopar.planner.states import Pricing, States, layout_states, op_states, result_bytes
 from autopar.program import without_r
@@ -79,6 +79,7 @@ class ProblemBuilder:
         self.sharding = Sharding(self.pricing, self.keeping, tuple(a for a, name in enumerate(names) if name in STATE_AXES) if self.constraints.strict else None)
         blocks = {i: segment.block for segment in self.graph.segments for i in segment.ops if segment.block}
         self.block_of = blocks if self.keeping.recompute != ("none",) else {}
+        self.again = computed_again(self.graph, self.rules) if self.block_of else {}
 
     def build(self, memory_limit_bytes: float | None) -> tuple[SearchProblem, Ports]:
         searched, finals = self.graph.searched, self.graph.finals
@@ -302,13 +303,15 @@ class ProblemBuilder:
         metas = [self.graph.values[v].meta for v in op.operands]
         inner = tuple(j for j, v in enumerate(op.results) if not self._leaves_block(i, v))
         saved = tuple(j for j in inner if op.results[j] in self.saved)
-        key = ("modes", id(states), inner, saved, kept_by_selective(op, metas))
+        kept = kept_by_selective(op, metas)
+        key = ("modes", id(states), inner, saved, kept, self.again.get(i, 0.0))
         if key not in self._edge_cache:
             assert states.forward_s is not None and states.kept_bytes is not None
             results = [self.graph.values[v].meta for v in op.results]
             read, made = (result_bytes(results, states.result_layouts, which, self.mesh) for which in (saved, inner))
             times = self.keeping.micro_batches
-            self._edge_cache[key] = recompute_tables(self.keeping.recompute, states.forward_s, states.kept_bytes + read, made, kept=key[-1], times=times)
+            again = states.forward_s * self.again.get(i, 0.0)
+            self._edge_cache[key] = recompute_tables(self.keeping.recompute, again, states.kept_bytes + read, made, kept=kept, times=times, watch_s=self.pricing.cluster.host.watch_s)
         seconds, memory = self._edge_cache[key]
         assert memory is not None
         return seconds, memory

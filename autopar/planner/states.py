@@ -178,7 +178,9 @@ def work_of(rule: OpRule, strategy: Strategy, mesh: Mesh, flops: float, num_byte
     if shape is not None and rows != 1.0:
         batch, m, n, k = shape
         shape = (max(1, round(batch * rows)), m, n, k) if rule.kernel or batch > 1 else (batch, max(1, round(m * rows)), n, k)
-    return Work(kernel, flops, num_bytes, dtype, shape, rule.masked, is_weight, bool(rule.saved_operands or rule.saved_results))
+    functions = rule.functions / rule.degree(strategy, mesh) * rows
+    again = rule.kernel == "attention" or not (rule.kernel or rule.saved_results)  # the others differentiate by what they have evaluated
+    return Work(kernel, flops, num_bytes, dtype, shape, rule.masked, is_weight, bool(rule.saved_operands or rule.saved_results), functions, again)
 
 
 def written_beside(rule: OpRule, strategy: Strategy, mesh: Mesh) -> int:

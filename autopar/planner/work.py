@@ -13,7 +13,7 @@ import numpy as np
 
 from autopar.core.graph import DTYPE_BYTES, OpGraph
 from autopar.core.moves import COLLECTIVES, step_input_bytes
-from autopar.planner.keeping import Keeping, Sharding, Use, kept_by_selective, uses
+from autopar.planner.keeping import Keeping, Sharding, Use, computed_again, kept_by_selective, uses
 from autopar.planner.states import Pricing, work_of, written_beside
 from autopar.program import Program, Route, route_steps
 
@@ -77,6 +77,7 @@ class _Pieces:
         self.weights = _made_of_weights(graph)
         self.computed = _searched(graph)
         self.block = {i: segment.block for segment in graph.segments for i in segment.ops if segment.block}
+        self.again = computed_again(graph, program.rules) if program.residency.recompute else {}
         self.live_moves = _live_moves(program)
         self.fused = fused_values(program) if pricing.kernels.fused else frozenset()
         self.uses = uses(graph)
@@ -116,16 +117,21 @@ class _Pieces:
         inputs, weights = _halves(backward, differentiable, self.weights) if op.kind in SPLIT else (backward, 0.0)
         if not self.fused.isdisjoint(op.results):  # its launch is that of the operator it is fused with
             forward, inputs = (max(0.0, s - self.pricing.cluster.device.kernel_launch_s) for s in (forward, inputs))
-        again = forward if self._computed_again(i) else 0.0
+        again, watched = forward * self._computed_again(i), self._watched_s(i)
         inside, inside_back = self._inner(i, bool(backward), share)
-        return (forward + inside, inputs + again + inside_back, weights, 0.0, 0.0, 0.0)
+        return (forward + inside + watched, inputs + again + inside_back + watched, weights, 0.0, 0.0, 0.0)
 
-    def _computed_again(self, i: int) -> bool:
+    def _watched_s(self, i: int) -> float:
+        selective = self.program.residency.recompute.get(self.block.get(i, "")) == "selective"
+        return self.pricing.cluster.host.watch_s if selective and not self.graph.differentiated.isdisjoint(self.graph.ops[i].results) else 0.0
+
+    def _computed_again(self, i: int) -> float:
+        """The part of an operator's forward that recomputation does again."""
         mode = self.program.residency.recompute.get(self.block.get(i, ""), "none")
         op = self.graph.ops[i]
-        if mode == "none" or self.graph.differentiated.isdisjoint(op.results):
-            return False
-        return mode == "full" or not kept_by_selective(op, [self.graph.values[v].meta for v in op.operands])
+        if mode == "none" or (mode == "selective" and kept_by_selective(op, [self.graph.values[v].meta for v in op.operands])):
+            return 0.0
+        return self.again.get(i, 0.0) if self.pricing.kernels.stops_early else float(not self.graph.differentiated.isdisjoint(op.results))
 
     def _inner(self, i: int, differentiable: bool, share: float) -> tuple[float, float]:
         """Collectives inside an operator, forward and backward."""
@@ -186,7 +192,7 @@ def launches(program: Program, pricing: Pricing) -> tuple[int, int]:
         if rule.cost != "view" and not pieces_of.computed.isdisjoint(op.operands):
             live = not program.graph.differentiated.isdisjoint(op.results)
             there += 1
-            back += live * (2 if op.kind in SPLIT else 1) + pieces_of._computed_again(i)
+            back += live * (2 if op.kind in SPLIT else 1) + (pieces_of._computed_again(i) > 0)
     for move in program.moves:
         there += COLLECTIVE_LAUNCHES * (move.step.forward in COLLECTIVES)
         back += COLLECTIVE_LAUNCHES * (move.live and move.step.backward in COLLECTIVES)

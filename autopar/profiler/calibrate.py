@@ -1,7 +1,7 @@
 """The cluster file of this machine: what its processes are measured to do, as the numbers that the cost models compute with.
 
-    1. ceilings    matrix products of every dtype, an elementwise pass: the peaks and the memory bandwidth
-    2. blocks      forward and backward of small transformers: which share of the ceilings operators reach, and what a call costs
+    1. ceilings    matrix products of every dtype, elementwise passes: the peaks, the memory bandwidth, what an exponential takes
+    2. blocks      forward and backward of small transformers, with these passes: which share of the ceilings operators reach, and what a call costs
     3. runtime     the optimizer's step; a pipeline with next to nothing to compute: what a forward or backward costs beside its operators
     4. talk        every collective over sizes and group sizes: its start, its hop, its rate
 
@@ -32,11 +32,13 @@ from autopar.program import Program
 
 MATMULS = ((64, 64, 64), (128, 256, 256), (256, 256, 1024), (512, 512, 512), (1024, 1024, 1024))
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-PASSES = (1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 22)
+PASSES = (1 << 14, 1 << 16, 1 << 18, 1 << 20)
+FUNCTIONS = (1 << 16, 1 << 18)
 BLOCKS = ((1, 8, 64, 2), (1, 64, 64, 2), (4, 64, 128, 2), (1, 64, 256, 2), (4, 64, 256, 2), (16, 64, 256, 2), (1, 128, 512, 2), (4, 128, 512, 2))
 """(batch, sequence, width, layers)"""
 
 UPDATE = (48, 1 << 16)
+WATCHED = 64
 SIZES = (1 << 10, 1 << 17, 1 << 20, 1 << 22, 1 << 23)
 MICRO_BATCHES = (4, 16)
 FREE = 1e30
@@ -88,9 +90,10 @@ def calibrate(num_processes: int, *, cache: Cache | None = None, progress: Progr
 def tasks_for(num_processes: int) -> tuple[Task, ...]:
     """All that is measured, the quick things first."""
     found = [Task("matmul", shape, dtype) for dtype in DTYPES for shape in (MATMULS if dtype == "float32" else MATMULS[1:4])]
-    found += [Task("pointwise", (elements,)) for elements in PASSES]
+    found += [Task("stream", (elements,)) for elements in PASSES]
+    found += [Task("function", (elements,)) for elements in FUNCTIONS]
     found += [Task("block", shape) for shape in BLOCKS]
-    found += [Task("update", UPDATE)]
+    found += [Task("update", UPDATE), Task("watched", (WATCHED,))]
     found += [Task(primitive, (n, size)) for primitive in MEASURED_COLLECTIVES for n in _group_sizes(num_processes) for size in SIZES]
     return (*found, *(Task("pipeline", (number, max(2, num_processes))) for number in MICRO_BATCHES))
 
@@ -128,15 +131,17 @@ def _device(base: Cluster, seconds: Seconds, fits: list[tuple[str, fit.Fit]]) ->
         found = fit.linear([(1.0, 2.0 * task.shape[0] * task.shape[1] * task.shape[2]) for task, _ in rows], [value for _, value in rows])
         fits.append((f"matmul {dtype}", found))
         peaks[dtype] = 1.0 / found.prices[1]
-    rows = _of(seconds, "pointwise")
+    rows = _of(seconds, "stream")
     passes = fit.linear([(1.0, 8.0 * task.shape[0]) for task, _ in rows], [value for _, value in rows])
     fits.append(("elementwise", passes))
-    blocks = _of(seconds, "block")
+    blocks, functions = _of(seconds, "block"), _of(seconds, "function")
     programs = [_program(task) for task, _ in blocks]
-    start = (passes.prices[0], 1.0 / peaks["float32"], passes.prices[1])
-    reached = fit.in_turn(lambda prices: [_counts(program, prices) for program in programs], [value for _, value in blocks], start)
+    streams = [(0.0, 0.0, 8.0 * task.shape[0], float(task.op == "function") * task.shape[0]) for task, _ in (*rows, *functions)]
+    start = (passes.prices[0], 1.0 / peaks["float32"], passes.prices[1], passes.prices[1])
+    measured = [value for _, value in blocks] + [value - passes.prices[0] for _, value in (*rows, *functions)]
+    reached = fit.in_turn(lambda prices: [*(_counts(program, prices) for program in programs), *streams], measured, start)
     fits.append(("blocks", reached))
-    call_s, flop_s, byte_s = reached.prices
+    call_s, flop_s, byte_s, function_s = reached.prices
     bandwidth, peak = 1.0 / passes.prices[1], peaks["float32"]
     how = f"measured: {base.devices_per_node} processes at once on {base.host.cores:g} cores"
     return Device(
@@ -147,6 +152,7 @@ def _device(base: Cluster, seconds: Seconds, fits: list[tuple[str, fit.Fit]]) ->
         matmul_efficiency=_digits(min(1.0, 1.0 / (flop_s * peak))) if flop_s else 1.0,
         memory_efficiency=_digits(min(1.0, 1.0 / (byte_s * bandwidth))) if byte_s else 1.0,
         kernel_launch_s=_digits(call_s),
+        function_s=_digits(function_s),
         source=sources(
             f"{how}; forward and backward of transformer blocks, {reached}",
             memory="measured: physical memory by processes",
@@ -175,22 +181,22 @@ def _alone(graph: OpGraph) -> Program:
     return plan_graph(graph, Cluster.local(1)).program
 
 
-def _counts(program: Program, prices: tuple[float, ...]) -> tuple[float, float, float]:
-    """(calls, flops, bytes) that the cost model prices of a block, each operator under the ceiling that these prices put it under."""
-    _, flop_s, byte_s = prices
+def _counts(program: Program, prices: tuple[float, ...]) -> tuple[float, float, float, float]:
+    """(calls, flops, bytes, functions) that the cost model prices of a block, each operator under the ceiling that these prices put it under."""
+    _, flop_s, byte_s, _ = prices
     more = 1.001
 
-    def at(calls: float, flops: float, num_bytes: float) -> float:
+    def at(calls: float, flops: float, num_bytes: float, functions: float = 0.0) -> float:
         device = Device(
             name="a ruler", memory_bytes=1, memory_bytes_per_s=1.0 / max(num_bytes, 1.0 / FREE), peak_flops_per_s=(("float32", 1.0 / max(flops, 1.0 / FREE)),),
-            kernel_launch_s=calls,
+            kernel_launch_s=calls, function_s=functions,
         )  # fmt: skip
         return compute_seconds(program, Pricing(replace(Cluster.local(1), device=device), program.mesh))
 
     here = at(0.0, flop_s, byte_s)
     flops = (at(0.0, flop_s * more, byte_s) - here) / (flop_s * (more - 1)) if flop_s else 0.0
     num_bytes = (at(0.0, flop_s, byte_s * more) - here) / (byte_s * (more - 1)) if byte_s else 0.0
-    return at(1.0, 0.0, 0.0), flops, num_bytes
+    return at(1.0, 0.0, 0.0), flops, num_bytes, at(0.0, 0.0, 0.0, 1.0)
 
 
 # --- links -----------------------------------------------------------------------------------------------------------
@@ -238,10 +244,12 @@ def _host(cluster: Cluster, seconds: Seconds) -> Host:
     return Host(
         cores=cluster.host.cores,
         action_s=_digits(_action_s(cluster, seconds)),
+        watch_s=_digits(sum(watched_s / watched.shape[0] for watched, watched_s in _of(seconds, "watched"))),
         update_bytes_per_s=_digits(elements * (2 * policy.parameter_bytes + policy.gradient_bytes + 2 * policy.optimizer_bytes) / update_s),
         source=sources(
             "measured: processors that this process may use",
             action="measured: a pipeline with next to nothing to compute, less its operators and messages",
+            watch="measured: small operators under selective recomputation",
             update_bandwidth="measured: AdamW(fused=True)",
         ),
     )

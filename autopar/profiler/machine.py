@@ -7,6 +7,7 @@ A collective is timed between computations and these are subtracted: ranks that 
 caches on both sides, and that costs more than the message (4 ranks on 2 cores, an all-reduce of 1 KB: twice what it takes back to back).
 """
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,6 +24,7 @@ from autopar.models.load import LoadedModel, load_model
 from autopar.profiler.tasks import Task
 from autopar.runtime.distributed import GroupExchange
 from autopar.runtime.launch import Worker
+from autopar.runtime.residence import selective_contexts
 
 BATCHES = 5
 """Timed runs of a task, of which the lower quartile counts: what disturbs only adds."""
@@ -34,6 +36,9 @@ MAX_CALLS = 200
 
 BETWEEN = 512
 """Rows, columns and depth of the matrix product between collectives: a few milliseconds."""
+
+STREAMED_BYTES = 64 << 20
+"""More than the caches of a processor hold."""
 
 Call = Callable[[], object]
 
@@ -95,17 +100,40 @@ def _call(task: Task, groups: dict[int, GroupExchange]) -> Call:
         case "matmul":  # (rows, inner, columns)
             m, k, n = task.shape
             return partial(torch.mm, torch.randn(m, k, dtype=dtype), torch.randn(k, n, dtype=dtype))
-        case "pointwise":  # (elements,)
-            x, y = torch.randn(task.shape, dtype=dtype), torch.empty(task.shape, dtype=dtype)
-            return partial(torch.add, x, x, out=y)
+        case "stream":  # (elements,)
+            return _passes(torch.neg, *task.shape, dtype)
+        case "function":  # (elements,)
+            return _passes(torch.exp, *task.shape, dtype)
         case "update":  # (parameters, elements of each)
             return _update(*task.shape)
+        case "watched":  # (operators,)
+            return partial(_watched, torch.zeros(8, requires_grad=True), *task.shape)
         case "block":  # (batch, sequence, width, layers)
             return _block(load_block(task, device="cpu"))
         case "pipeline":  # (microbatches, layers)
             return _pipeline(*task.shape)
     size, num_bytes = task.shape  # a collective: (ranks of a group, input bytes of a rank)
     return _collective(task.op, _group(size, groups), torch.zeros(num_bytes // 4))
+
+
+def _passes(function: Callable[..., torch.Tensor], elements: int, dtype: torch.dtype) -> Call:
+    """One pass over tensors that take turns, so that each comes from memory as the activations of a model do, and not from a cache."""
+    count = max(1, STREAMED_BYTES // (2 * elements * dtype.itemsize))
+    turns = itertools.cycle([(torch.randn(elements, dtype=dtype), torch.ones(elements, dtype=dtype)) for _ in range(count)])
+
+    def run() -> None:
+        x, y = next(turns)
+        function(x, out=y)
+
+    return run
+
+
+def _watched(x: torch.Tensor, operators: int) -> None:
+    """Operators that take no time, as selective recomputation sees them."""
+    first, _ = selective_contexts()
+    with first:
+        for _ in range(operators):
+            x.neg()
 
 
 def load_block(task: Task, device: str) -> LoadedModel:

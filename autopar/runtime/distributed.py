@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -144,7 +145,7 @@ def connect(mesh: Mesh, axis_sets: Iterable[tuple[int, ...]], device: torch.devi
     sets = sorted({(a,) for a in range(len(mesh.axes))} | {tuple(s) for s in axis_sets if s})
     for axes in sets:
         for ranks in mesh.groups(axes):
-            group = dist.group.WORLD if len(ranks) == mesh.num_ranks else dist.new_group(list(ranks))
+            group = dist.group.WORLD if len(ranks) == mesh.num_ranks else group_of(tuple(ranks))
             if me in ranks:
                 exchanges["+".join(mesh.names[a] for a in axes)] = GroupExchange(group, len(ranks), dist.get_backend(group) == "gloo")
     return Rank(mesh, me, device, exchanges, Stream(seed))
@@ -177,9 +178,21 @@ class Places:
         return Rank(mesh, self.stage_rank, self.device, self.exchanges, self.stream, self.counter)
 
 
-def _own_group(lines: Iterable[Sequence[int]], me: int) -> dist.ProcessGroup:
-    """A new group for every line of ranks; that of this process."""
-    return next(group for line, group in [(line, dist.new_group(list(line))) for line in lines] if me in line)
+def _own_group(lines: Iterable[Sequence[int]], me: int, purpose: str) -> dist.ProcessGroup:
+    """A group for every line of ranks; that of this process."""
+    return next(group for line, group in [(line, group_of(tuple(line), purpose)) for line in lines] if me in line)
+
+
+def group_of(ranks: tuple[int, ...], purpose: str = "") -> dist.ProcessGroup:
+    """A group of these processes, the same one for all modules: each group of gloo has a thread that wakes a hundred times a second (torch 2.13).
+    Another `purpose` has another group. Every process must ask for the same groups in the same order."""
+    return _group(ranks, purpose, dist.group.WORLD)
+
+
+@cache
+def _group(ranks: tuple[int, ...], purpose: str, world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """`world`: all processes, as long as they belong together."""
+    return dist.new_group(list(ranks))
 
 
 def connect_stages(mesh: Mesh, pipeline: Pipeline, axis_sets: Iterable[tuple[int, ...]], shared: Iterable[tuple[int, ...]], device: torch.device, *, seed: int = 0) -> Places:
@@ -191,12 +204,12 @@ def connect_stages(mesh: Mesh, pipeline: Pipeline, axis_sets: Iterable[tuple[int
     axis = whole.names.index(PP)
     rank = connect(whole, [tuple(whole.names.index(mesh.names[a]) for a in axes) for axes in axis_sets], device, seed=seed)
     # One group a direction: NCCL runs what two ranks exchange in one group in turn, and they would wait for each other's receives.
-    up, down = (_own_group(whole.groups((axis,)), rank.rank) for _ in range(2))
+    up, down = (_own_group(whole.groups((axis,)), rank.rank, purpose) for purpose in ("up", "down"))
     groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
     for ranks in sorted({tuple(ranks) for ranks in shared if len(ranks) > 1}):
         for line in whole.groups((axis,)):
             members = [line[r] for r in ranks]
-            group = dist.new_group(members)
+            group = group_of(tuple(members), "shared")
             if rank.rank in members:
                 groups[ranks] = group
     place = whole.coordinates(rank.rank)
@@ -207,5 +220,10 @@ def connect_stages(mesh: Mesh, pipeline: Pipeline, axis_sets: Iterable[tuple[int
 
 
 def device_mesh(mesh: Mesh, device: torch.device) -> DeviceMesh:
-    """The same mesh as torch's own type, for DTensors."""
-    return init_device_mesh(device.type, mesh.sizes, mesh_dim_names=mesh.names)
+    """The same mesh as torch's own type, for DTensors; one for all modules on it."""
+    return _device_mesh(device.type, mesh.sizes, mesh.names, dist.group.WORLD)
+
+
+@cache
+def _device_mesh(device: str, sizes: tuple[int, ...], names: tuple[str, ...], world: dist.ProcessGroup) -> DeviceMesh:
+    return init_device_mesh(device, sizes, mesh_dim_names=names)

@@ -4,7 +4,7 @@ The same code drives one rank and, with all ranks' arguments side by side, a sim
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -94,7 +94,7 @@ def _checkpointed(function: Callable, args: Sequence[Any], ranks: Sequence[Rank]
     """A block of which little is kept. Weights are gathered outside what selective recomputation watches: it numbers operators, and
     the second gather fetches other neighbours than the first."""
     tape = Tape(ranks)
-    first, again = create_selective_checkpoint_contexts(_policy) if recompute == "selective" else (nullcontext(), nullcontext())
+    first, again = selective_contexts() if recompute == "selective" else (nullcontext(), nullcontext())
 
     def whole(*given: Any) -> Any:
         given = given if unit is None else tuple(unit.gather(given)[0])
@@ -102,6 +102,11 @@ def _checkpointed(function: Callable, args: Sequence[Any], ranks: Sequence[Rank]
             return function(*given)
 
     return checkpoint(whole, *args, use_reentrant=False, preserve_rng_state=False, determinism_check="none", context_fn=lambda: (tape.recording(), tape.replaying()))
+
+
+def selective_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """What a block runs in, and what it is computed again in: both watch every operator."""
+    return create_selective_checkpoint_contexts(_policy)
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

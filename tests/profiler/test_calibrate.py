@@ -25,13 +25,13 @@ TRUTH = replace(
     Cluster.local(RANKS),
     device=Device(
         name="d", memory_bytes=1 << 30, memory_bytes_per_s=8e9, peak_flops_per_s=(("float32", 40e9), ("float64", 20e9), ("bfloat16", 10e9), ("float16", 5e9)),
-        matmul_efficiency=0.8, memory_efficiency=0.25, kernel_launch_s=5e-5,
+        matmul_efficiency=0.8, kernel_launch_s=5e-5, function_s=3e-9,
     ),
     intra_node=Link(
         name="l", latency_s=1e-3, bandwidth_bytes_per_s=1e9,
         collectives=tuple(Measured(name, 1e-3 * n, 2e-4 * n, 1e9 / n) for n, name in enumerate(MEASURED_COLLECTIVES, 1)),
     ),
-    host=Host(cores=2.0, action_s=3e-3, update_bytes_per_s=6e9, source=sources("assumed: a test")),
+    host=Host(cores=2.0, action_s=3e-3, watch_s=6e-5, update_bytes_per_s=6e9, source=sources("assumed: a test")),
 )  # fmt: skip
 
 
@@ -40,8 +40,10 @@ def seconds_of(task: Task) -> float:
     device, crowding = TRUTH.device, TRUTH.crowding
     if task.op == "matmul":
         return 2 * math.prod(task.shape) / device.peak(task.dtype) / crowding
-    if task.op == "pointwise":
-        return (1e-5 + 8 * task.shape[0] / device.memory_bytes_per_s) / crowding
+    if task.op in ("stream", "function"):
+        return (1e-5 + task.shape[0] * (8 / device.memory_bytes_per_s + (task.op == "function") * device.function_s)) / crowding
+    if task.op == "watched":
+        return task.shape[0] * 6e-5 / crowding
     if task.op == "update":
         return 28 * math.prod(task.shape) / 6e9 / crowding
     if task.op in ("block", "pipeline"):
@@ -66,9 +68,11 @@ def test_the_cluster_of_synthetic_measurements_is_recovered(few_blocks: None, tm
     cluster, device = found.cluster, found.cluster.device
     assert device.kernel_launch_s == pytest.approx(5e-5, rel=1e-3)
     assert device.peak("float32") * device.matmul_efficiency == pytest.approx(40e9 * 0.8, rel=1e-2)
-    assert device.memory_bytes_per_s * device.memory_efficiency == pytest.approx(8e9 * 0.25, rel=1e-2)
+    assert device.memory_bytes_per_s * device.memory_efficiency == pytest.approx(8e9, rel=1e-2)
+    assert device.function_s == pytest.approx(3e-9, rel=1e-2)
     assert [device.peak(d) for d in ("float64", "bfloat16", "float16")] == pytest.approx([20e9, 10e9, 5e9], rel=1e-3)
     assert cluster.host.update_bytes_per_s == pytest.approx(6e9, rel=1e-3) and cluster.host.action_s == pytest.approx(3e-3, rel=2e-2)
+    assert cluster.host.watch_s == pytest.approx(6e-5, rel=1e-3)
     mesh = Mesh.of(a=2, b=2)
     for primitive in MEASURED_COLLECTIVES:
         for axes, size in (((0,), 1e3), ((1,), 1e6), ((0, 1), 3e6)):
@@ -112,7 +116,7 @@ def test_a_file_that_is_no_cache_is_refused(text: str, tmp_path: Path) -> None:
 @pytest.mark.gloo
 def test_tasks_are_timed_on_real_ranks(long: bool) -> None:
     """Every kind of them in the long form: a pipeline is traced on every rank."""
-    kinds = [Task("matmul", (64, 64, 64)), Task("pointwise", (1024,)), Task("update", (2, 64)), Task("all_reduce", (2, 1024)), Task("send", (2, 1024))]
+    kinds = [Task("matmul", (64, 64, 64)), Task("stream", (1024,)), Task("function", (1024,)), Task("update", (2, 64)), Task("watched", (4,)), Task("all_reduce", (2, 1024)), Task("send", (2, 1024))]
     kinds += [Task("block", (1, 8, 64, 1)), Task("pipeline", (2, 2)), *(Task(name, (2, 1024)) for name in MEASURED_COLLECTIVES[1:4])] if long else []
     found: list[tuple[Task, float]] = []
     launch(measure, 2, kinds, on_message=found.append)
