@@ -18,7 +18,6 @@ from autopar.planner.roles import Constraints
 from autopar.planner.states import Pricing, States, layout_states, op_states, result_bytes
 from autopar.program import without_r
 
-
 STATE_AXES = ("dp", "cp", "ep")
 """Axes of a forced mesh along which ZeRO may cut the state: those on which parameters are whole."""
 
