@@ -11,6 +11,7 @@ from autopar.core.memory import MemoryUse
 from autopar.core.mesh import Mesh, MeshAxis
 from autopar.core.pipeline import Pipeline
 from autopar.core.plan import Plan, Proof
+from autopar.core.units import size
 from autopar.errors import InfeasibleError, NoFamilyError
 from autopar.joint.deep import Deep
 from autopar.joint.fold import SHOWN, Run
@@ -87,7 +88,10 @@ def planned_jointly(search: JointSearch, graph: Callable[[int], OpGraph], tokens
             return Planned(_plan(joint, whole, search.cluster, tokens), whole.program)
         less = search.options.memory_share * min(0.99, share * search.cluster.device.memory_bytes / whole.memory.high_bytes)
         search = replace(search, options=replace(search.options, memory_share=less))
-    raise InfeasibleError(f"plans for {graph(1).name} that were found hold more than {share:.0%} of a device's memory; pin zero=3 or recompute=full")
+    raise InfeasibleError(
+        f"every plan found for {whole.program.graph.name} holds more than {share:.0%} of a device's memory, the last {size(whole.memory.high_bytes)}; "
+        "pin zero=3 or recompute=full, or use more nodes"
+    )
 
 
 def _plan(joint: Joint, whole: Whole, cluster: Cluster, tokens: int) -> Plan:
@@ -98,7 +102,7 @@ def _plan(joint: Joint, whole: Whole, cluster: Cluster, tokens: int) -> Plan:
     mesh = Mesh(tuple(MeshAxis(name, axis.size) for name, axis in zip(names, program.mesh.axes)))
     step = whole.step_s
     status = (
-        f"joint search of {joint.num_points} points (pipeline x mesh x microbatches): {joint.looked[1]} sharded, {joint.looked[3]} planned; "
+        f"{'' if joint.in_time else 'budget, '}joint search of {joint.num_points} points (pipeline x mesh x microbatches): {joint.looked[1]} sharded, {joint.looked[3]} planned; "
         "the bound holds for plans whose blocks are sharded alike"
     )
     return Plan(

@@ -25,10 +25,12 @@ from autopar.core.memory import MemoryUse
 from autopar.core.problem import Edge, Node, SearchProblem, evaluate
 from autopar.core.residency import RECOMPUTE
 from autopar.core.rule import OpRule
+from autopar.core.units import size
 from autopar.errors import InfeasibleError
 from autopar.joint.bounds import Line, Parts, least_step_s
-from autopar.joint.deep import Deep, Sharding, even_depths, in_flight, mixed
+from autopar.joint.deep import Deep, Sharding, even_depths, mixed
 from autopar.joint.fold import Folded, Run, fold
+from autopar.joint.kinds import in_flight
 from autopar.joint.space import Ideal, Point, orders, points
 from autopar.planner.blocks import Order
 from autopar.planner.decode import decode
@@ -76,13 +78,14 @@ class Found:
 
 @dataclass(frozen=True)
 class Joint:
-    """`found`: plans, the fastest first; `bound_s`: no plan of the space is faster; `looked`: how many points came to each of the four levels."""
+    """`found`: plans, the fastest first; `bound_s`: no plan of the space is faster; `looked`: how many points came to each of the four levels;
+    `in_time`: the search ended before its budget did."""
 
     found: tuple[Found, ...]
     bound_s: float
     num_points: int
     looked: tuple[int, ...]
-    seconds: float
+    in_time: bool
 
     @property
     def best(self) -> Found:
@@ -133,10 +136,13 @@ class JointSearch:
                 found.append(made)
                 best = min(best, made.step_s)
         if not found:
-            raise InfeasibleError(f"none of {num_points} points of the joint search fits {self.cluster.name}")
-        bound_s = min(closed, heap[0][0] if heap else math.inf, best)
+            raise InfeasibleError(
+                f"none of {num_points} ways to lay {self.run.depth} blocks on {self.cluster.name} fits {size(self.limit_bytes)} of a device; "
+                "use more nodes or devices with more memory, or a larger --max-memory"
+            )
+        left = heap[0][0] if heap else math.inf
         found.sort(key=lambda f: (f.step_s, f.point.num_ranks, f.point.inner))
-        return Joint(tuple(found), bound_s, num_points, tuple(looked), time.perf_counter() - start)
+        return Joint(tuple(found), min(closed, left, best), num_points, tuple(looked), left >= best * (1 - self.gap))
 
     @property
     def limit_bytes(self) -> float:
@@ -267,38 +273,39 @@ class PointSearch:
         return best
 
     def _programs(self, below_s: Callable[[], float] = lambda: math.inf) -> Iterator[Program]:
-        """The fastest sharding under every stage of ZeRO, for no price of memory and for those that the bound found; each once.
-
-        Left out where its work, spread evenly over the pipeline, takes no less than `below_s`.
-        """
-        flights = sorted(self._lines)
-        prices = [(1.0, 0.0), *((flight, line.price) for flight in flights for line in self._lines[flight] if line.price)]
+        """The fastest sharding under every stage of ZeRO, and for every price of memory that the bound found those for any stage and for each, with
+        blocks computed again or not; each once. Left out where its work, spread evenly over the pipeline, takes no less than `below_s`."""
         seen: set[tuple[int, ...]] = set()
-        for flight, price in prices:
+        stages = self.keeping.stages
+        asked = [(1.0, 0.0, zero, False) for zero in stages]
+        for flight in sorted(self._lines):
+            for line in self._lines[flight]:
+                asked += [(flight, line.price, zero, again) for zero, again in ((None, False), (None, True), *((z, True) for z in stages)) if line.price]
+        task, (_, ports) = self.task, self.built
+        for flight, price, zero, again in asked:
             problem = self._in_flight(flight).problem
-            for zero in (None, *self.keeping.stages) if price else self.keeping.stages:
-                part, kept = self._with_stage(problem, zero)
-                found = prepare(part, (SECONDS, BYTES)).minimise(Price(1.0, price))
-                choices = tuple([int(k[c]) for k, c in zip(kept, found.choices, strict=True)])
-                seconds, _ = evaluate(problem, choices)
-                if choices not in seen and seconds < self.point.num_ranks * below_s():
-                    seen.add(choices)
-                    task, (_, ports) = self.task, self.built
-                    yield decode(task.graph, task.rules, self.pricing, ports, self.folded.unfolded(choices), self.keeping)
+            choices = self._cheapest(problem, price, zero, again=again)
+            seconds, _ = evaluate(problem, choices)
+            if choices not in seen and seconds < self.point.num_ranks * below_s():
+                seen.add(choices)
+                yield decode(task.graph, task.rules, self.pricing, ports, self.folded.unfolded(choices), self.keeping)
 
-    def _with_stage(self, problem: SearchProblem, zero: int | None) -> tuple[SearchProblem, list[np.ndarray]]:
-        """A folded problem with only the states of this stage of ZeRO, as near as a parameter has them (None: of any), and blocks as they are; and
-        the states that are left of each node."""
+    def _cheapest(self, problem: SearchProblem, price: float, zero: int | None, *, again: bool) -> tuple[int, ...]:
+        """The choices of a folded problem that cost least at this price of a byte, parameters with this stage of ZeRO as near as they have it (None:
+        any). Blocks may be computed `again` where that pays; what is returned has them kept, as recomputation is decided later."""
         _, ports = self.built
         kept = [np.arange(node.num_states) for node in problem.nodes]
         for n in ports.param_node.values() if zero is not None else ():
             stages = np.array([z.stage if z else 0 for z in ports.states[n].zeros])
             nearest = min(stages.tolist(), key=lambda stage: (abs(stage - zero), stage))
             kept[self.folded.node[n]] = np.flatnonzero(stages == nearest)
-        for n in ports.block_node.values():
-            kept[self.folded.node[n]] = np.array([0])
+        blocks = {self.folded.node[n] for n in ports.block_node.values()}
+        for n in blocks if not again else ():
+            kept[n] = np.array([0])
         nodes = tuple(Node(node.name, node.cost_s[k], node.memory_bytes[k]) for node, k in zip(problem.nodes, kept, strict=True))
-        return replace(problem, nodes=nodes, edges=tuple(_between(edge, kept[edge.u], kept[edge.v]) for edge in problem.edges)), kept
+        part = replace(problem, nodes=nodes, edges=tuple(_between(edge, kept[edge.u], kept[edge.v]) for edge in problem.edges))
+        found = prepare(part, (SECONDS, BYTES)).minimise(Price(1.0, price)).choices
+        return tuple([0 if n in blocks else int(k[c]) for n, (k, c) in enumerate(zip(kept, found, strict=True))])
 
 
 def _between(edge: Edge, rows: np.ndarray, columns: np.ndarray) -> Edge:

@@ -6,8 +6,8 @@ from dataclasses import replace
 from autopar.core.graph import OpGraph, Segment
 from autopar.core.layout import I
 from autopar.errors import UsageError
-from autopar.joint.deep import Depth
 from autopar.joint.fold import Run
+from autopar.joint.kinds import Depth
 from autopar.planner.rulebook import rules_of
 from autopar.program import Program
 

@@ -9,7 +9,8 @@ import pytest
 from autopar.core.cluster import Cluster
 from autopar.errors import InfeasibleError
 from autopar.joint.bounds import Line, Parts, least_step_s
-from autopar.joint.deep import Deep, Depth, Sharding, even_depths
+from autopar.joint.deep import Deep, Sharding, even_depths
+from autopar.joint.kinds import Depth
 from autopar.joint.plan import on_whole_graph, planned_jointly
 from autopar.joint.search import JointSearch, PointSearch
 from autopar.joint.space import Ideal, Point, points
