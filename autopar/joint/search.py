@@ -234,7 +234,7 @@ class PointSearch:
 
     def _priced(self, flight: float) -> tuple[Line, ...]:
         """What a rank with so many microbatches in flight can do of the step, by the price of a byte; of fewer in flight, as a bound."""
-        known = 2.0 ** math.floor(math.log2(flight))
+        known = 2.0 ** (math.floor(2 * math.log2(flight)) / 2)
         if known not in self._lines:
             ranks, limit, depth = self.point.num_ranks, self.joint.limit_bytes, self.joint.run.depth
             try:
