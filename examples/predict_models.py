@@ -98,8 +98,9 @@ def operators(traced: Traced, loaded: LoadedModel, cluster: autopar.Cluster, rou
     for op in graph.ops:
         if price.get(op.name):
             alike[op.kind, tuple(graph.values[v].meta.shape for v in (*op.operands, *op.results))].append(op.name)
+    node = {op.name: traced.node_of[op.results[0]] for op in graph.ops}
     return [
-        Point(loaded.name, f"{kind} {'x'.join(map(str, shapes[-1]))}", price[names[0]], statistics.median(quartile(timed.seconds[name]) for name in names))
+        Point(loaded.name, f"{kind} {'x'.join(map(str, shapes[-1]))}", price[names[0]], statistics.median(quartile(timed.seconds[node[name]]) for name in names))
         for (kind, shapes), names in alike.items()
     ]
 

@@ -120,7 +120,7 @@ def test_context_parallelism_gathers_keys_and_values_and_nothing_else() -> None:
     assert of_ledger(forced, "cp")["reduce_scatter"] == 2 * LLAMA.layers * 4 * keys
     assert layout.mesh.names == ("dp", "cp")
     alone, cut = (Step(LLAMA, StepPlan(layout=lay), A100) for lay in (Layout3D(dp=2), Layout3D(dp=2, cp=4)))
-    assert cut.step_s < alone.step_s and cut.memory.activations < 0.4 * alone.memory.activations
+    assert cut.step_s < alone.step_s and cut.kinds.kept_bytes[1] < 0.4 * alone.kinds.kept_bytes[1]
     with pytest.raises(UsageError, match="several in a microbatch"):
         Forced(LLAMA, Layout3D(cp=2, micro_batch=2), A100)
     with pytest.raises(UsageError, match="written out"):
