@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from autopar.core.mesh import Mesh
 from autopar.core.plan import Plan
 from autopar.core.residency import Precision
 from autopar.errors import NoFamilyError, UsageError
-from autopar.joint.plan import joint_search, planned_jointly
+from autopar.joint.plan import check_in_space, joint_search, planned_jointly
 from autopar.joint.search import JointSearch
 from autopar.planner.appraisal import Appraisal, appraise
 from autopar.planner.pins import parse_pins
@@ -41,6 +40,7 @@ class Request:
     model: nn.Module
     example_inputs: Any = None
     _traced: dict[int, Traced] = field(default_factory=dict)
+    _family: Family | None = None
     trace_s: float = 0.0
 
     def __post_init__(self) -> None:
@@ -101,12 +101,10 @@ class Request:
         """The joint search, where it is asked for or the cluster has several nodes, and the model is one row of equal blocks."""
         pins = parse_pins(options.pins)
         wanted = cluster.num_nodes > 1 if options.joint is None else options.joint
-        refusal = "a mesh is given" if options.mesh is not None else "pins name operators" if pins.named else f"schedule {pins.schedule} is not of its space" if pins.schedule not in (None, "1f1b", "interleaved") else ""
-        if not wanted or (refusal and options.joint is None):
+        if not wanted:
             return None
         try:
-            if refusal:
-                raise NoFamilyError(refusal)
+            check_in_space(options, pins)
             progress("tracing three blocks")
             return joint_search(self.family, self.batch_size, cluster, options, pins, progress)
         except NoFamilyError as error:
@@ -114,20 +112,22 @@ class Request:
                 raise UsageError(f"no joint search: {error}; leave --joint out") from None
             return None
 
-    @cached_property
+    @property
     def family(self) -> Family:
         """The model's graphs, of short traces. Raises NoFamilyError."""
-        start = time.perf_counter()
-        try:
-            return find_family(self.model, self.kwargs or self.args)
-        finally:
-            self.trace_s += time.perf_counter() - start
+        if self._family is None:
+            start = time.perf_counter()
+            try:
+                self._family = find_family(self.model, self.kwargs or self.args)
+            finally:
+                self.trace_s += time.perf_counter() - start
+        return self._family
 
     def appraised(self, plan: Plan, cluster: Cluster) -> Appraisal:
         """What a plan costs on a cluster, term by term. Raises PlanMismatchError where it is for another model or batch."""
         number = plan.residency.micro_batches
-        family = self.__dict__.get("family")  # where the plan comes from short traces, so does its graph
-        return appraise(plan, self.traced(number).graph if family is None else family.graph(self.batch_size // number), cluster)
+        short = self._family is not None  # where the plan comes from short traces, so does its graph
+        return appraise(plan, self.family.graph(self.batch_size // number) if short else self.traced(number).graph, cluster)
 
 
 def default_precision(model: nn.Module) -> Precision:

@@ -15,8 +15,8 @@ sees that the layers are alike and solves one of them.
 
 import math
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -89,6 +89,17 @@ class SearchProblem:
     def fits(self, memory_bytes: float) -> bool:
         """Whether a plan that holds this many bytes, base included, is within the limit."""
         return memory_bytes <= self.limit_bytes
+
+    def in_flight(self, times: float, params: Set[int]) -> "SearchProblem":
+        """The same with the activations of so many microbatches: all bytes `times` as many but those of the nodes of `params`."""
+        known: dict[int, np.ndarray] = {}
+
+        def more(table: np.ndarray) -> np.ndarray:
+            return known.setdefault(id(table), times * table)
+
+        nodes = tuple([node if n in params else replace(node, memory_bytes=more(node.memory_bytes)) for n, node in enumerate(self.nodes)])
+        edges = tuple([e if e.memory_bytes is None else replace(e, memory_bytes=more(e.memory_bytes)) for e in self.edges])
+        return replace(self, nodes=nodes, edges=edges)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,6 +33,11 @@ class Run:
         return f"{self.path}.{self.first + k}"
 
     @property
+    def blocks(self) -> tuple[str, ...]:
+        """Module paths of all blocks."""
+        return tuple(map(self.block, range(self.depth)))
+
+    @property
     def kept(self) -> tuple[int, int, int]:
         """The blocks that stand for all."""
         return 0, 1, self.depth - 1

@@ -15,7 +15,7 @@ from autopar.core.graph import DTYPE_BYTES
 from autopar.core.memory import MemoryUse
 from autopar.core.pipeline import Pipeline
 from autopar.core.residency import Precision
-from autopar.core.schedule import Edge, Kind
+from autopar.core.schedule import Edge
 from autopar.cost_models.kernels import PLAIN, Kernels
 from autopar.cost_models.overlap import occupied, overlapped_seconds
 from autopar.cost_models.pipeline import EdgeCost, StageCost
@@ -23,17 +23,15 @@ from autopar.errors import UsageError
 from autopar.forecast.forced import Forced, Layout3D
 from autopar.forecast.kept import spared_bytes
 from autopar.forecast.transformer import Dims
-from autopar.planner.blocks import Order, timed
+from autopar.planner.blocks import Order, steady, timed
 from autopar.planner.held import Beside, state_of
 from autopar.planner.liveness import Engine, kept_by_segment, memory_use
 from autopar.planner.updates import Traffic, Updates, traffic_seconds, update_seconds, updates
 from autopar.planner.work import launches, pass_seconds
-from autopar.schedules.orders import make_order
 from autopar.stages import Stages, cut_into_stages
 
 STEADY_ROUNDS = 1
-"""After so many rounds of microbatches, each as many as a pipeline has ranks, every further round takes as long as the last; a test holds
-this against pipelines that are run to their end."""
+"""After so many, see `steady`; a test holds this against pipelines that are run to their end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,11 +111,7 @@ class Step:
         plan, costs = self.plan, self.costs
         if plan.pp == 1:
             return sum(plan.num_microbatches * (c.forward_s + c.input_gradient_s + c.weight_gradient_s) + c.gather_s + c.reduce_s + c.step_s for c in costs)
-        few = STEADY_ROUNDS * plan.pp
-        if plan.num_microbatches <= few + plan.pp and (plan.vpp == 1 or plan.num_microbatches % plan.pp == 0):
-            return self._timed(plan.num_microbatches)
-        base = self._timed(few)
-        return base + (plan.num_microbatches - few) * (self._timed(few + plan.pp) - base) / plan.pp
+        return steady(plan.num_microbatches, plan.pp, STEADY_ROUNDS, self._timed)
 
     def _timed(self, num_microbatches: int) -> float:
         n, message = len(self.costs), self.kinds.message
@@ -143,7 +137,7 @@ class Step:
         temporaries in the optimizer step: what others run is fused."""
         pp, last, kinds = self.plan.pp, len(self.depths) - 1, self.kinds
         held = [s for s in range(len(self.depths)) if s % pp == rank]
-        flight = _in_flight(self.order.schedule, pp, min(self.plan.num_microbatches, 2 * pp), self.plan.vpp)[rank]
+        flight = self.order.in_flight[rank]
         kept = [kinds.cost(self.depths[s], first=s == 0, last=s == last).activation_bytes for s in held]
         number = 2 if last in held else 0
         both = number == 2 and 0 in held
@@ -151,7 +145,7 @@ class Step:
         parameters, gradients, optimizer = (
             blocks * getattr(states[1], part) + both * getattr(states[0], part) for part in ("parameters", "gradients", "optimizer")
         )
-        activations = max(0, round(flight * sum(kept) / len(kept)) - kinds.kept_bytes[number])
+        activations = max(0, round(flight * sum(kept)) - kinds.kept_bytes[number])
         gradients += round(self._sums_beside * sum(kinds.gradients(self.depths[s], first=s == 0, last=s == last) for s in held))
         beside = Beside(parameters=parameters, optimizer=optimizer, gradients=gradients, activations=activations)
         # of a single microbatch, gradients take the place of activations
@@ -299,17 +293,3 @@ def _forced(*args) -> Forced:
 @lru_cache(maxsize=4096)
 def _kinds(forced: Forced, overlap: bool) -> Kinds:
     return Kinds(forced, overlap)
-
-
-@lru_cache(maxsize=1024)
-def _in_flight(schedule: str, num_ranks: int, num_microbatches: int, virtual: int) -> tuple[int, ...]:
-    """Per rank the most stages x microbatches whose activations it holds at once."""
-    usable = -(-num_microbatches // num_ranks) * num_ranks if virtual > 1 else num_microbatches
-    found = []
-    for actions in make_order(schedule, num_ranks, usable, virtual).ranks:
-        held, most = 0, 0
-        for action in actions:
-            held += {Kind.F: 1, Kind.B: -1}.get(action.kind, 0)
-            most = max(most, held)
-        found.append(min(most, num_microbatches * virtual))
-    return tuple(found)

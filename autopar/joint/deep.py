@@ -8,16 +8,17 @@ from itertools import accumulate
 
 from autopar.core.memory import MemoryUse
 from autopar.core.schedule import Edge
+from autopar.core.unroll import Run
 from autopar.cost_models.pipeline import StageCost
-from autopar.joint.fold import Run
+from autopar.joint.fold import shown
 from autopar.joint.kinds import ALL, FIRST, LAST, MIDDLE, Depth, Kinds, Mixture
-from autopar.planner.blocks import Order, timed
+from autopar.planner.blocks import Order, steady, timed
 from autopar.planner.liveness import Engine
 from autopar.planner.states import Pricing
 from autopar.program import Program
 
 STEADY_ROUNDS = 3
-"""After so many rounds of microbatches, each as many as a pipeline has ranks, every further round takes as long as the last."""
+"""After so many, see `steady`."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Sharding:
     def of(cls, program: Program, pricing: Pricing, run: Run, engine: Engine, modes: Sequence[str]) -> "Sharding":
         made = []
         for mode in modes:
-            again = {block: mode for block in run.blocks if mode != "none"}
-            others = {block: m for block, m in program.residency.recompute.items() if block not in run.blocks}
+            again = {block: mode for block in shown(run) if mode != "none"}
+            others = {block: m for block, m in program.residency.recompute.items() if block not in shown(run)}
             made.append((mode, Kinds(replace(program, residency=replace(program.residency, recompute={**others, **again})), pricing, run, engine)))
         return cls(tuple(made))
 
@@ -59,22 +60,16 @@ class Deep:
 
     @cached_property
     def least_s(self) -> float:
-        """No order takes less: every rank does its work behind the first stages of the ranks before it, there and back."""
-        once = [c.gather_s + c.reduce_s + c.step_s for c in self.costs]
+        """No order takes less: every rank does its passes behind the first stages of the ranks before it, there and back."""
         work = [c.forward_s + c.input_gradient_s + c.weight_gradient_s for c in self.costs]
-        ways = accumulate(work, initial=0.0)
-        ranks = range(self.order.num_ranks)
-        return max(way + sum(self.order.num_microbatches * work[s] + once[s] for s in self.held(rank)) for rank, way in zip(ranks, ways))
+        ways, ranks = accumulate(work, initial=0.0), range(self.order.num_ranks)
+        found = max(way + sum(self.order.num_microbatches * work[s] for s in self.held(rank)) for rank, way in zip(ranks, ways))
+        return found / self.light.pricing.cluster.crowding
 
     @cached_property
     def step_s(self) -> float:
         """Of a step; long ones from the rounds of a short one."""
-        order, ranks = self.order, self.order.num_ranks
-        few, number = STEADY_ROUNDS * ranks, order.num_microbatches
-        if number <= few + ranks:
-            return self._timed(number)
-        base = self._timed(few)
-        return base + (number - few) * (self._timed(few + ranks) - base) / ranks
+        return steady(self.order.num_microbatches, self.order.num_ranks, STEADY_ROUNDS, self._timed)
 
     def _timed(self, num_microbatches: int) -> float:
         n, message, stages = len(self.depths), self.light.message, self.light.stages

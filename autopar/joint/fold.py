@@ -14,6 +14,7 @@ import numpy as np
 
 from autopar.core.graph import OpGraph
 from autopar.core.problem import Edge, Node, SearchProblem
+from autopar.core.unroll import Run
 from autopar.errors import UsageError
 from autopar.planner.problem import Ports
 
@@ -24,38 +25,33 @@ BORDER = -1
 """The place of what lies between two blocks of the run."""
 
 
-@dataclass(frozen=True)
-class Run:
-    """The repeated blocks of a graph that has three of them: `blocks` names these, in order, and there are `depth` in truth."""
-
-    blocks: tuple[str, str, str]
-    depth: int
-
-    def __post_init__(self) -> None:
-        if self.depth < SHOWN:
-            raise UsageError(f"a run of {self.depth} blocks is no deeper than the {SHOWN} that stand for it")
-
-    def times(self, place: int | None) -> float:
-        """How often there is in truth what lies at a `place`: in one of the three, between two of them, or elsewhere (None)."""
-        if place is None:
-            return 1.0
-        return (self.depth - 1) / (SHOWN - 1) if place == BORDER else (1.0, self.depth - 2.0, 1.0)[place]
-
-    def places(self, graph: OpGraph) -> tuple[int | None, ...]:
-        """The place of every operator."""
-        numbers: list[int | None] = [None] * len(graph.ops)
-        for segment in graph.segments:
-            if segment.block in self.blocks:
-                for i in segment.ops:
-                    numbers[i] = self.blocks.index(segment.block)
-        return tuple(numbers)
+def shown(run: Run) -> tuple[str, ...]:
+    """The blocks that the short graph has."""
+    return tuple(map(run.block, range(SHOWN)))
 
 
-    def sides(self, graph: OpGraph) -> tuple[int, ...]:
-        """Of every operator whether it is in the run (0), before its first (1) or behind it (2)."""
-        places = self.places(graph)
-        first = next(i for i, place in enumerate(places) if place is not None)
-        return tuple(0 if place is not None else 1 if i < first else 2 for i, place in enumerate(places))
+def times(run: Run, place: int | None) -> float:
+    """How often there is in truth what lies at a `place`: in one of the three blocks, between two of them, or elsewhere (None)."""
+    if place is None:
+        return 1.0
+    return (run.depth - 1) / (SHOWN - 1) if place == BORDER else (1.0, run.depth - 2.0, 1.0)[place]
+
+
+def places(run: Run, graph: OpGraph) -> tuple[int | None, ...]:
+    """The place of every operator."""
+    numbers: list[int | None] = [None] * len(graph.ops)
+    for segment in graph.segments:
+        if segment.block in shown(run):
+            for i in segment.ops:
+                numbers[i] = shown(run).index(segment.block)
+    return tuple(numbers)
+
+
+def sides(run: Run, graph: OpGraph) -> tuple[int, ...]:
+    """Of every operator whether it is in the run (0), before its first (1) or behind it (2)."""
+    found = places(run, graph)
+    first = next(i for i, place in enumerate(found) if place is not None)
+    return tuple(0 if place is not None else 1 if i < first else 2 for i, place in enumerate(found))
 
 
 @dataclass(frozen=True)
@@ -96,15 +92,15 @@ class _Fold:
 
     @cached_property
     def of_op(self) -> tuple[int | None, ...]:
-        return self.run.places(self.graph)
+        return places(self.run, self.graph)
 
     @cached_property
     def local(self) -> Mapping[int, tuple[int, int]]:
         """(place, number) of the values that the blocks of the run hold; what one takes from another belongs to its maker."""
         found: dict[int, tuple[int, int]] = {}
         for segment, wiring in zip(self.graph.segments, self.graph.wirings):
-            if segment.block in self.run.blocks:
-                place = self.run.blocks.index(segment.block)
+            if segment.block in shown(self.run):
+                place = shown(self.run).index(segment.block)
                 for n, v in enumerate(wiring.values):
                     if v not in self.graph.producer or self.of_op[self.graph.producer[v][0]] == place:
                         found.setdefault(v, (place, n))
@@ -125,19 +121,19 @@ class _Fold:
     def roles(self) -> tuple[tuple[int | None, tuple], ...]:
         """Per node its place, and a name that it shares with those that play its part in other blocks."""
         found: list[tuple[int | None, tuple]] = [(None, ("alone", n)) for n in range(len(self.problem.nodes))]
-        starts = {segment.block: segment.ops.start for segment in self.graph.segments if segment.block in self.run.blocks}
+        starts = {segment.block: segment.ops.start for segment in self.graph.segments if segment.block in shown(self.run)}
         for i, node in self.ports.op_node.items():
             place = self.of_op[i]
             if place is not None:
-                found[node] = (place, ("op", i - starts[self.run.blocks[place]]))
+                found[node] = (place, ("op", i - starts[shown(self.run)[place]]))
         for kind, nodes in (("param", self.ports.param_node), ("relay", self.ports.relay_node)):
             for v, node in nodes.items():
                 place = self._place_of_value(v)
                 if place is not None and v in self.local:
                     found[node] = (place, (kind, place == BORDER, self._leaves(v, place), self.local[v][1]))
         for name, node in self.ports.block_node.items():
-            if name in self.run.blocks:
-                found[node] = (self.run.blocks.index(name), ("block",))
+            if name in shown(self.run):
+                found[node] = (shown(self.run).index(name), ("block",))
         return tuple(found)
 
     def _leaves(self, v: int, place: int) -> bool:
@@ -145,8 +141,8 @@ class _Fold:
         return place != BORDER and any(self.of_op[i] != place for i, _ in self.graph.consumers[v])
 
     def _edge_times(self, u: int, v: int) -> float:
-        places = {self.roles[u][0], self.roles[v][0]} - {None}
-        return self.run.times(BORDER if len(places) > 1 or BORDER in places else places.pop() if places else None)
+        found = {self.roles[u][0], self.roles[v][0]} - {None}
+        return times(self.run, BORDER if len(found) > 1 or BORDER in found else found.pop() if found else None)
 
     def folded(self) -> Folded:
         number: dict[tuple, int] = {}
@@ -155,11 +151,11 @@ class _Fold:
         memory: list[np.ndarray] = [np.zeros(0)] * len(number)
         names, shown = [""] * len(number), [0] * len(number)
         for n, old in enumerate(self.problem.nodes):
-            new, times = node[n], self.run.times(self.roles[n][0])
+            new, often = node[n], times(self.run, self.roles[n][0])
             if names[new] and len(seconds[new]) != old.num_states:
                 raise Unfoldable(f"{old.name} has {old.num_states} states, {names[new]} has {len(seconds[new])}")
-            seconds[new] = times * old.cost_s + (seconds[new] if names[new] else 0.0)
-            memory[new] = times * old.memory_bytes + (memory[new] if names[new] else 0.0)
+            seconds[new] = often * old.cost_s + (seconds[new] if names[new] else 0.0)
+            memory[new] = often * old.memory_bytes + (memory[new] if names[new] else 0.0)
             names[new] = names[new] or old.name
             shown[new] += 1
         edges: dict[tuple[int, int, int, int], list] = defaultdict(lambda: [0.0, None])
@@ -168,23 +164,23 @@ class _Fold:
             entry[0] += self._edge_times(edge.u, edge.v)
             entry[1] = edge
         found = []
-        for (u, v, *_), (times, edge) in edges.items():
-            held = None if edge.memory_bytes is None else times * edge.memory_bytes
+        for (u, v, *_), (often, edge) in edges.items():
+            held = None if edge.memory_bytes is None else often * edge.memory_bytes
             if u == v:
-                seconds[u] = seconds[u] + times * np.diag(edge.cost_s)
+                seconds[u] = seconds[u] + often * np.diag(edge.cost_s)
                 memory[u] = memory[u] + (0.0 if held is None else np.diag(held))
             else:
-                found.append(Edge(u, v, times * edge.cost_s, held))
+                found.append(Edge(u, v, often * edge.cost_s, held))
         nodes = tuple([Node(*three) for three in zip(names, seconds, memory, strict=True)])
-        sides: dict[int, int | None] = {}
+        where_of: dict[int, int | None] = {}
         for n, (new, where) in enumerate(zip(node, self._sides())):
-            sides[new] = where if sides.get(new, where) == where else None
+            where_of[new] = where if where_of.get(new, where) == where else None
         problem = SearchProblem(nodes, tuple(found), self.problem.memory_limit_bytes, self.problem.base_memory_bytes)
-        return Folded(problem, node, tuple(sides[n] for n in range(len(number))))
+        return Folded(problem, node, tuple(where_of[n] for n in range(len(number))))
 
     def _sides(self) -> list[int | None]:
         """Of every node of the short graph's problem."""
-        of_op = self.run.sides(self.graph)
+        of_op = sides(self.run, self.graph)
         found: list[int | None] = [None if place is None else 0 for place, _ in self.roles]
         for i, node in self.ports.op_node.items():
             found[node] = of_op[i]

@@ -7,22 +7,22 @@ or not, each for itself: `Kinds` are made for every mode, and a `Mixture` has so
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 
 from autopar.core.memory import MemoryUse
 from autopar.core.pipeline import RECEIVES_AHEAD, SENDS_BEHIND, Pipeline
-from autopar.core.schedule import Kind
+from autopar.core.unroll import Run
 from autopar.cost_models.pipeline import EdgeCost, StageCost
-from autopar.joint.fold import SHOWN, Run
+from autopar.joint.fold import SHOWN, shown
 from autopar.planner.blocks import Order
 from autopar.planner.held import Beside, state_of
 from autopar.planner.liveness import Engine, fullest, kept_by_segment, moments
 from autopar.planner.states import Pricing
 from autopar.planner.work import put_off_bytes, total_seconds
 from autopar.program import Program
-from autopar.schedules.orders import make_order
+from autopar.schedules.held import held_counts
 from autopar.stages import Stages, cut_into_stages
 
 FIRST, MIDDLE, LAST, ALL = range(4)
@@ -47,7 +47,7 @@ class Kinds:
     def stages(self) -> Stages:
         graph = self.program.graph
         first_op = {segment.block: graph.ops[segment.ops.start].name for segment in graph.segments}
-        return cut_into_stages(self.program, Pipeline(3, tuple(first_op[block] for block in self.run.blocks[1:])))
+        return cut_into_stages(self.program, Pipeline(3, tuple(first_op[block] for block in shown(self.run)[1:])))
 
     @cached_property
     def programs(self) -> tuple[Program, ...]:
@@ -65,7 +65,7 @@ class Kinds:
     @cached_property
     def kept_inside(self) -> int:
         """The same of a block that takes from one and hands to one of its own stage."""
-        block = [n for n, segment in enumerate(self.program.graph.segments) if segment.block == self.run.blocks[MIDDLE]]
+        block = [n for n, segment in enumerate(self.program.graph.segments) if segment.block == shown(self.run)[MIDDLE]]
         kept = kept_by_segment(self.program)
         return sum(kept[n] for n in block)
 
@@ -137,9 +137,9 @@ class Mixture:
 
     def _kept(self, kind: int, depth: Depth) -> int:
         """Between forward and backward of a microbatch. What one block hands to another is kept by the one that makes it."""
-        every, shown = depth.heavy == depth.blocks, SHOWN_BY[kind]
+        every, counted = depth.heavy == depth.blocks, SHOWN_BY[kind]
         own, light, heavy = self.heavy if every else self.light, self.light.kept_inside, self.heavy.kept_inside
-        inside = (depth.blocks - shown) * heavy if every else depth.heavy * heavy + (depth.blocks - depth.heavy - shown) * light
+        inside = (depth.blocks - counted) * heavy if every else depth.heavy * heavy + (depth.blocks - depth.heavy - counted) * light
         return own.kept_bytes[kind] + inside
 
     def peak(self, order: Order, rank: int, held: tuple[tuple[int, Depth], ...]) -> MemoryUse:
@@ -153,7 +153,7 @@ class Mixture:
     def _peak(self, order: Order, rank: int, held: tuple[tuple[int, Depth], ...]) -> MemoryUse:
         kind = max((kind for kind, _ in held), key=(MIDDLE, FIRST, LAST, ALL).index)
         kinds = self.heavy if all(depth.heavy == depth.blocks for _, depth in held) else self.light
-        counts = held_counts(order.schedule, order.num_ranks, min(order.num_microbatches, 2 * order.num_ranks), order.virtual)[rank]
+        counts = held_counts(order.schedule, order.num_ranks, order.num_microbatches, order.virtual)[rank]
         kept = int((counts @ np.array([self.cost(*stage).activation_bytes for stage in held])).max())
         blocks = max(0, sum(depth.blocks for _, depth in held) - SHOWN_BY[kind])
         parts = {part: blocks * getattr(kinds.states[MIDDLE], part) for part in STATE}
@@ -165,23 +165,3 @@ class Mixture:
             communication=RECEIVES_AHEAD * message, unsettled=SENDS_BEHIND * len(held) * message,
         )  # fmt: skip
         return kinds.peak(kind, beside)
-
-
-@lru_cache(maxsize=1024)
-def held_counts(schedule: str, num_ranks: int, num_microbatches: int, virtual: int) -> tuple[np.ndarray, ...]:
-    """Per rank: how many microbatches it holds of each of its stages, after every action that adds one: [times, stages]."""
-    usable = -(-num_microbatches // num_ranks) * num_ranks if virtual > 1 else num_microbatches
-    found = []
-    for actions in make_order(schedule, num_ranks, usable, virtual).ranks:
-        held, rows = [0] * virtual, set()
-        for action in actions:
-            held[action.stage // num_ranks] += {Kind.F: 1, Kind.B: -1}.get(action.kind, 0)
-            rows.add(tuple(min(n, num_microbatches) for n in held))
-        found.append(np.array(sorted(rows)))
-    return tuple(found)
-
-
-def in_flight(order: Order) -> list[float]:
-    """Microbatches of all of a rank's stages that it holds at once, by rank."""
-    counts = held_counts(order.schedule, order.num_ranks, min(order.num_microbatches, 2 * order.num_ranks), order.virtual)
-    return [float(of_rank.sum(axis=1).max()) / order.virtual for of_rank in counts]

@@ -1,8 +1,9 @@
 """The plan of what the joint search found: its decisions on the whole graph, priced and walked there as every plan is."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 from autopar.core.cluster import Cluster
 from autopar.core.family import Family
@@ -14,8 +15,9 @@ from autopar.core.plan import Plan, Proof
 from autopar.core.units import size
 from autopar.errors import InfeasibleError, NoFamilyError
 from autopar.joint.deep import Deep
-from autopar.joint.fold import SHOWN, Run
-from autopar.joint.search import Joint, JointSearch
+from autopar.joint.fold import SHOWN, shown
+from autopar.joint.search import Found, Joint, JointSearch
+from autopar.joint.space import SCHEDULES
 from autopar.joint.unroll import modes_of, unrolled
 from autopar.planner.bind import decisions
 from autopar.planner.liveness import Engine
@@ -28,7 +30,8 @@ from autopar.planner.staging import Staged, pipeline_prediction
 from autopar.program import Program
 from autopar.stages import cut_into_stages
 
-TRIES = 4
+LEAST = 0.7
+"""Of the memory: a plan that three blocks see so much emptier than the whole graph does is given up."""
 
 
 @dataclass(frozen=True)
@@ -50,51 +53,57 @@ class Whole:
 def on_whole_graph(deep: Deep, graph: OpGraph) -> Whole:
     """`graph`: of one microbatch with all blocks."""
     kinds, order = deep.light, deep.order
-    modes = modes_of(deep.depths, *(k.program.residency.recompute.get(k.run.blocks[1], "none") for k in (deep.light, deep.heavy)))
+    modes = modes_of(deep.depths, *(k.program.residency.recompute.get(shown(k.run)[1], "none") for k in (deep.light, deep.heavy)))
     program = unrolled(kinds.program, graph, kinds.run, modes)
-    prefix, first_op = kinds.run.blocks[0].rpartition(".")[0], {}
-    for segment in graph.segments:
-        if segment.block.rpartition(".")[0] == prefix:
-            first_op.setdefault(segment.block, graph.ops[segment.ops.start].name)
-    starts, number = [], 0
-    for depth in deep.depths[:-1]:
-        number += depth.blocks
-        starts.append(list(first_op.values())[number])
-    pipeline = Pipeline(order.num_ranks, tuple(starts), order.schedule, kinds.pricing.pp[1])
+    first_op = {segment.block: graph.ops[segment.ops.start].name for segment in reversed(graph.segments)}
+    numbers = accumulate(depth.blocks for depth in deep.depths[:-1])
+    pipeline = Pipeline(order.num_ranks, tuple([first_op[kinds.run.block(n)] for n in numbers]), order.schedule, kinds.pricing.pp[1])
     return Whole(program, Staged(cut_into_stages(program, pipeline if order.num_ranks > 1 else None), order, kinds.pricing, Engine.of(kinds.pricing.cluster)))
+
+
+def check_in_space(options: Options, pins: Pins) -> None:
+    """Raise NoFamilyError where what is fixed is none of the plans that are searched."""
+    if options.mesh is not None:
+        raise NoFamilyError("a mesh is given")
+    if pins.named:
+        raise NoFamilyError("pins name operators")
+    if pins.schedule not in (None, *SCHEDULES):
+        raise NoFamilyError(f"schedule {pins.schedule} is not among {', '.join(SCHEDULES)}")
 
 
 def joint_search(family: Family, batch: int, cluster: Cluster, options: Options, pins: Pins, progress: Callable[[str], None]) -> JointSearch:
     """The search over plans of `batch` samples a step. Raises NoFamilyError where the model has no single run of blocks."""
     if len(family.runs) != 1 or family.depth < SHOWN:
         raise NoFamilyError(f"{len(family.runs)} rows of blocks, and {SHOWN} or more blocks in one row are needed")
-    graphs = partial(family.graph, depth=SHOWN)
-    blocks = tuple(dict.fromkeys(segment.block for segment in graphs(2).segments if segment.block.startswith(f"{family.runs[0].path}.")))
-    if len(blocks) != SHOWN:
-        raise NoFamilyError(f"{len(blocks)} blocks of {family.runs[0].path} hold operators, not {SHOWN}")
-    return JointSearch(graphs, Run(blocks, family.depth), batch, cluster, options, pins, progress)
+    graphs, run = partial(family.graph, depth=SHOWN), family.runs[0]
+    if missing := set(shown(run)) - {segment.block for segment in graphs(2).segments}:
+        raise NoFamilyError(f"no operator is in {min(missing)}")
+    return JointSearch(graphs, run, batch, cluster, options, pins, progress)
 
 
 def planned_jointly(search: JointSearch, graph: Callable[[int], OpGraph], tokens: int = 0) -> Planned:
     """The fastest plan found that fits on the whole graph too; `graph`: of so many samples, with all blocks. Raises InfeasibleError.
 
-    Three blocks tell the memory of the whole to a few percent; where it is more, the search is done again within less.
+    Three blocks tell the memory of the whole to a few percent; where it is more, the plan's point is planned again within less.
     """
-    share = search.options.memory_share
-    for _ in range(TRIES):
-        joint = search.search()
-        whole = on_whole_graph(joint.best.deep, graph(joint.best.point.samples))
-        if whole.memory.high_bytes <= search.cluster.device.memory_bytes * share:
-            return Planned(_plan(joint, whole, search.cluster, tokens), whole.program)
-        less = search.options.memory_share * min(0.99, share * search.cluster.device.memory_bytes / whole.memory.high_bytes)
-        search = replace(search, options=replace(search.options, memory_share=less))
+    joint = search.search()
+    left = list(joint.found)
+    while left:
+        found = min(left, key=lambda f: f.step_s)
+        left.remove(found)
+        whole = on_whole_graph(found.deep, graph(found.point.samples))
+        if whole.memory.high_bytes <= search.limit_bytes:
+            return Planned(_plan(joint, found, whole, search.cluster, tokens), whole.program)
+        less = min(0.99, search.limit_bytes / whole.memory.high_bytes) * found.limit_bytes
+        again = found.search.plan(less) if less > LEAST * search.limit_bytes else None
+        left += [again] if again is not None else []
     raise InfeasibleError(
-        f"every plan found for {whole.program.graph.name} holds more than {share:.0%} of a device's memory, the last {size(whole.memory.high_bytes)}; "
-        "pin zero=3 or recompute=full, or use more nodes"
+        f"every plan found for {whole.program.graph.name} holds more than {size(search.limit_bytes)} of a device's memory, the last "
+        f"{size(whole.memory.high_bytes)}; pin zero=3 or recompute=full, or use more nodes"
     )
 
 
-def _plan(joint: Joint, whole: Whole, cluster: Cluster, tokens: int) -> Plan:
+def _plan(joint: Joint, found: Found, whole: Whole, cluster: Cluster, tokens: int) -> Plan:
     program = whole.program
     names = program.mesh.names
     if "dp" not in names and "tp" not in names:
@@ -107,7 +116,7 @@ def _plan(joint: Joint, whole: Whole, cluster: Cluster, tokens: int) -> Plan:
     )
     return Plan(
         graph_digest=program.graph.digest, model=program.graph.name, cluster=cluster.name, mesh=mesh, **decisions(program, mesh),
-        predicted=pipeline_prediction(cluster, whole.staged, tokens), pipeline=whole.staged.stages.pipeline if joint.best.point.num_ranks > 1 else None,
+        predicted=pipeline_prediction(cluster, whole.staged, tokens), pipeline=whole.staged.stages.pipeline if found.point.num_ranks > 1 else None,
         proof=Proof(step, min(step, joint.bound_s), max(0.0, step - joint.bound_s) / step, "elimination + price of memory", status),
         notes=tuple(f"no rule for {kind}: computed replicated" for kind in program.ops_without_rule),
     )  # fmt: skip

@@ -21,32 +21,31 @@ import numpy as np
 
 from autopar.core.cluster import Cluster
 from autopar.core.graph import OpGraph
+from autopar.core.layout import Layout
 from autopar.core.memory import MemoryUse
 from autopar.core.problem import Edge, Node, SearchProblem, evaluate
 from autopar.core.residency import RECOMPUTE
-from autopar.core.rule import OpRule
 from autopar.core.units import size
+from autopar.core.unroll import Run
 from autopar.errors import InfeasibleError
 from autopar.joint.bounds import Line, Parts, least_step_s
 from autopar.joint.deep import Deep, Sharding, even_depths, mixed
-from autopar.joint.fold import Folded, Run, fold
-from autopar.joint.kinds import in_flight
+from autopar.joint.fold import fold
+from autopar.joint.relaxed import Relaxed, passes_alone
 from autopar.joint.space import Ideal, Point, orders, points
 from autopar.planner.blocks import Order
 from autopar.planner.decode import decode
 from autopar.planner.keeping import Keeping
+from autopar.planner.lengths import Task
 from autopar.planner.liveness import Engine
 from autopar.planner.pins import Pins
 from autopar.planner.problem import Ports, ProblemBuilder
-from autopar.planner.roles import Constraints, batch_factors
-from autopar.planner.rulebook import rules_of
+from autopar.planner.roles import Constraints
 from autopar.planner.search import Options
-from autopar.planner.states import Pricing
+from autopar.planner.states import Pricing, States
 from autopar.program import Program
 from autopar.search.elimination import prepare
-from autopar.search.lagrange import price_memory
 from autopar.search.simplify import BYTES, SECONDS, Price
-from autopar.search.solve import solve
 
 GAP = 0.01
 """A plan this near to the bound is near enough: the cost model is off by more."""
@@ -57,15 +56,15 @@ Graphs = Callable[[int], OpGraph]
 
 @dataclass(frozen=True)
 class Found:
-    """A plan of a point."""
+    """A plan that fits `limit_bytes`, and the search of its point."""
 
-    point: Point
+    search: "PointSearch"
     deep: Deep
+    limit_bytes: float
 
     @property
-    def zero(self) -> int:
-        """The highest stage of ZeRO of any parameter."""
-        return max((z.stage for z in self.deep.light.program.residency.zero.values()), default=0)
+    def point(self) -> Point:
+        return self.search.point
 
     @property
     def step_s(self) -> float:
@@ -114,7 +113,8 @@ class JointSearch:
         start = time.perf_counter()
         ideal = Ideal(self.cluster, self.run)
         heap: list[tuple[float, int, int, PointSearch]] = []
-        number = None if self.options.free_micro_batches else self.options.micro_batches
+        free = self.options.free_micro_batches or self.pins.micro_batch is not None  # its number of samples is pinned, and what of dp follows is searched
+        number = None if free else self.options.micro_batches
         for n, point in enumerate(points(self.cluster, self.batch, self.run.depth, self.pins, number)):
             search = PointSearch(self, point)
             heapq.heappush(heap, (search.ideal_s(ideal), 0, n, search))
@@ -131,7 +131,7 @@ class JointSearch:
                     heapq.heappush(heap, (max(bound, tighter), level, n, search))
                 continue
             closed = min(closed, bound)
-            made = search.plan(best)
+            made = search.plan(self.limit_bytes, best)
             if made is not None:
                 found.append(made)
                 best = min(best, made.step_s)
@@ -148,29 +148,15 @@ class JointSearch:
     def limit_bytes(self) -> float:
         return self.cluster.device.memory_bytes * self.options.memory_share
 
-    def task(self, samples: int) -> "Task":
+    def task(self, samples: int) -> Task:
+        """A microbatch of the short graph."""
         if samples not in self._tasks:
-            self._tasks[samples] = Task(self.graphs(samples))
+            self._tasks[samples] = Task.of(self.graphs(samples), self.options)
         return self._tasks[samples]
 
     @cached_property
-    def _tasks(self) -> dict[int, "Task"]:
+    def _tasks(self) -> dict[int, Task]:
         return {}
-
-
-@dataclass(frozen=True, eq=False)
-class Task:
-    """A microbatch of the short graph, with its rules."""
-
-    graph: OpGraph
-
-    @cached_property
-    def rules(self) -> tuple[OpRule, ...]:
-        return tuple(rules_of(self.graph))
-
-    @cached_property
-    def batch(self) -> tuple[frozenset[int], ...]:
-        return tuple(batch_factors(self.graph, self.rules))
 
 
 @dataclass
@@ -192,15 +178,37 @@ class PointSearch:
     def pricing(self) -> Pricing:
         return Pricing(self.joint.cluster, self.point.mesh, (self.point.num_ranks, 0))
 
-    def ideal_s(self, ideal: Ideal) -> float:
-        self.least_pass_s = ideal.seconds(self.task.graph, self.task.rules, self.point.outer * self.point.inner)
-        self.ends_s = self.least_pass_s.times(self.point.num_microbatches)
-        only = [Line(self.ends_s.block)]
-        return self._step_bound_s(lambda order: [only] * order.num_ranks)
+    # --- bounds ----------------------------------------------------------------------------------------------------------
 
-    def _step_bound_s(self, lines: Callable[[Order], Sequence[Sequence[Line]]]) -> float:
-        depth = self.joint.run.depth
-        return min((least_step_s(order, depth, lines(order), self.ends_s, self.least_pass_s) for order in self.orders), default=math.inf)
+    def ideal_s(self, ideal: Ideal) -> float:
+        """The bound from a roofline."""
+        self.least_pass_s = ideal.seconds(self.task.graph, self.task.rules, self.point.outer * self.point.inner)
+        step = self.least_pass_s.times(self.point.num_microbatches)
+        return self._least(lambda order: self._step_s(order, step, [[Line(step.block)]] * order.num_ranks))
+
+    def fastest_s(self) -> float:
+        """The bound from the solved problem, without a memory limit."""
+        return self._least(lambda order: max(self._step_s(order, r.parts, [[Line(r.parts.block)]] * order.num_ranks, waits=r is self.passes) for r in self._sides(order)))
+
+    def fitting_s(self) -> float:
+        """The bound under the memory limit of every rank, by the linear model of memory; inf where not even that can be met."""
+
+        def lines(relaxed: Relaxed, order: Order) -> list[list[Line]]:
+            return [[Line(relaxed.parts.block), relaxed.line(flight)] for flight in order.in_flight]
+
+        return self._least(lambda order: max(self._step_s(order, r.parts, lines(r, order), waits=r is self.passes) for r in self._sides(order)))
+
+    def _sides(self, order: Order) -> tuple[Relaxed, ...]:
+        """A rank of one stage exchanges parameters before and after its passes, but may do so while it would wait for others. One of several stages
+        may exchange those of one behind the passes of another."""
+        return (self.whole,) if order.num_ranks == 1 else (self.passes, self.whole) if order.virtual == 1 else (self.passes,)
+
+    def _step_s(self, order: Order, ends: Parts, lines: Sequence[Sequence[Line]], *, waits: bool = True) -> float:
+        least = least_step_s(order, self.joint.run.depth, lines, ends, self.least_pass_s if waits else Parts(0.0))
+        return least / (self.joint.cluster.crowding if order.num_ranks > 1 else 1.0)  # ranks that share cores are faster while others wait
+
+    def _least(self, bound: Callable[[Order], float]) -> float:
+        return min(map(bound, self.orders), default=math.inf)
 
     # --- the sharding ----------------------------------------------------------------------------------------------------
 
@@ -217,59 +225,35 @@ class PointSearch:
         return ProblemBuilder(task.graph, task.rules, task.batch, self.pricing, constraints, self.keeping).build(None)
 
     @cached_property
-    def folded(self) -> Folded:
-        problem, ports = self.built
-        return fold(self.task.graph, self.joint.run, problem, ports)
-
-    def fastest_s(self) -> float:
-        """The bound without a memory limit."""
-        block, first, last = (solve(self.folded.part(side), use_ilp="never").bound_s for side in range(3))
-        self.ends_s = Parts(block / self.joint.run.depth, first, last)
-        self.free = Line(self.ends_s.block)
-        return self._step_bound_s(lambda order: [[self.free]] * order.num_ranks)
-
-    def fitting_s(self) -> float:
-        """The bound under the memory limit of every rank, by the linear model of memory; inf where not even that can be met."""
-        return self._step_bound_s(lambda order: [[self.free, *self._priced(flight)] for flight in in_flight(order)])
-
-    def _priced(self, flight: float) -> tuple[Line, ...]:
-        """What a rank with so many microbatches in flight can do of the step, by the price of a byte; of fewer in flight, as a bound."""
-        known = 2.0 ** (math.floor(2 * math.log2(flight)) / 2)
-        if known not in self._lines:
-            ranks, limit, depth = self.point.num_ranks, self.joint.limit_bytes, self.joint.run.depth
-            try:
-                found = price_memory(replace(self._in_flight(known).part(0), memory_limit_bytes=ranks * limit))
-            except InfeasibleError:
-                self._lines[known] = (Line(math.inf),)
-            else:
-                price = found.multiplier_s_per_byte
-                self._lines[known] = (Line((found.bound_s + price * ranks * limit) / depth, price * limit, price),)
-        return self._lines[known]
+    def whole(self) -> Relaxed:
+        """All that a step costs."""
+        return self._relaxed(self.built[0])
 
     @cached_property
-    def _lines(self) -> dict[float, tuple[Line, ...]]:
-        return {}
+    def passes(self) -> Relaxed:
+        """Only what its passes cost."""
+        problem, ports = self.built
+        return self._relaxed(passes_alone(problem, ports.once_s))
 
-    def _in_flight(self, times: float) -> Folded:
-        """The folded problem with the activations of so many microbatches of all stages."""
-        problem, (_, ports) = self.folded.problem, self.built
-        params = {self.folded.node[n] for n in ports.param_node.values()}
-        nodes = tuple(node if n in params else replace(node, memory_bytes=times * node.memory_bytes) for n, node in enumerate(problem.nodes))
-        edges = tuple(Edge(e.u, e.v, e.cost_s, None if e.memory_bytes is None else times * e.memory_bytes) for e in problem.edges)
-        return replace(self.folded, problem=replace(problem, nodes=nodes, edges=edges))
+    def _relaxed(self, problem: SearchProblem) -> Relaxed:
+        ports, run = self.built[1], self.joint.run
+        folded = fold(self.task.graph, run, problem, ports)
+        params = frozenset(folded.node[n] for n in ports.param_node.values())
+        return Relaxed(folded, params, run.depth, self.point.num_ranks, self.joint.limit_bytes)
 
     # --- plans -----------------------------------------------------------------------------------------------------------
 
-    def plan(self, below_s: float) -> Found | None:
-        """The best plan of the point that takes less than `below_s`: every sharding that may be best, every order, as little recomputation as fits."""
+    def plan(self, limit_bytes: float, below_s: float = math.inf) -> Found | None:
+        """The best plan of the point within a limit that takes less than `below_s`: every sharding that may be best, every order, as little recomputation
+        as fits."""
         best: Found | None = None
         for program in self._programs(lambda: best.step_s if best else below_s):
             modes = [mode for mode in RECOMPUTE if mode in self.keeping.recompute]
             sharding = Sharding.of(program, self.pricing, self.joint.run, Engine.of(self.joint.cluster), modes)
             light = sharding.modes[0][1]
             for order in self.orders:
-                made = mixed(sharding, order, even_depths(light, order.num_stages), self.joint.limit_bytes, best.step_s if best else below_s)
-                best = Found(self.point, made) if made is not None else best
+                made = mixed(sharding, order, even_depths(light, order.num_stages), limit_bytes, best.step_s if best else below_s)
+                best = Found(self, made, limit_bytes) if made is not None else best
         return best
 
     def _programs(self, below_s: Callable[[], float] = lambda: math.inf) -> Iterator[Program]:
@@ -278,17 +262,17 @@ class PointSearch:
         seen: set[tuple[int, ...]] = set()
         stages = self.keeping.stages
         asked = [(1.0, 0.0, zero, False) for zero in stages]
-        for flight in sorted(self._lines):
-            for line in self._lines[flight]:
-                asked += [(flight, line.price, zero, again) for zero, again in ((None, False), (None, True), *((z, True) for z in stages)) if line.price]
+        prices = {(flight, line.price) for relaxed in (self.whole, self.passes) for flight, line in relaxed.lines.items() if line.price}
+        for flight, price in sorted(prices):
+            asked += [(flight, price, zero, again) for zero, again in ((None, False), (None, True), *((z, True) for z in stages))]
         task, (_, ports) = self.task, self.built
         for flight, price, zero, again in asked:
-            problem = self._in_flight(flight).problem
+            problem = self.whole.in_flight(flight).problem
             choices = self._cheapest(problem, price, zero, again=again)
-            seconds, _ = evaluate(problem, choices)
-            if choices not in seen and seconds < self.point.num_ranks * below_s():
+            seconds, _ = evaluate(self.passes.folded.problem, choices)
+            if choices not in seen and seconds < self.point.num_ranks * below_s() * self.joint.cluster.crowding:
                 seen.add(choices)
-                yield decode(task.graph, task.rules, self.pricing, ports, self.folded.unfolded(choices), self.keeping)
+                yield decode(task.graph, task.rules, self.pricing, ports, self.whole.folded.unfolded(choices), self.keeping)
 
     def _cheapest(self, problem: SearchProblem, price: float, zero: int | None, *, again: bool) -> tuple[int, ...]:
         """The choices of a folded problem that cost least at this price of a byte, parameters with this stage of ZeRO as near as they have it (None:
@@ -296,16 +280,24 @@ class PointSearch:
         _, ports = self.built
         kept = [np.arange(node.num_states) for node in problem.nodes]
         for n in ports.param_node.values() if zero is not None else ():
-            stages = np.array([z.stage if z else 0 for z in ports.states[n].zeros])
-            nearest = min(stages.tolist(), key=lambda stage: (abs(stage - zero), stage))
-            kept[self.folded.node[n]] = np.flatnonzero(stages == nearest)
-        blocks = {self.folded.node[n] for n in ports.block_node.values()}
+            kept[self.whole.folded.node[n]] = _of_stage(ports.states[n], zero)
+        blocks = {self.whole.folded.node[n] for n in ports.block_node.values()}
         for n in blocks if not again else ():
             kept[n] = np.array([0])
         nodes = tuple(Node(node.name, node.cost_s[k], node.memory_bytes[k]) for node, k in zip(problem.nodes, kept, strict=True))
         part = replace(problem, nodes=nodes, edges=tuple(_between(edge, kept[edge.u], kept[edge.v]) for edge in problem.edges))
         found = prepare(part, (SECONDS, BYTES)).minimise(Price(1.0, price)).choices
         return tuple([0 if n in blocks else int(k[c]) for n, (k, c) in enumerate(zip(kept, found, strict=True))])
+
+
+def _of_stage(states: States, zero: int) -> np.ndarray:
+    """Of the states of a parameter, for every layout those whose stage of ZeRO is nearest to this one."""
+    stages = [z.stage if z else 0 for z in states.zeros]
+    off = [(abs(stage - zero), stage) for stage in stages]
+    nearest: dict[Layout, tuple[int, int]] = {}
+    for layout, distance in zip(states.result_layouts[0], off, strict=True):
+        nearest[layout] = min(distance, nearest.get(layout, distance))
+    return np.array([n for n, layout in enumerate(states.result_layouts[0]) if off[n] == nearest[layout]])
 
 
 def _between(edge: Edge, rows: np.ndarray, columns: np.ndarray) -> Edge:

@@ -9,12 +9,17 @@ from autopar.core.cluster import Cluster
 from autopar.core.graph import DTYPE_BYTES, OpGraph
 from autopar.core.mesh import Mesh, MeshAxis
 from autopar.core.rule import OpRule
+from autopar.core.unroll import Run
 from autopar.joint.bounds import Parts
-from autopar.joint.fold import Run
+from autopar.joint.fold import places, sides
 from autopar.planner.blocks import Order
 from autopar.planner.pins import Pins
 
+SCHEDULES = ("1f1b", "interleaved")
+
 VIRTUAL = (1, 2, 4, 8)
+"""Stages of a rank: one under 1F1B, several under the interleaved schedule."""
+
 MAX_AXIS_SAMPLES = 16
 """Samples of a microbatch for each rank of the outer axis: more than so many on one rank are two microbatches."""
 
@@ -70,7 +75,7 @@ def points(cluster: Cluster, batch: int, depth: int, pins: Pins, num_microbatche
 def orders(point: Point, depth: int, pins: Pins) -> Iterator[Order]:
     """How a point may run, with the least memory first."""
     for virtual in VIRTUAL if pins.virtual is None else (pins.virtual,):
-        schedule = "1f1b" if virtual == 1 else "interleaved"
+        schedule = SCHEDULES[virtual > 1]
         suits = virtual == 1 or (point.num_ranks > 1 and point.num_microbatches % point.num_ranks == 0)
         if suits and point.num_ranks * virtual <= depth and pins.schedule in (None, schedule):
             yield Order(schedule, point.num_ranks, point.num_microbatches, virtual)
@@ -101,8 +106,8 @@ class Ideal:
     def _work(self, graph: OpGraph, rules: tuple[OpRule, ...]) -> tuple[tuple[int, float, float, str, str], ...]:
         """(where, flops, bytes, dtype, kind) of every operator's forward, and of its backward; where: in the middle block (0), before, behind the run."""
         found = []
-        live, searched, places = graph.differentiated, graph.searched, self.run.places(graph)
-        for op, rule, place, where in zip(graph.ops, rules, places, self.run.sides(graph), strict=True):
+        live, searched = graph.differentiated, graph.searched
+        for op, rule, place, where in zip(graph.ops, rules, places(self.run, graph), sides(self.run, graph), strict=True):
             if rule.cost == "view" or searched.isdisjoint(op.operands) or place in (0, 2):
                 continue
             metas = [graph.values[v].meta for v in (*op.operands, *op.results)]

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 from autopar.core.graph import OpGraph, Segment
 from autopar.core.layout import I
+from autopar.core.unroll import Run
 from autopar.errors import UsageError
-from autopar.joint.fold import Run
+from autopar.joint.fold import shown
 from autopar.joint.kinds import Depth
 from autopar.planner.rulebook import rules_of
 from autopar.program import Program
@@ -20,9 +21,8 @@ def unrolled(short: Program, graph: OpGraph, run: Run, modes: Sequence[str]) -> 
     op_of = dict(_same_ops(short.graph, graph, run))
     value_of = dict(_same_values(short.graph, graph, op_of))
     whole = tuple(I for _ in short.mesh.axes)
-    blocks = _blocks(graph, run)
-    others = {block: mode for block, mode in short.residency.recompute.items() if block not in run.blocks}
-    recompute = {**others, **{block: mode for block, mode in zip(blocks, modes, strict=True) if mode != "none"}}
+    others = {block: mode for block, mode in short.residency.recompute.items() if block not in shown(run)}
+    recompute = {**others, **{block: mode for block, mode in zip(run.blocks, modes, strict=True) if mode != "none"}}
     zero = {v: short.residency.zero[w] for v, w in value_of.items() if w in short.residency.zero}
     return Program(
         graph, short.mesh, tuple(rules_of(graph)), tuple(short.strategies[op_of[i]] for i in range(len(graph.ops))),
@@ -39,25 +39,17 @@ def modes_of(depths: Sequence[Depth], light: str, heavy: str) -> tuple[str, ...]
     return tuple(mode for depth in depths for mode in (heavy,) * depth.heavy + (light,) * (depth.blocks - depth.heavy))
 
 
-def _blocks(graph: OpGraph, run: Run) -> list[str]:
-    """Names of all blocks of the run."""
-    prefix = run.blocks[0].rpartition(".")[0]
-    found = list(dict.fromkeys(segment.block for segment in graph.segments if segment.block and segment.block.rpartition(".")[0] == prefix))
-    if len(found) != run.depth:
-        raise UsageError(f"{graph.name} has {len(found)} blocks {prefix}.*, not {run.depth}")
-    return found
-
-
 def _same_ops(short: OpGraph, graph: OpGraph, run: Run) -> Iterator[tuple[int, int]]:
     """(operator, the operator of the short graph that stands for it)."""
-    blocks = _blocks(graph, run)
-    place = {block: 0 if n == 0 else 2 if n == run.depth - 1 else 1 for n, block in enumerate(blocks)}
+    if missing := set(run.blocks) - {segment.block for segment in graph.segments}:
+        raise UsageError(f"{graph.name} lacks {len(missing)} of the {run.depth} blocks of {run.path}")
+    place = {block: 0 if n == 0 else 2 if n == run.depth - 1 else 1 for n, block in enumerate(run.blocks)}
     of_short: dict[str, list[Segment]] = {}
     for segment in short.segments:
         of_short.setdefault(segment.block, []).append(segment)
     seen: dict[str, int] = {}
     for segment in graph.segments:
-        there = run.blocks[place[segment.block]] if segment.block in place else segment.block
+        there = shown(run)[place[segment.block]] if segment.block in place else segment.block
         n = seen.setdefault(segment.block, 0)
         seen[segment.block] += 1
         if n >= len(of_short.get(there, ())) or len(of_short[there][n].ops) != len(segment.ops):

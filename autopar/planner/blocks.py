@@ -6,7 +6,7 @@ bytes are sums over its pieces (`work.py`); what crosses a cut is known from who
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
@@ -22,6 +22,7 @@ from autopar.planner.liveness import kept_by_segment
 from autopar.planner.states import Pricing
 from autopar.planner.work import PHASES, pieces, put_off_bytes
 from autopar.program import Program
+from autopar.schedules.held import held_counts
 from autopar.schedules.lower import add_updates, make_schedule
 from autopar.search.stages import StageOption, cut_into_stages
 from autopar.stages import merged, tied_bytes
@@ -44,6 +45,12 @@ class Order:
     @property
     def num_stages(self) -> int:
         return self.num_ranks * self.virtual
+
+    @property
+    def in_flight(self) -> tuple[float, ...]:
+        """By rank, the most microbatches of all its stages whose activations it holds at once."""
+        counts = held_counts(self.schedule, self.num_ranks, self.num_microbatches, self.virtual)
+        return tuple([float(of_rank.sum(axis=1).max()) / self.virtual for of_rank in counts])
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,6 +267,16 @@ def timed(
     alone = tuple(_alone(stage, cluster, there[s], back[s], split=split) for s, stage in enumerate(stages))
     sent = tuple(replace(message, activation_s=0.0, gradient_s=0.0) for message in messages)
     return simulate(schedule, PipelineCost(alone, sent, tie_s), at_once=order.num_ranks / cluster.crowding)
+
+
+def steady(num_microbatches: int, num_ranks: int, rounds: int, timed: Callable[[int], float]) -> float:
+    """The step of many microbatches from that of few: after so many `rounds`, each of as many as a pipeline has ranks, every further one takes as long
+    as the last. `timed`: of a number of microbatches."""
+    few = rounds * num_ranks
+    if num_microbatches <= few + num_ranks:
+        return timed(num_microbatches)
+    base = timed(few)
+    return base + (num_microbatches - few) * (timed(few + num_ranks) - base) / num_ranks
 
 
 def _talking(order: Order, num_stages: int, edges: Sequence[Edge], messages: Sequence[EdgeCost]) -> tuple[list[float], list[float]]:

@@ -6,15 +6,12 @@ and the stages together may hold as much as all ranks have; the liveness of the 
 """
 
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Self
-
-import numpy as np
 
 from autopar.core.graph import OpGraph
 from autopar.core.memory import MemoryUse
-from autopar.core.problem import Assignment, Edge, SearchProblem
-from autopar.core.schedule import Kind
+from autopar.core.problem import Assignment, SearchProblem
 from autopar.errors import InfeasibleError, UsageError
 from autopar.planner.blocks import Blocks, Order
 from autopar.planner.cuts import Cut, best_cut, formula_cut
@@ -23,7 +20,6 @@ from autopar.planner.problem import Ports
 from autopar.planner.search import Candidate, MeshSearch
 from autopar.planner.staging import Staged
 from autopar.planner.states import Pricing
-from autopar.schedules.orders import make_order
 
 TRIES = 4
 """How often a cut is made again under a lower limit, where its stages hold more than the table said."""
@@ -79,7 +75,7 @@ class StageSearch(MeshSearch):
 
     def problem(self, keeping: Keeping) -> tuple[SearchProblem, Ports]:
         problem, ports = super().problem(keeping)
-        return _in_flight(problem, ports, in_flight(self.order)), ports
+        return problem.in_flight(max(self.order.in_flight), frozenset(ports.param_node.values())), ports
 
     def sharded(self) -> Candidate:
         """The fastest sharding, memory and cuts aside: the same for all orders."""
@@ -111,29 +107,3 @@ class StageSearch(MeshSearch):
 def _made(found: Candidate, blocks: Blocks, cut: Cut, order: Order) -> StagedCandidate:
     staged = Staged.of(blocks, cut, order, found.engine)
     return StagedCandidate(found.program, found.assignment, found.problem, found.ports, found.engine, staged, cut.exact)
-
-
-@lru_cache(maxsize=256)
-def in_flight(order: Order) -> float:
-    """Microbatches of all stages of a rank whose activations it holds at once, on the fullest rank."""
-    most = 0
-    for actions in make_order(order.schedule, order.num_ranks, order.num_microbatches, order.virtual).ranks:
-        held = 0
-        for action in actions:
-            held += {Kind.F: 1, Kind.B: -1, Kind.W: -1}.get(action.kind, 0)
-            most = max(most, held)
-    return most / order.virtual
-
-
-def _in_flight(problem: SearchProblem, ports: Ports, times: float) -> SearchProblem:
-    """The problem with the activations of `times` microbatches; what parameters hold stays."""
-    params, known = set(ports.param_node.values()), {}
-
-    def more(table: np.ndarray | None) -> np.ndarray | None:
-        if table is not None and id(table) not in known:
-            known[id(table)] = (table, times * table)  # the table is kept, so that its id stays its own
-        return None if table is None else known[id(table)][1]
-
-    nodes = tuple(node if n in params else replace(node, memory_bytes=more(node.memory_bytes)) for n, node in enumerate(problem.nodes))
-    edges = tuple(Edge(e.u, e.v, e.cost_s, more(e.memory_bytes)) for e in problem.edges)
-    return replace(problem, nodes=nodes, edges=edges)

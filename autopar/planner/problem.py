@@ -24,7 +24,8 @@ STATE_AXES = ("dp", "cp", "ep")
 
 @dataclass(frozen=True)
 class Ports:
-    """Where the search nodes of values and ops are: node number -> meaning."""
+    """Where the search nodes of values and ops are: node number -> meaning. `once_s`: by edge of a parameter, the part of its seconds that is before or
+    after all microbatches of a step."""
 
     op_node: dict[int, int]
     param_node: dict[int, int]
@@ -32,6 +33,7 @@ class Ports:
     output_node: dict[int, int]
     block_node: dict[str, int]
     states: tuple[States, ...]
+    once_s: dict[int, np.ndarray]
 
 
 Hub = tuple[States | None, list[tuple[int | None, int | None, np.ndarray, np.ndarray | None]]]
@@ -63,6 +65,8 @@ class ProblemBuilder:
         self.states: list[States] = []
         self._op_cache: dict[tuple, States] = {}
         self._edge_cache: dict[tuple, tuple[np.ndarray, np.ndarray | None]] = {}
+        self._once_cache: dict[tuple, np.ndarray] = {}
+        self.once_s: dict[int, np.ndarray] = {}
         self._layout_cache: dict[tuple, States] = {}
         self._cuts_cache: dict[tuple[int, ...], frozenset[tuple[int, int]]] = {}
         self._meta = self.graph.metas
@@ -103,7 +107,7 @@ class ProblemBuilder:
                 self._join_alike(v, hub, first, relays)
         blocks = self._add_modes()
         problem = SearchProblem(tuple(self.nodes), tuple(self.edges), memory_limit_bytes, copies=self._repeated(params, relays))
-        return problem, Ports(ops, params, relays, outputs, blocks, tuple(self.states))
+        return problem, Ports(ops, params, relays, outputs, blocks, tuple(self.states), self.once_s)
 
     def _join(self, v: int, param: int | None, ends: Sequence[tuple[int, int]], relays: dict[int, int]) -> None:
         """A value with its users, through a relay where there are several."""
@@ -247,10 +251,15 @@ class ProblemBuilder:
         key = (id(src), id(dst), self._meta[v], grad, saves, use)
         if key not in self._edge_cache:
             meta = self.graph.values[v].meta
-            seconds = self._param_edge(meta, self.states[u], dst, use) if use is not None else self._edge(meta, src, dst)
+            if use is not None:
+                seconds, self._once_cache[key] = self._param_edge(meta, self.states[u], dst, use)
+            else:
+                seconds = self._edge(meta, src, dst)
             memory = self._moved_memory(meta, src, dst) if saves else None
             self._edge_cache[key] = (seconds, memory)
         seconds, memory = self._edge_cache[key]
+        if key in self._once_cache:
+            self.once_s[len(self.edges)] = self._once_cache[key]
         self.edges.append(Edge(u, w, seconds, memory))
 
     def _saves(self, node: int, k: int) -> bool:
@@ -261,21 +270,23 @@ class ProblemBuilder:
         red = self.pricing.redistribution(meta, (*src, *dst), grad=meta.requires_grad)
         return self.keeping.micro_batches * red.seconds[np.ix_([red.index[x] for x in src], [red.index[x] for x in dst])]
 
-    def _param_edge(self, meta: TensorMeta, source: States, dst: Sequence[Layout], use: Use) -> np.ndarray:
-        """A parameter's gradient over axes where it is stored whole and used as R is summed once a step, in one go."""
+    def _param_edge(self, meta: TensorMeta, source: States, dst: Sequence[Layout], use: Use) -> tuple[np.ndarray, np.ndarray]:
+        """Seconds, and the part of them that is once a step. A parameter's gradient over axes where it is stored whole and used as R is summed once a
+        step, in one go."""
         src = source.result_layouts[0]
         lifted = [tuple(R if p == I and meta.requires_grad else p for p in x) for x in src]
         red = self.pricing.redistribution(meta, (*src, *dst, *lifted), grad=meta.requires_grad)
         end = np.array([red.index[used] for used in dst])
         partial = np.array([[p == R for p in used] for used in dst])
-        table = np.empty((len(src), len(dst)))
+        table, once = np.empty((len(src), len(dst))), np.empty((len(src), len(dst)))
         for group in np.unique(partial, axis=0):  # of the layout a parameter is used in, only its R axes say what is deferred
             columns = np.flatnonzero((partial == group).all(axis=1))
             for s, (stored, zero) in enumerate(zip(src, source.zeros)):
                 axes = deferred_axes(stored, dst[columns[0]]) if meta.requires_grad else ()
                 moves = self.keeping.micro_batches * red.seconds[red.index[lift(stored, axes)], end[columns]]
-                table[s, columns] = moves + self.sharding.seconds(meta, stored, zero, axes, use)
-        return table
+                passes, once[s, columns] = self.sharding.seconds(meta, stored, zero, axes, use)
+                table[s, columns] = moves + passes + once[s, columns]
+        return table, once
 
     def _leaves_block(self, i: int, v: int) -> bool:
         """Whether a result is used outside the block that makes it; then it is kept, whatever the block recomputes."""

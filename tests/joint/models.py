@@ -5,13 +5,11 @@ from collections.abc import Callable
 from autopar.core.cluster import Cluster
 from autopar.core.graph import OpGraph
 from autopar.core.residency import Precision
+from autopar.core.unroll import Run
 from autopar.forecast.transformer import Dims, transformer_graph
-from autopar.joint.fold import Run
 from autopar.joint.search import JointSearch
 from autopar.planner.pins import parse_pins
 from autopar.planner.search import Options
-
-BLOCKS = ("blocks.0", "blocks.1", "blocks.2")
 
 LLAMA = Dims(
     layers=7, hidden=4096, heads=32, kv_heads=8, inner=14336, vocab=32000, seq=4096, norm="rms", activation="swiglu", positions="rotary", biases=False, tied=False
@@ -25,4 +23,4 @@ def graphs(dims: Dims, layers: int = 3) -> Callable[[int], OpGraph]:
 
 def joint_search(dims: Dims, cluster: Cluster, batch: int, pins: tuple[str, ...] = (), memory_share: float = 0.9, **given: object) -> JointSearch:
     options = Options(precision=Precision(master="float32"), memory_share=memory_share, free_micro_batches=True)
-    return JointSearch(graphs(dims), Run(BLOCKS, dims.layers), batch, cluster, options, parse_pins(pins), **given)
+    return JointSearch(graphs(dims), Run("blocks", 0, dims.layers), batch, cluster, options, parse_pins(pins), **given)

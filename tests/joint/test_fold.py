@@ -9,8 +9,9 @@ from autopar.core.cluster import Cluster
 from autopar.core.mesh import Mesh
 from autopar.core.problem import evaluate
 from autopar.core.residency import Precision
+from autopar.core.unroll import Run
 from autopar.forecast.transformer import Dims
-from autopar.joint.fold import Run, fold
+from autopar.joint.fold import fold
 from autopar.planner.keeping import Keeping
 from autopar.planner.pins import Pins
 from autopar.planner.problem import ProblemBuilder
@@ -18,7 +19,7 @@ from autopar.planner.roles import Constraints, batch_factors
 from autopar.planner.rulebook import rules_of
 from autopar.planner.states import Pricing
 from autopar.search.solve import solve
-from tests.joint.models import BLOCKS, GPT, LLAMA, graphs
+from tests.joint.models import GPT, LLAMA, graphs
 
 KEEPING = Keeping(micro_batches=3, precision=Precision(master="float32"))
 
@@ -35,7 +36,7 @@ def built(dims: Dims, layers: int, mesh: Mesh, keeping: Keeping):
 @pytest.mark.parametrize("dims", [LLAMA, GPT], ids=["llama", "gpt"])
 def test_the_folded_optimum_is_that_of_the_whole_depth(dims: Dims, mesh: Mesh, keeping: Keeping) -> None:
     graph, problem, ports = built(dims, 3, mesh, keeping)
-    folded = fold(graph, Run(BLOCKS, dims.layers), problem, ports)
+    folded = fold(graph, Run("blocks", 0, dims.layers), problem, ports)
     assert len(folded.problem.nodes) < 0.6 * len(problem.nodes)
     small, (_, whole, _) = solve(folded.problem), built(dims, dims.layers, mesh, keeping)
     deep = solve(whole)
@@ -52,7 +53,7 @@ def test_the_folded_optimum_is_that_of_the_whole_depth(dims: Dims, mesh: Mesh, k
 def test_any_choices_cost_what_they_do_three_deep(dims: Dims) -> None:
     """A run of three is its own short graph: folding and unfolding changes no number."""
     graph, problem, ports = built(dims, 3, Mesh.of(a=4, b=2), KEEPING.everything())
-    folded = fold(graph, Run(BLOCKS, 3), problem, ports)
+    folded = fold(graph, Run("blocks", 0, 3), problem, ports)
     for n in range(40):
         choices = [(7 * n + 3 * k) % node.num_states for k, node in enumerate(folded.problem.nodes)]
         ours, its = evaluate(folded.problem, choices), evaluate(problem, folded.unfolded(choices))
@@ -62,7 +63,7 @@ def test_any_choices_cost_what_they_do_three_deep(dims: Dims) -> None:
 
 def test_parts_bound_the_whole() -> None:
     graph, problem, ports = built(LLAMA, 3, Mesh.of(a=4, b=2), KEEPING)
-    folded = fold(graph, Run(BLOCKS, LLAMA.layers), problem, ports)
+    folded = fold(graph, Run("blocks", 0, LLAMA.layers), problem, ports)
     parts = [solve(folded.part(side)).cost_s for side in range(3)]
     whole = solve(folded.problem).cost_s
     assert 0.8 * whole < sum(parts) <= whole * (1 + 1e-9)

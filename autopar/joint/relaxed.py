@@ -1,0 +1,66 @@
+"""The folded problem in parts, at prices of memory: what no plan of a point pays less for."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from autopar.core.problem import SearchProblem
+from autopar.errors import InfeasibleError
+from autopar.joint.bounds import Line, Parts
+from autopar.joint.fold import Folded
+from autopar.search.lagrange import price_memory
+from autopar.search.solve import solve
+
+
+@dataclass
+class Relaxed:
+    """Of a run of `depth` blocks on `num_ranks` with `limit_bytes` each; `params`: nodes of the folded problem. A cache, not a value."""
+
+    folded: Folded
+    params: frozenset[int]
+    depth: int
+    num_ranks: int
+    limit_bytes: float
+
+    @cached_property
+    def parts(self) -> Parts:
+        """Seconds of a block, and of what is before and behind the run, each at its least."""
+        block, first, last = (solve(self.folded.part(side), use_ilp="never").bound_s for side in range(3))
+        return Parts(block / self.depth, first, last)
+
+    def line(self, flight: float) -> Line:
+        """What a rank with so many microbatches in flight can do of the step, by the price of a byte. A few fewer in flight make it a bound for all near."""
+        known = 2.0 ** (math.floor(2 * math.log2(flight)) / 2)
+        if known not in self.lines:
+            total = self.num_ranks * self.limit_bytes
+            try:
+                found = price_memory(replace(self.in_flight(known).part(0), memory_limit_bytes=total))
+            except InfeasibleError:
+                self.lines[known] = Line(math.inf)
+            else:
+                price = found.multiplier_s_per_byte
+                self.lines[known] = Line((found.bound_s + price * total) / self.depth, price * self.limit_bytes, price)
+        return self.lines[known]
+
+    @cached_property
+    def lines(self) -> dict[float, Line]:
+        return {}
+
+    @cached_property
+    def _flights(self) -> dict[float, Folded]:
+        return {}
+
+    def in_flight(self, times: float) -> Folded:
+        """The folded problem with the activations of so many microbatches of all stages."""
+        if times not in self._flights:
+            self._flights[times] = replace(self.folded, problem=self.folded.problem.in_flight(times, self.params))
+        return self._flights[times]
+
+
+def passes_alone(problem: SearchProblem, once_s: Mapping[int, np.ndarray]) -> SearchProblem:
+    """A problem without the seconds that its edges cost `once_s` a step."""
+    less = {id(once): (problem.edges[e].cost_s - once).clip(min=0.0) for e, once in once_s.items()}
+    return replace(problem, edges=tuple(replace(e, cost_s=less[id(once_s[n])]) if n in once_s else e for n, e in enumerate(problem.edges)))
