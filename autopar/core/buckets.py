@@ -12,7 +12,10 @@ MIN_BUCKETS = 2
 """Gradients that would fill fewer buckets are cut into about this many, so that a small model hides its reduction too."""
 
 ALONE = 0.25
-"""The part of a bucket from which on a tensor travels alone: what it saves is the copy to its neighbours' side and back."""
+"""The part of a bucket from which on a tensor that is gathered too travels alone: what it saves is the copy to its neighbours' side and back."""
+
+ALONE_BYTES = 4 << 20
+"""From this size on a gradient is summed where it lies: the copy, and memory for it, cost more than one more message."""
 
 IN_FLIGHT = 2
 """Buckets that are gathered or reduce-scattered at a time: the memory of the oldest is wanted back before one more is packed."""
@@ -24,14 +27,14 @@ def bucket_limit(total_bytes: int) -> int:
 
 
 def chunks(members: Sequence[int], size: Callable[[int], int], *, gathered: bool = False) -> list[list[int]]:
-    """Runs of about the size of a bucket, in order. Where they are `gathered` too, large members are runs of their own; a mere sum gains
-    nothing by that."""
+    """Runs of about the size of a bucket, in order; large members are runs of their own, sooner where they are `gathered` too."""
     limit = bucket_limit(sum(size(v) for v in members))
+    large = max(MIN_BUCKET_BYTES, ALONE * limit) if gathered else ALONE_BYTES
     found: list[list[int]] = []
     run: list[int] = []
     filled = 0
     for v in members:
-        if gathered and size(v) >= max(MIN_BUCKET_BYTES, ALONE * limit):
+        if size(v) >= large:
             found.append([v])
             continue
         if not run or filled + size(v) > limit:

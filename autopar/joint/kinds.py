@@ -153,7 +153,7 @@ class Mixture:
     def _peak(self, order: Order, rank: int, held: tuple[tuple[int, Depth], ...]) -> MemoryUse:
         kind = max((kind for kind, _ in held), key=(MIDDLE, FIRST, LAST, ALL).index)
         kinds = self.heavy if all(depth.heavy == depth.blocks for _, depth in held) else self.light
-        counts = held_counts(order.schedule, order.num_ranks, order.num_microbatches, order.virtual)[rank]
+        counts = np.array(held_counts(order.schedule, order.num_ranks, order.num_microbatches, order.virtual)[rank])
         kept = int((counts @ np.array([self.cost(*stage).activation_bytes for stage in held])).max())
         blocks = max(0, sum(depth.blocks for _, depth in held) - SHOWN_BY[kind])
         parts = {part: blocks * getattr(kinds.states[MIDDLE], part) for part in STATE}

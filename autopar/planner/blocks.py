@@ -50,7 +50,7 @@ class Order:
     def in_flight(self) -> tuple[float, ...]:
         """By rank, the most microbatches of all its stages whose activations it holds at once."""
         counts = held_counts(self.schedule, self.num_ranks, self.num_microbatches, self.virtual)
-        return tuple([float(of_rank.sum(axis=1).max()) / self.virtual for of_rank in counts])
+        return tuple([max(map(sum, of_rank)) / self.virtual for of_rank in counts])
 
 
 @dataclass(frozen=True, slots=True)

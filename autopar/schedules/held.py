@@ -2,8 +2,6 @@
 
 from functools import lru_cache
 
-import numpy as np
-
 from autopar.core.schedule import Kind
 from autopar.schedules.orders import make_order
 
@@ -12,8 +10,8 @@ ROUNDS = 2
 
 
 @lru_cache(maxsize=1024)
-def held_counts(name: str, num_ranks: int, num_microbatches: int, virtual: int = 1) -> tuple[np.ndarray, ...]:
-    """Per rank, after every action that changes it: [times, stages], each row once. A number that an order does not divide is rounded up and cut off."""
+def held_counts(name: str, num_ranks: int, num_microbatches: int, virtual: int = 1) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """Per rank, after every action that changes it, a number for each of its stages; what comes again is left out. A number that an order does not divide is rounded up and cut off."""
     number = num_microbatches if name in ("gpipe", "naive", "forward") else min(num_microbatches, ROUNDS * num_ranks)
     usable = -(-number // num_ranks) * num_ranks if virtual > 1 else number
     found = []
@@ -22,5 +20,5 @@ def held_counts(name: str, num_ranks: int, num_microbatches: int, virtual: int =
         for action in actions:
             held[action.stage // num_ranks] += {Kind.F: 1, Kind.B: -1, Kind.W: -1}.get(action.kind, 0)
             rows.add(tuple(min(n, number) for n in held))
-        found.append(np.array(sorted(rows)))
+        found.append(tuple(sorted(rows)))
     return tuple(found)
