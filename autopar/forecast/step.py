@@ -23,7 +23,7 @@ from autopar.errors import UsageError
 from autopar.forecast.forced import Forced, Layout3D
 from autopar.forecast.kept import spared_bytes
 from autopar.forecast.transformer import Dims
-from autopar.planner.blocks import Order, steady, timed
+from autopar.planner.blocks import Order, steady, step_seconds
 from autopar.planner.held import Beside, state_of
 from autopar.planner.liveness import Engine, kept_by_segment, memory_use
 from autopar.planner.updates import Traffic, Updates, traffic_seconds, update_seconds, updates
@@ -118,7 +118,7 @@ class Step:
         order = replace(self.order, num_microbatches=num_microbatches)
         edges = tuple(Edge(s, s + 1) for s in range(n - 1))
         tied = ((0, n - 1),) if self.dims.tied else ()
-        return timed(order, self.forced.pricing.cluster, self.costs, edges, (message,) * (n - 1), tied, tuple(self._tie_s() for _ in tied)).step_time_s
+        return step_seconds(order, self.forced.pricing.cluster, self.costs, edges, (message,) * (n - 1), tied, tuple(self._tie_s() for _ in tied))
 
     def _tie_s(self) -> float:
         stages = self.kinds.stages

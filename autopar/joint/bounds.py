@@ -7,7 +7,7 @@ any price p of a byte, with g(p) the least c + p b of all that could be chosen f
 
 (the Lagrangian dual, with a price of its own for every rank; blocks are whole). The first and the last rank do what lies before and behind the run
 besides. A rank also waits: for the ranks before it to forward the first microbatch, and at the end for them to take the last gradient back. The least T
-for which all ranks together can do all blocks is a bound on every step.
+for which all ranks together can do all blocks is a bound on every step: of every cut under 1F1B, of every even one where ranks have several stages.
 """
 
 import math
@@ -58,11 +58,21 @@ def least_step_s(order: Order, depth: int, lines: Sequence[Sequence[Line]], ends
 
 def _blocks(order: Order, depth: int, lines: Sequence[Sequence[Line]], ends_s: Parts, pass_s: Parts, step_s: float) -> int:
     """How many blocks all ranks can do. A block of a rank that has one stage keeps those behind it waiting a microbatch's work on it; that costs them
-    no more than one block, so the first ranks may take all they can. Of several stages a rank begins with the first, of one block at least."""
+    no more than one block, so the first ranks may take all they can. Of several stages a rank begins with the first."""
     found, last = 0, len(lines) - 1
     for rank, of_rank in enumerate(lines):
-        ahead = found if order.virtual == 1 else rank
+        ahead = found if order.virtual == 1 else least_ahead(depth, order.num_stages, rank)
         left = step_s - (pass_s.first + ahead * pass_s.block if rank else ends_s.first) - (ends_s.last if rank == last else 0.0)
         number = min(math.floor((left + line.relief_s) / line.block_s * (1 + PRECISION)) for line in of_rank)
         found += max(0, min(number, depth))
     return found
+
+
+def least_ahead(depth: int, num_stages: int, stage: int) -> int:
+    """The fewest blocks that stages before this one have together, where those in the middle differ by one block at most and none at an end has more.
+
+    With at most m = ceil(depth / num_stages) blocks in any, all stages together lack num_stages m - depth of having as many; with more in some, all of the
+    middle have m or more.
+    """
+    most = -(-depth // num_stages)
+    return max(stage, min(stage * most - (num_stages * most - depth), 1 + (stage - 1) * most)) if stage else 0

@@ -12,7 +12,7 @@ from autopar.core.unroll import Run
 from autopar.cost_models.pipeline import StageCost
 from autopar.joint.fold import shown
 from autopar.joint.kinds import ALL, FIRST, LAST, MIDDLE, Depth, Kinds, Mixture
-from autopar.planner.blocks import Order, steady, timed
+from autopar.planner.blocks import Order, steady, step_seconds
 from autopar.planner.liveness import Engine
 from autopar.planner.states import Pricing
 from autopar.program import Program
@@ -78,7 +78,7 @@ class Deep:
         trained = self.light.program.graph.differentiated
         shared = [v for v in stages.shared if v in trained] if self.order.num_ranks > 1 else []
         tied, tie_s = (((0, n - 1),), (sum(self.light.pricing.tie((0, order.num_ranks - 1), stages.tied_bytes(v)) for v in shared),)) if shared else ((), ())
-        return timed(order, self.light.pricing.cluster, self.costs, edges, (message,) * (n - 1), tied, tie_s).step_time_s
+        return step_seconds(order, self.light.pricing.cluster, self.costs, edges, (message,) * (n - 1), tied, tie_s)
 
     # --- memory ----------------------------------------------------------------------------------------------------------
 

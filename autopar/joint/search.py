@@ -182,13 +182,13 @@ class PointSearch:
 
     def ideal_s(self, ideal: Ideal) -> float:
         """The bound from a roofline."""
-        self.least_pass_s = ideal.seconds(self.task.graph, self.task.rules, self.point.outer * self.point.inner)
-        step = self.least_pass_s.times(self.point.num_microbatches)
-        return self._least(lambda order: self._step_s(order, step, [[Line(step.block)]] * order.num_ranks))
+        one = ideal.seconds(self.task.graph, self.task.rules, self.point.outer * self.point.inner)
+        step = one.times(self.point.num_microbatches)
+        return self._least(lambda order: self._step_s(order, step, [[Line(step.block)]] * order.num_ranks, one))
 
     def fastest_s(self) -> float:
         """The bound from the solved problem, without a memory limit."""
-        return self._least(lambda order: max(self._step_s(order, r.parts, [[Line(r.parts.block)]] * order.num_ranks, waits=r is self.passes) for r in self._sides(order)))
+        return self._least(lambda order: max(self._step_s(order, r.parts, [[Line(r.parts.block)]] * order.num_ranks, self._waits(r)) for r in self._sides(order)))
 
     def fitting_s(self) -> float:
         """The bound under the memory limit of every rank, by the linear model of memory; inf where not even that can be met."""
@@ -196,15 +196,19 @@ class PointSearch:
         def lines(relaxed: Relaxed, order: Order) -> list[list[Line]]:
             return [[Line(relaxed.parts.block), relaxed.line(flight)] for flight in order.in_flight]
 
-        return self._least(lambda order: max(self._step_s(order, r.parts, lines(r, order), waits=r is self.passes) for r in self._sides(order)))
+        return self._least(lambda order: max(self._step_s(order, r.parts, lines(r, order), self._waits(r)) for r in self._sides(order)))
 
     def _sides(self, order: Order) -> tuple[Relaxed, ...]:
         """A rank of one stage exchanges parameters before and after its passes, but may do so while it would wait for others. One of several stages
         may exchange those of one behind the passes of another."""
         return (self.whole,) if order.num_ranks == 1 else (self.passes, self.whole) if order.virtual == 1 else (self.passes,)
 
-    def _step_s(self, order: Order, ends: Parts, lines: Sequence[Sequence[Line]], *, waits: bool = True) -> float:
-        least = least_step_s(order, self.joint.run.depth, lines, ends, self.least_pass_s if waits else Parts(0.0))
+    def _waits(self, relaxed: Relaxed) -> Parts:
+        """What a microbatch takes at least of others while a rank waits for it."""
+        return relaxed.parts.times(1 / self.point.num_microbatches) if relaxed is self.passes else Parts(0.0)
+
+    def _step_s(self, order: Order, ends: Parts, lines: Sequence[Sequence[Line]], one: Parts) -> float:
+        least = least_step_s(order, self.joint.run.depth, lines, ends, one)
         return least / (self.joint.cluster.crowding if order.num_ranks > 1 else 1.0)  # ranks that share cores are faster while others wait
 
     def _least(self, bound: Callable[[Order], float]) -> float:

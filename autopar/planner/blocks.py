@@ -17,6 +17,7 @@ from autopar.core.cluster import Cluster
 from autopar.core.schedule import Edge, Schedule
 from autopar.core.timeline import Timeline
 from autopar.cost_models.pipeline import EdgeCost, PipelineCost, StageCost
+from autopar.cost_models.stopwatch import Stopwatch
 from autopar.cost_models.timeline import simulate
 from autopar.planner.liveness import kept_by_segment
 from autopar.planner.states import Pricing
@@ -260,13 +261,29 @@ def timed(
 ) -> Timeline:  # fmt: skip
     """The step of stages with these costs. Where devices share cores, a rank alone is faster than the costs say, and ranks slow each other down."""
     schedule = _lists(order, edges, tied, any(s.gather_s for s in stages), any(s.reduce_s for s in stages))
-    split = order.schedule == "zero-bubble"
     if cluster.crowding == 1.0:
-        return simulate(schedule, PipelineCost(tuple(_alone(stage, cluster, 0.0, 0.0, split=split) for stage in stages), messages, tie_s))
+        return simulate(schedule, _uncrowded(order, cluster, stages, messages, tie_s))
+    split = order.schedule == "zero-bubble"
     there, back = _talking(order, len(stages), edges, messages)
     alone = tuple(_alone(stage, cluster, there[s], back[s], split=split) for s, stage in enumerate(stages))
     sent = tuple(replace(message, activation_s=0.0, gradient_s=0.0) for message in messages)
     return simulate(schedule, PipelineCost(alone, sent, tie_s), at_once=order.num_ranks / cluster.crowding)
+
+
+def step_seconds(
+    order: Order, cluster: Cluster, stages: tuple[StageCost, ...], edges: tuple[Edge, ...], messages: tuple[EdgeCost, ...], tied: tuple[tuple[int, ...], ...],
+    tie_s: tuple[float, ...],
+) -> float:  # fmt: skip
+    """The step time of `timed` alone, which is known sooner."""
+    if cluster.crowding != 1.0:
+        return timed(order, cluster, stages, edges, messages, tied, tie_s).step_time_s
+    watch = _stopwatch(order, edges, tied, any(s.gather_s for s in stages), any(s.reduce_s for s in stages))
+    return watch.step_s(_uncrowded(order, cluster, stages, messages, tie_s))
+
+
+def _uncrowded(order: Order, cluster: Cluster, stages: Sequence[StageCost], messages: tuple[EdgeCost, ...], tie_s: tuple[float, ...]) -> PipelineCost:
+    split = order.schedule == "zero-bubble"
+    return PipelineCost(tuple([_alone(stage, cluster, 0.0, 0.0, split=split) for stage in stages]), messages, tie_s)
 
 
 def steady(num_microbatches: int, num_ranks: int, rounds: int, timed: Callable[[int], float]) -> float:
@@ -304,3 +321,8 @@ def _lists(order: Order, edges: tuple[Edge, ...], tied: tuple[tuple[int, ...], .
     """The lists of a step, with parameters gathered before it and gradients summed after it where there are any to gather or sum."""
     made = make_schedule(order.schedule, order.num_ranks, order.num_microbatches, order.virtual, edges=edges, tied=tied)
     return add_updates(made, replicas=2 if gathers or reduces else 1, zero_stage=1 if gathers else 0)
+
+
+@lru_cache(maxsize=64)
+def _stopwatch(order: Order, edges: tuple[Edge, ...], tied: tuple[tuple[int, ...], ...], gathers: bool, reduces: bool) -> Stopwatch:  # noqa: FBT001
+    return Stopwatch(_lists(order, edges, tied, gathers, reduces))

@@ -118,7 +118,7 @@ class ProblemBuilder:
         source, port = (param, 0) if param is not None else (self.ops[self.graph.producer[v][0]], self.graph.producer[v][1])
         if len(users) > 1:
             relays[v] = self._add_relay(v, users, source, port)
-            self._connect(v, source, port, relays[v], 0, from_param=from_param)
+            self._connect(v, source, port, relays[v], 0, from_param=from_param, relayed=v in self.graph.differentiated and not from_param and any(self._saves(*user) for user in users))
             source, port, from_param = relays[v], 0, False
         for node, k in users:
             self._connect(v, source, port, node, k, from_param=from_param)
@@ -243,19 +243,19 @@ class ProblemBuilder:
             self._layout_cache[key] = self._layout_cache.setdefault(("layouts", found), layout_states(found))
         return self._add(f"{self.graph.values[v].name}.relay", self._layout_cache[key])
 
-    def _connect(self, v: int, u: int, port: int, w: int, k: int, *, from_param: bool) -> None:
+    def _connect(self, v: int, u: int, port: int, w: int, k: int, *, from_param: bool, relayed: bool = False) -> None:
         src, dst = self.states[u].result_layouts[port], self.states[w].operand_layouts[k]
         grad = v in self.graph.differentiated
         saves = grad and self._saves(w, k)
         use = self.uses[v] if from_param else None
-        key = (id(src), id(dst), self._meta[v], grad, saves, use)
+        key = (id(src), id(dst), self._meta[v], grad, saves, relayed, use)
         if key not in self._edge_cache:
             meta = self.graph.values[v].meta
             if use is not None:
                 seconds, self._once_cache[key] = self._param_edge(meta, self.states[u], dst, use)
             else:
                 seconds = self._edge(meta, src, dst)
-            memory = self._moved_memory(meta, src, dst) if saves else None
+            memory = self._moved_memory(meta, src, dst, instead=relayed) if saves or relayed else None
             self._edge_cache[key] = (seconds, memory)
         seconds, memory = self._edge_cache[key]
         if key in self._once_cache:
@@ -326,12 +326,13 @@ class ProblemBuilder:
         assert memory is not None
         return seconds, memory
 
-    def _moved_memory(self, meta: TensorMeta, src: Sequence[Layout], dst: Sequence[Layout]) -> np.ndarray:
-        """Bytes of the copy that the backward keeps: none where the value lies as it was produced."""
+    def _moved_memory(self, meta: TensorMeta, src: Sequence[Layout], dst: Sequence[Layout], *, instead: bool = False) -> np.ndarray:
+        """Bytes of the copy that the backward keeps: none where the value lies as it was produced. Where the copy is kept `instead` of that, only
+        what it has more of; so much was received, and is kept even of a block that is computed again, which repeats no collective."""
         known: dict[Layout, int] = {}
         here, there = (np.array([known.setdefault(without_r(x), len(known)) for x in layouts]) for layouts in (src, dst))
-        size = np.array([_local_bytes(meta, used, self.mesh) for used in dst])
-        return np.where(here[:, None] == there, 0.0, size)
+        before, size = (np.array([_local_bytes(meta, x, self.mesh) for x in layouts]) for layouts in (src, dst))
+        return np.where(here[:, None] == there, 0.0, (size - instead * before[:, None]).clip(min=0.0))
 
 
 def deferred_axes(stored: Layout, used: Layout) -> tuple[int, ...]:

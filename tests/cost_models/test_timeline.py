@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from autopar.core.schedule import Action, Edge, Kind, Schedule, chain
 from autopar.core.timeline import Timeline
 from autopar.cost_models.pipeline import EdgeCost, PipelineCost, StageCost, received_bytes
+from autopar.cost_models.stopwatch import Stopwatch
 from autopar.cost_models.timeline import simulate
 from autopar.errors import ScheduleError, UsageError
 from autopar.schedules.check import check
@@ -52,6 +53,25 @@ def test_idle_time_of_each_schedule(ranks: int, microbatches: int, forward_s: fl
     if microbatches >= ranks and forward_s == input_s == weight_s:
         assert idle("zero-bubble") == pytest.approx((ranks - 1) * (forward_s + input_s - weight_s))
     assert idle("zero-bubble") <= idle("1f1b") + 1e-12
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_a_stopwatch_shows_the_time_of_the_simulation(data: st.DataObject) -> None:
+    name, ranks = data.draw(st.sampled_from(["naive", "gpipe", "1f1b", "interleaved", "zero-bubble"])), data.draw(st.integers(1, 4))
+    virtual = data.draw(st.integers(1, 3)) if name in ("gpipe", "interleaved") else 1
+    number = ranks * data.draw(st.integers(1, 3)) if virtual > 1 else data.draw(st.integers(1, 7))
+    stages = ranks * virtual
+    tied = ((0, stages - 1),) if stages > 1 and data.draw(st.booleans()) else ()
+    schedule = add_updates(make_schedule(name, ranks, number, virtual, tied=tied), replicas=2, zero_stage=data.draw(st.integers(0, 3)))
+    seconds = st.floats(0.0, 4.0)
+    costs = tuple(
+        StageCost(forward_s=data.draw(seconds), input_gradient_s=data.draw(seconds), weight_gradient_s=data.draw(seconds), gather_s=data.draw(seconds), reduce_s=data.draw(seconds), step_s=data.draw(seconds))
+        for _ in range(stages)
+    )  # fmt: skip
+    edges = tuple(EdgeCost(activation_s=data.draw(seconds), gradient_s=data.draw(seconds)) for _ in range(stages - 1))
+    cost = PipelineCost(costs, edges, (data.draw(seconds),) if tied else ())
+    assert Stopwatch(schedule).step_s(cost) == simulate(schedule, cost).step_time_s
 
 
 def test_microbatches_in_flight() -> None:
