@@ -60,15 +60,19 @@ class Stopwatch:
             return _GATHER if kind is Kind.GATHER else _REDUCE, self._duration(action), stage, 0, ()
         return None  # what a receive or a FREE takes shows elsewhere
 
+    def _seconds(self, cost: PipelineCost) -> list[float]:
+        """By number of a duration."""
+        prices = Prices(self.schedule, cost)
+        return [prices.message(a)[0] if a.kind in SENDS else prices.seconds(a) for a in self._priced]
+
     def step_s(self, cost: PipelineCost) -> float:
         """Seconds of the step. Raises ScheduleError where a rank waits for ever."""
-        prices, lists = Prices(self.schedule, cost), self._lists
-        seconds = [prices.message(a)[0] if a.kind in SENDS else prices.seconds(a) for a in self._priced]
+        lists, seconds = self._lists, self._seconds(cost)
         ranks, stages = range(len(lists)), len(self.schedule.placement)
         position, lengths = [0 for _ in ranks], [len(items) for items in lists]
         sends, receives, collectives = [0.0 for _ in ranks], [0.0 for _ in ranks], [0.0 for _ in ranks]
         usable, updated, last = [0.0] * stages, [0.0] * stages, 0.0
-        arrived: list[float | None] = [None] * len(self._slots)
+        arrived: dict[int, float] = {}
         parked: dict[int, list[int]] = {}
         joined: dict[int, list[int]] = {}
         events = [(0.0, rank) for rank in ranks]
@@ -79,21 +83,13 @@ class Stopwatch:
             while at < end:
                 what, duration, stage, peer, slots = items[at]
                 if what == _COMPUTE or what == _STEP:
-                    start = usable[stage] if usable[stage] > now else now
-                    if what == _STEP and updated[stage] > start:
-                        start = updated[stage]
-                    missing = False
-                    for slot in slots:
-                        there = arrived[slot]
-                        if there is None:
-                            parked.setdefault(slot, []).append(rank)
-                            missing = True
-                            break
-                        if there > start:
-                            start = there
-                    if not missing:
-                        at += 1
+                    missing = next((slot for slot in slots if slot not in arrived), None)
+                    if missing is not None:
+                        parked.setdefault(missing, []).append(rank)
+                    else:
+                        start = max(now, usable[stage], updated[stage] if what == _STEP else 0.0, *[arrived[slot] for slot in slots])
                         heappush(events, (start + seconds[duration], rank))
+                        at += 1
                     break
                 at += 1
                 if what == _SEND:

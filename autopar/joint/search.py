@@ -184,19 +184,27 @@ class PointSearch:
         """The bound from a roofline."""
         one = ideal.seconds(self.task.graph, self.task.rules, self.point.outer * self.point.inner)
         step = one.times(self.point.num_microbatches)
-        return self._least(lambda order: self._step_s(order, step, [[Line(step.block)]] * order.num_ranks, one))
+        return min((self._step_s(order, step, [[Line(step.block)]] * order.num_ranks, one) for order in self.orders), default=math.inf)
 
     def fastest_s(self) -> float:
         """The bound from the solved problem, without a memory limit."""
-        return self._least(lambda order: max(self._step_s(order, r.parts, [[Line(r.parts.block)]] * order.num_ranks, self._waits(r)) for r in self._sides(order)))
+        return min(map(self._fastest_s, self.orders), default=math.inf)
+
+    def _fastest_s(self, order: Order) -> float:
+        return max(self._step_s(order, r.parts, [[Line(r.parts.block)]] * order.num_ranks, self._waits(r)) for r in self._sides(order))
 
     def fitting_s(self) -> float:
         """The bound under the memory limit of every rank, by the linear model of memory; inf where not even that can be met."""
 
-        def lines(relaxed: Relaxed, order: Order) -> list[list[Line]]:
-            return [[Line(relaxed.parts.block), relaxed.line(flight)] for flight in order.in_flight]
+        least = math.inf
+        for fastest, order in sorted(((self._fastest_s(order), order) for order in self.orders), key=lambda pair: pair[0]):
+            if fastest < least:
+                least = min(least, max(fastest, *(self._step_s(order, r.parts, self._lines(r, order), self._waits(r)) for r in self._sides(order))))
+        return least
 
-        return self._least(lambda order: max(self._step_s(order, r.parts, lines(r, order), self._waits(r)) for r in self._sides(order)))
+    def _lines(self, relaxed: Relaxed, order: Order) -> list[list[Line]]:
+        """By rank."""
+        return [[Line(relaxed.parts.block), relaxed.line(flight)] for flight in order.in_flight]
 
     def _sides(self, order: Order) -> tuple[Relaxed, ...]:
         """A rank of one stage exchanges parameters before and after its passes, but may do so while it would wait for others. One of several stages
@@ -210,9 +218,6 @@ class PointSearch:
     def _step_s(self, order: Order, ends: Parts, lines: Sequence[Sequence[Line]], one: Parts) -> float:
         least = least_step_s(order, self.joint.run.depth, lines, ends, one)
         return least / (self.joint.cluster.crowding if order.num_ranks > 1 else 1.0)  # ranks that share cores are faster while others wait
-
-    def _least(self, bound: Callable[[Order], float]) -> float:
-        return min(map(bound, self.orders), default=math.inf)
 
     # --- the sharding ----------------------------------------------------------------------------------------------------
 

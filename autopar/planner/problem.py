@@ -15,8 +15,8 @@ from autopar.core.rule import OpRule
 from autopar.errors import PinConflictError
 from autopar.planner.keeping import Keeping, Sharding, Use, computed_again, kept_by_selective, recompute_tables, uses
 from autopar.planner.roles import Constraints
+from autopar.planner.saved import moved_bytes, received_bytes, saved_values, wanting
 from autopar.planner.states import Pricing, States, layout_states, op_states, result_bytes
-from autopar.program import without_r
 
 STATE_AXES = ("dp", "cp", "ep")
 """Axes of a forced mesh along which ZeRO may cut the state: those on which parameters are whole."""
@@ -67,6 +67,7 @@ class ProblemBuilder:
         self._edge_cache: dict[tuple, tuple[np.ndarray, np.ndarray | None]] = {}
         self._once_cache: dict[tuple, np.ndarray] = {}
         self.once_s: dict[int, np.ndarray] = {}
+        self._twice: set[int] = set()
         self._layout_cache: dict[tuple, States] = {}
         self._cuts_cache: dict[tuple[int, ...], frozenset[tuple[int, int]]] = {}
         self._meta = self.graph.metas
@@ -76,7 +77,7 @@ class ProblemBuilder:
         self._hubs: dict[tuple[int, int] | None, Hub] = {}
         self.ops: dict[int, int] = {}
         self.op_of: dict[int, int] = {}
-        self.saved = _saved_values(self.graph, self.rules)
+        self.saved = saved_values(self.graph, self.rules)
         self.uses = uses(self.graph)
         names = self.mesh.names
         self.sharding = Sharding(self.pricing, self.keeping, tuple(a for a, name in enumerate(names) if name in STATE_AXES) if self.constraints.strict else None)
@@ -105,7 +106,7 @@ class ProblemBuilder:
                     self._hubs[name] = self._hub(self.edges[first_edge:], relays.get(v), first)
             else:
                 self._join_alike(v, hub, first, relays)
-        blocks = self._add_modes()
+        blocks = self._add_modes(relays)
         problem = SearchProblem(tuple(self.nodes), tuple(self.edges), memory_limit_bytes, copies=self._repeated(params, relays))
         return problem, Ports(ops, params, relays, outputs, blocks, tuple(self.states), self.once_s)
 
@@ -116,12 +117,21 @@ class ProblemBuilder:
             return
         from_param = param is not None
         source, port = (param, 0) if param is not None else (self.ops[self.graph.producer[v][0]], self.graph.producer[v][1])
-        if len(users) > 1:
-            relays[v] = self._add_relay(v, users, source, port)
-            self._connect(v, source, port, relays[v], 0, from_param=from_param, relayed=v in self.graph.differentiated and not from_param and any(self._saves(*user) for user in users))
+        received = not from_param and self._keeps_what_it_receives(v, users)
+        if len(users) > 1 or received:
+            relays[v] = self._add_relay(v, users, source, port, twice=received)
+            kept = "" if from_param or v not in self.graph.differentiated else "again" if received else "always" if any(self._saves(*user) for user in users) else ""
+            self._connect(v, source, port, relays[v], 0, from_param=from_param, kept=kept)
             source, port, from_param = relays[v], 0, False
         for node, k in users:
             self._connect(v, source, port, node, k, from_param=from_param)
+
+    def _keeps_what_it_receives(self, v: int, users: Sequence[tuple[int, int]]) -> bool:
+        """Whether what a collective makes of a value is kept if its block is computed again, which repeats no collective, and else is not: sums that no
+        operator's backward reads."""
+        i = self.graph.producer[v][0] if v in self.graph.producer else -1
+        inside = i in self.block_of and v in self.graph.differentiated and not self._leaves_block(i, v)
+        return inside and self.rules[i].cost == "contract" and len(self.keeping.recompute) > 1 and not any(self._saves(*user) for user in users)
 
     def _hub(self, edges: Sequence[Edge], relay: int | None, first: int) -> Hub:
         """What was made around a value, with nodes as distances from the `first` of the segment, None for the relay."""
@@ -234,28 +244,35 @@ class ProblemBuilder:
             return tuple(dict.fromkeys(self.states[self.ops[i]].result_layouts[j]))
         return ()
 
-    def _add_relay(self, v: int, uses: Sequence[tuple[int, int]], source: int, port: int) -> int:
-        """Where a value is handed to several users: any layout that it is produced or used in."""
+    def _add_relay(self, v: int, uses: Sequence[tuple[int, int]], source: int, port: int, *, twice: bool = False) -> int:
+        """Where a value is handed to several users: any layout that it is produced or used in. `twice`: in every layout once for a block that keeps its
+        results, once for one that is computed again."""
         around = [self.states[source].result_layouts[port], *(self.states[node].operand_layouts[k] for node, k in uses)]
-        key = ("relay", *map(id, around))
+        key = ("relay", twice, *map(id, around))
         if key not in self._layout_cache:
-            found = tuple(dict.fromkeys(layout for layouts in around for layout in layouts))
+            found = tuple(dict.fromkeys(layout for layouts in around for layout in layouts)) * (1 + twice)
             self._layout_cache[key] = self._layout_cache.setdefault(("layouts", found), layout_states(found))
-        return self._add(f"{self.graph.values[v].name}.relay", self._layout_cache[key])
+        relay = self._add(f"{self.graph.values[v].name}.relay", self._layout_cache[key])
+        if twice:
+            self._twice.add(id(self._layout_cache[key]))
+        return relay
 
-    def _connect(self, v: int, u: int, port: int, w: int, k: int, *, from_param: bool, relayed: bool = False) -> None:
+    def _connect(self, v: int, u: int, port: int, w: int, k: int, *, from_param: bool, kept: str = "") -> None:
         src, dst = self.states[u].result_layouts[port], self.states[w].operand_layouts[k]
         grad = v in self.graph.differentiated
         saves = grad and self._saves(w, k)
         use = self.uses[v] if from_param else None
-        key = (id(src), id(dst), self._meta[v], grad, saves, relayed, use)
+        key = (id(src), id(dst), self._meta[v], grad, saves, kept, use)
         if key not in self._edge_cache:
             meta = self.graph.values[v].meta
             if use is not None:
                 seconds, self._once_cache[key] = self._param_edge(meta, self.states[u], dst, use)
             else:
                 seconds = self._edge(meta, src, dst)
-            memory = self._moved_memory(meta, src, dst, instead=relayed) if saves or relayed else None
+            if kept == "again":
+                memory = received_bytes(meta, src, dst, self.mesh)
+            else:
+                memory = moved_bytes(meta, src, dst, self.mesh, instead=kept == "always") if saves or kept else None
             self._edge_cache[key] = (seconds, memory)
         seconds, memory = self._edge_cache[key]
         if key in self._once_cache:
@@ -264,7 +281,7 @@ class ProblemBuilder:
 
     def _saves(self, node: int, k: int) -> bool:
         i = self.op_of.get(node)
-        return i is not None and self.rules[i].keeps_operand(k, _wanting(self.graph, i))
+        return i is not None and self.rules[i].keeps_operand(k, wanting(self.graph, i))
 
     def _edge(self, meta: TensorMeta, src: Sequence[Layout], dst: Sequence[Layout]) -> np.ndarray:
         red = self.pricing.redistribution(meta, (*src, *dst), grad=meta.requires_grad)
@@ -292,7 +309,7 @@ class ProblemBuilder:
         """Whether a result is used outside the block that makes it; then it is kept, whatever the block recomputes."""
         return v in self.graph.finals or any(self.block_of.get(j) != self.block_of[i] for j, _ in self.graph.consumers[v])
 
-    def _add_modes(self) -> dict[str, int]:
+    def _add_modes(self, relays: Mapping[int, int]) -> dict[str, int]:
         """A node per block for its mode of recomputation, joined to every operator that it makes cheaper to keep or dearer to run."""
         modes = self.keeping.recompute
         found: dict[str, int] = {}
@@ -306,7 +323,21 @@ class ProblemBuilder:
             seconds, memory = self._mode_tables(i)
             if seconds.any() or memory.any():
                 self.edges.append(Edge(found[block], self.ops[i], seconds, memory))
+        for v, relay in relays.items():
+            if id(self.states[relay]) in self._twice:
+                self.edges.append(Edge(found[self.block_of[self.graph.producer[v][0]]], relay, self._mode_of_relay(self.states[relay]), None))
         return found
+
+    def _mode_of_relay(self, states: States) -> np.ndarray:
+        """The first half of the states is for blocks that keep their results, the other for those that are computed again."""
+        key = ("mode of relay", id(states))
+        if key not in self._edge_cache:
+            number = len(states.result_layouts[0]) // 2
+            table = np.zeros((len(self.keeping.recompute), 2 * number))
+            for row, mode in enumerate(self.keeping.recompute):
+                table[row, slice(number, None) if mode == "none" else slice(number)] = np.inf
+            self._edge_cache[key] = (table, None)
+        return self._edge_cache[key][0]
 
     def _mode_tables(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         op, states = self.graph.ops[i], self.states[self.ops[i]]
@@ -326,14 +357,6 @@ class ProblemBuilder:
         assert memory is not None
         return seconds, memory
 
-    def _moved_memory(self, meta: TensorMeta, src: Sequence[Layout], dst: Sequence[Layout], *, instead: bool = False) -> np.ndarray:
-        """Bytes of the copy that the backward keeps: none where the value lies as it was produced. Where the copy is kept `instead` of that, only
-        what it has more of; so much was received, and is kept even of a block that is computed again, which repeats no collective."""
-        known: dict[Layout, int] = {}
-        here, there = (np.array([known.setdefault(without_r(x), len(known)) for x in layouts]) for layouts in (src, dst))
-        before, size = (np.array([_local_bytes(meta, x, self.mesh) for x in layouts]) for layouts in (src, dst))
-        return np.where(here[:, None] == there, 0.0, (size - instead * before[:, None]).clip(min=0.0))
-
 
 def deferred_axes(stored: Layout, used: Layout) -> tuple[int, ...]:
     """Axes over which the gradient of a parameter is summed once per step: stored whole, used with partial gradients."""
@@ -343,39 +366,3 @@ def deferred_axes(stored: Layout, used: Layout) -> tuple[int, ...]:
 def lift(stored: Layout, axes: Sequence[int]) -> Layout:
     """The storage layout as the program sees it: R on the deferred axes."""
     return tuple(R if a in axes else p for a, p in enumerate(stored))
-
-
-def _local_bytes(meta: TensorMeta, layout: Layout, mesh: Mesh) -> float:
-    parts = 1
-    for axis, p in zip(mesh.axes, layout):
-        parts *= axis.size if p.kind == "S" else 1
-    return meta.num_bytes / parts
-
-
-def _wanting(graph: OpGraph, i: int) -> list[int]:
-    """The operands of an operator that have gradients."""
-    return [k for k, v in enumerate(graph.ops[i].operands) if v in graph.differentiated]
-
-
-def _saved_values(graph: OpGraph, rules: Sequence[OpRule]) -> frozenset[int]:
-    """Values that the backward keeps: operands that a differentiated op saves, and results it saves itself."""
-    live = graph.differentiated
-    found: set[int] = set()
-    known: dict[tuple, list[int]] = {}
-    for segment, wiring in zip(graph.segments, graph.wirings, strict=True):
-        values = wiring.values
-        key = (wiring.form, tuple([v in live for v in values]))
-        if key not in known:
-            local = {v: n for n, v in enumerate(values)}
-            known[key] = [local[v] for i in segment.ops for v in _saved_by(graph, rules[i], i)]
-        found.update([values[n] for n in known[key]])
-    return frozenset(found.difference(graph.params))
-
-
-def _saved_by(graph: OpGraph, rule: OpRule, i: int) -> list[int]:
-    """Operands and results that the backward of an operator reads."""
-    op = graph.ops[i]
-    if not (rule.saved_operands or rule.saved_results) or graph.differentiated.isdisjoint(op.results):
-        return []
-    wanting = _wanting(graph, i)
-    return [v for k, v in enumerate(op.operands) if rule.keeps_operand(k, wanting)] + [op.results[j] for j in rule.saved_results]
