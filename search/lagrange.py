@@ -39,6 +39,18 @@ class Point:
         return self.cost_s + multiplier * self.memory_bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Dual:
+    """No plan that fits costs less than `bound_s`, at a price of `multiplier` seconds a byte; the plans on both sides of the limit that cost least at
+    about that price, `within` None where the cheapest of all fits. Plans are in the states of `prepared`."""
+
+    bound_s: float
+    multiplier: float
+    over: Point
+    within: Point | None
+    prepared: Prepared
+
+
 def price_memory(
     problem: SearchProblem, *, max_table_entries: int = MAX_TABLE_ENTRIES, prepared: Prepared | None = None, cheapest: Minimum | None = None
 ) -> Assignment:
@@ -47,13 +59,21 @@ def price_memory(
     `prepared` (for the prices SECONDS and BYTES) and its minimum of seconds, `cheapest`, may be handed in where the
     caller has them. Raises InfeasibleError, with the bytes that are missing, where no plan fits.
     """
+    found = dual(problem, max_table_entries=max_table_entries, prepared=prepared, cheapest=cheapest)
+    shrunk = found.prepared.shrunk
+    best = found.over if found.within is None else _improved(shrunk.problem, found.over, found.within)
+    return _assignment(problem, shrunk.restore(best.choices), found.bound_s, found.multiplier)
+
+
+def dual(problem: SearchProblem, *, max_table_entries: int = MAX_TABLE_ENTRIES, prepared: Prepared | None = None, cheapest: Minimum | None = None) -> Dual:
+    """The price of memory alone; as `price_memory`, which looks for plans that fit besides."""
     prepared = prepared or prepare(problem, (SECONDS, BYTES), max_table_entries=max_table_entries)
     small = prepared.shrunk.problem  # choices below are in its states
     cheapest = cheapest or prepared.minimise(SECONDS)
     over = Point(cheapest.choices, *prepared.terms.of_plan(cheapest.choices))
     bound_s, multiplier = cheapest.bound, 0.0
     if small.fits(over.memory_bytes):
-        return _assignment(problem, prepared.shrunk.restore(over.choices), bound_s, multiplier)
+        return Dual(bound_s, multiplier, over, None, prepared)
     within = None
     price = over.cost_s / over.memory_bytes  # a first guess, likely too high: then its plan fits
     for _ in range(MAX_SOLVES):
@@ -74,8 +94,7 @@ def price_memory(
         price = (within.cost_s - over.cost_s) / (over.memory_bytes - within.memory_bytes)
         if over.at(price) - price * small.limit_bytes - bound_s <= BOUND_TOLERANCE * within.cost_s:
             break
-    best = _improved(small, over, within or leanest(small, max_table_entries))
-    return _assignment(problem, prepared.shrunk.restore(best.choices), bound_s, multiplier)
+    return Dual(bound_s, multiplier, over, within or leanest(small, max_table_entries), prepared)
 
 
 def leanest(problem: SearchProblem, max_table_entries: int = MAX_TABLE_ENTRIES) -> Point:

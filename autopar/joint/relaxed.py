@@ -11,7 +11,7 @@ from autopar.core.problem import SearchProblem
 from autopar.errors import InfeasibleError
 from autopar.joint.bounds import Line, Parts
 from autopar.joint.fold import Folded
-from autopar.search.lagrange import price_memory
+from autopar.search.lagrange import dual
 from autopar.search.solve import solve
 
 
@@ -37,11 +37,11 @@ class Relaxed:
         if known not in self.lines:
             total = self.num_ranks * self.limit_bytes
             try:
-                found = price_memory(replace(self.in_flight(known).part(0), memory_limit_bytes=total))
+                found = dual(replace(self.in_flight(known).part(0), memory_limit_bytes=total))
             except InfeasibleError:
                 self.lines[known] = Line(math.inf)
             else:
-                price = found.multiplier_s_per_byte
+                price = found.multiplier
                 self.lines[known] = Line((found.bound_s + price * total) / self.depth, price * self.limit_bytes, price)
         return self.lines[known]
 

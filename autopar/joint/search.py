@@ -182,7 +182,7 @@ class PointSearch:
 
     def ideal_s(self, ideal: Ideal) -> float:
         """The bound from a roofline."""
-        one = ideal.seconds(self.task.graph, self.task.rules, self.point.outer * self.point.inner)
+        one = ideal.seconds(self.task.graph, self.task.rules, self.point.outer, self.point.inner)
         step = one.times(self.point.num_microbatches)
         return min((self._step_s(order, step, [[Line(step.block)]] * order.num_ranks, one) for order in self.orders), default=math.inf)
 
@@ -296,7 +296,9 @@ class PointSearch:
         nodes = tuple(Node(node.name, node.cost_s[k], node.memory_bytes[k]) for node, k in zip(problem.nodes, kept, strict=True))
         part = replace(problem, nodes=nodes, edges=tuple(_between(edge, kept[edge.u], kept[edge.v]) for edge in problem.edges))
         found = prepare(part, (SECONDS, BYTES)).minimise(Price(1.0, price)).choices
-        return tuple([0 if n in blocks else int(k[c]) for n, (k, c) in enumerate(zip(kept, found, strict=True))])
+        twice = {self.whole.folded.node[n]: len(ports.states[n].result_layouts[0]) // 2 for n in ports.twice}
+        choices = [int(k[c]) for k, c in zip(kept, found, strict=True)]
+        return tuple([0 if n in blocks else c % twice[n] if n in twice else c for n, c in enumerate(choices)])
 
 
 def _of_stage(states: States, zero: int) -> np.ndarray:

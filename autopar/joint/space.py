@@ -90,10 +90,12 @@ class Ideal:
     def __init__(self, cluster: Cluster, run: Run) -> None:
         self.cluster, self.run = cluster, run
 
-    def seconds(self, graph: OpGraph, rules: Sequence[OpRule], devices: int) -> Parts:
-        """Of one block, and of what is before and behind the run, on a stage of so many devices."""
+    def seconds(self, graph: OpGraph, rules: Sequence[OpRule], outer: int, inner: int) -> Parts:
+        """Of one block, and of what is before and behind the run, on a mesh of `outer` x `inner` devices. An axis that divides no factor of an operator
+        does not cut it."""
         found = [0.0, 0.0, 0.0]
-        for where, flops, moved, dtype, kernel in self._work(graph, tuple(rules)):
+        for where, flops, moved, dtype, kernel, sizes in self._work(graph, tuple(rules)):
+            devices = math.prod(axis for axis in (outer, inner) if any(size % axis == 0 for size in sizes))
             found[where] += self._op(flops / devices, moved / devices, dtype, kernel)
         return Parts(*found)
 
@@ -103,8 +105,8 @@ class Ideal:
         return device.kernel_launch_s + max(flops / rate if kind == "contract" else 0.0, moved / (device.memory_bytes_per_s * device.memory_efficiency))
 
     @lru_cache(maxsize=64)
-    def _work(self, graph: OpGraph, rules: tuple[OpRule, ...]) -> tuple[tuple[int, float, float, str, str], ...]:
-        """(where, flops, bytes, dtype, kind) of every operator's forward, and of its backward; where: in the middle block (0), before, behind the run."""
+    def _work(self, graph: OpGraph, rules: tuple[OpRule, ...]) -> tuple[tuple[int, float, float, str, str, frozenset[int]], ...]:
+        """(where, flops, bytes, dtype, kind, sizes of its factors) of every operator's forward, and of its backward; where: in the middle block (0), before, behind the run."""
         found = []
         live, searched = graph.differentiated, graph.searched
         for op, rule, place, where in zip(graph.ops, rules, places(self.run, graph), sides(self.run, graph), strict=True):
@@ -114,6 +116,6 @@ class Ideal:
             dtype = graph.values[op.results[0]].meta.dtype if op.results else "float32"
             masked = rule.masked if rule.kernel else 1.0
             moved = float(sum(m.numel * DTYPE_BYTES[m.dtype] for m in metas))
-            work = (where, rule.flops * masked, moved, dtype if dtype in ("float16", "bfloat16") else "float32", rule.cost)
+            work = (where, rule.flops * masked, moved, dtype if dtype in ("float16", "bfloat16") else "float32", rule.cost, frozenset(size for f, size in enumerate(rule.sizes) if f not in rule.whole))
             found += [work] * (1 if live.isdisjoint(op.results) else 3 if rule.cost == "contract" and not rule.kernel else 2)
         return tuple(found)

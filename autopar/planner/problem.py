@@ -25,7 +25,8 @@ STATE_AXES = ("dp", "cp", "ep")
 @dataclass(frozen=True)
 class Ports:
     """Where the search nodes of values and ops are: node number -> meaning. `once_s`: by edge of a parameter, the part of its seconds that is before or
-    after all microbatches of a step."""
+    after all microbatches of a step. `twice`: relays that have every layout once for a block that keeps its results, and once more for one that is
+    computed again."""
 
     op_node: dict[int, int]
     param_node: dict[int, int]
@@ -34,6 +35,7 @@ class Ports:
     block_node: dict[str, int]
     states: tuple[States, ...]
     once_s: dict[int, np.ndarray]
+    twice: frozenset[int] = frozenset()
 
 
 Hub = tuple[States | None, list[tuple[int | None, int | None, np.ndarray, np.ndarray | None]]]
@@ -108,7 +110,8 @@ class ProblemBuilder:
                 self._join_alike(v, hub, first, relays)
         blocks = self._add_modes(relays)
         problem = SearchProblem(tuple(self.nodes), tuple(self.edges), memory_limit_bytes, copies=self._repeated(params, relays))
-        return problem, Ports(ops, params, relays, outputs, blocks, tuple(self.states), self.once_s)
+        twice = frozenset(relay for relay in relays.values() if id(self.states[relay]) in self._twice)
+        return problem, Ports(ops, params, relays, outputs, blocks, tuple(self.states), self.once_s, twice)
 
     def _join(self, v: int, param: int | None, ends: Sequence[tuple[int, int]], relays: dict[int, int]) -> None:
         """A value with its users, through a relay where there are several."""

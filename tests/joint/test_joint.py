@@ -89,6 +89,16 @@ def test_no_cut_beats_the_bound_where_sums_of_gradients_hide(virtual: int, zero:
         assert 0.4 * min(steps) < bound <= min(steps) * (1 + 1e-6), point
 
 
+def test_shardings_for_blocks_that_are_computed_again_are_tried() -> None:
+    """Where memory binds, relays are chosen for blocks that are computed again; what is planned has the same layouts with all results kept."""
+    joint = joint_search(LLAMA, A100, 16, memory_share=0.06)
+    search = PointSearch(joint, Point(2, 4, 1, 4, 4))
+    search.ideal_s(Ideal(A100, joint.run))
+    free = {tuple(program.strategies) for program in search._programs()}
+    assert search.built[1].twice and search.fitting_s() > search.fastest_s()
+    assert len({tuple(program.strategies) for program in search._programs()} - free) > 1
+
+
 def everything(joint: JointSearch) -> list[tuple[Point, float]]:
     """The best plan of every point, none left out."""
     found, ideal = [], Ideal(joint.cluster, joint.run)
