@@ -199,12 +199,14 @@ class PointSearch:
         least = math.inf
         for fastest, order in sorted(((self._fastest_s(order), order) for order in self.orders), key=lambda pair: pair[0]):
             if fastest < least:
-                least = min(least, max(fastest, *(self._step_s(order, r.parts, self._lines(r, order), self._waits(r)) for r in self._sides(order))))
+                relaxed = self._sides(order)[0]
+                least = min(least, max(fastest, self._step_s(order, relaxed.parts, self._lines(relaxed, order), self._waits(relaxed))))
         return least
 
     def _lines(self, relaxed: Relaxed, order: Order) -> list[list[Line]]:
-        """By rank."""
-        return [[Line(relaxed.parts.block), relaxed.line(flight)] for flight in order.in_flight]
+        """By rank; of memory for those that hold most microbatches, which it binds first."""
+        most, free = max(order.in_flight), Line(relaxed.parts.block)
+        return [[free, relaxed.line(flight)] if flight >= most / 2 else [free] for flight in order.in_flight]
 
     def _sides(self, order: Order) -> tuple[Relaxed, ...]:
         """A rank of one stage exchanges parameters before and after its passes, but may do so while it would wait for others. One of several stages
@@ -296,9 +298,7 @@ class PointSearch:
         nodes = tuple(Node(node.name, node.cost_s[k], node.memory_bytes[k]) for node, k in zip(problem.nodes, kept, strict=True))
         part = replace(problem, nodes=nodes, edges=tuple(_between(edge, kept[edge.u], kept[edge.v]) for edge in problem.edges))
         found = prepare(part, (SECONDS, BYTES)).minimise(Price(1.0, price)).choices
-        twice = {self.whole.folded.node[n]: len(ports.states[n].result_layouts[0]) // 2 for n in ports.twice}
-        choices = [int(k[c]) for k, c in zip(kept, found, strict=True)]
-        return tuple([0 if n in blocks else c % twice[n] if n in twice else c for n, c in enumerate(choices)])
+        return tuple([0 if n in blocks else int(k[c]) for n, (k, c) in enumerate(zip(kept, found, strict=True))])
 
 
 def _of_stage(states: States, zero: int) -> np.ndarray:

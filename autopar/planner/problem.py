@@ -15,7 +15,7 @@ from autopar.core.rule import OpRule
 from autopar.errors import PinConflictError
 from autopar.planner.keeping import Keeping, Sharding, Use, computed_again, kept_by_selective, recompute_tables, uses
 from autopar.planner.roles import Constraints
-from autopar.planner.saved import moved_bytes, received_bytes, saved_values, wanting
+from autopar.planner.saved import moved_bytes, saved_values, wanting
 from autopar.planner.states import Pricing, States, layout_states, op_states, result_bytes
 
 STATE_AXES = ("dp", "cp", "ep")
@@ -25,8 +25,7 @@ STATE_AXES = ("dp", "cp", "ep")
 @dataclass(frozen=True)
 class Ports:
     """Where the search nodes of values and ops are: node number -> meaning. `once_s`: by edge of a parameter, the part of its seconds that is before or
-    after all microbatches of a step. `twice`: relays that have every layout once for a block that keeps its results, and once more for one that is
-    computed again."""
+    after all microbatches of a step."""
 
     op_node: dict[int, int]
     param_node: dict[int, int]
@@ -35,7 +34,6 @@ class Ports:
     block_node: dict[str, int]
     states: tuple[States, ...]
     once_s: dict[int, np.ndarray]
-    twice: frozenset[int] = frozenset()
 
 
 Hub = tuple[States | None, list[tuple[int | None, int | None, np.ndarray, np.ndarray | None]]]
@@ -69,7 +67,6 @@ class ProblemBuilder:
         self._edge_cache: dict[tuple, tuple[np.ndarray, np.ndarray | None]] = {}
         self._once_cache: dict[tuple, np.ndarray] = {}
         self.once_s: dict[int, np.ndarray] = {}
-        self._twice: set[int] = set()
         self._layout_cache: dict[tuple, States] = {}
         self._cuts_cache: dict[tuple[int, ...], frozenset[tuple[int, int]]] = {}
         self._meta = self.graph.metas
@@ -108,10 +105,9 @@ class ProblemBuilder:
                     self._hubs[name] = self._hub(self.edges[first_edge:], relays.get(v), first)
             else:
                 self._join_alike(v, hub, first, relays)
-        blocks = self._add_modes(relays)
+        blocks = self._add_modes()
         problem = SearchProblem(tuple(self.nodes), tuple(self.edges), memory_limit_bytes, copies=self._repeated(params, relays))
-        twice = frozenset(relay for relay in relays.values() if id(self.states[relay]) in self._twice)
-        return problem, Ports(ops, params, relays, outputs, blocks, tuple(self.states), self.once_s, twice)
+        return problem, Ports(ops, params, relays, outputs, blocks, tuple(self.states), self.once_s)
 
     def _join(self, v: int, param: int | None, ends: Sequence[tuple[int, int]], relays: dict[int, int]) -> None:
         """A value with its users, through a relay where there are several."""
@@ -120,21 +116,13 @@ class ProblemBuilder:
             return
         from_param = param is not None
         source, port = (param, 0) if param is not None else (self.ops[self.graph.producer[v][0]], self.graph.producer[v][1])
-        received = not from_param and self._keeps_what_it_receives(v, users)
-        if len(users) > 1 or received:
-            relays[v] = self._add_relay(v, users, source, port, twice=received)
-            kept = "" if from_param or v not in self.graph.differentiated else "again" if received else "always" if any(self._saves(*user) for user in users) else ""
+        if len(users) > 1:
+            relays[v] = self._add_relay(v, users, source, port)
+            kept = not from_param and v in self.graph.differentiated and any(self._saves(*user) for user in users)
             self._connect(v, source, port, relays[v], 0, from_param=from_param, kept=kept)
             source, port, from_param = relays[v], 0, False
         for node, k in users:
             self._connect(v, source, port, node, k, from_param=from_param)
-
-    def _keeps_what_it_receives(self, v: int, users: Sequence[tuple[int, int]]) -> bool:
-        """Whether what a collective makes of a value is kept if its block is computed again, which repeats no collective, and else is not: sums that no
-        operator's backward reads."""
-        i = self.graph.producer[v][0] if v in self.graph.producer else -1
-        inside = i in self.block_of and v in self.graph.differentiated and not self._leaves_block(i, v)
-        return inside and self.rules[i].cost == "contract" and len(self.keeping.recompute) > 1 and not any(self._saves(*user) for user in users)
 
     def _hub(self, edges: Sequence[Edge], relay: int | None, first: int) -> Hub:
         """What was made around a value, with nodes as distances from the `first` of the segment, None for the relay."""
@@ -247,20 +235,16 @@ class ProblemBuilder:
             return tuple(dict.fromkeys(self.states[self.ops[i]].result_layouts[j]))
         return ()
 
-    def _add_relay(self, v: int, uses: Sequence[tuple[int, int]], source: int, port: int, *, twice: bool = False) -> int:
-        """Where a value is handed to several users: any layout that it is produced or used in. `twice`: in every layout once for a block that keeps its
-        results, once for one that is computed again."""
+    def _add_relay(self, v: int, uses: Sequence[tuple[int, int]], source: int, port: int) -> int:
+        """Where a value is handed to several users: any layout that it is produced or used in."""
         around = [self.states[source].result_layouts[port], *(self.states[node].operand_layouts[k] for node, k in uses)]
-        key = ("relay", twice, *map(id, around))
+        key = ("relay", *map(id, around))
         if key not in self._layout_cache:
-            found = tuple(dict.fromkeys(layout for layouts in around for layout in layouts)) * (1 + twice)
+            found = tuple(dict.fromkeys(layout for layouts in around for layout in layouts))
             self._layout_cache[key] = self._layout_cache.setdefault(("layouts", found), layout_states(found))
-        relay = self._add(f"{self.graph.values[v].name}.relay", self._layout_cache[key])
-        if twice:
-            self._twice.add(id(self._layout_cache[key]))
-        return relay
+        return self._add(f"{self.graph.values[v].name}.relay", self._layout_cache[key])
 
-    def _connect(self, v: int, u: int, port: int, w: int, k: int, *, from_param: bool, kept: str = "") -> None:
+    def _connect(self, v: int, u: int, port: int, w: int, k: int, *, from_param: bool, kept: bool = False) -> None:
         src, dst = self.states[u].result_layouts[port], self.states[w].operand_layouts[k]
         grad = v in self.graph.differentiated
         saves = grad and self._saves(w, k)
@@ -272,10 +256,7 @@ class ProblemBuilder:
                 seconds, self._once_cache[key] = self._param_edge(meta, self.states[u], dst, use)
             else:
                 seconds = self._edge(meta, src, dst)
-            if kept == "again":
-                memory = received_bytes(meta, src, dst, self.mesh)
-            else:
-                memory = moved_bytes(meta, src, dst, self.mesh, instead=kept == "always") if saves or kept else None
+            memory = moved_bytes(meta, src, dst, self.mesh, instead=kept) if saves or kept else None
             self._edge_cache[key] = (seconds, memory)
         seconds, memory = self._edge_cache[key]
         if key in self._once_cache:
@@ -312,7 +293,7 @@ class ProblemBuilder:
         """Whether a result is used outside the block that makes it; then it is kept, whatever the block recomputes."""
         return v in self.graph.finals or any(self.block_of.get(j) != self.block_of[i] for j, _ in self.graph.consumers[v])
 
-    def _add_modes(self, relays: Mapping[int, int]) -> dict[str, int]:
+    def _add_modes(self) -> dict[str, int]:
         """A node per block for its mode of recomputation, joined to every operator that it makes cheaper to keep or dearer to run."""
         modes = self.keeping.recompute
         found: dict[str, int] = {}
@@ -326,21 +307,7 @@ class ProblemBuilder:
             seconds, memory = self._mode_tables(i)
             if seconds.any() or memory.any():
                 self.edges.append(Edge(found[block], self.ops[i], seconds, memory))
-        for v, relay in relays.items():
-            if id(self.states[relay]) in self._twice:
-                self.edges.append(Edge(found[self.block_of[self.graph.producer[v][0]]], relay, self._mode_of_relay(self.states[relay]), None))
         return found
-
-    def _mode_of_relay(self, states: States) -> np.ndarray:
-        """The first half of the states is for blocks that keep their results, the other for those that are computed again."""
-        key = ("mode of relay", id(states))
-        if key not in self._edge_cache:
-            number = len(states.result_layouts[0]) // 2
-            table = np.zeros((len(self.keeping.recompute), 2 * number))
-            for row, mode in enumerate(self.keeping.recompute):
-                table[row, slice(number, None) if mode == "none" else slice(number)] = np.inf
-            self._edge_cache[key] = (table, None)
-        return self._edge_cache[key][0]
 
     def _mode_tables(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         op, states = self.graph.ops[i], self.states[self.ops[i]]

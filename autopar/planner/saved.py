@@ -20,14 +20,6 @@ def moved_bytes(meta: TensorMeta, src: Sequence[Layout], dst: Sequence[Layout], 
     return np.where(here[:, None] == there, 0.0, (size - instead * before[:, None]).clip(min=0.0))
 
 
-def received_bytes(meta: TensorMeta, src: Sequence[Layout], dst: Sequence[Layout], mesh: Mesh) -> np.ndarray:
-    """Bytes of what a collective makes, in the second half of the states of `dst`."""
-    collective = np.array([[any(a != b and a.kind in "PS" for a, b in zip(x, y)) for y in dst] for x in src])
-    size = np.array([_local_bytes(meta, y, mesh) for y in dst])
-    size[: len(dst) // 2] = 0.0
-    return np.where(collective, size, 0.0)
-
-
 def _local_bytes(meta: TensorMeta, layout: Layout, mesh: Mesh) -> float:
     parts = 1
     for axis, p in zip(mesh.axes, layout):

@@ -29,14 +29,17 @@ def test_quick_commands_import_nothing_slow(arguments: list[str]) -> None:
 
 
 def test_help_is_quick() -> None:
-    seconds = []
-    for _ in range(5):
+    """Beside what its libraries alone take to be imported, in processor time: the machine may be busy."""
+
+    def seconds(command: list[str]) -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, env=ENVIRONMENT, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert all(name in done.stdout for name in SUBCOMMANDS)
-    assert min(seconds) < 0.3
+        assert "--help" not in command or all(name in done.stdout for name in SUBCOMMANDS)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    pairs = [(seconds([*COMMAND, "--help"]), seconds([sys.executable, "-c", "import typer, rich.console, rich.table"])) for _ in range(5)]
+    assert min(ours / bare for ours, bare in pairs) < 2.5
 
 
 def test_no_command_prints_the_help(call: Call) -> None:
