@@ -7,7 +7,8 @@
     4. a plan             state sharding and recomputation by the liveness of the stages, the step by the schedule's lists
 
 A point goes through these as long as its bound is the least of all; the search ends when the best plan is no more than `GAP` above every bound that is
-left. What it returns is proven to that: no plan of the space, by these costs, is faster than `bound_s`.
+left. What it returns is proven to that: no plan of the space, by these costs, is faster than `bound_s`. (Blocks are sharded alike, stages of interleaved
+pipelines are even, and memory is what the linear model says, which counts less than the walk of a plan does.)
 """
 
 import heapq
@@ -195,7 +196,6 @@ class PointSearch:
 
     def fitting_s(self) -> float:
         """The bound under the memory limit of every rank, by the linear model of memory; inf where not even that can be met."""
-
         least = math.inf
         for fastest, order in sorted(((self._fastest_s(order), order) for order in self.orders), key=lambda pair: pair[0]):
             if fastest < least:
