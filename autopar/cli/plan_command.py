@@ -38,7 +38,7 @@ LONGEST_BUDGET_S = 7 * 24 * 3600.0
 VERIFIED_DTYPES = ("float32", "bfloat16")
 
 DType = Annotated[str | None, typer.Option("--dtype", help="Of weights and computation. [default: float32 on local:N, else bfloat16]")]
-Budget = Annotated[float, typer.Option("--budget", help="Seconds that the search of one mesh, or the joint search, may take.")]
+Budget = Annotated[float, typer.Option("--budget", help="Seconds that the search of one mesh may take, or the joint search behind its first plan.")]
 MaxMemory = Annotated[float, typer.Option("--max-memory", help="Share of a device's memory that the plan may use.")]
 OutFile = Annotated[Path | None, typer.Option("--out", "-o", help="Write the plan to this file.")]
 AllowGap = Annotated[bool, typer.Option("--allow-gap", help="Exit 0, not 4, when the time was over before the search was.")]

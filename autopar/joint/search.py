@@ -110,8 +110,8 @@ class JointSearch:
     gap: float = GAP
 
     def search(self) -> Joint:
-        """Raises InfeasibleError where nothing fits."""
-        start = time.perf_counter()
+        """Raises InfeasibleError where nothing fits. The time limit is for what comes after the first plan."""
+        end = math.inf
         ideal = Ideal(self.cluster, self.run)
         heap: list[tuple[float, int, int, PointSearch]] = []
         free = self.options.free_micro_batches or self.pins.micro_batch is not None  # its number of samples is pinned, and what of dp follows is searched
@@ -121,7 +121,7 @@ class JointSearch:
             heapq.heappush(heap, (search.ideal_s(ideal), 0, n, search))
         num_points, looked, found, closed = len(heap), [len(heap), 0, 0, 0], [], math.inf
         best = math.inf
-        while heap and heap[0][0] < best * (1 - self.gap) and (not found or time.perf_counter() - start < self.options.time_limit_s):
+        while heap and heap[0][0] < best * (1 - self.gap) and time.perf_counter() < end:
             bound, level, n, search = heapq.heappop(heap)
             self.progress(f"searching {search.point}: bound {bound:.4g} s, best {best:.4g} s")
             level += 1
@@ -134,6 +134,7 @@ class JointSearch:
             closed = min(closed, bound)
             made = search.plan(self.limit_bytes, best)
             if made is not None:
+                end = min(end, time.perf_counter() + self.options.time_limit_s)
                 found.append(made)
                 best = min(best, made.step_s)
         if not found:
