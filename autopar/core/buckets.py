@@ -15,7 +15,8 @@ ALONE = 0.25
 """The part of a bucket from which on a tensor that is gathered too travels alone: what it saves is the copy to its neighbours' side and back."""
 
 ALONE_BYTES = 4 << 20
-"""From this size on a gradient is summed where it lies: the copy, and memory for it, cost more than one more message."""
+"""From this size on a gradient is summed where it lies: the copy, and fresh memory for it, cost more than one more message. Over gloo
+(`examples/benchmark_step.py --only DDP`) 1 MiB was slower, 2 MiB alike within noise."""
 
 IN_FLIGHT = 2
 """Buckets that are gathered or reduce-scattered at a time: the memory of the oldest is wanted back before one more is packed."""

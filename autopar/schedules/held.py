@@ -11,7 +11,10 @@ ROUNDS = 2
 
 @lru_cache(maxsize=1024)
 def held_counts(name: str, num_ranks: int, num_microbatches: int, virtual: int = 1) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """Per rank, after every action that changes it, a number for each of its stages; what comes again is left out. A number that an order does not divide is rounded up and cut off."""
+    """Per rank, after every action that changes it, a number for each of its stages; what comes again is left out.
+
+    Where virtual stages want a number that the ranks divide, it is rounded up, and what is held cut off at the number given.
+    """
     number = num_microbatches if name in ("gpipe", "naive", "forward") else min(num_microbatches, ROUNDS * num_ranks)
     usable = -(-number // num_ranks) * num_ranks if virtual > 1 else number
     found = []

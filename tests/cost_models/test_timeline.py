@@ -15,6 +15,7 @@ from autopar.cost_models.stopwatch import Stopwatch
 from autopar.cost_models.timeline import simulate
 from autopar.errors import ScheduleError, UsageError
 from autopar.schedules.check import check
+from autopar.schedules.held import held_counts
 from autopar.schedules.lower import add_updates, make_schedule
 
 PUBLISHED = {
@@ -72,6 +73,15 @@ def test_a_stopwatch_shows_the_time_of_the_simulation(data: st.DataObject) -> No
     edges = tuple(EdgeCost(activation_s=data.draw(seconds), gradient_s=data.draw(seconds)) for _ in range(stages - 1))
     cost = PipelineCost(costs, edges, (data.draw(seconds),) if tied else ())
     assert Stopwatch(schedule).step_s(cost) == simulate(schedule, cost).step_time_s
+
+
+@pytest.mark.parametrize(("name", "virtual"), [("naive", 1), ("gpipe", 1), ("gpipe", 2), ("1f1b", 1), ("zero-bubble", 1), ("interleaved", 2), ("interleaved", 3)])
+def test_most_held_counts_are_what_the_simulation_holds(name: str, virtual: int) -> None:
+    """Also of more rounds than are looked at."""
+    for ranks, rounds in itertools.product((1, 2, 3, 5), (1, 2, 5)):
+        timeline = simulate(make_schedule(name, ranks, ranks * rounds, virtual), PipelineCost.uniform(ranks * virtual))
+        most = [max(map(sum, of_rank)) for of_rank in held_counts(name, ranks, ranks * rounds, virtual)]
+        assert most == [timeline.peak_in_flight(rank) for rank in range(ranks)], (ranks, rounds)
 
 
 def test_microbatches_in_flight() -> None:
