@@ -39,10 +39,14 @@ class _Product(torch.autograd.Function):
         return None, None, dx, None
 
 
-def weight_gradient(x: torch.Tensor, grad: torch.Tensor, transposed: bool) -> torch.Tensor:
-    """The half that was put off."""
+def weight_gradient(weight: torch.Tensor, x: torch.Tensor, grad: torch.Tensor, transposed: bool) -> torch.Tensor | None:
+    """The half that was put off; None where it could be added to what earlier microbatches have left: that saves writing it and reading it again."""
     x, grad = x.flatten(0, -2), grad.flatten(0, -2)
-    return grad.t() @ x if transposed else x.t() @ grad
+    left, right = (grad.t(), x) if transposed else (x.t(), grad)
+    if not weight.is_leaf or weight.grad is None:
+        return left @ right
+    weight.grad.addmm_(left, right)
+    return None
 
 
 def linear(rank: Rank, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

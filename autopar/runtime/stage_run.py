@@ -122,11 +122,13 @@ class StageRun:
         here.outputs, here.answers = [], {}
 
     def backward_weights(self, m: int) -> None:
-        """The other half. A weight that is used twice gets the sum in one go: what moves its gradient must run once."""
+        """The other half. A weight that is used twice gets the sum in one go: what moves its gradient must run once. Nobody waits for that of a leaf
+        before the step ends."""
         sums: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for weight, x, output_grad, transposed in self._of(m).deferred:
-            grad = weight_gradient(x, output_grad, transposed)
-            sums[id(weight)] = (weight, grad if id(weight) not in sums else sums[id(weight)][1] + grad)
+            grad = weight_gradient(weight, x, output_grad, transposed)
+            if grad is not None:
+                sums[id(weight)] = (weight, grad if id(weight) not in sums else sums[id(weight)][1] + grad)
         self.engine.differentiate([w for w, _ in sums.values()], [g for _, g in sums.values()], last=False)
         self.release(m)
 
