@@ -5,15 +5,16 @@ The predicted ledger, the static check and the rewriter all read this one object
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
+from autopar.core.again import computed_again
 from autopar.core.graph import DTYPE_BYTES, OpGraph
 from autopar.core.layout import I, Layout, R, local_shape
 from autopar.core.ledger import Ledger, LedgerKey
 from autopar.core.mesh import Mesh
 from autopar.core.moves import COLLECTIVES, Step, step_input_bytes
-from autopar.core.residency import Residency
+from autopar.core.residency import Residency, gathers_again
 from autopar.core.rule import OpRule, Strategy
 from autopar.core.zero import zero_layout
 
@@ -37,12 +38,13 @@ def route_steps(route: Route) -> tuple[Step, ...]:
 
 @dataclass(frozen=True)
 class Move:
-    """One step of one value: the unit of communication. `src` is the layout before it; `live`: a gradient comes back."""
+    """One step of one value: the unit of communication. `src` is the layout before it; `live`: a gradient comes back; `again`: recomputation repeats it."""
 
     value: int
     src: Layout
     step: Step
     live: bool
+    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,18 +131,19 @@ class Program:
             total *= n
         return total
 
-    def moving(self) -> Iterator[tuple[int, Route, bool]]:
-        """(value, whole route from where it is produced, whether a gradient comes back), for every use on a route of some steps, in program
-        order."""
+    def moving(self) -> Iterator[tuple[int, Route, bool, int]]:
+        """(value, whole route from where it is produced, whether a gradient comes back, operator that uses it), for every use on a route of some steps,
+        in program order; outputs are used after all operators."""
+        last = len(self.graph.ops)
         live, seeds, ops, relay = self.graph.differentiated, self.graph.seeds, self.graph.ops, self.relay
         for (i, k), tail in self.routes.items():
             v = ops[i].operands[k]
             if len(tail) > 1 or v in relay:
-                yield v, self.full_route(v, tail), v in live and not live.isdisjoint(ops[i].results)
+                yield v, self.full_route(v, tail), v in live and not live.isdisjoint(ops[i].results), i
         for n, (v, route) in enumerate(zip(self.graph.outputs, self.output_routes)):
-            yield v, self.full_route(v, route), v in seeds and (n >= self.first_handed or v not in self.handed)
+            yield v, self.full_route(v, route), v in seeds and (n >= self.first_handed or v not in self.handed), last
         for (_, v), route in zip(self.graph.updates, self.update_routes):
-            yield v, self.full_route(v, route), False
+            yield v, self.full_route(v, route), False, last
 
     @property
     def first_handed(self) -> int:
@@ -159,13 +162,30 @@ class Program:
     @cached_property
     def moves(self) -> tuple[Move, ...]:
         """Every distinct step: uses that share the beginning of a route share its steps, so gradients are summed first."""
+        return tuple(self.move_of.values())
+
+    @cached_property
+    def move_of(self) -> Mapping[tuple[int, Route], Move]:
+        """By value and route up to and with the step, which is made for the first operator that uses it."""
         seen: dict[tuple[int, Route], Move] = {}
-        for value, route, live in self.moving():
+        again = self._gathering_again
+        for value, route, live, i in self.moving():
             for n, step in enumerate(route_steps(route), start=1):
                 key = (value, route[: n + 1])
-                if key not in seen or (live and not seen[key].live):
-                    seen[key] = Move(value, route[n - 1], step, live)
-        return tuple(seen.values())
+                if key not in seen:
+                    seen[key] = Move(value, route[n - 1], step, live, again=step.forward == "all_gather" and i in again)
+                elif live and not seen[key].live:
+                    seen[key] = replace(seen[key], live=True)
+        return seen
+
+    @property
+    def _gathering_again(self) -> frozenset[int]:
+        """Operators that are computed again and gather their operands for it."""
+        modes = self.residency.recompute
+        blocks = {block for block, mode in modes.items() if gathers_again(mode)}
+        if not blocks:
+            return frozenset()
+        return frozenset(computed_again(self.graph, self.rules)).intersection(i for s in self.graph.segments if s.block in blocks for i in s.ops)
 
     @cached_property
     def ledger(self) -> Ledger:
@@ -184,7 +204,7 @@ class Program:
             size = self.local_bytes(move.value, move.src) * times
             step = move.step
             if step.forward in COLLECTIVES:
-                yield self.key(step.forward, (step.axis,)), size
+                yield self.key(step.forward, (step.axis,)), size * (1 + move.again)
             if step.backward in COLLECTIVES and move.live:
                 yield self.key(step.backward, (step.axis,)), round(step_input_bytes(step.backward, step, self.mesh, size, backward=True))
         for key, size in self._inner_entries(live):

@@ -22,6 +22,9 @@ PLANS: list[tuple[tuple[str, ...], dict[str, Any]]] = [
     (("dp=4", "zero=3"), {"micro_batches": 2}),
     (("dp=2", "zero=2", "recompute=full"), {"micro_batches": 2}),
     (("tp=2", "dp=2", "recompute=selective", "zero=1"), {}),
+    (("tp=4", "recompute=selective+gather"), {"micro_batches": 2}),
+    (("tp=2", "dp=2", "recompute=full+gather", "zero=2"), {}),
+    (("pp=2", "tp=2", "schedule=1f1b", "recompute=full+gather"), {"micro_batches": 4}),
     (("pp=2", "tp=2", "schedule=1f1b"), {"micro_batches": 4}),
     (("pp=2", "dp=2", "schedule=interleaved", "virtual=2"), {"micro_batches": 4}),
 ]

@@ -67,6 +67,8 @@ CASES = {
         Case(model="gpt2-tiny", pins=("dp=2", "tp=2", "zero=1"), micro_batches=3, dtype="bfloat16"),
         Case(model="gpt2-tiny", pins=("dp=2", "tp=2", "zero=2", "recompute=selective"), offload=True),
         Case(model="llama-tiny", pins=("dp=2", "tp=2", "zero=3", "recompute=full"), micro_batches=3),
+        Case(model="llama-tiny", pins=("dp=2", "tp=2", "zero=3", "recompute=full+gather"), micro_batches=3),
+        Case(model="llama-tiny", pins=("tp=4", "recompute=selective+gather")),
         Case(model="gpt2-tiny", pins=("dp=4", "zero=3")),
         Case(model="mlp-tiny", pins=("dp=4", "zero=1"), width=WIDE),
     ),

@@ -38,6 +38,8 @@ TWO_RANKS = [
     ("gpt2-tiny", GPT2 | {"batch": 12, "dtype": "bfloat16"}, ("dp=2", "zero=1"), 3),
     ("llama-tiny", LLAMA | {"batch": 12}, ("dp=2", "zero=2", "recompute=full"), 3),
     ("llama-tiny", LLAMA, ("dp=2", "zero=3", "recompute=selective"), 1),
+    ("llama-tiny", LLAMA, ("tp=2", "recompute=full+gather"), 1),
+    ("llama-tiny", LLAMA, ("tp=2", "recompute=selective+gather"), 1),
     ("bert-tiny", BERT, ("tp=2",), 1),
     ("vit-tiny", VIT, ("dp=2", "recompute=selective"), 1),
     ("mlp-tiny", MLP | {"batch": 1536}, ("dp=2", "zero=0"), 3),

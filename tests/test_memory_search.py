@@ -13,6 +13,7 @@ from autopar.core.graph import OpGraph
 from autopar.core.mesh import Mesh
 from autopar.core.plan import Plan
 from autopar.core.problem import SearchProblem
+from autopar.core.residency import RECOMPUTE
 from autopar.errors import InfeasibleError
 from autopar.models.load import load_model
 from autopar.planner.keeping import Keeping
@@ -72,7 +73,7 @@ def test_a_shrinking_budget_turns_sharding_and_recomputation_on() -> None:
     assert found[-1].residency.recompute
     for less in found:
         modes = [less.residency.recompute.get(f"model.transformer.h.{n}", less.residency.recompute.get(f"transformer.h.{n}", "none")) for n in range(4)]
-        assert modes == sorted(modes, key=("full", "selective", "none").index), "early blocks are held longest"
+        assert modes == sorted(modes, key=RECOMPUTE[::-1].index), "early blocks are held longest"
 
 
 class Blocks(nn.Module):

@@ -14,11 +14,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import autopar
 from autopar import request, verification
+from autopar.core.residency import RECOMPUTE
 from autopar.models.load import LoadedModel, load_model
+from autopar.planner.bind import bind
+from autopar.planner.liveness import kept_by_segment
+from autopar.runtime.microbatches import split_batch
 from tests.tracing import traced_once
 
 MESHES = {"(2)": ("dp=2",), "(4)": ("dp=4",), "(2, 2)": ("dp=2", "tp=2")}
-STAGES, MODES, DTYPES, PIECES, MODELS = (0, 1, 2, 3), ("none", "selective", "full"), ("float64", "bfloat16"), (1, 3), ("gpt2-tiny", "llama-tiny", "mlp-tiny")
+STAGES, MODES, DTYPES, PIECES, MODELS = (0, 1, 2, 3), RECOMPUTE, ("float64", "bfloat16"), (1, 3), ("gpt2-tiny", "llama-tiny", "mlp-tiny")
 EVERYTHING = list(itertools.product(MODELS, MESHES, STAGES, MODES, DTYPES, PIECES))
 SPREAD = EVERYTHING[:: len(EVERYTHING) // 16 | 1]
 """A stride that is odd and divides no dimension of the product visits all values of each."""
@@ -72,6 +76,25 @@ def test_dropout_draws_the_same_when_computed_again(mode: str) -> None:
     plan = autopar.plan(loaded.module, autopar.Cluster.local(4), loaded.kwargs, pins=("dp=2", "tp=2", "zero=3", f"recompute={mode}"), micro_batches=2)
     report = autopar.verify(loaded.module, plan, loaded.kwargs, steps=2)
     assert report.equal, str(report)
+
+
+def kept_bytes(plan: autopar.Plan) -> int:
+    """Of one microbatch, from forward to backward."""
+    loaded = load("llama-tiny", 1, "float64")
+    return sum(kept_by_segment(bind(plan, traced_once(loaded.module, (), split_batch(loaded.kwargs, plan.residency.micro_batches)[0]).graph)))
+
+
+@pytest.mark.parametrize("pins", [("tp=4",), ("dp=2", "tp=2", "zero=3"), ("pp=2", "tp=2", "schedule=1f1b")], ids=" ".join)
+def test_what_was_gathered_is_gathered_again(pins: tuple[str, ...]) -> None:
+    """Under sequence parallelism: fewer bytes kept, more sent by what is predicted, the same training."""
+    loaded, cluster = load("llama-tiny", 1, "float64"), autopar.Cluster.local(4)
+    for mode in ("selective", "full"):
+        kept, again = (autopar.plan(loaded.module, cluster, loaded.kwargs, pins=(*pins, f"recompute={m}"), micro_batches=2) for m in (mode, f"{mode}+gather"))
+        reports = [autopar.verify(loaded.module, plan, loaded.kwargs, steps=2) for plan in (kept, again)]
+        assert all(report.equal for report in reports), str(reports)
+        assert reports[1].bytes_counted > reports[0].bytes_counted
+        assert kept_bytes(again) < kept_bytes(kept)
+        assert again.predicted.recomputed_flops == kept.predicted.recomputed_flops and again.predicted.step_time_s > kept.predicted.step_time_s
 
 
 class Mixing(nn.Module):

@@ -8,9 +8,25 @@ from autopar.core.graph import DTYPE_BYTES
 from autopar.core.zero import Zero
 from autopar.errors import UsageError
 
-RECOMPUTE = ("none", "selective", "full")
-"""What a block keeps for its backward: everything; results of contractions with weights and of collectives; only its inputs and
-the results of collectives. What is not kept is computed again, without communicating again."""
+GATHER = "+gather"
+RECOMPUTE = ("none", "selective", "selective" + GATHER, "full", "full" + GATHER)
+"""What a block keeps for its backward: everything; results of contractions with weights and of collectives; only its inputs and the results of
+collectives. What is not kept is computed again. With `+gather` the results of all-gathers are not kept but gathered again, as Megatron-LM does under
+sequence parallelism (Korthikanti et al. 2022, section 4.2.2); no other collective is repeated."""
+
+
+MODES = tuple(mode for mode in RECOMPUTE if not mode.endswith(GATHER))
+"""Those that a search over operators tells apart: what a mode that gathers again costs depends on both ends of every edge, and is known of a program."""
+
+
+def keeps_contractions(mode: str) -> bool:
+    """Whether results of contractions with weights are kept of a block that is computed again."""
+    return mode.startswith("selective")
+
+
+def gathers_again(mode: str) -> bool:
+    return mode.endswith(GATHER)
+
 
 Key = TypeVar("Key")
 

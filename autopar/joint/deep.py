@@ -7,6 +7,7 @@ from functools import cached_property
 from itertools import accumulate
 
 from autopar.core.memory import MemoryUse
+from autopar.core.residency import gathers_again
 from autopar.core.schedule import Edge
 from autopar.core.unroll import Run
 from autopar.cost_models.pipeline import StageCost
@@ -23,7 +24,7 @@ STEADY_ROUNDS = 3
 
 @dataclass(frozen=True)
 class Sharding:
-    """One sharding under each mode of recomputation that may be mixed."""
+    """One sharding under each mode of recomputation that may be mixed, the fastest first."""
 
     modes: tuple[tuple[str, Kinds], ...]
 
@@ -33,8 +34,10 @@ class Sharding:
         for mode in modes:
             again = {block: mode for block in shown(run) if mode != "none"}
             others = {block: m for block, m in program.residency.recompute.items() if block not in shown(run)}
-            made.append((mode, Kinds(replace(program, residency=replace(program.residency, recompute={**others, **again})), pricing, run, engine)))
-        return cls(tuple(made))
+            under = replace(program, residency=replace(program.residency, recompute={**others, **again}))
+            if not gathers_again(mode) or any(move.again for move in under.moves):
+                made.append((mode, Kinds(under, pricing, run, engine)))
+        return cls(tuple(sorted(made, key=lambda mode: sum(mode[1].seconds[MIDDLE][:3]))))
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,8 +5,8 @@ comes after. A stage of n blocks costs what the stage of its kind does and n - 1
 or not, each for itself: `Kinds` are made for every mode, and a `Mixture` has some blocks in one and some in another.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -151,17 +151,20 @@ class Mixture:
         return self._peaks[key]
 
     def _peak(self, order: Order, rank: int, held: tuple[tuple[int, Depth], ...]) -> MemoryUse:
-        kind = max((kind for kind, _ in held), key=(MIDDLE, FIRST, LAST, ALL).index)
-        kinds = self.heavy if all(depth.heavy == depth.blocks for _, depth in held) else self.light
+        states = self.light.states
         counts = np.array(held_counts(order.schedule, order.num_ranks, order.num_microbatches, order.virtual)[rank])
         kept = int((counts @ np.array([self.cost(*stage).activation_bytes for stage in held])).max())
-        blocks = max(0, sum(depth.blocks for _, depth in held) - SHOWN_BY[kind])
-        parts = {part: blocks * getattr(kinds.states[MIDDLE], part) for part in STATE}
+        whole = {part: sum(getattr(states[k], part) + (depth.blocks - SHOWN_BY[k]) * getattr(states[MIDDLE], part) for k, depth in held) for part in STATE}
+        light, heavy = ({k for k, depth in held if shows(depth)} for shows in (lambda d: d.heavy < d.blocks, lambda d: d.heavy))
+        message = max(self.light.message.activation_bytes, self.light.message.gradient_bytes) if order.num_ranks > 1 else 0
+        queued = Beside(communication=RECEIVES_AHEAD * message, unsettled=SENDS_BEHIND * len(held) * message)
+        computing = [(self.light, k) for k in sorted(light)] + [(self.heavy, k) for k in sorted(heavy)]
+        return max((self._computing(kinds, k, whole, kept, queued) for kinds, k in computing), key=lambda peak: peak.high_bytes)
+
+    @staticmethod
+    def _computing(kinds: Kinds, kind: int, whole: Mapping[str, int], kept: int, queued: Beside) -> MemoryUse:
+        """While a stage of this kind computes in one of the modes: what it has of the `whole` state and of the `kept` bytes is its own, the rest lies beside it."""
+        parts = {part: max(0, total - getattr(kinds.states[kind], part)) for part, total in whole.items()}
         if kinds.engine.one_by_one:
             parts["temporaries"] = 0
-        message = max(kinds.message.activation_bytes, kinds.message.gradient_bytes) if order.num_ranks > 1 else 0
-        beside = Beside(
-            **parts, activations=max(0, kept - kinds.kept_bytes[kind]),
-            communication=RECEIVES_AHEAD * message, unsettled=SENDS_BEHIND * len(held) * message,
-        )  # fmt: skip
-        return kinds.peak(kind, beside)
+        return kinds.peak(kind, replace(queued, **parts, activations=max(0, kept - kinds.kept_bytes[kind])))

@@ -99,7 +99,7 @@ def planned_jointly(search: JointSearch, graph: Callable[[int], OpGraph], tokens
         left += [again] if again is not None else []
     raise InfeasibleError(
         f"every plan found for {whole.program.graph.name} holds more than {size(search.limit_bytes)} of a device's memory, the last "
-        f"{size(whole.memory.high_bytes)}; pin zero=3 or recompute=full, or use more nodes"
+        f"{size(whole.memory.high_bytes)}; pin zero=3 or recompute=full+gather, or use more nodes"
     )
 
 

@@ -25,7 +25,6 @@ from autopar.core.graph import OpGraph
 from autopar.core.layout import Layout
 from autopar.core.memory import MemoryUse
 from autopar.core.problem import Edge, Node, SearchProblem, evaluate
-from autopar.core.residency import RECOMPUTE
 from autopar.core.units import size
 from autopar.core.unroll import Run
 from autopar.errors import InfeasibleError
@@ -260,8 +259,7 @@ class PointSearch:
         as fits."""
         best: Found | None = None
         for program in self._programs(lambda: best.step_s if best else below_s):
-            modes = [mode for mode in RECOMPUTE if mode in self.keeping.recompute]
-            sharding = Sharding.of(program, self.pricing, self.joint.run, Engine.of(self.joint.cluster), modes)
+            sharding = Sharding.of(program, self.pricing, self.joint.run, Engine.of(self.joint.cluster), self.keeping.programs)
             light = sharding.modes[0][1]
             for order in self.orders:
                 made = mixed(sharding, order, even_depths(light, order.num_stages), limit_bytes, best.step_s if best else below_s)

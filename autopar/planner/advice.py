@@ -6,11 +6,15 @@ from dataclasses import replace
 
 from autopar.core.graph import OpGraph
 from autopar.core.memory import MemoryUse
+from autopar.core.residency import GATHER, RECOMPUTE
 from autopar.errors import AutoparError, InfeasibleError
 from autopar.planner.search import Candidate, DoesNotFit, MeshSearch
 
 Retrace = Callable[[int], OpGraph | None]
 """The graph of one of this many microbatches; None where the batch does not divide."""
+
+HEAVY = ("full", "full" + GATHER)
+"""Modes of recomputation that are proposed."""
 
 MAX_FACTOR = 64
 """More devices or microbatches than this many times those given are not proposed."""
@@ -49,10 +53,11 @@ def _changes(search: MeshSearch, retrace: Retrace) -> Iterator[tuple[str, MeshSe
     pins = search.pins
     if pins.zero is not None and pins.zero < 3:
         yield "zero=3", replace(search, pins=replace(pins, zero=3))
-    if pins.recompute is not None and pins.recompute != "full":
-        yield "recompute=full", replace(search, pins=replace(pins, recompute="full"))
+    for mode in HEAVY:
+        if pins.recompute is not None and RECOMPUTE.index(pins.recompute) < RECOMPUTE.index(mode):
+            yield f"recompute={mode}", replace(search, pins=replace(pins, recompute=mode))
     if pins.zero is not None or pins.recompute is not None:
-        yield "zero=3 and recompute=full", replace(search, pins=replace(pins, zero=3, recompute="full"))
+        yield from ((f"zero=3 and recompute={mode}", replace(search, pins=replace(pins, zero=3, recompute=mode))) for mode in HEAVY)
     times = search.options.micro_batches
     while (graph := retrace(times := 2 * times)) is not None and times <= MAX_FACTOR * search.options.micro_batches:
         yield f"{times} microbatches", search.with_micro_batches(graph, times)

@@ -14,7 +14,7 @@ from autopar.planner.blocks import Order
 from autopar.planner.liveness import Engine, memory_use
 from autopar.planner.staging import Staged
 from autopar.planner.states import Pricing
-from autopar.planner.work import PHASES, pieces
+from autopar.planner.work import PHASES, gathering_again_s, pieces
 from autopar.program import Program, route_steps
 from autopar.stages import cut_into_stages
 
@@ -68,6 +68,8 @@ def _terms(program: Program, pricing: Pricing) -> dict[str, float]:
     found: defaultdict[str, float] = defaultdict(float)
     for name, seconds in _named(once, pricing):
         found[name] += seconds
+    for axis, seconds in gathering_again_s(program, pricing).items():
+        found[_moving("all_gather", axis, program)] += seconds
     found[AGAIN] = _computing(program, pricing) - found[COMPUTE]
     found[STARTING] = 2 * program.residency.micro_batches * pricing.cluster.host.action_s
     return {name: seconds for name, seconds in found.items() if seconds or name == COMPUTE}

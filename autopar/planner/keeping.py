@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from autopar.core.again import computed_again
 from autopar.core.buckets import bucket_limit
 from autopar.core.graph import Op, OpGraph, TensorMeta
 from autopar.core.layout import I, Layout, local_shape
 from autopar.core.mesh import Mesh
-from autopar.core.residency import RECOMPUTE, Precision
-from autopar.core.rule import OpRule
+from autopar.core.residency import GATHER, MODES, RECOMPUTE, Precision, gathers_again, keeps_contractions
 from autopar.core.zero import Zero, zero_layout
 from autopar.cost_models.memory import adam
 from autopar.planner.pins import Pins
@@ -39,8 +39,18 @@ class Keeping:
         recompute = self.recompute if pins.recompute is None else (pins.recompute,)
         return Keeping(stages=stages, recompute=recompute, micro_batches=self.micro_batches, precision=self.precision, offload=self.offload)
 
+    @property
+    def programs(self) -> tuple[str, ...]:
+        """The modes that a program may be given."""
+        return RECOMPUTE if self.recompute == MODES else self.recompute
+
+    @property
+    def gathers_again(self) -> bool:
+        """Whether some program may keep no results of all-gathers."""
+        return any(map(gathers_again, self.programs))
+
     def everything(self) -> "Keeping":
-        return Keeping(stages=(0, 1, 2, 3), recompute=RECOMPUTE, micro_batches=self.micro_batches, precision=self.precision, offload=self.offload)
+        return Keeping(stages=(0, 1, 2, 3), recompute=MODES, micro_batches=self.micro_batches, precision=self.precision, offload=self.offload)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,10 +203,12 @@ def recompute_tables(
     read or not.
     """
     nothing = np.zeros_like(again_s)
-    again = {"none": False, "selective": not kept, "full": True}
-    bytes_in = {"none": saved_bytes, "selective": made_bytes if kept else nothing, "full": nothing}
-    watched = {"none": 0.0, "selective": 2 * watch_s, "full": 0.0}
-    return np.stack([times * (again_s * again[mode] + watched[mode]) for mode in modes]), np.stack([bytes_in[mode] for mode in modes])
+    seconds, held = [], []
+    for mode in modes:
+        some = keeps_contractions(mode)
+        seconds.append(times * (nothing if mode == "none" else again_s * (not (some and kept)) + 2 * watch_s * some))
+        held.append(saved_bytes if mode == "none" else made_bytes if some and kept else nothing)
+    return np.stack(seconds), np.stack(held)
 
 
 def recomputed_flops(program: Program) -> float:
@@ -206,24 +218,16 @@ def recomputed_flops(program: Program) -> float:
     for segment, backward in zip(program.graph.segments, program.backward_segments, strict=True):
         mode = modes.get(segment.block, "none")
         if mode != "none" and backward:
-            contractions = (i for i in segment.ops if i in again and rules[i].cost == "contract" and (mode == "full" or not _kept(program, i)))
+            contractions = (i for i in segment.ops if i in again and rules[i].cost == "contract" and not (keeps_contractions(mode) and _kept(program, i)))
             total += sum(again[i] * rules[i].flops / rules[i].degree(program.strategies[i], program.mesh) for i in contractions)
     return total * program.residency.micro_batches
 
 
-def computed_again(graph: OpGraph, rules: Sequence[OpRule]) -> dict[int, float]:
-    """Operator of a block -> the part of its forward that recomputation does again.
-
-    torch's checkpoint stops when the last of what the block keeps for its backward is there: what follows, such as the product with the last weight, is left out.
-    """
-    live, found = graph.differentiated, dict[int, float]()
-    for segment in (segment for segment in graph.segments if segment.block):
-        for i in reversed(segment.ops):
-            rule = rules[i]
-            if not live.isdisjoint(graph.ops[i].results) and (rule.saved_operands or rule.saved_results or rule.kept or not rule.known):
-                found |= dict.fromkeys(range(segment.ops.start, i), 1.0) | {i: rule.share_until_kept}
-                break
-    return found
+def gathering_again(program: Program) -> Program | None:
+    """The same, but blocks that are computed again do not keep what was gathered; None where they do not gather."""
+    modes = {block: mode if gathers_again(mode) else mode + GATHER for block, mode in program.residency.recompute.items()}
+    made = replace(program, residency=replace(program.residency, recompute=modes))
+    return made if any(move.again for move in made.moves) else None
 
 
 def _kept(program: Program, i: int) -> bool:

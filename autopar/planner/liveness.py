@@ -16,6 +16,7 @@ from functools import cached_property
 from autopar.core.buckets import IN_FLIGHT
 from autopar.core.cluster import Cluster
 from autopar.core.memory import MemoryUse
+from autopar.core.residency import gathers_again, keeps_contractions
 from autopar.planner.allocator import Memory
 from autopar.planner.held import Beside, Group, Held, Holdings, received_bytes, resident
 from autopar.planner.steps import Run, Step, Steps, steps_of
@@ -136,7 +137,7 @@ class _Walk:
                 self.saved[s, i] = kept
             elif kept:
                 self._drop(kept)
-            if not again and (step.collective if mode == "full" else step.collective or step.contraction if mode == "selective" else False):
+            if not again and mode != "none" and (step.contraction and keeps_contractions(mode) or step.collective and not (step.gather and gathers_again(mode))):
                 taped = self.taped.setdefault(s, {})
                 taped.update({numbers[n]: memory.move(memory.hold(values[numbers[n]]), "activations") for n, _ in step.made})
             for n in expiring.get(i, ()):

@@ -86,6 +86,10 @@ class StageSearch(MeshSearch):
     def _candidate(self, keeping: Keeping, problem: SearchProblem, ports: Ports, assignment: Assignment) -> Candidate:
         return self.staged(super()._candidate(keeping, problem, ports, assignment))
 
+    def gathering_again(self, found: Candidate) -> Candidate | None:
+        made = super().gathering_again(found)
+        return None if made is None else self.staged(made)
+
     def staged(self, found: Candidate, *, best: bool = False) -> StagedCandidate:
         """A sharding cut into stages: by the formula, or by the `best` cut found; the leanest of those tried where none fits."""
         blocks, limit = Blocks(found.program, self.pricing), self.limit_bytes

@@ -162,7 +162,7 @@ def _predict(cluster: Cluster, best: Candidate, tokens: int) -> Prediction:
     again = math.fsum(of_edges[np.isin(terms.u, blocks)].tolist())
     update = total_seconds(best.program, Pricing(cluster, best.program.mesh))[-1] if cluster.host.update_bytes_per_s else 0.0
     step = best.step_s
-    compute, communication = compute + again + update, communication - again - update
+    compute, communication = compute + again + update, communication - again - update + best.again_s
     compute += step - compute - communication  # what the runtime takes to start passes
     return Prediction(
         step_time_s=step,

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from autopar.core.again import computed_again
 from autopar.core.graph import OpGraph, TensorMeta
 from autopar.core.layout import I, Layout, R
 from autopar.core.mesh import Mesh
@@ -13,7 +14,7 @@ from autopar.core.problem import Edge, Node, SearchProblem
 from autopar.core.redistribute import layout_space
 from autopar.core.rule import OpRule
 from autopar.errors import PinConflictError
-from autopar.planner.keeping import Keeping, Sharding, Use, computed_again, kept_by_selective, recompute_tables, uses
+from autopar.planner.keeping import Keeping, Sharding, Use, kept_by_selective, recompute_tables, uses
 from autopar.planner.roles import Constraints
 from autopar.planner.saved import moved_bytes, saved_values, wanting
 from autopar.planner.states import Pricing, States, layout_states, op_states, result_bytes
@@ -118,7 +119,7 @@ class ProblemBuilder:
         source, port = (param, 0) if param is not None else (self.ops[self.graph.producer[v][0]], self.graph.producer[v][1])
         if len(users) > 1:
             relays[v] = self._add_relay(v, users, source, port)
-            kept = not from_param and v in self.graph.differentiated and any(self._saves(*user) for user in users)
+            kept = not from_param and not self.keeping.gathers_again and v in self.graph.differentiated and any(self._saves(*user) for user in users)
             self._connect(v, source, port, relays[v], 0, from_param=from_param, kept=kept)
             source, port, from_param = relays[v], 0, False
         for node, k in users:

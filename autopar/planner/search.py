@@ -1,7 +1,7 @@
 """The best plan on one mesh that fits: the search's linear model of memory proposes, the liveness of the program decides."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Self
 
@@ -14,13 +14,14 @@ from autopar.core.residency import Precision
 from autopar.core.rule import OpRule
 from autopar.errors import InfeasibleError
 from autopar.planner.decode import decode
-from autopar.planner.keeping import Keeping, recomputed_early
+from autopar.planner.keeping import Keeping, gathering_again, recomputed_early
 from autopar.planner.liveness import Engine, memory_use
 from autopar.planner.pins import Pins
 from autopar.planner.problem import Ports, ProblemBuilder
 from autopar.planner.roles import Constraints, batch_factors
 from autopar.planner.rulebook import rules_of
 from autopar.planner.states import Pricing
+from autopar.planner.work import gathering_again_s
 from autopar.program import Program
 from autopar.search.lagrange import leanest
 from autopar.search.solve import solve
@@ -56,17 +57,18 @@ class Options:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A plan on one mesh, and what it was chosen from."""
+    """A plan on one mesh, and what it was chosen from. `again_s`: of a step, for what it gathers again, which the search did not see."""
 
     program: Program
     assignment: Assignment
     problem: SearchProblem
     ports: Ports
     engine: Engine
+    again_s: float = field(default=0.0, kw_only=True)
 
     @property
     def step_s(self) -> float:
-        return self.assignment.cost_s
+        return self.assignment.cost_s + self.again_s
 
     @cached_property
     def memory(self) -> MemoryUse:
@@ -133,6 +135,9 @@ class MeshSearch:
             last = self._solved(self.keeping, linear if low < linear < high and last is not found else (low + high) / 2)
             if last.memory.high_bytes > limit:
                 high = last.assignment.memory_bytes
+                leaner = self.gathering_again(last)
+                if leaner is not None and leaner.memory.high_bytes <= limit:
+                    found = min(found, leaner, key=lambda c: c.step_s)
             else:
                 low = max(low, last.assignment.memory_bytes)
                 found = min(found, last, key=lambda c: c.step_s)
@@ -149,7 +154,13 @@ class MeshSearch:
         """The fastest of the plans that the linear model takes for those of about least memory: the very least may move whole tensors to
         save a few bytes of state."""
         problem, _ = self.problem(self.keeping)
-        return self._solved(self.keeping, leanest(problem).memory_bytes * (1 + CLOSE))
+        found = self._solved(self.keeping, leanest(problem).memory_bytes * (1 + CLOSE))
+        return found if found.memory.high_bytes <= self.limit_bytes else self.gathering_again(found) or found
+
+    def gathering_again(self, found: Candidate) -> Candidate | None:
+        """A plan that keeps no results of all-gathers where this one computes again; None where that is nothing, or not allowed."""
+        program = gathering_again(found.program) if self.keeping.gathers_again else None
+        return replace(found, program=program, again_s=sum(gathering_again_s(program, self.pricing).values())) if program is not None else None
 
     def _solved(self, keeping: Keeping, linear_limit_bytes: float | None) -> Candidate:
         whole, ports = self.problem(keeping)
@@ -170,7 +181,7 @@ class MeshSearch:
 
     def _candidate(self, keeping: Keeping, problem: SearchProblem, ports: Ports, assignment: Assignment) -> Candidate:
         program = recomputed_early(decode(self.graph, self.rules, self.pricing, ports, assignment.choices, keeping))
-        return Candidate(program, assignment, problem, ports, Engine.of(self.cluster))
+        return Candidate(program, assignment, problem, ports, Engine.of(self.cluster), again_s=sum(gathering_again_s(program, self.pricing).values()))
 
     def with_micro_batches(self, graph: OpGraph, number: int) -> Self:
         """The same with this graph of one of so many microbatches."""

@@ -42,6 +42,7 @@ class Step:
     backward_workspace_bytes: int = 0
     contraction: bool = False
     collective: bool = False
+    gather: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -292,6 +293,7 @@ class _Builder:
                 gradients=((here, before.num_bytes, None if backward == "identity" else before.num_bytes),) if before.live else (),
                 backward_workspace_bytes=in_flight(backward, after.num_bytes, before.num_bytes),
                 collective=forward in COLLECTIVES,
+                gather=forward == "all_gather",
             )  # fmt: skip
         )
 

@@ -11,9 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from autopar.core.again import computed_again
 from autopar.core.graph import DTYPE_BYTES, OpGraph
 from autopar.core.moves import COLLECTIVES, step_input_bytes
-from autopar.planner.keeping import Keeping, Sharding, Use, computed_again, kept_by_selective, uses
+from autopar.core.residency import keeps_contractions
+from autopar.planner.keeping import Keeping, Sharding, Use, kept_by_selective, uses
 from autopar.planner.states import Pricing, work_of, written_beside
 from autopar.program import Program, Route, route_steps
 
@@ -57,6 +59,16 @@ def pass_seconds(program: Program, pricing: Pricing) -> tuple[float, float, floa
     found = {piece.key: piece.seconds for piece in pieces(program, pricing) if isinstance(piece.key, tuple) and piece.key[0] in ("op", "move")}
     forward, inputs, weights, *_ = np.array([NOTHING, *found.values()]).sum(axis=0).tolist()
     return forward, inputs, weights
+
+
+def gathering_again_s(program: Program, pricing: Pricing) -> dict[int, float]:
+    """Mesh axis -> seconds of a step that recomputation spends on all-gathers it repeats: part of the pieces, and of no table of a search."""
+    found: dict[int, float] = {}
+    for move in program.moves:
+        if move.again:
+            seconds = pricing.step("all_gather", move.step.axis, program.local_bytes(move.value, move.src))
+            found[move.step.axis] = found.get(move.step.axis, 0.0) + program.residency.micro_batches * seconds
+    return found
 
 
 def compute_seconds(program: Program, pricing: Pricing) -> float:
@@ -122,14 +134,14 @@ class _Pieces:
         return (forward + inside + watched, inputs + again + inside_back + watched, weights, 0.0, 0.0, 0.0)
 
     def _watched_s(self, i: int) -> float:
-        selective = self.program.residency.recompute.get(self.block.get(i, "")) == "selective"
+        selective = keeps_contractions(self.program.residency.recompute.get(self.block.get(i, ""), "none"))
         return self.pricing.cluster.host.watch_s if selective and not self.graph.differentiated.isdisjoint(self.graph.ops[i].results) else 0.0
 
     def _computed_again(self, i: int) -> float:
         """The part of an operator's forward that recomputation does again."""
         mode = self.program.residency.recompute.get(self.block.get(i, ""), "none")
         op = self.graph.ops[i]
-        if mode == "none" or (mode == "selective" and kept_by_selective(op, [self.graph.values[v].meta for v in op.operands])):
+        if mode == "none" or (keeps_contractions(mode) and kept_by_selective(op, [self.graph.values[v].meta for v in op.operands])):
             return 0.0
         return self.again.get(i, 0.0) if self.pricing.kernels.stops_early else float(not self.graph.differentiated.isdisjoint(op.results))
 
@@ -156,7 +168,7 @@ class _Pieces:
             back = 0.0
             if (v, route[: n + 1]) in self.live_moves:
                 back = self.pricing.step(step.backward, step.axis, step_input_bytes(step.backward, step, self.program.mesh, size, backward=True))
-            if self.pricing.kernels.repeats_collectives and self._computed_again(i) and step.forward in COLLECTIVES:
+            if self.program.move_of[v, route[: n + 1]].again or (self.pricing.kernels.repeats_collectives and self._computed_again(i) and step.forward in COLLECTIVES):
                 back += there
             seconds = (there, 0.0, back, 0.0, 0.0, 0.0) if v in self.weights else (there, back, 0.0, 0.0, 0.0, 0.0)
             yield Piece(maker if n < handed else i, ("move", v, route[: n + 1]), seconds)
@@ -195,6 +207,7 @@ def launches(program: Program, pricing: Pricing) -> tuple[int, int]:
             back += live * (2 if op.kind in SPLIT else 1) + (pieces_of._computed_again(i) > 0)
     for move in program.moves:
         there += COLLECTIVE_LAUNCHES * (move.step.forward in COLLECTIVES)
+        back += COLLECTIVE_LAUNCHES * move.again
         back += COLLECTIVE_LAUNCHES * (move.live and move.step.backward in COLLECTIVES)
     return there, back
 
@@ -215,7 +228,7 @@ def fused_values(program: Program) -> frozenset[int]:
 
 def _live_moves(program: Program) -> frozenset[tuple[int, Route]]:
     """(value, route up to and with a move) of the moves that a gradient comes back through."""
-    return frozenset((v, route[:n]) for v, route, live in program.moving() if live for n in range(2, len(route) + 1))
+    return frozenset((v, route[:n]) for v, route, live, _ in program.moving() if live for n in range(2, len(route) + 1))
 
 
 def _searched(graph: OpGraph) -> frozenset[int]:

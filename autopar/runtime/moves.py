@@ -63,7 +63,7 @@ def perform(move: Move, x: torch.Tensor, rank: Rank) -> torch.Tensor:
     """Run the forward primitive of a move on a real rank."""
     if move.forward not in EXCHANGES:
         return local(move, x, rank.sizes[move.axis], rank.coordinates[move.axis])
-    return taped(rank, lambda: [_exchange(move, x, rank)])[0]
+    return taped(rank, move.forward, lambda: [_exchange(move, x, rank)])[0]
 
 
 def _exchange(move: Move, x: torch.Tensor, rank: Rank) -> torch.Tensor:
@@ -113,7 +113,7 @@ def all_reduce_max(x: torch.Tensor, mesh: Rank, axis: str) -> torch.Tensor:
         mesh.count("all_reduce", axis, x)
         return [mesh.exchanges[axis].all_reduce(x.detach().contiguous(), "max")]
 
-    return taped(mesh, largest)[0]
+    return taped(mesh, "all_reduce", largest)[0]
 
 
 # The emitted code calls moves by name, so that it reads as a list of collectives.

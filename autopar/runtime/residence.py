@@ -11,6 +11,7 @@ import torch
 import torch.utils._pytree as pytree  # the public alias lacks tree_map over tuples of mixed leaves in torch 2.11
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from autopar.core.residency import gathers_again, keeps_contractions
 from autopar.runtime.rank import Rank
 
 aten = torch.ops.aten
@@ -31,10 +32,10 @@ class Unit(Protocol):
 
 
 class Tape:
-    """Results of collectives, kept while a block runs forward and played back when it is computed again."""
+    """Results of collectives, kept while a block runs forward and played back when it is computed again; of all-gathers unless they are repeated."""
 
-    def __init__(self, ranks: Sequence[Rank]) -> None:
-        self.ranks = ranks
+    def __init__(self, ranks: Sequence[Rank], *, gathers_again: bool) -> None:
+        self.ranks, self.gathers_again = ranks, gathers_again
         self.results: list[Any] = []
         self.place = (ranks[0].stream.step, ranks[0].stream.microbatch)
 
@@ -65,9 +66,9 @@ class Tape:
             rank.tape, rank.replaying = before
 
 
-def taped(rank: Rank, communicate: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
+def taped(rank: Rank, primitive: str, communicate: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
     """Run a collective, or play its results back."""
-    if rank.tape is None:
+    if rank.tape is None or (primitive == "all_gather" and rank.tape.gathers_again):
         return communicate()
     if rank.replaying:
         return [x.detach() for x in rank.tape.results.pop(0)]
@@ -93,8 +94,8 @@ def run(function: Callable, args: Sequence[Any], ranks: Sequence[Rank], unit: Un
 def _checkpointed(function: Callable, args: Sequence[Any], ranks: Sequence[Rank], unit: Unit | None, recompute: str) -> Any:
     """A block of which little is kept. Weights are gathered outside what selective recomputation watches: it numbers operators, and
     the second gather fetches other neighbours than the first."""
-    tape = Tape(ranks)
-    first, again = selective_contexts() if recompute == "selective" else (nullcontext(), nullcontext())
+    tape = Tape(ranks, gathers_again=gathers_again(recompute))
+    first, again = selective_contexts() if keeps_contractions(recompute) else (nullcontext(), nullcontext())
 
     def whole(*given: Any) -> Any:
         given = given if unit is None else tuple(unit.gather(given)[0])

@@ -61,7 +61,7 @@ def perform_all(move: Move, xs: Sequence[torch.Tensor], ranks: Sequence[Rank], o
                 results[r] = after(move, item)
         return results
 
-    return taped(ranks[0], communicate)
+    return taped(ranks[0], move.forward, communicate)
 
 
 class _PerformAll(torch.autograd.Function):

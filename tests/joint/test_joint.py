@@ -102,7 +102,7 @@ def test_no_even_cut_has_fewer_blocks_ahead() -> None:
 
 def test_shardings_for_blocks_that_are_computed_again_are_tried() -> None:
     """Where memory binds, other shardings are planned than those that are fastest."""
-    joint = joint_search(LLAMA, A100, 16, memory_share=0.06)
+    joint = joint_search(LLAMA, A100, 16, memory_share=0.04)
     search = PointSearch(joint, Point(2, 4, 1, 4, 4))
     search.ideal_s(Ideal(A100, joint.run))
     free = {tuple(program.strategies) for program in search._programs()}
