@@ -19,7 +19,9 @@ from autopar.planner.states import Pricing
 from autopar.program import Program
 
 STEADY_ROUNDS = 3
-"""After so many, see `steady`."""
+"""After so many at least, see `steady`; and not before so many passes are timed:"""
+
+TIMED_PASSES = 2048
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class Deep:
     @cached_property
     def step_s(self) -> float:
         """Of a step; long ones from the rounds of a short one."""
-        return steady(self.order.num_microbatches, self.order.num_ranks, STEADY_ROUNDS, self._timed)
+        rounds = max(STEADY_ROUNDS, TIMED_PASSES // (len(self.depths) * self.order.num_ranks))
+        return steady(self.order.num_microbatches, self.order.num_ranks, rounds, self._timed)
 
     def _timed(self, num_microbatches: int) -> float:
         n, message, stages = len(self.depths), self.light.message, self.light.stages

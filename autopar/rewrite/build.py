@@ -13,6 +13,7 @@ from autopar.rewrite.check import check_emitted, check_program
 from autopar.rewrite.emit import emit
 from autopar.rewrite.spelling import spell
 from autopar.rewrite.split import put_off_weight_gradients
+from autopar.rewrite.tied import add_rows_where_tied
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,13 @@ def build(program: Program, traced: Any, device: torch.device | None = None, *, 
     """Emit a program for a device; raises VerificationError if what came out is not what the plan says. `split_backward`: gradients of
     weights can be put off."""
     check_program(program)
-    emitted = emit(program, traced.gm, traced.node_of, device or torch.device("cpu"))
+    device = device or torch.device("cpu")
+    emitted = emit(program, traced.gm, traced.node_of, device)
     check_emitted(program, emitted.graph)
     if split_backward:
         put_off_weight_gradients(emitted, program)
+    else:
+        add_rows_where_tied(emitted, program, device)
     spell(emitted.graph)
     split = split_into_blocks(emitted, program)
     return Built(split.module, emitted.inputs, split.positions)

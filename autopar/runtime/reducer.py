@@ -75,6 +75,9 @@ class Reducer:
 
     def _arrived(self, v: int) -> None:
         bucket, i = self.place_of.get(v, (None, 0))
+        leaf = self.leaves[v]
+        if leaf.grad is not None and leaf.grad.is_sparse:  # a table of which only rows took part (`rewrite/tied.py`)
+            leaf.grad = leaf.grad.to_dense()
         if not self.enabled and (bucket is None or bucket.stage < 2):
             return
         self._arm()

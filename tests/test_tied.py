@@ -1,0 +1,35 @@
+"""Tables that are looked up and used whole: the gradient of the look-up comes as rows, and nobody sees a sparse one."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from autopar.core.cluster import Cluster
+from autopar.core.mesh import Mesh
+from autopar.models.load import load_model
+from autopar.planner.plan import plan_graph
+from autopar.rewrite.build import build
+from autopar.runtime.rank import Rank
+from autopar.runtime.reducer import Reducer
+from autopar.trace.capture import trace
+
+
+@pytest.mark.parametrize("name,tables", [("gpt2-tiny", 1), ("llama-tiny", 0), ("t5-tiny", 2)])
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
+def test_rows_are_asked_for_where_a_table_is_tied(name: str, tables: int, split: bool) -> None:
+    loaded = load_model(name, batch=4, device="meta")
+    traced = trace(loaded.module, (), loaded.kwargs)
+    built = build(plan_graph(traced.graph, Cluster.local(1)).program, traced, split_backward=split)
+    nodes = [n for part in (built.module, *built.module.children()) for n in part.graph.nodes]
+    assert sum(n.op == "call_function" and n.target in (torch.embedding, F.embedding) and n.args[-1] is True for n in nodes) == (0 if split else tables)
+
+
+def test_a_backward_of_the_rows_alone_leaves_a_dense_gradient() -> None:
+    mesh, found = Mesh.of(dp=1), {}
+    table = torch.randn(8, 3, requires_grad=True)
+    reducer = Reducer([], {0: table}, Rank(mesh, 0, torch.device("cpu")), found.__setitem__)
+    (F.embedding(torch.tensor([1, 2, 1]), table, sparse=True).sum() * 2).backward()
+    want = torch.zeros(8, 3)
+    want[1], want[2] = 4, 2
+    assert reducer.leaves[0].grad is None and found[0].layout == torch.strided
+    torch.testing.assert_close(found[0], want)
