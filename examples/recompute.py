@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import autopar
-from autopar.core.residency import RECOMPUTE
+from autopar.core.residency import MODES
 from autopar.runtime.launch import Worker, launch
 
 LEARNING_RATE = 1e-4
@@ -120,7 +120,7 @@ def measure(worker: Worker, settings: Settings, plans: list[str]) -> None:
     warnings.simplefilter("ignore")
     expected = train_alone(settings) if worker.rank == 0 else None
     batches = settings.batches()
-    for mode, text in zip(RECOMPUTE, plans, strict=True):
+    for mode, text in zip(MODES, plans, strict=True):
         plan = autopar.Plan.from_json(text)
         model = autopar.parallelize(settings.model(), autopar.Cluster.local(settings.processes), batches[0], plan=plan)
         optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)
@@ -145,7 +145,7 @@ def run(settings: Settings) -> list[Row]:
     with torch.device("meta"):
         model, batch = settings.model(), settings.batches()[0]
     cluster = autopar.Cluster.local(settings.processes)
-    plans = [autopar.plan(model, cluster, batch, pins=(f"dp={settings.processes}", f"recompute={mode}")).to_json() for mode in RECOMPUTE]
+    plans = [autopar.plan(model, cluster, batch, pins=(f"dp={settings.processes}", f"recompute={mode}")).to_json() for mode in MODES]
     rows: list[Row] = []
     launch(measure, settings.processes, settings, plans, on_message=rows.append, preload=("autopar.api",))
     return rows

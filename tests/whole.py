@@ -22,6 +22,7 @@ from autopar.planner.states import Pricing
 from autopar.program import Program
 from autopar.rewrite.build import build
 from autopar.runtime.rank import Rank, Stream
+from autopar.runtime.reducer import make_dense
 from autopar.runtime.reference import Reference
 from autopar.trace.capture import Traced, trace
 from tests.harness import Lockstep, Outcome, collect, distribute, gradients, relative_error, run_backward
@@ -139,6 +140,8 @@ class ModelCase:
         outcome = self._check_outputs(program, outs, updates)
         losses = self._loss(outs)
         run_backward(losses, [torch.ones_like(y) for y in losses])
+        for part in (part for column in columns.values() for part in column):
+            make_dense(part)
         outcome = outcome.worse(self._check_gradients(program, columns, lockstep.ranks))
         return outcome.worse(Outcome(ledger=lockstep.counted(program.ledger)))
 

@@ -19,6 +19,12 @@ Deliver = Callable[[int, torch.Tensor], None]
 """Takes (parameter, complete gradient of this rank's stored part)."""
 
 
+def make_dense(leaf: torch.Tensor) -> None:
+    """Where only look-ups took part in a backward, the gradient of a tied table is rows alone (`rewrite/tied.py`)."""
+    if leaf.grad is not None and leaf.grad.is_sparse:
+        leaf.grad = leaf.grad.to_dense()
+
+
 @dataclass(eq=False)
 class Bucket:
     """Gradients that travel together: reduce-scattered over `scatter`, then summed over `rest` (axes joined by '+', '' for none).
@@ -75,9 +81,7 @@ class Reducer:
 
     def _arrived(self, v: int) -> None:
         bucket, i = self.place_of.get(v, (None, 0))
-        leaf = self.leaves[v]
-        if leaf.grad is not None and leaf.grad.is_sparse:  # a table of which only rows took part (`rewrite/tied.py`)
-            leaf.grad = leaf.grad.to_dense()
+        make_dense(self.leaves[v])
         if not self.enabled and (bucket is None or bucket.stage < 2):
             return
         self._arm()

@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from autopar.program import Program
 from autopar.runtime.pieces import Cut
 from autopar.runtime.rank import Rank
+from autopar.runtime.reducer import make_dense
 from autopar.runtime.simulate import Simulation, simulated_ranks
 from autopar.runtime.weights import shard
 
@@ -131,6 +132,9 @@ class SimulatedModule:
         """One backward, of all ranks together."""
         if tensors:
             torch.autograd.backward(tensors, grads)
+        for leaves in self.leaves:
+            for leaf in leaves.values():
+                make_dense(leaf)
         self._scatter_appeared()
 
     def gradients(self) -> list[list[torch.Tensor | None]]:
