@@ -14,7 +14,6 @@ RECOMPUTE = ("none", "selective", "selective" + GATHER, "full", "full" + GATHER)
 collectives. What is not kept is computed again. With `+gather` the results of all-gathers are not kept but gathered again, as Megatron-LM does under
 sequence parallelism (Korthikanti et al. 2022, section 4.2.2); no other collective is repeated."""
 
-
 MODES = tuple(mode for mode in RECOMPUTE if not mode.endswith(GATHER))
 """Those that a search over operators tells apart: what a mode that gathers again costs depends on both ends of every edge, and is known of a program."""
 

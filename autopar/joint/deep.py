@@ -19,9 +19,10 @@ from autopar.planner.states import Pricing
 from autopar.program import Program
 
 STEADY_ROUNDS = 3
-"""After so many at least, see `steady`; and not before so many passes are timed:"""
+"""After so many at least, see `steady`."""
 
 TIMED_PASSES = 2048
+"""Rounds of so many forwards are timed rather than taken from fewer."""
 
 
 @dataclass(frozen=True)
