@@ -39,6 +39,7 @@ class _Product(torch.autograd.Function):
         return None, None, dx, None
 
 
+@torch.no_grad()
 def weight_gradient(weight: torch.Tensor, x: torch.Tensor, grad: torch.Tensor, transposed: bool) -> torch.Tensor | None:
     """The half that was put off; None where it could be added to what earlier microbatches have left: that saves writing it and reading it again."""
     x, grad = x.flatten(0, -2), grad.flatten(0, -2)

@@ -1,4 +1,4 @@
-"""Tables that are looked up and used whole: the gradient of the look-up comes as rows, and nobody sees a sparse one."""
+"""Gradients that are added where others lie: of tables that are looked up and used whole, and of weights that a split backward puts off."""
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from autopar.planner.plan import plan_graph
 from autopar.rewrite.build import build
 from autopar.runtime.rank import Rank
 from autopar.runtime.reducer import Reducer
+from autopar.runtime.split import weight_gradient
 from autopar.trace.capture import trace
 
 
@@ -33,3 +34,11 @@ def test_a_backward_of_the_rows_alone_leaves_a_dense_gradient() -> None:
     want[1], want[2] = 4, 2
     assert reducer.leaves[0].grad is None and found[0].layout == torch.strided
     torch.testing.assert_close(found[0], want)
+
+def test_gradients_put_off_keep_no_graph() -> None:
+    """Microbatches after the first add to a gradient in place, outside of any backward."""
+    weight, x = torch.randn(3, 4, requires_grad=True), torch.randn(2, 4, requires_grad=True) * 2
+    weight.grad = torch.ones(3, 4)
+    assert weight_gradient(weight, x, torch.ones(2, 3), transposed=True) is None
+    assert not weight.grad.requires_grad
+    torch.testing.assert_close(weight.grad, 1 + x.detach().sum(0).expand(3, 4))
