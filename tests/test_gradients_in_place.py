@@ -1,9 +1,13 @@
 """Gradients that are added where others lie: of tables that are looked up and used whole, and of weights that a split backward puts off."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+import autopar
 from autopar.core.cluster import Cluster
 from autopar.core.mesh import Mesh
 from autopar.models.load import load_model
@@ -34,6 +38,25 @@ def test_a_backward_of_the_rows_alone_leaves_a_dense_gradient() -> None:
     want[1], want[2] = 4, 2
     assert reducer.leaves[0].grad is None and found[0].layout == torch.strided
     torch.testing.assert_close(found[0], want)
+
+
+class Tied(nn.Module):
+    """Some rows are looked up more often than others; `options`: of the look-up."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.table = nn.Embedding(8, 4, **options)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.table(x) @ self.table.weight.t()).square().mean()
+
+
+@pytest.mark.parametrize("options", [{}, {"padding_idx": 1}, {"scale_grad_by_freq": True}, {"padding_idx": 1, "scale_grad_by_freq": True}], ids=str)
+def test_what_else_a_look_up_asks_for_is_kept(options: dict[str, Any]) -> None:
+    model, batch = Tied(**options), (torch.tensor([[1, 2, 1, 5], [3, 1, 2, 2]]),)
+    plan = autopar.plan(model, Cluster.local(1), batch)
+    assert autopar.verify(model, plan, batch).equal
+
 
 def test_gradients_put_off_keep_no_graph() -> None:
     """Microbatches after the first add to a gradient in place, outside of any backward."""

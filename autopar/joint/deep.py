@@ -7,7 +7,7 @@ from functools import cached_property
 from itertools import accumulate
 
 from autopar.core.memory import MemoryUse
-from autopar.core.residency import gathers_again
+from autopar.core.residency import GATHER, gathers_again
 from autopar.core.schedule import Edge
 from autopar.core.unroll import Run
 from autopar.cost_models.pipeline import StageCost
@@ -38,7 +38,8 @@ class Sharding:
             again = {block: mode for block in shown(run) if mode != "none"}
             others = {block: m for block, m in program.residency.recompute.items() if block not in shown(run)}
             under = replace(program, residency=replace(program.residency, recompute={**others, **again}))
-            if not gathers_again(mode) or any(move.again for move in under.moves):
+            as_well = gathers_again(mode) and mode.removesuffix(GATHER) in modes
+            if not as_well or any(move.again for move in under.moves):
                 made.append((mode, Kinds(under, pricing, run, engine)))
         return cls(tuple(sorted(made, key=lambda mode: sum(mode[1].seconds[MIDDLE][:3]))))
 

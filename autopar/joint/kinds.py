@@ -155,7 +155,8 @@ class Mixture:
         counts = np.array(held_counts(order.schedule, order.num_ranks, order.num_microbatches, order.virtual)[rank])
         kept = int((counts @ np.array([self.cost(*stage).activation_bytes for stage in held])).max())
         whole = {part: sum(getattr(states[k], part) + (depth.blocks - SHOWN_BY[k]) * getattr(states[MIDDLE], part) for k, depth in held) for part in STATE}
-        light, heavy = ({k for k, depth in held if shows(depth)} for shows in (lambda d: d.heavy < d.blocks, lambda d: d.heavy))
+        light = {k for k, depth in held if depth.heavy < depth.blocks}
+        heavy = {k for k, depth in held if depth.heavy}
         message = max(self.light.message.activation_bytes, self.light.message.gradient_bytes) if order.num_ranks > 1 else 0
         queued = Beside(communication=RECEIVES_AHEAD * message, unsettled=SENDS_BEHIND * len(held) * message)
         computing = [(self.light, k) for k in sorted(light)] + [(self.heavy, k) for k in sorted(heavy)]

@@ -160,7 +160,10 @@ class MeshSearch:
     def gathering_again(self, found: Candidate) -> Candidate | None:
         """A plan that keeps no results of all-gathers where this one computes again; None where that is nothing, or not allowed."""
         program = gathering_again(found.program) if self.keeping.gathers_again else None
-        return replace(found, program=program, again_s=sum(gathering_again_s(program, self.pricing).values())) if program is not None else None
+        return replace(found, program=program, again_s=self._again_s(program)) if program is not None else None
+
+    def _again_s(self, program: Program) -> float:
+        return sum(gathering_again_s(program, self.pricing).values())
 
     def _solved(self, keeping: Keeping, linear_limit_bytes: float | None) -> Candidate:
         whole, ports = self.problem(keeping)
@@ -181,7 +184,7 @@ class MeshSearch:
 
     def _candidate(self, keeping: Keeping, problem: SearchProblem, ports: Ports, assignment: Assignment) -> Candidate:
         program = recomputed_early(decode(self.graph, self.rules, self.pricing, ports, assignment.choices, keeping))
-        return Candidate(program, assignment, problem, ports, Engine.of(self.cluster), again_s=sum(gathering_again_s(program, self.pricing).values()))
+        return Candidate(program, assignment, problem, ports, Engine.of(self.cluster), again_s=self._again_s(program))
 
     def with_micro_batches(self, graph: OpGraph, number: int) -> Self:
         """The same with this graph of one of so many microbatches."""

@@ -29,7 +29,7 @@ POINTS = {
 }
 
 
-@pytest.mark.parametrize("modes", [("none", "full"), ("selective", "full")], ids="-".join)
+@pytest.mark.parametrize("modes", [("none", "full"), ("selective", "full"), ("selective+gather", "full+gather")], ids="-".join)
 @pytest.mark.parametrize("case", POINTS)
 @pytest.mark.parametrize("dims", [LLAMA, GPT], ids=["llama", "gpt"])
 def test_stages_from_three_blocks_are_those_of_the_whole_graph(dims, case: str, modes: tuple[str, str]) -> None:
@@ -48,7 +48,7 @@ def test_stages_from_three_blocks_are_those_of_the_whole_graph(dims, case: str, 
         assert (ours.gather_s, ours.reduce_s) == pytest.approx((its.gather_s, its.reduce_s), rel=0.05)  # buckets of another total
         assert ours.activation_bytes == pytest.approx(its.activation_bytes, rel=0.01)
     assert deep.step_s == pytest.approx(whole.step_s, rel=0.01)
-    assert deep.memory.high_bytes == pytest.approx(whole.memory.high_bytes, rel=0.1)
+    assert deep.memory.high_bytes == pytest.approx(whole.memory.high_bytes, rel=0.06)  # likewise, in small models
 
 
 def test_least_steps_are_under_all_cuts_of_random_stages() -> None:
@@ -108,6 +108,16 @@ def test_shardings_for_blocks_that_are_computed_again_are_tried() -> None:
     free = {tuple(program.strategies) for program in search._programs()}
     assert search.fitting_s() > search.fastest_s()
     assert len({tuple(program.strategies) for program in search._programs()} - free) > 1
+
+
+@pytest.mark.parametrize("mode", ["full", "selective+gather", "full+gather"])
+def test_a_pinned_mode_is_taken_whether_or_not_a_sharding_gathers(mode: str) -> None:
+    joint = joint_search(LLAMA, A100, 16, (f"recompute={mode}",))
+    for point in (Point(1, 8, 1, 1, 16), Point(1, 1, 8, 4, 4)):
+        search = PointSearch(joint, point)
+        search.ideal_s(Ideal(A100, joint.run))
+        for program in search._programs():
+            assert [m for m, _ in Sharding.of(program, search.pricing, joint.run, Engine.of(A100), search.keeping.programs).modes] == [mode]
 
 
 def everything(joint: JointSearch) -> list[tuple[Point, float]]:
