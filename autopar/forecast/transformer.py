@@ -213,7 +213,7 @@ class _Builder:
         given = [q, k, v, *([beside["alibi"]] if "alibi" in beside else [])]
         mixed = self.op(kind, given, (*self.shape(q)[:3], dims.head_dim), args | ({"site": len(self.ops)} if written_out else {}), at="attention")
         mixed = self.transposed(mixed)
-        if not dims.packed:
+        if written_out and not dims.packed:
             mixed = self.unary("aten.clone.default", mixed)
         shape = self.batch, dims.seq, dims.heads * dims.head_dim
         return self.linear(self.op("aten.reshape.default", [mixed], shape, {"self": Operand(0), "shape": shape}), "o", dims.hidden)

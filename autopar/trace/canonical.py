@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from autopar.trace.fused import fuse_formulas
 from autopar.trace.operators import OPS
 
 aten = torch.ops.aten
@@ -62,9 +63,16 @@ def drop_copies(gm: GraphModule) -> None:
     for target in (aten.clone.default, aten.alias.default):
         for node in gm.graph.find_nodes(op="call_function", target=target):
             source = node.args[0]
-            if not node.kwargs and source.op == "call_function" and node not in results:
+            if (not node.kwargs or _is_dense(node, source)) and source.op == "call_function" and node not in results:
                 node.replace_all_uses_with(source)
                 gm.graph.erase_node(node)
+
+
+def _is_dense(copy: Node, source: Node) -> bool:
+    """Whether this copy, which `contiguous` left, is none in eager mode: fused attention writes the heads of a row side by side. Reshapes look again."""
+    maker = source.args[0] if source.target is aten.transpose.int else None
+    fused = isinstance(maker, Node) and maker.target is aten.scaled_dot_product_attention.default and bound(maker)["dropout_p"] == 0
+    return fused and all(user.target is aten.reshape.default for user in copy.users)
 
 
 def write_out_copies(gm: GraphModule) -> None:
@@ -181,7 +189,7 @@ def write_out_batch_norm(gm: GraphModule) -> None:
         gm.graph.erase_node(node)
 
 
-PASSES = (drop_asserts, drop_plain_inputs, views_to_reshapes, drop_copies, write_out_copies, write_out_cross_entropy, write_out_losses, write_out_batch_norm, write_out_random_ops)
+PASSES = (drop_asserts, drop_plain_inputs, views_to_reshapes, drop_copies, fuse_formulas, write_out_copies, write_out_cross_entropy, write_out_losses, write_out_batch_norm, write_out_random_ops)
 
 
 def number_sites(gm: GraphModule) -> None:
