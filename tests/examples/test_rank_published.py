@@ -35,7 +35,9 @@ def test_plans_of_one_setting_compete_and_the_measured_best_is_held_against_the_
     assert [p.case.row.id for p in group.plans] == ["own-0", "own-1", "own-2"], "a plan measured twice is one, other sequences are another group"
     assert [p.measured_s for p in group.plans] == [3.0, 2.0, 5.0]
     assert group.best_measured.case.plan.layout.tp == 2
-    assert group.regret == group.plans[1].predicted_s / min(p.predicted_s for p in group.plans) > 1
+    assert group.ratio == group.plans[1].predicted_s / min(p.predicted_s for p in group.plans) > 1
+    fastest = min(group.plans, key=lambda p: p.predicted_s)
+    assert group.lost == fastest.measured_s / 2.0 > 1
     assert not ranking.groups(rows[:2]) and not ranking.groups(rows, words="somebody")
 
 
