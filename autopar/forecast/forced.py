@@ -128,7 +128,7 @@ def _decided(dims: Dims, layout: Layout3D) -> Program:
     graph, pricing = transformer_graph(dims, layout.micro_batch * layout.dp, cut_rows=layout.cp > 1), Pricing(cluster, layout.mesh)
     rules = rules_of(graph)
     keeping = Keeping(stages=(layout.zero,), precision=Precision(master="float32"))
-    constraints = Constraints(layout.mesh, Pins(named=tuple(_pins(layout))), strict=True)
+    constraints = Constraints(layout.mesh, Pins(named=tuple(pins_of(layout))), strict=True)
     problem, ports = ProblemBuilder(graph, rules, batch_factors(graph, rules), pricing, constraints, keeping).build(None)
     program = decode(graph, rules, pricing, ports, solve(problem, use_ilp="never").choices, keeping)
     nested = [p for layout in program.produced for p in layout if p.kind == "S" and p.outer > 1]
@@ -141,7 +141,7 @@ def _padded(dims: Dims, padding: int) -> Dims:
     return replace(dims, vocab=dims.vocab + padding)
 
 
-def _pins(layout: Layout3D) -> Iterator[Pin]:
+def pins_of(layout: Layout3D) -> Iterator[Pin]:
     """On every axis the factor that operators are cut by, by patterns of their names."""
     if layout.ep > 1:
         patterns = [pattern.replace("*", "?") for pattern in _everywhere("b0")] + ["blocks.?.norm?", "blocks.?.router"]
