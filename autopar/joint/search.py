@@ -260,7 +260,7 @@ class PointSearch:
         best: Found | None = None
         for program in self._programs(lambda: best.step_s if best else below_s):
             sharding = Sharding.of(program, self.pricing, self.joint.run, Engine.of(self.joint.cluster), self.keeping.programs)
-            light = sharding.modes[0][1]
+            light = sharding.modes[0]
             for order in self.orders:
                 made = mixed(sharding, order, even_depths(light, order.num_stages), limit_bytes, best.step_s if best else below_s)
                 best = Found(self, made, limit_bytes) if made is not None else best

@@ -38,7 +38,7 @@ def test_stages_from_three_blocks_are_those_of_the_whole_graph(dims, case: str, 
     search = PointSearch(joint, point)
     search.ideal_s(Ideal(A100, joint.run))
     program = next(search._programs())
-    sharding = dict(Sharding.of(program, search.pricing, joint.run, Engine.of(A100), modes).modes)
+    sharding = {kinds.mode: kinds for kinds in Sharding.of(program, search.pricing, joint.run, Engine.of(A100), modes).modes}
     light, heavy = (sharding[mode] for mode in modes)
     depths = tuple(Depth(d.blocks, s % (d.blocks + 1)) for s, d in enumerate(even_depths(light, order.num_stages)))
     deep = Deep(light, heavy, order, depths)
@@ -59,7 +59,7 @@ def test_least_steps_are_under_all_cuts_of_random_stages() -> None:
         order = Order("1f1b", ranks, number)
         search = PointSearch(joint, Point(ranks, 8 // ranks if ranks != 3 else 2, 1, number, 4))
         search.ideal_s(Ideal(A100, joint.run))
-        light = Sharding.of(next(search._programs()), search.pricing, joint.run, Engine(), ("none",)).modes[0][1]
+        light = Sharding.of(next(search._programs()), search.pricing, joint.run, Engine(), ("none",)).modes[0]
         seconds = [sum(kind[:3]) for kind in light.seconds]
         ends = Parts(seconds[1], seconds[0] - seconds[1], seconds[2] - seconds[1])
         bound = least_step_s(order, LLAMA.layers, [[Line(number * ends.block)]] * ranks, ends.times(number), ends)
@@ -81,7 +81,7 @@ def test_no_cut_beats_the_bound_where_sums_of_gradients_hide(virtual: int, zero:
         search = PointSearch(joint, point)
         search.ideal_s(Ideal(A100, joint.run))
         (order,) = search.orders
-        light = Sharding.of(next(search._programs()), search.pricing, joint.run, Engine(), ("none",)).modes[0][1]
+        light = Sharding.of(next(search._programs()), search.pricing, joint.run, Engine(), ("none",)).modes[0]
         cuts = combinations(range(1, short.layers), order.num_stages - 1)
         depths = [[b - a for a, b in pairwise((0, *cut, short.layers))] for cut in cuts]
         steps = [Deep(light, light, order, tuple(map(Depth, each))).step_s for each in Random(2).sample(depths, min(len(depths), 24))]
@@ -117,7 +117,7 @@ def test_a_pinned_mode_is_taken_whether_or_not_a_sharding_gathers(mode: str) -> 
         search = PointSearch(joint, point)
         search.ideal_s(Ideal(A100, joint.run))
         for program in search._programs():
-            assert [m for m, _ in Sharding.of(program, search.pricing, joint.run, Engine.of(A100), search.keeping.programs).modes] == [mode]
+            assert [kinds.mode for kinds in Sharding.of(program, search.pricing, joint.run, Engine.of(A100), search.keeping.programs).modes] == [mode]
 
 
 def everything(joint: JointSearch) -> list[tuple[Point, float]]:
