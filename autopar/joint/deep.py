@@ -28,20 +28,27 @@ TIMED_PASSES = 2048
 
 @dataclass(frozen=True)
 class Sharding:
-    """One sharding under each mode of recomputation that may be mixed, the fastest first."""
+    """One sharding under the modes of recomputation of its blocks that it may mix."""
 
-    modes: tuple[Kinds, ...]
+    cut: Cut
+    given: tuple[str, ...]
 
     @classmethod
     def of(cls, program: Program, pricing: Pricing, run: Run, engine: Engine, modes: Sequence[str]) -> "Sharding":
-        cut = Cut(program, pricing, run, engine)
-        made = []
-        for mode in modes:
-            kinds = Kinds(cut, mode)
-            as_well = gathers_again(mode) and mode.removesuffix(GATHER) in modes
-            if not as_well or any(move.again for move in kinds.program.moves):
-                made.append(kinds)
-        return cls(tuple(sorted(made, key=lambda kinds: kinds.block_s)))
+        return cls(Cut(program, pricing, run, engine), tuple(modes))
+
+    @cached_property
+    def light(self) -> Kinds:
+        """The fastest, which computes nothing again where it may."""
+        return Kinds(self.cut, "none") if "none" in self.given else self.modes[0]
+
+    @cached_property
+    def modes(self) -> tuple[Kinds, ...]:
+        """The fastest first. What gathers again is another mode only where there is something to gather."""
+        made = [self.light if mode == "none" else Kinds(self.cut, mode) for mode in self.given]
+        as_well = {k.mode for k in made if gathers_again(k.mode) and k.mode.removesuffix(GATHER) in self.given}
+        differ = [k for k in made if k.mode not in as_well or any(move.again for move in k.program.moves)]
+        return tuple(sorted(differ, key=lambda kinds: kinds.block_s))
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +143,8 @@ def mixed(sharding: Sharding, order: Order, depths: Sequence[Depth], limit_bytes
     None where none fits, or none takes less than `below_s`.
     """
     best: Deep | None = None
+    if Deep(sharding.light, sharding.light, order, tuple(depths)).least_s >= below_s:
+        return None
     for a, light in enumerate(sharding.modes):
         if Deep(light, light, order, tuple(depths)).least_s >= below_s:
             break  # heavier modes take longer

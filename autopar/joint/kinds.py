@@ -71,16 +71,20 @@ class Cut:
         return cut_into_stages(self.program, Pipeline(3, tuple(first_op[block] for block in shown(self.run)[1:])))
 
     @cached_property
+    def programs(self) -> Sequence[Program]:
+        return PerKind(lambda kind: self.program if kind == ALL else self.stages.stages[kind].program)
+
+    @cached_property
     def walks(self) -> Sequence[Liveness]:
-        return PerKind(lambda kind: Liveness.of(self.program if kind == ALL else self.stages.stages[kind].program))
+        return PerKind(lambda kind: Liveness.of(self.programs[kind]))
 
     @cached_property
     def put_off_bytes(self) -> Sequence[int]:
-        return PerKind(lambda kind: put_off_bytes(self.walks[kind].program, range(len(self.walks[kind].program.graph.ops))))
+        return PerKind(lambda kind: put_off_bytes(self.programs[kind], range(len(self.programs[kind].graph.ops))))
 
     @cached_property
     def states(self) -> Sequence[Beside]:
-        return PerKind(lambda kind: state_of(self.walks[kind].program))
+        return PerKind(lambda kind: state_of(self.programs[kind]))
 
     @cached_property
     def message(self) -> EdgeCost:
@@ -103,17 +107,24 @@ class Kinds:
         return {**{block: mode for block, mode in given.items() if block not in run}, **again}
 
     @cached_property
+    def programs(self) -> Sequence[Program]:
+        return PerKind(lambda kind: self._in_mode(self.cut.programs[kind]))
+
+    def _in_mode(self, program: Program) -> Program:
+        return replace(program, residency=replace(program.residency, recompute=self._recompute))
+
+    @cached_property
     def walks(self) -> Sequence[Liveness]:
-        return PerKind(lambda kind: self.cut.walks[kind].computing_again(self._recompute))
+        return PerKind(lambda kind: replace(self.cut.walks[kind], program=self.programs[kind]))
 
     @property
     def program(self) -> Program:
         """With all three blocks."""
-        return self.walks[ALL].program
+        return self.programs[ALL]
 
     @cached_property
     def seconds(self) -> Sequence[Sequence[float]]:
-        return PerKind(lambda kind: total_seconds(self.walks[kind].program, self.cut.pricing).tolist())
+        return PerKind(lambda kind: total_seconds(self.programs[kind], self.cut.pricing).tolist())
 
     @property
     def block_s(self) -> float:

@@ -342,10 +342,6 @@ class Liveness:
     def of(cls, program: Program) -> "Liveness":
         return cls(program, steps_of(program), Holdings(program))
 
-    def computing_again(self, recompute: Mapping[str, str]) -> "Liveness":
-        """With these modes of recomputation by block."""
-        return replace(self, program=replace(self.program, residency=replace(self.program.residency, recompute=recompute)))
-
     def _walk(self, engine: Engine) -> _Walk:
         return _Walk(self.program, self.steps, self.holdings, resident(self.program, self.holdings), engine)
 
