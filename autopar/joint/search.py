@@ -24,6 +24,7 @@ from autopar.core.cluster import Cluster
 from autopar.core.graph import OpGraph
 from autopar.core.layout import Layout
 from autopar.core.memory import MemoryUse
+from autopar.core.mesh import Mesh
 from autopar.core.problem import Edge, Node, SearchProblem
 from autopar.core.units import size
 from autopar.core.unroll import Run
@@ -159,6 +160,17 @@ class JointSearch:
     def _tasks(self) -> dict[int, Task]:
         return {}
 
+    def pricing(self, point: Point) -> Pricing:
+        """Of its mesh, which microbatches of other sizes share: parameters move alike."""
+        key = point.num_ranks, point.mesh
+        if key not in self._pricings:
+            self._pricings[key] = Pricing(self.cluster, point.mesh, (point.num_ranks, 0))
+        return self._pricings[key]
+
+    @cached_property
+    def _pricings(self) -> dict[tuple[int, Mesh], Pricing]:
+        return {}
+
 
 @dataclass
 class PointSearch:
@@ -175,9 +187,9 @@ class PointSearch:
     def orders(self) -> tuple[Order, ...]:
         return tuple(orders(self.point, self.joint.run.depth, self.joint.pins))
 
-    @cached_property
+    @property
     def pricing(self) -> Pricing:
-        return Pricing(self.joint.cluster, self.point.mesh, (self.point.num_ranks, 0))
+        return self.joint.pricing(self.point)
 
     # --- bounds ----------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """What the joint search says of a plan is what the whole graph says; it finds the best of all points, and its bound is under every plan."""
 
 from dataclasses import replace
-from itertools import combinations, pairwise, product
+from itertools import combinations, combinations_with_replacement, pairwise, product
 from random import Random
 
 import pytest
@@ -142,6 +142,58 @@ def test_the_best_of_all_points_is_found_and_the_bound_is_under_all(share: float
     assert result.bound_s <= best * (1 + 1e-9) and result.gap < 0.3
     assert len(every) <= result.num_points
     assert result.best.memory.high_bytes <= joint.limit_bytes
+
+
+def unpruned(search: PointSearch, shardings: list[Sharding], limit_bytes: float) -> float:
+    """The fastest of all shardings, orders and pairs of modes, with as few blocks in the heavier mode as fit on every rank: all are tried, nothing is left out."""
+    steps = [float("inf")]
+    for sharding, order in product(shardings, search.orders):
+        depths = even_depths(sharding.light, order.num_stages)
+        for light, heavy in combinations_with_replacement(sharding.modes, 2):
+            deep, changed = Deep(light, heavy, order, depths), {}
+            for rank in range(order.num_ranks):
+                ways = (deep.with_heavy(rank, n) for n in range(search.joint.run.depth + 1))
+                changed |= next((way for way in ways if deep.rank_memory(rank, way).high_bytes <= limit_bytes), {})
+            if len(changed) == order.num_stages:
+                steps.append(replace(deep, depths=tuple(changed[s] for s in range(order.num_stages))).step_s)
+    return min(steps)
+
+
+@pytest.mark.parametrize(
+    ("dims", "point", "shares"), [(LLAMA, Point(2, 4, 1, 4, 4), (0.8, 0.5)), (GPT, Point(1, 4, 2, 2, 8), (0.3, 0.25))], ids=["pipeline", "whole"]
+)
+def test_what_is_left_out_of_a_point_is_no_faster(dims, point: Point, shares: tuple[float, float]) -> None:
+    """At limits that bind more and more."""
+    joint = joint_search(dims, A100, point.num_microbatches * point.samples)
+    search = PointSearch(joint, point)
+    search.ideal_s(Ideal(A100, joint.run))
+    search.fitting_s()
+    shardings = [Sharding.of(p, search.pricing, joint.run, Engine.of(A100), search.keeping.programs) for p in search._programs()]
+    roomy = search.plan(float("inf"))
+    assert roomy is not None
+    steps = [roomy.step_s]
+    for share in shares:
+        limit = share * roomy.memory.high_bytes
+        found = search.plan(limit)
+        assert found is not None and found.step_s == unpruned(search, shardings, limit) and found.memory.high_bytes <= limit
+        steps.append(found.step_s)
+    assert steps[0] <= steps[1] < steps[2]
+    assert search.plan(limit, steps[2]) is None
+    assert search.plan(limit, steps[2] * 1.01).step_s == steps[2]
+
+
+def test_no_rank_holds_less_than_what_is_known_without_its_backward() -> None:
+    joint = joint_search(LLAMA, A100, 16)
+    for point, order in ((Point(1, 4, 2, 1, 16), Order("1f1b", 1, 1)), (Point(2, 4, 1, 4, 4), Order("interleaved", 2, 4, 2))):
+        search = PointSearch(joint, point)
+        search.ideal_s(Ideal(A100, joint.run))
+        for program in search._programs():
+            sharding = Sharding.of(program, search.pricing, joint.run, Engine.of(A100), ("none", "selective", "full+gather", "full"))
+            for light, heavy in combinations(sharding.modes, 2):
+                deep = Deep(light, heavy, order, even_depths(light, order.num_stages))
+                for rank in range(order.num_ranks):
+                    for number, least in enumerate(deep.least_bytes(rank)):
+                        assert 0 < least <= deep.rank_memory(rank, deep.with_heavy(rank, number)).high_bytes
 
 
 def test_plans_bind_to_the_whole_graph_alike_every_time() -> None:
