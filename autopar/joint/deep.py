@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 
+import numpy as np
+
 from autopar.core.memory import MemoryUse
 from autopar.core.residency import GATHER, gathers_again
 from autopar.core.schedule import Edge
 from autopar.core.unroll import Run
 from autopar.cost_models.pipeline import StageCost
-from autopar.joint.fold import shown
-from autopar.joint.kinds import ALL, FIRST, LAST, MIDDLE, Depth, Kinds, Mixture
+from autopar.joint.kinds import ALL, FIRST, LAST, MIDDLE, Cut, Depth, Kinds, Mixture
 from autopar.planner.blocks import Order, steady, step_seconds
 from autopar.planner.liveness import Engine
 from autopar.planner.states import Pricing
@@ -27,21 +28,27 @@ TIMED_PASSES = 2048
 
 @dataclass(frozen=True)
 class Sharding:
-    """One sharding under each mode of recomputation that may be mixed, the fastest first."""
+    """One sharding under the modes of recomputation of its blocks that it may mix."""
 
-    modes: tuple[tuple[str, Kinds], ...]
+    cut: Cut
+    given: tuple[str, ...]
 
     @classmethod
     def of(cls, program: Program, pricing: Pricing, run: Run, engine: Engine, modes: Sequence[str]) -> "Sharding":
-        made = []
-        for mode in modes:
-            again = {block: mode for block in shown(run) if mode != "none"}
-            others = {block: m for block, m in program.residency.recompute.items() if block not in shown(run)}
-            under = replace(program, residency=replace(program.residency, recompute={**others, **again}))
-            as_well = gathers_again(mode) and mode.removesuffix(GATHER) in modes
-            if not as_well or any(move.again for move in under.moves):
-                made.append((mode, Kinds(under, pricing, run, engine)))
-        return cls(tuple(sorted(made, key=lambda mode: sum(mode[1].seconds[MIDDLE][:3]))))
+        return cls(Cut(program, pricing, run, engine), tuple(modes))
+
+    @cached_property
+    def light(self) -> Kinds:
+        """The fastest, which computes nothing again where it may."""
+        return Kinds(self.cut, "none") if "none" in self.given else self.modes[0]
+
+    @cached_property
+    def modes(self) -> tuple[Kinds, ...]:
+        """The fastest first. What gathers again is another mode only where there is something to gather."""
+        made = [self.light if mode == "none" else Kinds(self.cut, mode) for mode in self.given]
+        as_well = {k.mode for k in made if gathers_again(k.mode) and k.mode.removesuffix(GATHER) in self.given}
+        differ = [k for k in made if k.mode not in as_well or any(move.again for move in k.program.moves)]
+        return tuple(sorted(differ, key=lambda kinds: kinds.block_s))
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +78,7 @@ class Deep:
         work = [c.forward_s + c.input_gradient_s + c.weight_gradient_s for c in self.costs]
         ways, ranks = accumulate(work, initial=0.0), range(self.order.num_ranks)
         found = max(way + sum(self.order.num_microbatches * work[s] for s in self.held(rank)) for rank, way in zip(ranks, ways))
-        return found / self.light.pricing.cluster.crowding
+        return found / self.light.cut.pricing.cluster.crowding
 
     @cached_property
     def step_s(self) -> float:
@@ -80,13 +87,13 @@ class Deep:
         return steady(self.order.num_microbatches, self.order.num_ranks, rounds, self._timed)
 
     def _timed(self, num_microbatches: int) -> float:
-        n, message, stages = len(self.depths), self.light.message, self.light.stages
+        n, message, stages = len(self.depths), self.light.cut.message, self.light.cut.stages
         order = replace(self.order, num_microbatches=num_microbatches)
         edges = tuple(Edge(s, s + 1) for s in range(n - 1))
         trained = self.light.program.graph.differentiated
         shared = [v for v in stages.shared if v in trained] if self.order.num_ranks > 1 else []
-        tied, tie_s = (((0, n - 1),), (sum(self.light.pricing.tie((0, order.num_ranks - 1), stages.tied_bytes(v)) for v in shared),)) if shared else ((), ())
-        return step_seconds(order, self.light.pricing.cluster, self.costs, edges, (message,) * (n - 1), tied, tie_s)
+        tied, tie_s = (((0, n - 1),), (sum(self.light.cut.pricing.tie((0, order.num_ranks - 1), stages.tied_bytes(v)) for v in shared),)) if shared else ((), ())
+        return step_seconds(order, self.light.cut.pricing.cluster, self.costs, edges, (message,) * (n - 1), tied, tie_s)
 
     # --- memory ----------------------------------------------------------------------------------------------------------
 
@@ -103,6 +110,19 @@ class Deep:
         depths = dict(enumerate(self.depths)) | dict(changed or {})
         return self.mixture.peak(self.order, rank, tuple((self._kind(s), depths[s]) for s in self.held(rank)))
 
+    def least_bytes(self, rank: int) -> np.ndarray:
+        """See `Mixture.least_bytes`."""
+        return self.mixture.least_bytes(self.order, rank, tuple((self._kind(s), self.depths[s].blocks) for s in self.held(rank)))
+
+    def with_heavy(self, rank: int, number: int) -> dict[int, Depth]:
+        """The stages of a rank with so many of its blocks in the heavier mode, the first of them: those wait longest for their backward."""
+        found = {}
+        for s in self.held(rank):
+            blocks = self.depths[s].blocks
+            found[s] = Depth(blocks, min(number, blocks))
+            number -= found[s].heavy
+        return found
+
 
 def even_depths(kinds: Kinds, num_stages: int) -> tuple[Depth, ...]:
     """Blocks of every stage so that the slowest one is as fast as can be; of equals the first stages, which wait longest, have fewer."""
@@ -111,7 +131,7 @@ def even_depths(kinds: Kinds, num_stages: int) -> tuple[Depth, ...]:
     beside[0] += first - block
     beside[-1] += last - block
     depths = [1] * num_stages
-    for _ in range(kinds.run.depth - num_stages):
+    for _ in range(kinds.cut.run.depth - num_stages):
         s = min(range(num_stages), key=lambda s: (round((depths[s] + 1) * block + beside[s], 12), -s))
         depths[s] += 1
     return tuple(map(Depth, depths))
@@ -123,17 +143,35 @@ def mixed(sharding: Sharding, order: Order, depths: Sequence[Depth], limit_bytes
     None where none fits, or none takes less than `below_s`.
     """
     best: Deep | None = None
-    modes = [kinds for _, kinds in sharding.modes]
-    for a, light in enumerate(modes):
+    if Deep(sharding.light, sharding.light, order, tuple(depths)).least_s >= below_s:
+        return None
+    for a, light in enumerate(sharding.modes):
         if Deep(light, light, order, tuple(depths)).least_s >= below_s:
             break  # heavier modes take longer
-        for heavy in modes[a + 1 :] or [light]:
-            made = _fitted(Deep(light, heavy, order, tuple(depths)), limit_bytes)
+        for heavy in sharding.modes[a + 1 :] or [light]:
+            deep = Deep(light, heavy, order, tuple(depths))
+            lightest = _lightest(deep, limit_bytes)
+            if lightest is None or lightest.least_s >= below_s:
+                continue
+            made = _fitted(deep, limit_bytes)
             if made is not None and made.least_s < below_s and made.step_s < below_s:
                 best, below_s = made, made.step_s
             if made is not None and not any(d.heavy for d in made.depths):
                 return best
     return best
+
+
+def _lightest(deep: Deep, limit_bytes: float) -> Deep | None:
+    """With no more blocks in the heavier mode than what is kept for the backward leaves no room for: nothing that fits takes less. None where nothing fits."""
+    depths = list(deep.depths)
+    for rank in range(deep.order.num_ranks):
+        fits = deep.least_bytes(rank) <= limit_bytes
+        number = int(fits.argmax())
+        if not fits[number] or (number and deep.heavy is deep.light):
+            return None
+        for s, depth in deep.with_heavy(rank, number).items():
+            depths[s] = depth
+    return replace(deep, depths=tuple(depths))
 
 
 def _fitted(deep: Deep, limit_bytes: float) -> Deep | None:
@@ -142,24 +180,16 @@ def _fitted(deep: Deep, limit_bytes: float) -> Deep | None:
     for rank in range(deep.order.num_ranks):
         if deep.rank_memory(rank).high_bytes <= limit_bytes:
             continue
-        held = deep.held(rank)
-
-        def with_heavy(number: int, held: list[int] = held) -> dict[int, Depth]:
-            left, found = number, {}
-            for s in held:
-                found[s] = Depth(depths[s].blocks, min(left, depths[s].blocks))
-                left -= found[s].heavy
-            return found
 
         def peak(number: int, rank: int = rank) -> float:
-            return deep.rank_memory(rank, with_heavy(number)).high_bytes
+            return deep.rank_memory(rank, deep.with_heavy(rank, number)).high_bytes
 
-        low, high = 0, sum(depths[s].blocks for s in held)
+        low, high = 0, sum(depths[s].blocks for s in deep.held(rank))
         if deep.heavy is deep.light or peak(high) > limit_bytes:
             return None
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if peak(middle) <= limit_bytes else (middle, high)
-        for s, d in with_heavy(high).items():
+        for s, d in deep.with_heavy(rank, high).items():
             depths[s] = d
     return replace(deep, depths=tuple(depths))

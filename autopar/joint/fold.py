@@ -62,9 +62,12 @@ class Folded:
     node: tuple[int, ...]
     sides: tuple[int | None, ...]
 
+    def nodes_of(self, side: int) -> tuple[int, ...]:
+        return tuple(n for n, where in enumerate(self.sides) if where == side)
+
     def part(self, side: int) -> SearchProblem:
         """The decisions of one side alone: no plan pays less for them."""
-        kept = [n for n, where in enumerate(self.sides) if where == side]
+        kept = self.nodes_of(side)
         number = {n: k for k, n in enumerate(kept)}
         edges = tuple(replace(e, u=number[e.u], v=number[e.v]) for e in self.problem.edges if e.u in number and e.v in number)
         return SearchProblem(tuple(self.problem.nodes[n] for n in kept), edges)

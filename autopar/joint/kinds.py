@@ -5,9 +5,10 @@ comes after. A stage of n blocks costs what the stage of its kind does and n - 1
 or not, each for itself: `Kinds` are made for every mode, and a `Mixture` has some blocks in one and some in another.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from autopar.cost_models.pipeline import EdgeCost, StageCost
 from autopar.joint.fold import SHOWN, shown
 from autopar.planner.blocks import Order
 from autopar.planner.held import Beside, state_of
-from autopar.planner.liveness import Engine, fullest, kept_by_segment, moments
+from autopar.planner.liveness import Engine, Liveness, fullest
 from autopar.planner.states import Pricing
 from autopar.planner.work import put_off_bytes, total_seconds
 from autopar.program import Program
@@ -34,9 +35,29 @@ SHOWN_BY = (1, 1, 1, SHOWN)
 STATE = ("parameters", "gradients", "optimizer", "temporaries")
 """What a rank holds of blocks that do not compute; temporaries are those of the optimizer."""
 
+T = TypeVar("T")
+
+
+class PerKind(Sequence[T]):
+    """A figure of every kind, made when it is asked for."""
+
+    def __init__(self, make: Callable[[int], T]) -> None:
+        self._make, self._made = make, dict[int, T]()
+
+    def __len__(self) -> int:
+        return len(SHOWN_BY)
+
+    def __getitem__(self, kind: int) -> T:
+        if kind not in range(len(self)):
+            raise IndexError(kind)
+        if kind not in self._made:
+            self._made[kind] = self._make(kind)
+        return self._made[kind]
+
+
 @dataclass(frozen=True, eq=False)
-class Kinds:
-    """The three stages of one block each, and the one of all three, of a program whose blocks are computed again in one mode. Figures are by kind."""
+class Cut:
+    """The three stages of one block each, and the one of all three, of a program of which no block is computed again: what other modes do not change."""
 
     program: Program
     pricing: Pricing
@@ -50,32 +71,20 @@ class Kinds:
         return cut_into_stages(self.program, Pipeline(3, tuple(first_op[block] for block in shown(self.run)[1:])))
 
     @cached_property
-    def programs(self) -> tuple[Program, ...]:
-        return (*(stage.program for stage in self.stages.stages), self.program)
+    def programs(self) -> Sequence[Program]:
+        return PerKind(lambda kind: self.program if kind == ALL else self.stages.stages[kind].program)
 
     @cached_property
-    def seconds(self) -> tuple[tuple[float, ...], ...]:
-        return tuple(tuple(total_seconds(program, self.pricing).tolist()) for program in self.programs)
+    def walks(self) -> Sequence[Liveness]:
+        return PerKind(lambda kind: Liveness.of(self.programs[kind]))
 
     @cached_property
-    def kept_bytes(self) -> tuple[int, ...]:
-        """Of one microbatch, from forward to backward."""
-        return tuple(sum(kept_by_segment(program)) for program in self.programs)
+    def put_off_bytes(self) -> Sequence[int]:
+        return PerKind(lambda kind: put_off_bytes(self.programs[kind], range(len(self.programs[kind].graph.ops))))
 
     @cached_property
-    def kept_inside(self) -> int:
-        """The same of a block that takes from one and hands to one of its own stage."""
-        block = [n for n, segment in enumerate(self.program.graph.segments) if segment.block == shown(self.run)[MIDDLE]]
-        kept = kept_by_segment(self.program)
-        return sum(kept[n] for n in block)
-
-    @cached_property
-    def put_off_bytes(self) -> tuple[int, ...]:
-        return tuple(put_off_bytes(program, range(len(program.graph.ops))) for program in self.programs)
-
-    @cached_property
-    def states(self) -> tuple[Beside, ...]:
-        return tuple(map(state_of, self.programs))
+    def states(self) -> Sequence[Beside]:
+        return PerKind(lambda kind: state_of(self.programs[kind]))
 
     @cached_property
     def message(self) -> EdgeCost:
@@ -83,10 +92,63 @@ class Kinds:
         price = self.pricing.message
         return EdgeCost(activation_s=price(there), gradient_s=price(back), activation_bytes=there, gradient_bytes=back)
 
+
+@dataclass(frozen=True, eq=False)
+class Kinds:
+    """The stages of a cut with its blocks computed again in one mode."""
+
+    cut: Cut
+    mode: str
+
+    @cached_property
+    def _recompute(self) -> Mapping[str, str]:
+        run, given = shown(self.cut.run), self.cut.program.residency.recompute
+        again = dict.fromkeys(run, self.mode) if self.mode != "none" else {}
+        return {**{block: mode for block, mode in given.items() if block not in run}, **again}
+
+    @cached_property
+    def programs(self) -> Sequence[Program]:
+        return PerKind(lambda kind: self._in_mode(self.cut.programs[kind]))
+
+    def _in_mode(self, program: Program) -> Program:
+        return replace(program, residency=replace(program.residency, recompute=self._recompute))
+
+    @cached_property
+    def walks(self) -> Sequence[Liveness]:
+        return PerKind(lambda kind: replace(self.cut.walks[kind], program=self.programs[kind]))
+
+    @property
+    def program(self) -> Program:
+        """With all three blocks."""
+        return self.programs[ALL]
+
+    @cached_property
+    def seconds(self) -> Sequence[Sequence[float]]:
+        return PerKind(lambda kind: total_seconds(self.programs[kind], self.cut.pricing).tolist())
+
+    @property
+    def block_s(self) -> float:
+        """Of a microbatch's passes through a block in the middle."""
+        return sum(self.seconds[MIDDLE][:3])
+
+    @cached_property
+    def kept_bytes(self) -> Sequence[int]:
+        """Of one microbatch, from forward to backward."""
+        return PerKind(lambda kind: sum(self._kept if kind == ALL else self.walks[kind].kept_by_segment()))
+
+    @cached_property
+    def _kept(self) -> tuple[int, ...]:
+        return self.walks[ALL].kept_by_segment()
+
+    @cached_property
+    def kept_inside(self) -> int:
+        """The same of a block that takes from one and hands to one of its own stage."""
+        return sum(kept for kept, segment in zip(self._kept, self.program.graph.segments) if segment.block == shown(self.cut.run)[MIDDLE])
+
     def peak(self, kind: int, beside: Beside) -> MemoryUse:
         """The fullest moment of a stage of this kind. What lies beside it is there at every moment, so the moment is the same for all."""
         if kind not in self._alone:
-            self._alone[kind] = moments(self.programs[kind], self.engine)
+            self._alone[kind] = self.walks[kind].moments(self.cut.engine)
         return fullest(self._alone[kind], beside)
 
     @cached_property
@@ -119,21 +181,21 @@ class Mixture:
     _costs: dict[tuple[int, Depth], StageCost] = field(default_factory=dict)
     _peaks: dict[tuple, MemoryUse] = field(default_factory=dict)
 
-    def _sum(self, kind: int, depth: Depth, light: Sequence[float], heavy: Sequence[float]) -> float:
-        """Of a stage, from the figures of the kinds under both modes."""
-        own = heavy if depth.heavy == depth.blocks else light
-        return (depth.blocks - depth.heavy) * light[MIDDLE] + depth.heavy * heavy[MIDDLE] + own[kind] - SHOWN_BY[kind] * own[MIDDLE]
-
     def cost(self, kind: int, depth: Depth) -> StageCost:
         if (kind, depth) not in self._costs:
-            both = zip(zip(*self.light.seconds), zip(*self.heavy.seconds))
-            forward, inputs, weights, gather, reduce, update = (max(0.0, self._sum(kind, depth, a, b)) for a, b in both)
+            forward, inputs, weights, gather, reduce, update = self._seconds(kind, depth)
+            put_off = self.light.cut.put_off_bytes
             self._costs[kind, depth] = StageCost(
                 forward_s=forward, input_gradient_s=inputs, weight_gradient_s=weights, gather_s=gather, reduce_s=reduce, step_s=update,
-                activation_bytes=self._kept(kind, depth),
-                weight_activation_bytes=round(self._sum(kind, depth, self.light.put_off_bytes, self.heavy.put_off_bytes)),
+                activation_bytes=self._kept(kind, depth), weight_activation_bytes=put_off[kind] + (depth.blocks - SHOWN_BY[kind]) * put_off[MIDDLE],
             )  # fmt: skip
         return self._costs[kind, depth]
+
+    def _seconds(self, kind: int, depth: Depth) -> list[float]:
+        """By phase, from those of the kinds under both modes."""
+        own, blocks = self.heavy if depth.heavy == depth.blocks else self.light, depth.blocks - depth.heavy
+        figures = zip(self.light.seconds[MIDDLE], self.heavy.seconds[MIDDLE], own.seconds[kind], own.seconds[MIDDLE], strict=True)
+        return [max(0.0, blocks * light + depth.heavy * heavy + stage - SHOWN_BY[kind] * block) for light, heavy, stage, block in figures]
 
     def _kept(self, kind: int, depth: Depth) -> int:
         """Between forward and backward of a microbatch. What one block hands to another is kept by the one that makes it."""
@@ -151,21 +213,42 @@ class Mixture:
         return self._peaks[key]
 
     def _peak(self, order: Order, rank: int, held: tuple[tuple[int, Depth], ...]) -> MemoryUse:
-        states = self.light.states
-        counts = np.array(held_counts(order.schedule, order.num_ranks, order.num_microbatches, order.virtual)[rank])
-        kept = int((counts @ np.array([self.cost(*stage).activation_bytes for stage in held])).max())
-        whole = {part: sum(getattr(states[k], part) + (depth.blocks - SHOWN_BY[k]) * getattr(states[MIDDLE], part) for k, depth in held) for part in STATE}
+        kept = int((_counts(order)[rank] @ np.array([self._kept(*stage) for stage in held])).max())
+        whole = self._state(tuple((kind, depth.blocks) for kind, depth in held))
         light = {k for k, depth in held if depth.heavy < depth.blocks}
         heavy = {k for k, depth in held if depth.heavy}
-        message = max(self.light.message.activation_bytes, self.light.message.gradient_bytes) if order.num_ranks > 1 else 0
+        message = max(self.light.cut.message.activation_bytes, self.light.cut.message.gradient_bytes) if order.num_ranks > 1 else 0
         queued = Beside(communication=RECEIVES_AHEAD * message, unsettled=SENDS_BEHIND * len(held) * message)
         computing = [(self.light, k) for k in sorted(light)] + [(self.heavy, k) for k in sorted(heavy)]
         return max((self._computing(kinds, k, whole, kept, queued) for kinds, k in computing), key=lambda peak: peak.high_bytes)
 
+    def _state(self, held: tuple[tuple[int, int], ...]) -> dict[str, int]:
+        """What a rank holds between passes of stages of these kinds and numbers of blocks."""
+        states = self.light.cut.states
+        return {part: sum(getattr(states[k], part) + (blocks - SHOWN_BY[k]) * getattr(states[MIDDLE], part) for k, blocks in held) for part in STATE}
+
+    def least_bytes(self, order: Order, rank: int, held: tuple[tuple[int, int], ...]) -> np.ndarray:
+        """[number + 1]: no `peak` is lower with so many blocks of the rank in the heavier mode, the first of them. No walk back is needed to know it: when
+        the last of what is kept is made, parameters and optimizer state are there, and gradients of the stages that do not compute."""
+        state, states = self._state(held), self.light.cut.states
+        least = state["parameters"] + state["optimizer"] + state["gradients"] - max(states[k].gradients for k, _ in held)
+        numbers, before, kept = np.arange(sum(blocks for _, blocks in held) + 1), 0, []
+        for kind, blocks in held:
+            by_heavy = np.array([self._kept(kind, Depth(blocks, heavy)) for heavy in range(blocks + 1)])
+            kept.append(by_heavy[(numbers - before).clip(0, blocks)])
+            before += blocks
+        return least + (_counts(order)[rank] @ np.array(kept)).max(axis=0)
+
     @staticmethod
     def _computing(kinds: Kinds, kind: int, whole: Mapping[str, int], kept: int, queued: Beside) -> MemoryUse:
         """While a stage of this kind computes in one of the modes: what it has of the `whole` state and of the `kept` bytes is its own, the rest lies beside it."""
-        parts = {part: max(0, total - getattr(kinds.states[kind], part)) for part, total in whole.items()}
-        if kinds.engine.one_by_one:
+        parts = {part: max(0, total - getattr(kinds.cut.states[kind], part)) for part, total in whole.items()}
+        if kinds.cut.engine.one_by_one:
             parts["temporaries"] = 0
         return kinds.peak(kind, replace(queued, **parts, activations=max(0, kept - kinds.kept_bytes[kind])))
+
+
+@lru_cache(maxsize=64)
+def _counts(order: Order) -> tuple[np.ndarray, ...]:
+    """By rank [moments, stages]: microbatches that it holds of each of its stages."""
+    return tuple(map(np.array, held_counts(order.schedule, order.num_ranks, order.num_microbatches, order.virtual)))

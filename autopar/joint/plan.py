@@ -23,7 +23,7 @@ from autopar.planner.bind import decisions
 from autopar.planner.liveness import Engine
 from autopar.planner.meshes import role_names
 from autopar.planner.pins import Pins
-from autopar.planner.plan import Planned
+from autopar.planner.plan import Planned, collector_paused
 from autopar.planner.roles import batch_factors
 from autopar.planner.search import Options
 from autopar.planner.staging import Staged, pipeline_prediction
@@ -52,13 +52,12 @@ class Whole:
 
 def on_whole_graph(deep: Deep, graph: OpGraph) -> Whole:
     """`graph`: of one microbatch with all blocks."""
-    kinds, order = deep.light, deep.order
-    modes = modes_of(deep.depths, *(k.program.residency.recompute.get(shown(k.run)[1], "none") for k in (deep.light, deep.heavy)))
-    program = unrolled(kinds.program, graph, kinds.run, modes)
+    cut, order = deep.light.cut, deep.order
+    program = unrolled(deep.light.program, graph, cut.run, modes_of(deep.depths, deep.light.mode, deep.heavy.mode))
     first_op = {segment.block: graph.ops[segment.ops.start].name for segment in reversed(graph.segments)}
     numbers = accumulate(depth.blocks for depth in deep.depths[:-1])
-    pipeline = Pipeline(order.num_ranks, tuple([first_op[kinds.run.block(n)] for n in numbers]), order.schedule, kinds.pricing.pp[1])
-    return Whole(program, Staged(cut_into_stages(program, pipeline if order.num_ranks > 1 else None), order, kinds.pricing, Engine.of(kinds.pricing.cluster)))
+    pipeline = Pipeline(order.num_ranks, tuple([first_op[cut.run.block(n)] for n in numbers]), order.schedule, cut.pricing.pp[1])
+    return Whole(program, Staged(cut_into_stages(program, pipeline if order.num_ranks > 1 else None), order, cut.pricing, Engine.of(cut.pricing.cluster)))
 
 
 def check_in_space(options: Options, pins: Pins) -> None:
@@ -81,6 +80,7 @@ def joint_search(family: Family, batch: int, cluster: Cluster, options: Options,
     return JointSearch(graphs, run, batch, cluster, options, pins, progress)
 
 
+@collector_paused()
 def planned_jointly(search: JointSearch, graph: Callable[[int], OpGraph], tokens: int = 0) -> Planned:
     """The fastest plan found that fits on the whole graph too; `graph`: of so many samples, with all blocks. Raises InfeasibleError.
 

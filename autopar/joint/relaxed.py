@@ -1,7 +1,7 @@
 """The folded problem in parts, at prices of memory: what no plan of a point pays less for."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -13,6 +13,7 @@ from autopar.joint.bounds import Line, Parts
 from autopar.joint.fold import Folded
 from autopar.search.lagrange import dual
 from autopar.search.solve import solve
+from autopar.search.terms import Terms
 
 
 @dataclass
@@ -30,6 +31,16 @@ class Relaxed:
         """Seconds of a block, and of what is before and behind the run, each at its least."""
         block, first, last = (solve(self.folded.part(side), use_ilp="never").bound_s for side in range(3))
         return Parts(block / self.depth, first, last)
+
+    def parts_of(self, choices: Sequence[int]) -> Parts:
+        """The same of one sharding."""
+        block, first, last = (terms.of_plan([choices[n] for n in nodes])[0] for nodes, terms in self._terms)
+        return Parts(block / self.depth, first, last)
+
+    @cached_property
+    def _terms(self) -> tuple[tuple[tuple[int, ...], Terms], ...]:
+        """The nodes of every side, and what they cost."""
+        return tuple((self.folded.nodes_of(side), Terms(self.folded.part(side))) for side in range(3))
 
     def line(self, flight: float) -> Line:
         """What a rank with so many microbatches in flight can do of the step, by the price of a byte. A few fewer in flight make it a bound for all near."""

@@ -24,7 +24,8 @@ from autopar.core.cluster import Cluster
 from autopar.core.graph import OpGraph
 from autopar.core.layout import Layout
 from autopar.core.memory import MemoryUse
-from autopar.core.problem import Edge, Node, SearchProblem, evaluate
+from autopar.core.mesh import Mesh
+from autopar.core.problem import Edge, Node, SearchProblem
 from autopar.core.units import size
 from autopar.core.unroll import Run
 from autopar.errors import InfeasibleError
@@ -159,6 +160,17 @@ class JointSearch:
     def _tasks(self) -> dict[int, Task]:
         return {}
 
+    def pricing(self, point: Point) -> Pricing:
+        """Of its mesh, which microbatches of other sizes share: parameters move alike."""
+        key = point.num_ranks, point.mesh
+        if key not in self._pricings:
+            self._pricings[key] = Pricing(self.cluster, point.mesh, (point.num_ranks, 0))
+        return self._pricings[key]
+
+    @cached_property
+    def _pricings(self) -> dict[tuple[int, Mesh], Pricing]:
+        return {}
+
 
 @dataclass
 class PointSearch:
@@ -175,9 +187,9 @@ class PointSearch:
     def orders(self) -> tuple[Order, ...]:
         return tuple(orders(self.point, self.joint.run.depth, self.joint.pins))
 
-    @cached_property
+    @property
     def pricing(self) -> Pricing:
-        return Pricing(self.joint.cluster, self.point.mesh, (self.point.num_ranks, 0))
+        return self.joint.pricing(self.point)
 
     # --- bounds ----------------------------------------------------------------------------------------------------------
 
@@ -191,8 +203,10 @@ class PointSearch:
         """The bound from the solved problem, without a memory limit."""
         return min(map(self._fastest_s, self.orders), default=math.inf)
 
-    def _fastest_s(self, order: Order) -> float:
-        return max(self._step_s(order, r.parts, [[Line(r.parts.block)]] * order.num_ranks, self._waits(r)) for r in self._sides(order))
+    def _fastest_s(self, order: Order, parts: Callable[[Relaxed], Parts] = lambda relaxed: relaxed.parts) -> float:
+        """`parts`: of one sharding rather than of all."""
+        found = [(relaxed, parts(relaxed)) for relaxed in self._sides(order)]
+        return max(self._step_s(order, p, [[Line(p.block)]] * order.num_ranks, self._waits(relaxed, p)) for relaxed, p in found)
 
     def fitting_s(self) -> float:
         """The bound under the memory limit of every rank, by the linear model of memory; inf where not even that can be met."""
@@ -200,7 +214,7 @@ class PointSearch:
         for fastest, order in sorted(((self._fastest_s(order), order) for order in self.orders), key=lambda pair: pair[0]):
             if fastest < least:
                 relaxed = self._sides(order)[0]
-                least = min(least, max(fastest, self._step_s(order, relaxed.parts, self._lines(relaxed, order), self._waits(relaxed))))
+                least = min(least, max(fastest, self._step_s(order, relaxed.parts, self._lines(relaxed, order), self._waits(relaxed, relaxed.parts))))
         return least
 
     def _lines(self, relaxed: Relaxed, order: Order) -> list[list[Line]]:
@@ -213,9 +227,9 @@ class PointSearch:
         may exchange those of one behind the passes of another."""
         return (self.whole,) if order.num_ranks == 1 else (self.passes, self.whole) if order.virtual == 1 else (self.passes,)
 
-    def _waits(self, relaxed: Relaxed) -> Parts:
+    def _waits(self, relaxed: Relaxed, parts: Parts) -> Parts:
         """What a microbatch takes at least of others while a rank waits for it."""
-        return relaxed.parts.times(1 / self.point.num_microbatches) if relaxed is self.passes else Parts(0.0)
+        return parts.times(1 / self.point.num_microbatches) if relaxed is self.passes else Parts(0.0)
 
     def _step_s(self, order: Order, ends: Parts, lines: Sequence[Sequence[Line]], one: Parts) -> float:
         least = least_step_s(order, self.joint.run.depth, lines, ends, one)
@@ -260,15 +274,14 @@ class PointSearch:
         best: Found | None = None
         for program in self._programs(lambda: best.step_s if best else below_s):
             sharding = Sharding.of(program, self.pricing, self.joint.run, Engine.of(self.joint.cluster), self.keeping.programs)
-            light = sharding.modes[0][1]
             for order in self.orders:
-                made = mixed(sharding, order, even_depths(light, order.num_stages), limit_bytes, best.step_s if best else below_s)
+                made = mixed(sharding, order, even_depths(sharding.light, order.num_stages), limit_bytes, best.step_s if best else below_s)
                 best = Found(self, made, limit_bytes) if made is not None else best
         return best
 
     def _programs(self, below_s: Callable[[], float] = lambda: math.inf) -> Iterator[Program]:
         """The fastest sharding under every stage of ZeRO, and for every price of memory that the bound found those for any stage and for each, with
-        blocks computed again or not; each once. Left out where its work, spread evenly over the pipeline, takes no less than `below_s`."""
+        blocks computed again or not; each once. Left out where no pipeline of it takes less than `below_s`."""
         seen: set[tuple[int, ...]] = set()
         stages = self.keeping.stages
         asked = [(1.0, 0.0, zero, False) for zero in stages]
@@ -279,9 +292,10 @@ class PointSearch:
         for flight, price, zero, again in asked:
             problem = self.whole.in_flight(flight).problem
             choices = self._cheapest(problem, price, zero, again=again)
-            seconds, _ = evaluate(self.passes.folded.problem, choices)
-            if choices not in seen and seconds < self.point.num_ranks * below_s() * self.joint.cluster.crowding:
-                seen.add(choices)
+            if choices in seen:
+                continue
+            seen.add(choices)
+            if min(self._fastest_s(order, lambda relaxed, chosen=choices: relaxed.parts_of(chosen)) for order in self.orders) < below_s():
                 yield decode(task.graph, task.rules, self.pricing, ports, self.whole.folded.unfolded(choices), self.keeping)
 
     def _cheapest(self, problem: SearchProblem, price: float, zero: int | None, *, again: bool) -> tuple[int, ...]:

@@ -330,39 +330,55 @@ class _Walk:
         memory.drop(storage)
 
 
+@dataclass(frozen=True)
+class Liveness:
+    """A program with its steps and what it holds of parameters, neither of which depends on what is computed again."""
+
+    program: Program
+    steps: Steps
+    holdings: Holdings
+
+    @classmethod
+    def of(cls, program: Program) -> "Liveness":
+        return cls(program, steps_of(program), Holdings(program))
+
+    def _walk(self, engine: Engine) -> _Walk:
+        return _Walk(self.program, self.steps, self.holdings, resident(self.program, self.holdings), engine)
+
+    def kept_by_segment(self) -> tuple[int, ...]:
+        """For each segment, and for what leads to the outputs, the bytes of its results that one microbatch keeps from forward to backward; what
+        comes from other stages is counted with the first."""
+        walk = self._walk(Engine())
+        walk.forward()
+        first = [*walk.first_storage, walk.memory.num_storages]
+        kept = [walk.memory.held_between(a, b) for a, b in zip(first, first[1:])]
+        return (kept[0] + received_bytes(self.program), *kept[1:])
+
+    def moments(self, engine: Engine) -> tuple[MemoryUse, ...]:
+        """The fullest moment of the passes, and the optimizer step; of a rank that holds nothing else."""
+        walk = self._walk(engine)
+        memory, residency = walk.memory, self.program.residency
+        walk.refresh()
+        times = min(residency.micro_batches, 3)
+        for m in range(times):
+            walk.forward()
+            walk.backward(last=m + 1 == times)
+        stored = [h.stored for h in self.holdings.parameters.values() if h.trained]
+        if not stored or residency.offload:
+            return (memory.peak,)
+        parts = memory.parts | {"activations": 0}  # the square root of the second moment, and its quotient
+        parts["temporaries"] += 2 * max(stored) if engine.one_by_one else sum(stored)
+        return memory.peak, MemoryUse(moment=UPDATE, **parts)
+
+
 def kept_by_segment(program: Program) -> tuple[int, ...]:
-    """For each segment, and for what leads to the outputs, the bytes of its results that one microbatch keeps from forward to backward; what
-    comes from other stages is counted with the first."""
-    holdings = Holdings(program)
-    memory = resident(program, holdings)
-    walk = _Walk(program, steps_of(program), holdings, memory, Engine())
-    walk.forward()
-    first = [*walk.first_storage, memory.num_storages]
-    kept = [memory.held_between(a, b) for a, b in zip(first, first[1:])]
-    return (kept[0] + received_bytes(program), *kept[1:])
+    """See `Liveness.kept_by_segment`."""
+    return Liveness.of(program).kept_by_segment()
 
 
 def memory_use(program: Program, engine: Engine = Engine(), beside: Beside = Beside()) -> MemoryUse:
     """The fullest moment of a training step with AdamW on one rank."""
-    return fullest(moments(program, engine), beside)
-
-
-def moments(program: Program, engine: Engine = Engine()) -> tuple[MemoryUse, ...]:
-    """The fullest moment of the passes, and the optimizer step; of a rank that holds nothing else."""
-    holdings = Holdings(program)
-    memory = resident(program, holdings)
-    walk = _Walk(program, steps_of(program), holdings, memory, engine)
-    walk.refresh()
-    times = min(program.residency.micro_batches, 3)
-    for m in range(times):
-        walk.forward()
-        walk.backward(last=m + 1 == times)
-    stored = [h.stored for h in holdings.parameters.values() if h.trained]
-    if not stored or program.residency.offload:
-        return (memory.peak,)
-    parts = memory.parts | {"activations": 0}  # the square root of the second moment, and its quotient
-    parts["temporaries"] += 2 * max(stored) if engine.one_by_one else sum(stored)
-    return memory.peak, MemoryUse(moment=UPDATE, **parts)
+    return fullest(Liveness.of(program).moments(engine), beside)
 
 
 def fullest(alone: Iterable[MemoryUse], beside: Beside) -> MemoryUse:

@@ -51,12 +51,12 @@ def plan_graph(
 
     `retrace` makes the graph of a smaller microbatch, to know whether that helps.
     """
-    with _collector_paused():
+    with collector_paused():
         return _plan_graph(graph, cluster, options or Options(), progress, retrace)
 
 
 @contextmanager
-def _collector_paused() -> Iterator[None]:
+def collector_paused() -> Iterator[None]:
     """Planning makes many small objects and no cycles; a full collection walks all of torch's objects, up to half a second each."""
     enabled = gc.isenabled()
     gc.disable()

@@ -16,11 +16,10 @@ from autopar.planner.blocks import Blocks, Order, timed
 from autopar.planner.cuts import Cut
 from autopar.planner.held import Beside, state_of
 from autopar.planner.keeping import recomputed_flops
-from autopar.planner.liveness import Engine, kept_by_segment, memory_use
+from autopar.planner.liveness import Engine, Liveness, fullest
 from autopar.planner.meshes import flops_share
 from autopar.planner.states import Pricing
 from autopar.planner.work import compute_seconds, put_off_bytes, total_seconds
-from autopar.program import Program
 from autopar.stages import Stage, Stages, cut_into_stages
 
 
@@ -43,13 +42,22 @@ class Staged:
 
     @cached_property
     def costs(self) -> tuple[StageCost, ...]:
-        return tuple(self._cost(stage.program) for stage in self.stages.stages)
+        return tuple(map(self._cost, self._walks))
 
-    def _cost(self, program: Program) -> StageCost:
+    @cached_property
+    def _walks(self) -> tuple[Liveness, ...]:
+        return tuple(Liveness.of(stage.program) for stage in self.stages.stages)
+
+    @cached_property
+    def _states(self) -> tuple[Beside, ...]:
+        return tuple(state_of(stage.program) for stage in self.stages.stages)
+
+    def _cost(self, walk: Liveness) -> StageCost:
+        program = walk.program
         forward, inputs, weights, gather, reduce, update = total_seconds(program, self.pricing).tolist()
         return StageCost(
             forward_s=forward, input_gradient_s=inputs, weight_gradient_s=weights, gather_s=gather, reduce_s=reduce, step_s=update,
-            activation_bytes=sum(kept_by_segment(program)), weight_activation_bytes=put_off_bytes(program, range(len(program.graph.ops))),
+            activation_bytes=sum(walk.kept_by_segment()), weight_activation_bytes=put_off_bytes(program, range(len(program.graph.ops))),
         )  # fmt: skip
 
     @cached_property
@@ -71,20 +79,26 @@ class Staged:
         return tuple(self._rank_memory(rank) for rank in range(self.order.num_ranks))
 
     def _rank_memory(self, rank: int) -> MemoryUse:
-        """One stage computes while microbatches in flight and the rank's other stages are held at their most."""
-        here = [stage for stage in self.stages.stages if self.stages.placement[stage.number] == rank]
-        return max((self._memory_beside(stage, here, rank) for stage in here), key=lambda m: m.high_bytes)
+        return max((memory for memory, where in zip(self._memory_of, self.stages.placement) if where == rank), key=lambda m: m.high_bytes)
 
-    def _memory_beside(self, stage: Stage, here: list[Stage], rank: int) -> MemoryUse:
-        others = [state_of(other.program) for other in here if other is not stage]
-        message = self._largest_message({other.number for other in here})
-        in_flight = self.timeline.peak_bytes(rank) - self.costs[stage.number].activation_bytes
+    @cached_property
+    def _memory_of(self) -> tuple[MemoryUse, ...]:
+        """While each of the stages computes."""
+        return tuple(self._memory_beside(stage.number) for stage in self.stages.stages)
+
+    def _memory_beside(self, number: int) -> MemoryUse:
+        """One stage computes while microbatches in flight and the rank's other stages are held at their most."""
+        rank = self.stages.placement[number]
+        here = [stage.number for stage in self.stages.stages if self.stages.placement[stage.number] == rank]
+        others = [self._states[other] for other in here if other != number]
+        message = self._largest_message(set(here))
+        in_flight = self.timeline.peak_bytes(rank) - self.costs[number].activation_bytes
         beside = Beside(
             parameters=sum(o.parameters for o in others), gradients=sum(o.gradients for o in others), optimizer=sum(o.optimizer for o in others),
             activations=max(0, in_flight), communication=RECEIVES_AHEAD * message, unsettled=SENDS_BEHIND * len(here) * message,
             temporaries=0 if self.engine.one_by_one else sum(o.temporaries for o in others),
         )  # fmt: skip
-        return memory_use(stage.program, self.engine, beside)
+        return fullest(self._walks[number].moments(self.engine), beside)
 
     def _largest_message(self, here: set[int]) -> int:
         """Bytes of the largest message that stages of one rank receive or send."""
@@ -103,7 +117,6 @@ class Staged:
 
     def stage_prediction(self, stage: Stage) -> StagePrediction:
         rank, cost, graph = self.stages.placement[stage.number], self.costs[stage.number], stage.program.graph
-        here = [s for s in self.stages.stages if self.stages.placement[s.number] == rank]
         first, last = self._ends(stage.number)
         return StagePrediction(
             rank=rank,
@@ -113,7 +126,7 @@ class Staged:
             forward_s=cost.forward_s,
             backward_s=cost.input_gradient_s + cost.weight_gradient_s,
             in_flight=self._in_flight(stage.number),
-            peak_memory_bytes=self._memory_beside(stage, here, rank).high_bytes,
+            peak_memory_bytes=self._memory_of[stage.number].high_bytes,
             sent_bytes=self._sent_bytes(stage.number),
         )
 

@@ -1,7 +1,7 @@
 """What the joint search says of a plan is what the whole graph says; it finds the best of all points, and its bound is under every plan."""
 
 from dataclasses import replace
-from itertools import combinations, pairwise, product
+from itertools import combinations, combinations_with_replacement, pairwise, product
 from random import Random
 
 import pytest
@@ -38,7 +38,7 @@ def test_stages_from_three_blocks_are_those_of_the_whole_graph(dims, case: str, 
     search = PointSearch(joint, point)
     search.ideal_s(Ideal(A100, joint.run))
     program = next(search._programs())
-    sharding = dict(Sharding.of(program, search.pricing, joint.run, Engine.of(A100), modes).modes)
+    sharding = {kinds.mode: kinds for kinds in Sharding.of(program, search.pricing, joint.run, Engine.of(A100), modes).modes}
     light, heavy = (sharding[mode] for mode in modes)
     depths = tuple(Depth(d.blocks, s % (d.blocks + 1)) for s, d in enumerate(even_depths(light, order.num_stages)))
     deep = Deep(light, heavy, order, depths)
@@ -59,7 +59,7 @@ def test_least_steps_are_under_all_cuts_of_random_stages() -> None:
         order = Order("1f1b", ranks, number)
         search = PointSearch(joint, Point(ranks, 8 // ranks if ranks != 3 else 2, 1, number, 4))
         search.ideal_s(Ideal(A100, joint.run))
-        light = Sharding.of(next(search._programs()), search.pricing, joint.run, Engine(), ("none",)).modes[0][1]
+        light = Sharding.of(next(search._programs()), search.pricing, joint.run, Engine(), ("none",)).modes[0]
         seconds = [sum(kind[:3]) for kind in light.seconds]
         ends = Parts(seconds[1], seconds[0] - seconds[1], seconds[2] - seconds[1])
         bound = least_step_s(order, LLAMA.layers, [[Line(number * ends.block)]] * ranks, ends.times(number), ends)
@@ -81,7 +81,7 @@ def test_no_cut_beats_the_bound_where_sums_of_gradients_hide(virtual: int, zero:
         search = PointSearch(joint, point)
         search.ideal_s(Ideal(A100, joint.run))
         (order,) = search.orders
-        light = Sharding.of(next(search._programs()), search.pricing, joint.run, Engine(), ("none",)).modes[0][1]
+        light = Sharding.of(next(search._programs()), search.pricing, joint.run, Engine(), ("none",)).modes[0]
         cuts = combinations(range(1, short.layers), order.num_stages - 1)
         depths = [[b - a for a, b in pairwise((0, *cut, short.layers))] for cut in cuts]
         steps = [Deep(light, light, order, tuple(map(Depth, each))).step_s for each in Random(2).sample(depths, min(len(depths), 24))]
@@ -117,7 +117,7 @@ def test_a_pinned_mode_is_taken_whether_or_not_a_sharding_gathers(mode: str) -> 
         search = PointSearch(joint, point)
         search.ideal_s(Ideal(A100, joint.run))
         for program in search._programs():
-            assert [m for m, _ in Sharding.of(program, search.pricing, joint.run, Engine.of(A100), search.keeping.programs).modes] == [mode]
+            assert [kinds.mode for kinds in Sharding.of(program, search.pricing, joint.run, Engine.of(A100), search.keeping.programs).modes] == [mode]
 
 
 def everything(joint: JointSearch) -> list[tuple[Point, float]]:
@@ -142,6 +142,58 @@ def test_the_best_of_all_points_is_found_and_the_bound_is_under_all(share: float
     assert result.bound_s <= best * (1 + 1e-9) and result.gap < 0.3
     assert len(every) <= result.num_points
     assert result.best.memory.high_bytes <= joint.limit_bytes
+
+
+def unpruned(search: PointSearch, shardings: list[Sharding], limit_bytes: float) -> float:
+    """The fastest of all shardings, orders and pairs of modes, with as few blocks in the heavier mode as fit on every rank: all are tried, nothing is left out."""
+    steps = [float("inf")]
+    for sharding, order in product(shardings, search.orders):
+        depths = even_depths(sharding.light, order.num_stages)
+        for light, heavy in combinations_with_replacement(sharding.modes, 2):
+            deep, changed = Deep(light, heavy, order, depths), {}
+            for rank in range(order.num_ranks):
+                ways = (deep.with_heavy(rank, n) for n in range(search.joint.run.depth + 1))
+                changed |= next((way for way in ways if deep.rank_memory(rank, way).high_bytes <= limit_bytes), {})
+            if len(changed) == order.num_stages:
+                steps.append(replace(deep, depths=tuple(changed[s] for s in range(order.num_stages))).step_s)
+    return min(steps)
+
+
+@pytest.mark.parametrize(
+    ("dims", "point", "shares"), [(LLAMA, Point(2, 4, 1, 4, 4), (0.8, 0.5)), (GPT, Point(1, 4, 2, 2, 8), (0.3, 0.25))], ids=["pipeline", "whole"]
+)
+def test_what_is_left_out_of_a_point_is_no_faster(dims, point: Point, shares: tuple[float, float]) -> None:
+    """At limits that bind more and more."""
+    joint = joint_search(dims, A100, point.num_microbatches * point.samples)
+    search = PointSearch(joint, point)
+    search.ideal_s(Ideal(A100, joint.run))
+    search.fitting_s()
+    shardings = [Sharding.of(p, search.pricing, joint.run, Engine.of(A100), search.keeping.programs) for p in search._programs()]
+    roomy = search.plan(float("inf"))
+    assert roomy is not None
+    steps = [roomy.step_s]
+    for share in shares:
+        limit = share * roomy.memory.high_bytes
+        found = search.plan(limit)
+        assert found is not None and found.step_s == unpruned(search, shardings, limit) and found.memory.high_bytes <= limit
+        steps.append(found.step_s)
+    assert steps[0] <= steps[1] < steps[2]
+    assert search.plan(limit, steps[2]) is None
+    assert search.plan(limit, steps[2] * 1.01).step_s == steps[2]
+
+
+def test_no_rank_holds_less_than_what_is_known_without_its_backward() -> None:
+    joint = joint_search(LLAMA, A100, 16)
+    for point, order in ((Point(1, 4, 2, 1, 16), Order("1f1b", 1, 1)), (Point(2, 4, 1, 4, 4), Order("interleaved", 2, 4, 2))):
+        search = PointSearch(joint, point)
+        search.ideal_s(Ideal(A100, joint.run))
+        for program in search._programs():
+            sharding = Sharding.of(program, search.pricing, joint.run, Engine.of(A100), ("none", "selective", "full+gather", "full"))
+            for light, heavy in combinations(sharding.modes, 2):
+                deep = Deep(light, heavy, order, even_depths(light, order.num_stages))
+                for rank in range(order.num_ranks):
+                    for number, least in enumerate(deep.least_bytes(rank)):
+                        assert 0 < least <= deep.rank_memory(rank, deep.with_heavy(rank, number)).high_bytes
 
 
 def test_plans_bind_to_the_whole_graph_alike_every_time() -> None:
