@@ -15,7 +15,8 @@ def sum_numbers_last(emitted: Emitted, program: Program) -> None:
     """Divide a rank's addend of a number, and sum that, where the sum would be divided: by a number that all ranks have and nothing is trained through."""
     divided = {op.operands[0] for op in program.graph.ops if op.kind == str(QUOTIENT) and _by_a_number(program, op.operands)}
     for node in reversed(emitted.graph.nodes):
-        if node.target is SUM and node.meta["route"][0] in divided:
+        value, _ = node.meta.get("route", (None, ()))  # sums inside an operator have none
+        if node.target is SUM and value in divided:
             [quotient, *others] = node.users
             if not others and quotient.target is QUOTIENT:
                 _swap(emitted.graph, node, quotient)
