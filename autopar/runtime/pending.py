@@ -12,7 +12,7 @@ import torch.utils._pytree as pytree  # the public form exists only for optree-f
 from autopar.runtime.rank import Work
 
 UNREAD = frozenset({
-    torch.Tensor.as_subclass, torch.Tensor.backward, torch.Tensor.numel, torch.Tensor.register_hook, torch.Tensor.retain_grad, torch.ones_like,
+    torch.autograd.backward, torch.autograd.grad, torch.Tensor.as_subclass, torch.Tensor.backward, torch.Tensor.numel, torch.Tensor.register_hook, torch.Tensor.retain_grad, torch.ones_like,
     *(getattr(torch.Tensor, name).__get__ for name in ("device", "dtype", "grad", "grad_fn", "is_leaf", "layout", "ndim", "requires_grad", "shape")),
 })  # fmt: skip
 """What may be asked of a number that is not there yet: all that a backward asks."""
