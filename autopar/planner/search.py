@@ -124,16 +124,18 @@ class MeshSearch:
 
     def _within(self, fastest: Candidate) -> Candidate:
         """The linear limit that lets plans fill the real one: moved by what the last plan's liveness was off it, or where that leads out of
-        what is left to look at, to its middle."""
+        what is left to look at, or has fallen short twice, to its middle."""
         limit, found = self.limit_bytes, self.leanest()
         low, high = found.assignment.memory_bytes, fastest.assignment.memory_bytes
         if found.memory.high_bytes > limit:
             raise DoesNotFit(found, limit)
-        last = fastest
+        last, too_much = fastest, 0
         for _ in range(ROUNDS):
             linear = last.assignment.memory_bytes + self.num_parts * (limit - last.memory.high_bytes)
-            last = self._solved(self.keeping, linear if low < linear < high and last is not found else (low + high) / 2)
-            if last.memory.high_bytes > limit:
+            moved = low < linear < high and last is not found and too_much < 2
+            last = self._solved(self.keeping, linear if moved else (low + high) / 2)
+            too_much = too_much + 1 if last.memory.high_bytes > limit else 0
+            if too_much:
                 high = last.assignment.memory_bytes
                 leaner = self.gathering_again(last)
                 if leaner is not None and leaner.memory.high_bytes <= limit:
