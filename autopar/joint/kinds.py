@@ -147,13 +147,11 @@ class Kinds:
 
     def peak(self, kind: int, beside: Beside) -> MemoryUse:
         """The fullest moment of a stage of this kind. What lies beside it is there at every moment, so the moment is the same for all."""
-        if kind not in self._alone:
-            self._alone[kind] = self.walks[kind].moments(self.cut.engine)
         return fullest(self._alone[kind], beside)
 
     @cached_property
-    def _alone(self) -> dict[int, tuple[MemoryUse, ...]]:
-        return {}
+    def _alone(self) -> Sequence[tuple[MemoryUse, ...]]:
+        return PerKind(lambda kind: self.walks[kind].moments(self.cut.engine))
 
     def with_heavy(self, heavy: "Kinds") -> "Mixture":
         """This mode for some blocks of a stage, `heavy` for others."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from autopar.core.mesh import Mesh
 from autopar.core.pipeline import PP, Pipeline
 from autopar.errors import PlanMismatchError, UsageError
-from autopar.runtime.rank import Counter, Rank, Stream, Work
+from autopar.runtime.rank import Counter, Rank, Stream
 
 # torch 2.13 renamed them and warns about the old names.
 ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -21,6 +22,12 @@ SUM_TAG = 0x5EED
 """Keeps the messages of a sum apart from those of others."""
 
 REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+
+
+class Work(Protocol):
+    """A collective under way."""
+
+    def wait(self) -> Any: ...
 
 
 @dataclass(frozen=True)

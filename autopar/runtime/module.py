@@ -164,9 +164,9 @@ class SpmdModule(ParallelModule):
 
     def _micro_step(self, batch: Batch, weight: float, scaler: torch.amp.GradScaler | None) -> torch.Tensor:
         loss = self._loss(batch)  # the other outputs need not live through the backward
-        asked = loss if scaler is None else scaler.scale(loss)
-        asked.backward(torch.tensor(weight, dtype=asked.dtype, device=asked.device))
-        return loss.detach() * weight
+        loss = loss if weight == 1.0 else loss * weight
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        return loss.detach()
 
     @property
     def device_mesh(self) -> DeviceMesh:

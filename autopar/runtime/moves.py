@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from autopar.core.moves import PRIMITIVES
-from autopar.runtime.pending import Pending
 from autopar.runtime.pieces import cut, embed, join
 from autopar.runtime.rank import Rank
 from autopar.runtime.residence import taped
@@ -60,13 +59,10 @@ def local(move: Move, x: torch.Tensor, size: int, index: int) -> torch.Tensor:
 EXCHANGES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 
 
-def perform(move: Move, x: torch.Tensor, rank: Rank, *, later: bool = False) -> torch.Tensor:
-    """Run the forward primitive of a move on a real rank. A single number may come `later`, where Python and not autograd takes it."""
+def perform(move: Move, x: torch.Tensor, rank: Rank) -> torch.Tensor:
+    """Run the forward primitive of a move on a real rank."""
     if move.forward not in EXCHANGES:
         return local(move, x, rank.sizes[move.axis], rank.coordinates[move.axis])
-    if later and move.forward == "all_reduce" and x.dim() == 0 and rank.tape is None:
-        rank.count(move.forward, move.axis, x)
-        return Pending.of(*rank.exchanges[move.axis].start_all_reduce(x.clone()))
     return taped(rank, move.forward, lambda: [_exchange(move, x, rank)])[0]
 
 
@@ -82,7 +78,7 @@ class _Perform(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, move: Move, rank: Rank) -> torch.Tensor:
         ctx.move, ctx.rank = move, rank
-        return perform(move, x, rank, later=True)
+        return perform(move, x, rank)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
