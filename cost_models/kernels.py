@@ -7,7 +7,8 @@ Matrix products. The result is cut into tiles; each multiprocessor computes one 
 
 over the best of a few tiles and of splits of k, as the heuristics of vendor libraries choose, and never less than the bytes take. `FILL` is what a tile
 costs beside its products, in steps of k: loading the first operands, writing the result. A device of unknown structure
-(`num_multiprocessors` 0) reaches its efficiency at any shape, as the plain roofline of `compute.py` says.
+(`num_multiprocessors` 0) reaches its efficiency at any shape, as the plain roofline of `compute.py` says. One that does not load ahead takes the
+seconds of the products and those of the bytes: with few rows that is what makes a microbatch dear on a processor's core.
 
 Rows of operands that do not begin at multiples of ALIGNMENT cannot be loaded for matrix units; such products run at the vector rate of float32.
 
@@ -143,7 +144,8 @@ def _busy_seconds(device: Device, work: Work, kernels: Kernels) -> float:
         return max(products, moved) + scores
     dtype = kernels.product_dtype if kernels.product_dtype is not None and work.is_weight else work.dtype
     if work.shape is None or not device.num_multiprocessors:
-        return max(work.flops / (device.peak(dtype) * device.efficiency(dtype) * device.sustained_rate), moved)
+        products = work.flops / (device.peak(dtype) * device.efficiency(dtype) * device.sustained_rate)
+        return max(products, moved) if device.loads_ahead else products + moved
     return max(product_seconds(device, work.shape, dtype), moved)
 
 

@@ -129,6 +129,7 @@ class Cluster:
             matmul_efficiency=0.7,
             memory_efficiency=0.7,
             kernel_launch_s=5e-6,
+            loads_ahead=False,
             source=sources(
                 f"assumed: {core_text}, each 80 GFLOP/s in float32 and 10 GB/s; 5 us per operator call",
                 memory="measured: physical memory by processes",

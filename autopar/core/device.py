@@ -33,9 +33,10 @@ OPTIONAL_NUMBERS = {
     "previous_rate": "previous_rate = 0.6",
     "efficiency": "[device.efficiency] with float8_e4m3fn = 0.7",
     "function": 'function = "2 ns"',
+    "loads_ahead": "loads_ahead = false",
 }
-"""Numbers that a file may leave out: products then reach their efficiency at any shape, attention that of products, every dtype the same, and
-exponentials take no longer than the memory they are read from."""
+"""Numbers that a file may leave out: products then reach their efficiency at any shape, attention that of products, every dtype the same,
+exponentials take no longer than the memory they are read from, and products go on while operands are loaded."""
 
 LINK_NUMBERS = {
     "latency": 'latency = "3 us"',
@@ -91,6 +92,7 @@ class Device:
     `sustained_rate`: the share of the rate of a short benchmark that products keep in steps of seconds, where power limits the clock.
     `previous_rate`: the share of its rate that kernels written for the generation before reach, whose instructions it still has.
     `function_s`: what evaluating an exponential, or its like, takes beside reading and writing.
+    `loads_ahead`: products go on while the next operands come from memory; the core of a processor does one after the other.
     """
 
     name: str
@@ -106,6 +108,7 @@ class Device:
     previous_rate: float = 1.0
     efficiencies: tuple[tuple[str, float], ...] = ()
     function_s: float = 0.0
+    loads_ahead: bool = True
     source: Sources = UNSOURCED
 
     def __post_init__(self) -> None:
@@ -226,6 +229,7 @@ def read_device(table: Table) -> Device:
         previous_rate=table.share("previous_rate") if "previous_rate" in table.values else 1.0,
         efficiencies=_efficiencies(table),
         function_s=table.quantity("function", DURATION, zero=True) if "function" in table.values else 0.0,
+        loads_ahead=table.flag("loads_ahead") if "loads_ahead" in table.values else True,
         source=read_sources(table, (*DEVICE_NUMBERS, *OPTIONAL_NUMBERS)),
     )
 
@@ -295,6 +299,7 @@ def device_values(device: Device) -> dict[str, object]:
         **({"attention_efficiency": device.attention_efficiency} if device.attention_efficiency else {}),
         **({"sustained_rate": device.sustained_rate} if device.sustained_rate != 1 else {}),
         **({"previous_rate": device.previous_rate} if device.previous_rate != 1 else {}),
+        **({} if device.loads_ahead else {"loads_ahead": False}),
         "peak": {dtype: format_quantity(value, COMPUTE) for dtype, value in device.peak_flops_per_s},
         **({"efficiency": dict(device.efficiencies)} if device.efficiencies else {}),
         **({"function": format_quantity(device.function_s, DURATION)} if device.function_s else {}),

@@ -78,6 +78,13 @@ class Table:
             self.fail(key, f"{shown(value)} is not a count; write a whole number from 1 to {largest}")
         return value
 
+    def flag(self, key: str) -> bool:
+        """`true` or `false`."""
+        value = self.values[key]
+        if not isinstance(value, bool):
+            self.fail(key, f"{shown(value)} is neither true nor false")
+        return value
+
     def number(self, key: str) -> float:
         """A plain number above 0."""
         value = self.values[key]

@@ -2,7 +2,7 @@
 
     1. ceilings    matrix products of every dtype, elementwise passes: the peaks, the memory bandwidth, what an exponential takes
     2. blocks      forward and backward of small transformers, with these passes: which share of the ceilings operators reach, and what a call costs
-    3. runtime     the optimizer's step; a pipeline with next to nothing to compute: what a forward or backward costs beside its operators
+    3. runtime     the optimizer's step; microbatches of a block, beside the block: what a forward or backward costs beside its operators
     4. talk        every collective over sizes and group sizes: its start, its hop, its rate
 
 Every count that a price is fitted to comes from the cost models themselves, asked with a price of one: there is no second formula. All ranks measure
@@ -17,7 +17,6 @@ from pathlib import Path
 
 from autopar.core.cluster import Cluster, Device, Host, Link, sources
 from autopar.core.device import MEASURED_COLLECTIVES, Measured
-from autopar.core.graph import OpGraph
 from autopar.core.mesh import Mesh
 from autopar.cost_models.collectives import collective_seconds
 from autopar.cost_models.memory import adam
@@ -34,8 +33,11 @@ MATMULS = ((64, 64, 64), (128, 256, 256), (256, 256, 1024), (512, 512, 512), (10
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 PASSES = (1 << 14, 1 << 16, 1 << 18, 1 << 20)
 FUNCTIONS = (1 << 16, 1 << 18)
-BLOCKS = ((1, 8, 64, 2), (1, 64, 64, 2), (4, 64, 128, 2), (1, 64, 256, 2), (4, 64, 256, 2), (16, 64, 256, 2), (1, 128, 512, 2), (4, 128, 512, 2))
-"""(batch, sequence, width, layers)"""
+BLOCKS = ((1, 8, 64, 8), (1, 64, 64, 8), (4, 64, 128, 8), (1, 64, 256, 8), (2, 64, 256, 8), (4, 64, 256, 8), (8, 64, 256, 8), (1, 128, 512, 8), (4, 128, 512, 4))
+"""(batch, sequence, width, layers). As deep as models are: two layers, over and over, stay in the caches, where an operator takes half as long."""
+
+SMALL = (1, 4, 32, 4)
+"""The block whose microbatches are counted: next to nothing to compute."""
 
 UPDATE = (48, 1 << 16)
 WATCHED = 64
@@ -95,7 +97,7 @@ def tasks_for(num_processes: int) -> tuple[Task, ...]:
     found += [Task("block", shape) for shape in BLOCKS]
     found += [Task("update", UPDATE), Task("watched", (WATCHED,))]
     found += [Task(primitive, (n, size)) for primitive in MEASURED_COLLECTIVES for n in _group_sizes(num_processes) for size in SIZES]
-    return (*found, *(Task("pipeline", (number, max(2, num_processes))) for number in MICRO_BATCHES))
+    return (*found, Task("block", SMALL), *(Task("accumulate", (number, *SMALL)) for number in MICRO_BATCHES))
 
 
 def _group_sizes(num_processes: int) -> tuple[int, ...]:
@@ -153,6 +155,7 @@ def _device(base: Cluster, seconds: Seconds, fits: list[tuple[str, fit.Fit]]) ->
         memory_efficiency=_digits(min(1.0, 1.0 / (byte_s * bandwidth))) if byte_s else 1.0,
         kernel_launch_s=_digits(call_s),
         function_s=_digits(function_s),
+        loads_ahead=False,
         source=sources(
             f"{how}; forward and backward of transformer blocks, {reached}",
             memory="measured: physical memory by processes",
@@ -166,19 +169,10 @@ def _device(base: Cluster, seconds: Seconds, fits: list[tuple[str, fit.Fit]]) ->
 def _program(task: Task) -> Program:
     """The program of a block on one device."""
     from autopar.profiler.machine import load_block
-
-    loaded = load_block(task, device="meta")
-    return _alone(_graph(loaded.module, loaded.kwargs))
-
-
-def _graph(module: object, kwargs: dict[str, object]) -> OpGraph:
     from autopar.trace.capture import trace
 
-    return trace(module, (), kwargs).graph  # type: ignore[arg-type]
-
-
-def _alone(graph: OpGraph) -> Program:
-    return plan_graph(graph, Cluster.local(1)).program
+    loaded = load_block(task, device="meta")
+    return plan_graph(trace(loaded.module, (), loaded.kwargs).graph, Cluster.local(1)).program
 
 
 def _counts(program: Program, prices: tuple[float, ...]) -> tuple[float, float, float, float]:
@@ -189,7 +183,7 @@ def _counts(program: Program, prices: tuple[float, ...]) -> tuple[float, float, 
     def at(calls: float, flops: float, num_bytes: float, functions: float = 0.0) -> float:
         device = Device(
             name="a ruler", memory_bytes=1, memory_bytes_per_s=1.0 / max(num_bytes, 1.0 / FREE), peak_flops_per_s=(("float32", 1.0 / max(flops, 1.0 / FREE)),),
-            kernel_launch_s=calls, function_s=functions,
+            kernel_launch_s=calls, function_s=functions, loads_ahead=False,
         )  # fmt: skip
         return compute_seconds(program, Pricing(replace(Cluster.local(1), device=device), program.mesh))
 
@@ -243,35 +237,22 @@ def _host(cluster: Cluster, seconds: Seconds) -> Host:
     elements = task.shape[0] * task.shape[1]
     return Host(
         cores=cluster.host.cores,
-        action_s=_digits(_action_s(cluster, seconds)),
+        action_s=_digits(_action_s(seconds)),
         watch_s=_digits(sum(watched_s / watched.shape[0] for watched, watched_s in _of(seconds, "watched"))),
         update_bytes_per_s=_digits(elements * (2 * policy.parameter_bytes + policy.gradient_bytes + 2 * policy.optimizer_bytes) / update_s),
         source=sources(
             "measured: processors that this process may use",
-            action="measured: a pipeline with next to nothing to compute, less its operators and messages",
+            action="measured: microbatches with next to nothing to compute, less their operators",
             watch="measured: small operators under selective recomputation",
             update_bandwidth="measured: AdamW(fused=True)",
         ),
     )
 
 
-def _action_s(cluster: Cluster, seconds: Seconds) -> float:
-    """Of what each further microbatch of the small pipeline takes, the part that is neither operators nor messages: for a forward and a backward."""
-    (few, few_s), (many, many_s) = sorted(_of(seconds, "pipeline"), key=lambda row: row[0].shape)
-    ranks = cluster.num_devices
-    program = _small(few.shape[1])
-    operators = compute_seconds(program, Pricing(replace(Cluster.local(1), device=cluster.device), program.mesh)) / ranks
-    messages = 2 * (ranks - 1) / ranks * float(collective_seconds(cluster, Mesh.of(pp=ranks), "send", (0,), 512.0)) if ranks > 1 else 0.0
-    return max(0.0, (many_s - few_s) / (many.shape[0] - few.shape[0]) - operators - messages) / 2
-
-
-@lru_cache(maxsize=4)
-def _small(layers: int) -> Program:
-    """The program of one microbatch of the small pipeline, on one device."""
-    from autopar.profiler.machine import load_pipeline
-
-    loaded = load_pipeline(1, layers, device="meta")
-    return _alone(_graph(loaded.module, loaded.kwargs))
+def _action_s(seconds: Seconds) -> float:
+    """Of what each further microbatch of a small block takes, half of the part that is no operator of it: for a forward and a backward."""
+    (few, few_s), (many, many_s) = sorted(_of(seconds, "accumulate"), key=lambda row: row[0].shape)
+    return max(0.0, (many_s - few_s) / (many.shape[0] - few.shape[0]) - seconds[Task("block", SMALL)]) / 2
 
 
 def write(calibration: Calibration, path: Path) -> None:

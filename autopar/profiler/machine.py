@@ -110,8 +110,8 @@ def _call(task: Task, groups: dict[int, GroupExchange]) -> Call:
             return partial(_watched, torch.zeros(8, requires_grad=True), *task.shape)
         case "block":  # (batch, sequence, width, layers)
             return _block(load_block(task, device="cpu"))
-        case "pipeline":  # (microbatches, layers)
-            return _pipeline(*task.shape)
+        case "accumulate":  # (microbatches, batch, sequence, width, layers)
+            return _accumulate(*task.shape)
     size, num_bytes = task.shape  # a collective: (ranks of a group, input bytes of a rank)
     return _collective(task.op, _group(size, groups), torch.zeros(num_bytes // 4))
 
@@ -162,18 +162,17 @@ def _update(num_parameters: int, elements: int) -> Call:
     return torch.optim.AdamW(parameters, fused=True).step
 
 
-def _pipeline(micro_batches: int, layers: int) -> Call:
-    """A step of a pipeline of all ranks in which there is next to nothing to compute."""
+def _accumulate(micro_batches: int, batch: int, *shape: int) -> Call:
+    """A step of so many microbatches, each rank on its own samples."""
     ranks = dist.get_world_size()
-    loaded = load_pipeline(micro_batches, layers, device="cpu")
-    pins = (f"pp={ranks}", "schedule=1f1b") if ranks > 1 else ("dp=1",)
-    module = autopar.api.parallelize(loaded.module, Cluster.local(ranks), loaded.kwargs, pins=pins, micro_batches=micro_batches)
-    return partial(module.train_step, loaded.kwargs)
+    loaded = load_block(Task("block", (micro_batches * batch * ranks, *shape)), device="cpu")
+    module = autopar.api.parallelize(loaded.module, Cluster.local(ranks), loaded.kwargs, pins=(f"dp={ranks}",), micro_batches=micro_batches)
 
+    def run() -> None:
+        module.train_step(loaded.kwargs)
+        module.zero_grad()
 
-def load_pipeline(micro_batches: int, layers: int, device: str) -> LoadedModel:
-    overrides = {"hidden": 32, "layers": layers, "heads": 1, "vocab": 32, "positions": 4}
-    return load_model("transformer", batch=micro_batches, seq=4, device=device, overrides=overrides)
+    return run
 
 
 def _group(size: int, groups: dict[int, GroupExchange]) -> GroupExchange:

@@ -11,6 +11,7 @@ from autopar.program import Program
 from autopar.rewrite.blocks import split_into_blocks
 from autopar.rewrite.check import check_emitted, check_program
 from autopar.rewrite.emit import emit
+from autopar.rewrite.last import sum_at_last
 from autopar.rewrite.spelling import spell
 from autopar.rewrite.split import put_off_weight_gradients
 from autopar.rewrite.tied import add_rows_where_tied
@@ -32,6 +33,7 @@ def build(program: Program, traced: Any, device: torch.device | None = None, *, 
     device = device or torch.device("cpu")
     emitted = emit(program, traced.gm, traced.node_of, device)
     check_emitted(program, emitted.graph)
+    sum_at_last(emitted, program)
     if split_backward:
         put_off_weight_gradients(emitted, program)
     else:

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -12,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from autopar.core.mesh import Mesh
 from autopar.core.pipeline import PP, Pipeline
 from autopar.errors import PlanMismatchError, UsageError
-from autopar.runtime.rank import Counter, Rank, Stream
+from autopar.runtime.rank import Counter, Rank, Stream, Work
 
 # torch 2.13 renamed them and warns about the old names.
 ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -22,12 +21,6 @@ SUM_TAG = 0x5EED
 """Keeps the messages of a sum apart from those of others."""
 
 REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
-
-
-class Work(Protocol):
-    """A collective under way."""
-
-    def wait(self) -> Any: ...
 
 
 @dataclass(frozen=True)

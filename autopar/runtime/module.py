@@ -163,10 +163,13 @@ class SpmdModule(ParallelModule):
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _micro_step(self, batch: Batch, weight: float, scaler: torch.amp.GradScaler | None) -> torch.Tensor:
-        loss = self._loss(batch)  # the other outputs need not live through the backward
-        loss = loss if weight == 1.0 else loss * weight
-        (loss if scaler is None else scaler.scale(loss)).backward()
-        return loss.detach()
+        with self._rank.summing_late() as sums:  # the backward starts from the loss without reading it
+            loss = self._loss(batch)  # the other outputs need not live through the backward
+        share = torch.full_like(loss, weight)
+        loss.backward(share if scaler is None else scaler.scale(share))
+        for work in sums:
+            work.wait()
+        return loss.detach() * weight
 
     @property
     def device_mesh(self) -> DeviceMesh:

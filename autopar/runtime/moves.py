@@ -12,7 +12,7 @@ import torch
 
 from autopar.core.moves import PRIMITIVES
 from autopar.runtime.pieces import cut, embed, join
-from autopar.runtime.rank import Rank
+from autopar.runtime.rank import Rank, Work
 from autopar.runtime.residence import taped
 
 
@@ -104,6 +104,32 @@ def _define(forward: str, backward: str) -> Callable[..., torch.Tensor]:
 
 MOVES: dict[tuple[str, str], Callable[..., torch.Tensor]] = {pair: _define(*pair) for pair in sorted(set(PRIMITIVES.values()))}
 PAIR_OF: dict[Callable[..., torch.Tensor], tuple[str, str]] = {function: pair for pair, function in MOVES.items()}
+
+
+class _SumLate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, rank: Rank, axis: str, late: list[Work]) -> torch.Tensor:
+        def start() -> list[torch.Tensor]:
+            rank.count("all_reduce", axis, x)
+            total, work = rank.exchanges[axis].start_all_reduce(x.clone())
+            late.append(work)
+            return [total]
+
+        return taped(rank, "all_reduce", start)[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return grad, None, None, None
+
+
+def late_all_reduce__identity(x: torch.Tensor, mesh: Rank, axis: str) -> torch.Tensor:
+    """Forward all_reduce, backward identity, at the end of a program: within `Rank.summing_late` nobody waits for the sum here."""
+    if mesh.late is None:
+        return MOVES["all_reduce", "identity"](x, mesh, axis)
+    return _SumLate.apply(x, mesh, axis, mesh.late)
+
+
+PAIR_OF[late_all_reduce__identity] = ("all_reduce", "identity")
 
 
 def all_reduce_max(x: torch.Tensor, mesh: Rank, axis: str) -> torch.Tensor:

@@ -11,10 +11,17 @@ from autopar.core.ledger import Ledger, LedgerKey
 from autopar.core.mesh import Mesh
 
 
+class Work(Protocol):
+    """A collective under way."""
+
+    def wait(self) -> Any: ...
+
+
 class Exchange(Protocol):
     """Raw communication inside one group; lists hold one tensor per member, in group order."""
 
     def all_reduce(self, x: torch.Tensor, op: str) -> torch.Tensor: ...
+    def start_all_reduce(self, x: torch.Tensor) -> tuple[torch.Tensor, Work]: ...
     def all_gather(self, x: torch.Tensor) -> list[torch.Tensor]: ...
     def reduce_scatter(self, pieces: list[torch.Tensor]) -> torch.Tensor: ...
     def all_to_all(self, pieces: list[torch.Tensor]) -> list[torch.Tensor]: ...
@@ -58,7 +65,8 @@ class Rank:
     """One rank of a mesh. `exchanges` maps axis names joined by '+' to the communication of that group (absent when simulated).
 
     `units`: what is gathered for each segment of the program; `tape`: where a block that is computed again keeps the results of its
-    collectives; `deferred`: where a backward of inputs only leaves what the gradients of weights need (`split.py`)."""
+    collectives; `deferred`: where a backward of inputs only leaves what the gradients of weights need (`split.py`); `late`: where a forward
+    leaves the sums that its backward does not read, for whoever reads them to wait for, None where they are waited for at once."""
 
     mesh: Mesh
     rank: int
@@ -71,6 +79,7 @@ class Rank:
     tape: Any = None
     replaying: bool = False
     deferred: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]] | None = None
+    late: list[Work] | None = None
 
     def __post_init__(self) -> None:
         self.coordinates = dict(zip(self.mesh.names, self.mesh.coordinates(self.rank)))
@@ -95,6 +104,15 @@ class Rank:
             return x
         self.counter.add(name, "host", 1, x.numel() * x.element_size())
         return x.to(device, copy=True)
+
+    @contextmanager
+    def summing_late(self) -> Iterator[list[Work]]:
+        """Sums that end a forward in this block are only started; the caller waits for what is in the list."""
+        self.late = found = []
+        try:
+            yield found
+        finally:
+            self.late = None
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """Kernels: tiles and waves by hand, attention, and what every shape must obey."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -31,6 +32,13 @@ def test_one_tile_more_costs_less_than_a_wave_more_but_something() -> None:
 def test_a_device_of_unknown_structure_is_a_plain_roofline() -> None:
     work = Work("product", 2.0 * 4096**3, 3 * 4096**2 * 2, "bfloat16", (1, 4096, 4096, 4096))
     assert forward_seconds(PLAIN_DEVICE, work) == pytest.approx(2 * 4096**3 / 100e12)
+
+
+def test_a_core_takes_the_seconds_of_products_and_of_their_bytes() -> None:
+    core = replace(PLAIN_DEVICE, loads_ahead=False)
+    work = Work("product", 2.0 * 64 * 1024**2, 8e6, "float32", (1, 64, 1024, 1024))
+    assert forward_seconds(core, work) == pytest.approx(2 * 64 * 1024**2 / 10e12 + 8e6 / 1e12)
+    assert forward_seconds(core, work._replace(kernel="pointwise", flops=1.0)) == pytest.approx(8e6 / 1e12)
 
 
 @settings(deadline=None)  # a busy machine is no failure

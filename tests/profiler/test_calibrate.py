@@ -25,7 +25,7 @@ TRUTH = replace(
     Cluster.local(RANKS),
     device=Device(
         name="d", memory_bytes=1 << 30, memory_bytes_per_s=8e9, peak_flops_per_s=(("float32", 40e9), ("float64", 20e9), ("bfloat16", 10e9), ("float16", 5e9)),
-        matmul_efficiency=0.8, kernel_launch_s=5e-5, function_s=3e-9,
+        matmul_efficiency=0.8, kernel_launch_s=5e-5, function_s=3e-9, loads_ahead=False,
     ),
     intra_node=Link(
         name="l", latency_s=1e-3, bandwidth_bytes_per_s=1e9,
@@ -46,13 +46,12 @@ def seconds_of(task: Task) -> float:
         return task.shape[0] * 6e-5 / crowding
     if task.op == "update":
         return 28 * math.prod(task.shape) / 6e9 / crowding
-    if task.op in ("block", "pipeline"):
-        program = calibrate._program(task) if task.op == "block" else calibrate._small(task.shape[1])
-        operators = compute_seconds(program, Pricing(replace(Cluster.local(1), device=device), program.mesh))
-        if task.op == "block":
-            return operators / crowding
-        messages = 2 * (RANKS - 1) / RANKS * collective_seconds(TRUTH, Mesh.of(pp=RANKS), "send", (0,), 512.0)
-        return (0.1 + task.shape[0] * (operators / RANKS + messages + 2 * 3e-3)) / crowding
+    if task.op == "block":
+        program = calibrate._program(task)
+        return compute_seconds(program, Pricing(replace(Cluster.local(1), device=device), program.mesh)) / crowding
+    if task.op == "accumulate":
+        number, *block = task.shape
+        return 0.1 + number * (seconds_of(Task("block", tuple(block))) + 2 * 3e-3 / crowding)
     size, num_bytes = task.shape
     return collective_seconds(TRUTH, Mesh.of(a=RANKS // size, b=size), task.op, (1,), float(num_bytes)) / crowding
 
@@ -61,6 +60,7 @@ def seconds_of(task: Task) -> float:
 def few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tracing is what a fit takes its time for."""
     monkeypatch.setattr(calibrate, "BLOCKS", ((1, 8, 64, 1), (8, 64, 64, 1), (16, 64, 256, 1)))
+    monkeypatch.setattr(calibrate, "SMALL", (1, 4, 32, 1))
 
 
 def test_the_cluster_of_synthetic_measurements_is_recovered(few_blocks: None, tmp_path: Path) -> None:
@@ -115,9 +115,9 @@ def test_a_file_that_is_no_cache_is_refused(text: str, tmp_path: Path) -> None:
 
 @pytest.mark.gloo
 def test_tasks_are_timed_on_real_ranks(long: bool) -> None:
-    """Every kind of them in the long form: a pipeline is traced on every rank."""
+    """Every kind of them in the long form: what is accumulated is traced on every rank."""
     kinds = [Task("matmul", (64, 64, 64)), Task("stream", (1024,)), Task("function", (1024,)), Task("update", (2, 64)), Task("watched", (4,)), Task("all_reduce", (2, 1024)), Task("send", (2, 1024))]
-    kinds += [Task("block", (1, 8, 64, 1)), Task("pipeline", (2, 2)), *(Task(name, (2, 1024)) for name in MEASURED_COLLECTIVES[1:4])] if long else []
+    kinds += [Task("block", (1, 8, 64, 1)), Task("accumulate", (2, 1, 8, 64, 1)), *(Task(name, (2, 1024)) for name in MEASURED_COLLECTIVES[1:4])] if long else []
     found: list[tuple[Task, float]] = []
     launch(measure, 2, kinds, on_message=found.append)
     assert [task for task, _ in found] == kinds and all(0 < seconds < 10 for _, seconds in found)
