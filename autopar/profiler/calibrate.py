@@ -249,7 +249,7 @@ def _host(cluster: Cluster, seconds: Seconds) -> Host:
         source=sources(
             "measured: processors that this process may use",
             action="measured: a pipeline with next to nothing to compute, less its operators and messages",
-            watch="measured: small operators under selective recomputation",
+            watch="measured: small products under selective recomputation",
             update_bandwidth="measured: AdamW(fused=True)",
         ),
     )

@@ -57,8 +57,8 @@ class Stream:
 class Rank:
     """One rank of a mesh. `exchanges` maps axis names joined by '+' to the communication of that group (absent when simulated).
 
-    `units`: what is gathered for each segment of the program; `tape`: where a block that is computed again keeps the results of its
-    collectives; `deferred`: where a backward of inputs only leaves what the gradients of weights need (`split.py`)."""
+    `units`: what is gathered for each segment of the program; `tape`: what the block at hand keeps for its backward, where that is not
+    everything (`tape.py`); `deferred`: where a backward of inputs only leaves what the gradients of weights need (`split.py`)."""
 
     mesh: Mesh
     rank: int
