@@ -8,18 +8,21 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from autopar.core.again import computed_again
+from autopar.core.again import AGAIN, RESHAPES, Part, computed_again, kept_by_selective, replayed
 from autopar.core.graph import DTYPE_BYTES, OpGraph
 from autopar.core.layout import I, Layout, R, local_shape
 from autopar.core.ledger import Ledger, LedgerKey
 from autopar.core.mesh import Mesh
 from autopar.core.moves import COLLECTIVES, Step, step_input_bytes
-from autopar.core.residency import Residency, gathers_again
+from autopar.core.residency import Residency, computes_again
 from autopar.core.rule import OpRule, Strategy
 from autopar.core.zero import zero_layout
 
 Route = tuple[Layout, ...]
 """The layouts a value goes through, first to last; one entry where nothing moves."""
+
+Tensor = tuple[int, Route]
+"""A value at the end of a route."""
 
 
 def without_r(layout: Layout) -> Layout:
@@ -131,19 +134,17 @@ class Program:
             total *= n
         return total
 
-    def moving(self) -> Iterator[tuple[int, Route, bool, int]]:
-        """(value, whole route from where it is produced, whether a gradient comes back, operator that uses it), for every use on a route of some steps,
-        in program order; outputs are used after all operators."""
-        last = len(self.graph.ops)
+    def moving(self) -> Iterator[tuple[int, Route, bool]]:
+        """(value, whole route from where it is produced, whether a gradient comes back), for every use on a route of some steps, in program order."""
         live, seeds, ops, relay = self.graph.differentiated, self.graph.seeds, self.graph.ops, self.relay
         for (i, k), tail in self.routes.items():
             v = ops[i].operands[k]
             if len(tail) > 1 or v in relay:
-                yield v, self.full_route(v, tail), v in live and not live.isdisjoint(ops[i].results), i
+                yield v, self.full_route(v, tail), v in live and not live.isdisjoint(ops[i].results)
         for n, (v, route) in enumerate(zip(self.graph.outputs, self.output_routes)):
-            yield v, self.full_route(v, route), v in seeds and (n >= self.first_handed or v not in self.handed), last
+            yield v, self.full_route(v, route), v in seeds and (n >= self.first_handed or v not in self.handed)
         for (_, v), route in zip(self.graph.updates, self.update_routes):
-            yield v, self.full_route(v, route), False, last
+            yield v, self.full_route(v, route), False
 
     @property
     def first_handed(self) -> int:
@@ -168,24 +169,93 @@ class Program:
     def move_of(self) -> Mapping[tuple[int, Route], Move]:
         """By value and route up to and with the step, which is made for the first operator that uses it."""
         seen: dict[tuple[int, Route], Move] = {}
-        again = self._gathering_again
-        for value, route, live, i in self.moving():
+        for value, route, live in self.moving():
             for n, step in enumerate(route_steps(route), start=1):
                 key = (value, route[: n + 1])
                 if key not in seen:
-                    seen[key] = Move(value, route[n - 1], step, live, again=step.forward == "all_gather" and i in again)
+                    again = step.forward in COLLECTIVES and self.becomes.get(key) == AGAIN
+                    seen[key] = Move(value, route[n - 1], step, live, again=again)
                 elif live and not seen[key].live:
                     seen[key] = replace(seen[key], live=True)
         return seen
 
-    @property
-    def _gathering_again(self) -> frozenset[int]:
-        """Operators that are computed again and gather their operands for it."""
-        modes = self.residency.recompute
-        blocks = {block for block, mode in modes.items() if gathers_again(mode)}
-        if not blocks:
-            return frozenset()
-        return frozenset(computed_again(self.graph, self.rules)).intersection(i for s in self.graph.segments if s.block in blocks for i in s.ops)
+    def mode(self, s: int) -> str:
+        """What segment s keeps for its backward."""
+        return self.residency.recompute.get(self.graph.segments[s].block, "none")
+
+    def in_modes(self, recompute: Mapping[str, str]) -> "Program":
+        """The same under other modes of recomputation."""
+        made = replace(self, residency=replace(self.residency, recompute=recompute))
+        vars(made)["_parts"] = self._parts  # they have no modes, and a search asks for many
+        return made
+
+    def parts(self, s: int) -> tuple[Part, ...]:
+        """The moves and operators of a segment, in the order in which they are emitted. Tensors are named (value, route)."""
+        if s not in self._parts:
+            self._parts[s] = tuple(self._parts_of(s))
+        return self._parts[s]
+
+    @cached_property
+    def _parts(self) -> dict[int, tuple[Part, ...]]:
+        return {}
+
+    def _parts_of(self, s: int) -> Iterator[Part]:
+        graph, live, segment = self.graph, self.graph.differentiated, self.graph.segments[s]
+        made: set[Tensor] = set()
+        for i in segment.ops:
+            op, rule = graph.ops[i], self.rules[i]
+            operands = [(v, self.full_route(v, self.routes[i, k])) for k, v in enumerate(op.operands)]
+            for v, route in operands:
+                for n, step in enumerate(route_steps(route), start=1):
+                    key = (v, route[: n + 1])
+                    if key not in made and self._first_user[key] in segment.ops:
+                        made.add(key)
+                        yield Part(((v, route[:n]),), (key,), collective=step.forward in COLLECTIVES, gather=step.forward == "all_gather")
+            results = [(v, (self.produced[v],)) for v in op.results]
+            saved: list[Tensor] = []
+            backward = not live.isdisjoint(op.results)
+            if backward:
+                wanting = [k for k, v in enumerate(op.operands) if v in live]
+                saved = [x for k, x in enumerate(operands) if rule.keeps_operand(k, wanting) or not rule.known] + [results[j] for j in rule.saved_results]
+            contraction = kept_by_selective(op, [graph.values[v].meta for v in op.operands])
+            yield Part(
+                tuple(operands), tuple(results), tuple(saved), prepares=backward and bool(rule.kept or not rule.known), view=op.kind.startswith(RESHAPES),
+                contraction=contraction, addends=any(p.kind == "P" for v in op.results for p in self.produced[v]),
+            )  # fmt: skip
+
+    @cached_property
+    def _first_user(self) -> Mapping[Tensor, int]:
+        """Of what every move makes; after all operators where that is an output."""
+        found: dict[Tensor, int] = {}
+        for (i, k), tail in self.routes.items():
+            v = self.graph.ops[i].operands[k]
+            if len(tail) > 1 or v in self.relay:
+                route = self.full_route(v, tail)
+                for n in range(2, len(route) + 1):
+                    found.setdefault((v, route[:n]), i)
+        return found
+
+    @cached_property
+    def replays(self) -> Mapping[int, tuple[str, ...]]:
+        """Segment of which not everything is kept -> what becomes of the results of each of its parts."""
+        again = (s for s in range(len(self.graph.segments)) if self.mode(s) != "none" and self.backward_segments[s])
+        return {s: replayed(self.parts(s), self.mode(s)) for s in again}
+
+    @cached_property
+    def repeated(self) -> Mapping[int, float]:
+        """Operator -> the part of its forward that is done a second time."""
+        graph, found = self.graph, dict[int, float]()
+        shares = computed_again(graph, self.rules) if self.replays else {}
+        for i in (i for s in self.replays if computes_again(self.mode(s)) for i in graph.segments[s].ops if i in shares):
+            op = graph.ops[i]
+            spared = kept_by_selective(op, [graph.values[v].meta for v in op.operands]) and self.becomes[op.results[0], (self.produced[op.results[0]],)] != AGAIN
+            found |= {} if spared else {i: shares[i]}
+        return found
+
+    @cached_property
+    def becomes(self) -> Mapping[Tensor, str]:
+        """The same by tensor."""
+        return {x: what for s, found in self.replays.items() for part, what in zip(self.parts(s), found, strict=True) for x in part.makes}
 
     @cached_property
     def ledger(self) -> Ledger:

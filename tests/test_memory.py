@@ -46,6 +46,8 @@ TWO_RANKS = [
     ("gpt2-tiny", GPT2 | {"batch": 16}, ("pp=2", "schedule=1f1b"), 4),
     ("llama-tiny", LLAMA | {"batch": 16}, ("pp=2", "schedule=gpipe", "recompute=full"), 4),
     ("bert-tiny", BERT | {"batch": 16}, ("pp=2", "schedule=interleaved", "virtual=2"), 4),
+    ("gpt2-tiny", GPT2, ("tp=2", "recompute=none+gather"), 1),
+    ("gpt2-tiny", GPT2, ("tp=2", "recompute=selective"), 1),
 ]
 
 

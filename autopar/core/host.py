@@ -11,7 +11,7 @@ from autopar.errors import UsageError
 HOST_NUMBERS = {
     "cores": "cores = 2.0 (processors that the devices of a node share)",
     "action": 'action = "1 ms" (the runtime\'s own time for one forward or backward of a microbatch)',
-    "watch": 'watch = "40 us"  (what selective recomputation adds to an operator, forward and again)',
+    "watch": 'watch = "40 us"  (what keeping its result adds to a product under selective recomputation, forward and again)',
     "update_bandwidth": 'update_bandwidth = "10 GB/s" (bytes of parameters, gradients and state that the optimizer passes over)',
 }
 
@@ -20,8 +20,8 @@ HOST_NUMBERS = {
 class Host:
     """`cores`: processors that the devices of a node share, where devices are processes of a CPU; None where each computes on its own.
     The numbers of such a device hold while all devices of its node compute. `action_s`: what the runtime itself takes for a forward or a
-    backward of a microbatch, however small. `watch_s`: what it adds to every operator of a block under selective recomputation, which it watches in
-    Python, forward and again. `update_bytes_per_s`: how fast the optimizer passes over what it reads and writes; None: its
+    backward of a microbatch, however small. `watch_s`: what it adds to a product whose result a block keeps that is otherwise computed
+    again, forward and again. `update_bytes_per_s`: how fast the optimizer passes over what it reads and writes; None: its
     step is not priced."""
 
     cores: float | None = None

@@ -9,13 +9,19 @@ from autopar.core.zero import Zero
 from autopar.errors import UsageError
 
 GATHER = "+gather"
-RECOMPUTE = ("none", "selective", "selective" + GATHER, "full", "full" + GATHER)
-"""What a block keeps for its backward: everything; results of contractions with weights and of collectives; only its inputs and the results of
-collectives. What is not kept is computed again. With `+gather` the results of all-gathers are not kept but gathered again, as Megatron-LM does under
-sequence parallelism (Korthikanti et al. 2022, section 4.2.2); no other collective is repeated."""
+RECOMPUTE = ("none", "none" + GATHER, "selective", "selective" + GATHER, "full", "full" + GATHER)
+"""What a block keeps for its backward: everything that it reads; of what making that again takes, its inputs and the results of contractions with weights
+and of collectives; only its inputs and the results of collectives. What is not kept is computed again (`again.py`). With `+gather` the results of
+all-gathers are not kept but gathered again, as Megatron-LM does under sequence parallelism (Korthikanti et al. 2022, section 4.2.2); no other collective
+is repeated."""
 
 MODES = tuple(mode for mode in RECOMPUTE if not mode.endswith(GATHER))
 """Those that a search over operators tells apart: what a mode that gathers again costs depends on both ends of every edge, and is known of a program."""
+
+
+def computes_again(mode: str) -> bool:
+    """Whether operators of a block are done a second time."""
+    return not mode.startswith("none")
 
 
 def keeps_contractions(mode: str) -> bool:

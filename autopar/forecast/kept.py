@@ -1,5 +1,6 @@
 """What published software does not keep of what a traced program keeps from the forward of a microbatch to its backward."""
 
+from autopar.core.again import KEPT
 from autopar.core.graph import DTYPE_BYTES
 from autopar.core.moves import COLLECTIVES
 from autopar.cost_models.kernels import Kernels
@@ -16,12 +17,13 @@ def spared_bytes(program: Program, kernels: Kernels) -> int:
 
 
 def _communicated_bytes(program: Program) -> int:
-    """Software that communicates again for its backward keeps what was sent, not what came: the difference; all of it where blocks are computed again."""
+    """Software that communicates again for its backward keeps what was sent, not what came: the difference; all that is kept of it where blocks are computed
+    again."""
     modes, total = set(program.residency.recompute.values()), 0
-    for move in program.moves:
-        if move.live and move.step.forward in COLLECTIVES and program.graph.values[move.value].role == "op":
-            before, after = program.local_bytes(move.value, move.src), program.local_bytes(move.value, move.step.apply(move.src))
-            total += after if "full" in modes else max(0, after - before)
+    for (value, route), move in program.move_of.items():
+        if move.live and move.step.forward in COLLECTIVES and program.graph.values[value].role == "op":
+            before, after = program.local_bytes(value, move.src), program.local_bytes(value, route[-1])
+            total += after * (program.becomes.get((value, route)) == KEPT) if "full" in modes else max(0, after - before)
     return total
 
 

@@ -111,7 +111,7 @@ class Kinds:
         return PerKind(lambda kind: self._in_mode(self.cut.programs[kind]))
 
     def _in_mode(self, program: Program) -> Program:
-        return replace(program, residency=replace(program.residency, recompute=self._recompute))
+        return program.in_modes(self._recompute)
 
     @cached_property
     def walks(self) -> Sequence[Liveness]:

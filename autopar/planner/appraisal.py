@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from autopar.core.cluster import Cluster
 from autopar.core.graph import OpGraph
@@ -64,7 +64,7 @@ def _of_stages(staged: Staged) -> Appraisal:
 
 def _terms(program: Program, pricing: Pricing) -> dict[str, float]:
     """Seconds of a step of one program."""
-    once = replace(program, residency=replace(program.residency, recompute={}))
+    once = program.in_modes({})
     found: defaultdict[str, float] = defaultdict(float)
     for name, seconds in _named(once, pricing):
         found[name] += seconds

@@ -2,25 +2,21 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from autopar.core.again import computed_again
 from autopar.core.buckets import bucket_limit
-from autopar.core.graph import Op, OpGraph, TensorMeta
+from autopar.core.graph import OpGraph, TensorMeta
 from autopar.core.layout import I, Layout, local_shape
 from autopar.core.mesh import Mesh
-from autopar.core.residency import GATHER, MODES, RECOMPUTE, Precision, gathers_again, keeps_contractions
+from autopar.core.residency import GATHER, MODES, RECOMPUTE, Precision, computes_again, gathers_again, keeps_contractions
 from autopar.core.zero import Zero, zero_layout
 from autopar.cost_models.memory import adam
 from autopar.planner.pins import Pins
 from autopar.planner.states import TIE_BREAK_S, Pricing
 from autopar.program import Program
-
-WEIGHT_CONTRACTIONS = ("aten.linear.default", "aten.mm.default", "aten.addmm.default", "aten.convolution.default")
-"""Operators whose results selective recomputation keeps (`runtime/residence.py` keeps the same)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,51 +184,36 @@ class Sharding:
         return share * self.pricing.gradient_reduction(axes, num_bytes / share)
 
 
-def kept_by_selective(op: Op, operands: Sequence[TensorMeta]) -> bool:
-    """Whether selective recomputation keeps an operator's result: a contraction with a weight."""
-    return op.kind in WEIGHT_CONTRACTIONS or (op.kind == "aten.matmul.default" and len(operands[1].shape) <= 2)
-
-
 def recompute_tables(
     modes: Sequence[str], again_s: np.ndarray, saved_bytes: np.ndarray, made_bytes: np.ndarray, *, kept: bool, times: int, watch_s: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:
     """(extra seconds, bytes kept inside the block) of one operator: rows are modes, columns its states.
 
-    `again_s`: of the part of its forward that is done again where nothing is kept; `watch_s`: what selective recomputation adds, there and again.
-    `saved_bytes`: what the backward reads; `made_bytes`: results, which selective recomputation keeps of an operator that is `kept`,
-    read or not.
+    `again_s`: of the part of its forward that is done again where nothing is kept; `watch_s`: what keeping a result adds, there and again.
+    `saved_bytes`: what the backward reads; `made_bytes`: results, which selective recomputation keeps of an operator that is `kept`.
     """
     nothing = np.zeros_like(again_s)
     seconds, held = [], []
     for mode in modes:
-        some = keeps_contractions(mode)
-        seconds.append(times * (nothing if mode == "none" else again_s * (not (some and kept)) + 2 * watch_s * some))
-        held.append(saved_bytes if mode == "none" else made_bytes if some and kept else nothing)
+        some = kept and keeps_contractions(mode)
+        seconds.append(times * (2 * watch_s + nothing if some else again_s * computes_again(mode)))
+        held.append(made_bytes if some else nothing if computes_again(mode) else saved_bytes)
     return np.stack(seconds), np.stack(held)
 
 
 def recomputed_flops(program: Program) -> float:
     """Flops of contractions that a rank does a second time in one step because their results were not kept."""
-    modes, rules, total = program.residency.recompute, program.rules, 0.0
-    again = computed_again(program.graph, rules)
-    for segment, backward in zip(program.graph.segments, program.backward_segments, strict=True):
-        mode = modes.get(segment.block, "none")
-        if mode != "none" and backward:
-            contractions = (i for i in segment.ops if i in again and rules[i].cost == "contract" and not (keeps_contractions(mode) and _kept(program, i)))
-            total += sum(again[i] * rules[i].flops / rules[i].degree(program.strategies[i], program.mesh) for i in contractions)
-    return total * program.residency.micro_batches
+    rules, mesh = program.rules, program.mesh
+    again = ((i, share) for i, share in program.repeated.items() if rules[i].cost == "contract")
+    return program.residency.micro_batches * sum(share * rules[i].flops / rules[i].degree(program.strategies[i], mesh) for i, share in again)
 
 
 def gathering_again(program: Program) -> Program | None:
-    """The same, but blocks that are computed again do not keep what was gathered; None where they do not gather."""
-    modes = {block: mode if gathers_again(mode) else mode + GATHER for block, mode in program.residency.recompute.items()}
-    made = replace(program, residency=replace(program.residency, recompute=modes))
+    """The same, but blocks do not keep what was gathered; None where they do not gather."""
+    given = program.residency.recompute
+    modes = {s.block: given.get(s.block, "none").removesuffix(GATHER) + GATHER for s in program.graph.segments if s.block}
+    made = program.in_modes(modes)
     return made if any(move.again for move in made.moves) else None
-
-
-def _kept(program: Program, i: int) -> bool:
-    op = program.graph.ops[i]
-    return kept_by_selective(op, [program.graph.values[v].meta for v in op.operands])
 
 
 def recomputed_early(program: Program) -> Program:
@@ -251,4 +232,4 @@ def recomputed_early(program: Program) -> Program:
         alike.setdefault(repr(look), []).append(block)
     order = sorted(RECOMPUTE, key=RECOMPUTE.index, reverse=True)
     moved = {b: m for blocks in alike.values() for b, m in zip(blocks, sorted((modes.get(b, "none") for b in blocks), key=order.index))}
-    return replace(program, residency=replace(program.residency, recompute={b: m for b, m in moved.items() if m != "none"}))
+    return program.in_modes({b: m for b, m in moved.items() if m != "none"})

@@ -13,12 +13,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from autopar.core.again import KEPT, UNREAD
 from autopar.core.buckets import IN_FLIGHT
 from autopar.core.cluster import Cluster
 from autopar.core.memory import MemoryUse
-from autopar.core.residency import gathers_again, keeps_contractions
+from autopar.core.residency import computes_again
 from autopar.planner.allocator import Memory
 from autopar.planner.held import Beside, Group, Held, Holdings, received_bytes, resident
+from autopar.planner.regather import gathers, regathered
 from autopar.planner.steps import Run, Step, Steps, steps_of
 from autopar.program import Program
 
@@ -95,9 +97,9 @@ class _Walk:
     def bucket_of(self) -> Mapping[int, int]:
         return {h.value: b for b, bucket in enumerate(self.holdings.buckets) for h in bucket.members}
 
-    def mode(self, s: int) -> str:
-        segments = self.program.graph.segments
-        return self.program.residency.recompute.get(segments[s].block, "none") if s < len(segments) else "none"
+    def again(self, s: int) -> bool:
+        """Whether a segment is computed again."""
+        return s < len(self.program.graph.segments) and computes_again(self.program.mode(s))
 
     # --- forward -----------------------------------------------------------------------------------------------------
 
@@ -107,9 +109,9 @@ class _Walk:
         for s, run in enumerate(self.steps.runs):
             self.first_storage.append(self.memory.num_storages)
             weights = self._gather(s, back=False, moment=("forward", run.where))
-            if self.mode(s) != "none":
+            if self.again(s):
                 self.inputs[s] = {o: self.memory.hold(values[o]) for n in run.script.inputs if (o := run.numbers[n]) in values}
-            self._run(s, values, "forward", keep=self.mode(s) == "none")
+            self._run(s, values, "forward", keep=not self.again(s))
             self._drop(weights)
         handed = self.steps.ends[self.program.first_handed : len(self.program.graph.outputs)]
         owners = dict.fromkeys(owner for owner, live in handed if live)
@@ -117,29 +119,28 @@ class _Walk:
         self._drop(values.values())  # the loss has read them
 
     def _run(self, s: int, values: Values, what: str, *, keep: bool) -> None:
-        memory, mode, run = self.memory, self.mode(s), self.steps.runs[s]
-        numbers, expiring, tape = run.numbers, run.expiring, self.taped.get(s, {})
-        again = what != "forward"
+        memory, replay, run = self.memory, self.program.replays.get(s, ()), self.steps.runs[s]
+        numbers, expiring, tape = run.numbers, run.expiring, self.taped.setdefault(s, {})
+        again, taping = what != "forward", bool(replay) and not keep
+        assert not replay or len(replay) == len(run.script.steps), "steps are the parts of a segment"
+        gathered = gathers(run.script, replay) if keep and not again else {}
         for i, step in enumerate(run.script.steps):
+            unmade = again and replay and replay[i] == UNREAD and (step.contraction or step.collective)
             for n, num_bytes in step.made:
                 o = numbers[n]
-                values[o] = tape.pop(o) if again and o in tape else memory.new(num_bytes, "temporaries")
+                values[o] = tape.pop(o) if again and o in tape else memory.new(0 if unmade else num_bytes, "temporaries")
             kept = [memory.new(step.kept_bytes, "activations" if keep else "temporaries")] if step.kept_bytes else []
-            if step.collective:
-                memory.note(what, step.moment or run.block, communication=step.workspace_bytes)
-            else:
-                memory.note(what, step.moment or run.block, temporaries=step.workspace_bytes)
+            memory.note(what, step.moment or run.block, **{step.workspace_part: step.workspace_bytes})
             if keep and step.recorded:
-                for n in step.saved:
-                    o = numbers[n]
-                    if o in values:
+                source = () if step.source is None or gathered.get(step.results[0]) != i else (step.source,)
+                for n in (*step.saved, *source):
+                    if n not in gathered and (o := numbers[n]) in values:
                         kept.append(memory.move(memory.hold(values[o]), "activations"))
                 self.saved[s, i] = kept
             elif kept:
                 self._drop(kept)
-            if not again and mode != "none" and (step.contraction and keeps_contractions(mode) or step.collective and not (step.gather and gathers_again(mode))):
-                taped = self.taped.setdefault(s, {})
-                taped.update({numbers[n]: memory.move(memory.hold(values[numbers[n]]), "activations") for n, _ in step.made})
+            if taping and replay[i] == KEPT:
+                tape.update({numbers[n]: memory.move(memory.hold(values[numbers[n]]), "activations") for n, _ in step.made})
             for n in expiring.get(i, ()):
                 o = numbers[n]
                 if o in values:
@@ -201,14 +202,23 @@ class _Walk:
     def _back(self, s: int, last: bool) -> None:
         run = self.steps.runs[s]
         weights = self._gather(s, back=True, moment=("backward", run.where)) if run.script.live else []
-        if self.mode(s) != "none":
+        if self.again(s):
             values = {o: self.memory.hold(storage) for o, storage in self.inputs[s].items()}
             self._run(s, values, "computing again", keep=True)
             self._drop(values.values())
+        gathered = {} if self.again(s) else regathered(run.script, self.program.replays.get(s, ()))
+        there: Values = {}
         for i in reversed(range(len(run.script.steps))):
             step = run.script.steps[i]
             if step.live:
-                self._differentiate(step, run, self.saved.pop((s, i), ()), last)
+                read = list(self.saved.pop((s, i), ()))
+                for gather in gathered.get(i, ()):
+                    if gather.first:
+                        self._drop(self.saved.pop((s, gather.gather), ()))
+                        there[gather.owner] = self.memory.new(gather.num_bytes, "temporaries")
+                        self.memory.note("backward", step.moment or run.block, communication=gather.workspace_bytes)
+                    read += [there.pop(gather.owner)] if gather.last else []
+                self._differentiate(step, run, read, last)
         self._drop(self.inputs.pop(s, {}).values())
         self._drop(self.taped.pop(s, {}).values())
         self._drop(weights)
@@ -223,10 +233,7 @@ class _Walk:
         arrived = [gradient.pop(numbers[n]) for n in step.results if numbers[n] in gradient]
         if arrived:
             found = [memory.hold(arrived[0]) if new is None else memory.new(new, "temporaries") for _, _, new in step.gradients]
-        if step.collective:
-            memory.note("backward", moment, communication=step.backward_workspace_bytes)
-        else:
-            memory.note("backward", moment, temporaries=step.backward_workspace_bytes)
+        memory.note("backward", moment, **{step.workspace_part: step.backward_workspace_bytes})
         for storage in arrived:
             memory.drop(storage)
         for storage in saved:

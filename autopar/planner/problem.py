@@ -1,12 +1,13 @@
 """From a graph on one mesh to a table of numbers for the search: nodes are decisions, edges are redistributions."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from autopar.core.again import computed_again
+from autopar.core.again import computed_again, kept_by_selective
 from autopar.core.graph import OpGraph, TensorMeta
 from autopar.core.layout import I, Layout, R
 from autopar.core.mesh import Mesh
@@ -14,7 +15,7 @@ from autopar.core.problem import Edge, Node, SearchProblem
 from autopar.core.redistribute import layout_space
 from autopar.core.rule import OpRule
 from autopar.errors import PinConflictError
-from autopar.planner.keeping import Keeping, Sharding, Use, kept_by_selective, recompute_tables, uses
+from autopar.planner.keeping import Keeping, Sharding, Use, recompute_tables, uses
 from autopar.planner.roles import Constraints
 from autopar.planner.saved import moved_bytes, saved_values, wanting
 from autopar.planner.states import Pricing, States, layout_states, op_states, result_bytes
@@ -310,6 +311,11 @@ class ProblemBuilder:
                 self.edges.append(Edge(found[block], self.ops[i], seconds, memory))
         return found
 
+    def _addends(self, states: States) -> np.ndarray:
+        """Over how many ranks the result of each state is still to be summed: kept is a part of the sum, not an addend."""
+        sizes = self.mesh.sizes
+        return np.array([math.prod(sizes[a] for a, p in enumerate(layout) if p.kind == "P") for layout in states.result_layouts[0]])
+
     def _mode_tables(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         op, states = self.graph.ops[i], self.states[self.ops[i]]
         metas = [self.graph.values[v].meta for v in op.operands]
@@ -320,10 +326,11 @@ class ProblemBuilder:
         if key not in self._edge_cache:
             assert states.forward_s is not None and states.kept_bytes is not None
             results = [self.graph.values[v].meta for v in op.results]
-            read, made = (result_bytes(results, states.result_layouts, which, self.mesh) for which in (saved, inner))
+            read, made = (result_bytes(results, states.result_layouts, which, self.mesh) for which in (saved, inner if i in self.again else ()))
             times = self.keeping.micro_batches
-            again = states.forward_s * self.again.get(i, 0.0)
-            self._edge_cache[key] = recompute_tables(self.keeping.recompute, again, states.kept_bytes + read, made, kept=kept, times=times, watch_s=self.pricing.cluster.host.watch_s)
+            addends = self._addends(states)
+            again = states.forward_s * self.again.get(i, 0.0) * (addends == 1 if kept else 1)
+            self._edge_cache[key] = recompute_tables(self.keeping.recompute, again, states.kept_bytes + read, made / addends, kept=kept, times=times, watch_s=self.pricing.cluster.host.watch_s)
         seconds, memory = self._edge_cache[key]
         assert memory is not None
         return seconds, memory

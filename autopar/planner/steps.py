@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from autopar.core.again import kept_by_selective
 from autopar.core.graph import DTYPE_BYTES, Op
 from autopar.core.layout import Layout
 from autopar.core.moves import COLLECTIVES
 from autopar.core.strides import Strides, row_major
-from autopar.planner.keeping import kept_by_selective
 from autopar.planner.storages import WRITTEN_OUT, Node, backward_workspace, forward_workspace, in_flight, move_shares, new_gradient_bytes, result_strides
 from autopar.program import Program, Route, route_steps
 
@@ -26,7 +26,7 @@ class Step:
     """One operator or move of a segment; nodes are named by local number (see `Script`).
 
     `made`: (node that owns new memory, bytes); `saved`: owners of what the backward reads, `kept_bytes`: what it keeps beside them;
-    `gradients`: (operand that has one, its bytes, bytes of new memory or None where it shares the result's).
+    `gradients`: (operand that has one, its bytes, bytes of new memory or None where it shares the result's). `source`: owner of what a collective takes.
     """
 
     moment: str
@@ -42,7 +42,12 @@ class Step:
     backward_workspace_bytes: int = 0
     contraction: bool = False
     collective: bool = False
-    gather: bool = False
+    source: int | None = None
+
+    @property
+    def workspace_part(self) -> str:
+        """What its workspace is counted under."""
+        return "communication" if self.collective else "temporaries"
 
 
 @dataclass(frozen=True, eq=False)
@@ -293,7 +298,7 @@ class _Builder:
                 gradients=((here, before.num_bytes, None if backward == "identity" else before.num_bytes),) if before.live else (),
                 backward_workspace_bytes=in_flight(backward, after.num_bytes, before.num_bytes),
                 collective=forward in COLLECTIVES,
-                gather=forward == "all_gather",
+                source=None if self.owners[source] is None else self._local(self.owners[source]),
             )  # fmt: skip
         )
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from autopar.core.again import RESHAPES
 from autopar.core.graph import Op
 from autopar.core.rule import OpRule
 from autopar.core.strides import Strides, dense_like, is_row_major, row_major, view_strides
@@ -26,7 +27,6 @@ BACKWARD_WORKSPACE = {"aten.pow": 2.0, "autopar.attention": 2.0, "autopar.token_
 """The same for its backward: `grad * (e * x ** (e - 1))` has two products at once."""
 
 PERMUTING = ("aten.transpose", "aten.permute", "aten.movedim", "aten.t.", "aten.numpy_T", "aten.mT")
-RESHAPING = ("aten.view", "aten.reshape", "aten._unsafe_view", "aten.unsqueeze", "aten.squeeze", "aten.flatten", "aten.unflatten")
 ATTENTION = "aten.scaled_dot_product_attention"
 
 
@@ -60,7 +60,7 @@ def new_gradient_bytes(op: Op, operand: Node, result: Node) -> int | None:
     """New memory for the gradient of an operand; None where it shares the result's."""
     if op.kind.startswith(WHOLE_GRADIENT):
         return operand.num_bytes
-    rearranged = op.kind.startswith((*PERMUTING, *RESHAPING))
+    rearranged = op.kind.startswith((*PERMUTING, *RESHAPES))
     broadcast = math.prod(operand.shape) < math.prod(result.shape) and not op.kind.startswith(JOINING)
     return None if rearranged or (op.kind.startswith(SAME_GRADIENT) and not broadcast) else operand.num_bytes
 
@@ -95,7 +95,7 @@ def _seen(op: Op, source: Node, shape: tuple[int, ...]) -> Strides | None:
     """Strides of a view's result in the memory of its operand; None where a reshape must copy."""
     given = dict(op.args)
     rank = len(source.shape)
-    if op.kind.startswith(RESHAPING):
+    if op.kind.startswith(RESHAPES):
         return view_strides(source.shape, source.strides, shape)
     if op.kind.startswith(PERMUTING):
         order = list(range(rank))

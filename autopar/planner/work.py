@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from autopar.core.again import computed_again
+from autopar.core.again import computed_again, kept_by_selective
 from autopar.core.graph import DTYPE_BYTES, OpGraph
 from autopar.core.moves import COLLECTIVES, step_input_bytes
-from autopar.core.residency import keeps_contractions
-from autopar.planner.keeping import Keeping, Sharding, Use, kept_by_selective, uses
+from autopar.core.residency import computes_again, keeps_contractions
+from autopar.planner.keeping import Keeping, Sharding, Use, uses
 from autopar.planner.states import Pricing, work_of, written_beside
 from autopar.program import Program, Route, route_steps
 
@@ -89,7 +89,7 @@ class _Pieces:
         self.weights = _made_of_weights(graph)
         self.computed = _searched(graph)
         self.block = {i: segment.block for segment in graph.segments for i in segment.ops if segment.block}
-        self.again = computed_again(graph, program.rules) if program.residency.recompute else {}
+        self.shares = computed_again(graph, program.rules) if program.residency.recompute and pricing.kernels.repeats_collectives else {}
         self.live_moves = _live_moves(program)
         self.fused = fused_values(program) if pricing.kernels.fused else frozenset()
         self.uses = uses(graph)
@@ -134,16 +134,25 @@ class _Pieces:
         return (forward + inside + watched, inputs + again + inside_back + watched, weights, 0.0, 0.0, 0.0)
 
     def _watched_s(self, i: int) -> float:
-        selective = keeps_contractions(self.program.residency.recompute.get(self.block.get(i, ""), "none"))
-        return self.pricing.cluster.host.watch_s if selective and not self.graph.differentiated.isdisjoint(self.graph.ops[i].results) else 0.0
+        """What keeping its result adds to an operator, in each direction."""
+        kept = self._kept_alone(i) and not self.graph.differentiated.isdisjoint(self.graph.ops[i].results)
+        return self.pricing.cluster.host.watch_s if kept else 0.0
+
+    def _mode(self, i: int) -> str:
+        return self.program.residency.recompute.get(self.block.get(i, ""), "none")
+
+    def _kept_alone(self, i: int) -> bool:
+        op = self.graph.ops[i]
+        return keeps_contractions(self._mode(i)) and kept_by_selective(op, [self.graph.values[v].meta for v in op.operands])
 
     def _computed_again(self, i: int) -> float:
         """The part of an operator's forward that recomputation does again."""
-        mode = self.program.residency.recompute.get(self.block.get(i, ""), "none")
-        op = self.graph.ops[i]
-        if mode == "none" or (keeps_contractions(mode) and kept_by_selective(op, [self.graph.values[v].meta for v in op.operands])):
+        kernels = self.pricing.kernels
+        if kernels.stops_early and not kernels.repeats_collectives:
+            return self.program.repeated.get(i, 0.0)
+        if not computes_again(self._mode(i)) or self._kept_alone(i):
             return 0.0
-        return self.again.get(i, 0.0) if self.pricing.kernels.stops_early else float(not self.graph.differentiated.isdisjoint(op.results))
+        return self.shares.get(i, 0.0) if kernels.stops_early else float(not self.graph.differentiated.isdisjoint(self.graph.ops[i].results))
 
     def _inner(self, i: int, differentiable: bool, share: float) -> tuple[float, float]:
         """Collectives inside an operator, forward and backward."""
@@ -228,7 +237,7 @@ def fused_values(program: Program) -> frozenset[int]:
 
 def _live_moves(program: Program) -> frozenset[tuple[int, Route]]:
     """(value, route up to and with a move) of the moves that a gradient comes back through."""
-    return frozenset((v, route[:n]) for v, route, live, _ in program.moving() if live for n in range(2, len(route) + 1))
+    return frozenset((v, route[:n]) for v, route, live in program.moving() if live for n in range(2, len(route) + 1))
 
 
 def _searched(graph: OpGraph) -> frozenset[int]:

@@ -243,7 +243,7 @@ def _host(cluster: Cluster, seconds: Seconds) -> Host:
         source=sources(
             "measured: processors that this process may use",
             action="measured: microbatches with next to nothing to compute, less their operators",
-            watch="measured: small operators under selective recomputation",
+            watch="measured: small products under selective recomputation",
             update_bandwidth="measured: AdamW(fused=True)",
         ),
     )

@@ -18,13 +18,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate
 
 import autopar.api
+from autopar.core.again import KEPT
 from autopar.core.cluster import Cluster
 from autopar.core.device import MEASURED_COLLECTIVES
+from autopar.core.mesh import Mesh
 from autopar.models.load import LoadedModel, load_model
 from autopar.profiler.tasks import Task
 from autopar.runtime.distributed import GroupExchange
 from autopar.runtime.launch import Worker
-from autopar.runtime.residence import selective_contexts
+from autopar.runtime.rank import Rank
+from autopar.runtime.tape import Tape, product
 
 BATCHES = 5
 """Timed runs of a task, of which the lower quartile counts: what disturbs only adds."""
@@ -107,7 +110,7 @@ def _call(task: Task, groups: dict[int, GroupExchange]) -> Call:
         case "update":  # (parameters, elements of each)
             return _update(*task.shape)
         case "watched":  # (operators,)
-            return partial(_watched, torch.zeros(8, requires_grad=True), *task.shape)
+            return partial(_watched, torch.zeros(2, 2, requires_grad=True), *task.shape)
         case "block":  # (batch, sequence, width, layers)
             return _block(load_block(task, device="cpu"))
         case "accumulate":  # (microbatches, batch, sequence, width, layers)
@@ -129,11 +132,13 @@ def _passes(function: Callable[..., torch.Tensor], elements: int, dtype: torch.d
 
 
 def _watched(x: torch.Tensor, operators: int) -> None:
-    """Operators that take no time, as selective recomputation sees them."""
-    first, _ = selective_contexts()
-    with first:
-        for _ in range(operators):
-            x.neg()
+    """Products that take no time, whose results are kept: half of them made, half of them had again."""
+    rank, kept = Rank(Mesh.of(dp=1), 0, x.device), product(torch.mm, KEPT)
+    rank.tape = Tape(rank.stream)
+    for again in (False, True):
+        rank.replaying = again
+        for _ in range(operators // 2):
+            kept(rank, x, x)
 
 
 def load_block(task: Task, device: str) -> LoadedModel:

@@ -8,6 +8,7 @@ import torch
 from torch.fx import GraphModule
 
 from autopar.program import Program
+from autopar.rewrite.again import mark_results
 from autopar.rewrite.blocks import split_into_blocks
 from autopar.rewrite.check import check_emitted, check_program
 from autopar.rewrite.emit import emit
@@ -39,5 +40,6 @@ def build(program: Program, traced: Any, device: torch.device | None = None, *, 
     else:
         add_rows_where_tied(emitted, program, device)
     spell(emitted.graph)
+    mark_results(emitted, program)
     split = split_into_blocks(emitted, program)
     return Built(split.module, emitted.inputs, split.positions)

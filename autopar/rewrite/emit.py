@@ -61,6 +61,8 @@ class _Emitter:
         first = self._last()
         result = lower(Site(self.graph, self.program, i, node.target, args, self.mesh, self.device))
         self._tag(first, op.module_path)
+        if isinstance(result, Node):
+            result.meta["made"] = (op.results[0], (self.program.produced[op.results[0]],))
         for j, v in enumerate(op.results):
             out = self._result(result, node, j)
             self.nodes[v, (self.program.produced[v],)] = out

@@ -4,21 +4,23 @@
 gradient. The names are the whole semantics; the simulated mesh runs the same functions for all ranks at once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from autopar.core.again import KEPT
 from autopar.core.moves import PRIMITIVES
 from autopar.runtime.pieces import cut, embed, join
 from autopar.runtime.rank import Rank, Work
-from autopar.runtime.residence import taped
+from autopar.runtime.tape import communicated
 
 
 @dataclass(frozen=True)
 class Move:
-    """Primitives and the digits they work on: `dim`/`outer` of the cut that comes or goes, `to_*` of an all-to-all's new cut."""
+    """Primitives and the digits they work on: `dim`/`outer` of the cut that comes or goes, `to_*` of an all-to-all's new cut. `becomes`: what a block that does not keep
+    everything does with the result (`tape.py`)."""
 
     forward: str
     backward: str
@@ -27,6 +29,7 @@ class Move:
     outer: int = 1
     to_dim: int = 0
     to_outer: int = 1
+    becomes: str = KEPT
 
 
 def before(move: Move, x: torch.Tensor, size: int) -> Any:
@@ -63,7 +66,7 @@ def perform(move: Move, x: torch.Tensor, rank: Rank) -> torch.Tensor:
     """Run the forward primitive of a move on a real rank."""
     if move.forward not in EXCHANGES:
         return local(move, x, rank.sizes[move.axis], rank.coordinates[move.axis])
-    return taped(rank, move.forward, lambda: [_exchange(move, x, rank)])[0]
+    return communicated(rank, move.becomes, [x], lambda xs: [_exchange(move, xs[0], rank)])[0]
 
 
 def _exchange(move: Move, x: torch.Tensor, rank: Rank) -> torch.Tensor:
@@ -93,8 +96,8 @@ def backward_of(move: Move) -> Move:
 
 
 def _define(forward: str, backward: str) -> Callable[..., torch.Tensor]:
-    def function(x: torch.Tensor, mesh: Rank, axis: str, dim: int = 0, outer: int = 1, to_dim: int = 0, to_outer: int = 1) -> torch.Tensor:
-        return _Perform.apply(x, Move(forward, backward, axis, dim, outer, to_dim, to_outer), mesh)
+    def function(x: torch.Tensor, mesh: Rank, axis: str, dim: int = 0, outer: int = 1, to_dim: int = 0, to_outer: int = 1, becomes: str = KEPT) -> torch.Tensor:
+        return _Perform.apply(x, Move(forward, backward, axis, dim, outer, to_dim, to_outer, becomes), mesh)
 
     function.__name__ = function.__qualname__ = f"{forward}__{backward}"
     function.__module__ = __name__
@@ -109,23 +112,20 @@ PAIR_OF: dict[Callable[..., torch.Tensor], tuple[str, str]] = {function: pair fo
 class _SumLate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, rank: Rank, axis: str, late: list[Work]) -> torch.Tensor:
-        def start() -> list[torch.Tensor]:
-            rank.count("all_reduce", axis, x)
-            total, work = rank.exchanges[axis].start_all_reduce(x.clone())
-            late.append(work)
-            return [total]
-
-        return taped(rank, "all_reduce", start)[0]
+        rank.count("all_reduce", axis, x)
+        total, work = rank.exchanges[axis].start_all_reduce(x.clone())
+        late.append(work)
+        return total
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         return grad, None, None, None
 
 
-def late_all_reduce__identity(x: torch.Tensor, mesh: Rank, axis: str) -> torch.Tensor:
-    """Forward all_reduce, backward identity, at the end of a program: within `Rank.summing_late` nobody waits for the sum here."""
-    if mesh.late is None:
-        return MOVES["all_reduce", "identity"](x, mesh, axis)
+def late_all_reduce__identity(x: torch.Tensor, mesh: Rank, axis: str, becomes: str = KEPT) -> torch.Tensor:
+    """Forward all_reduce, backward identity, at the end of a program: within `Rank.summing_late` nobody waits for the sum here, unless it is kept."""
+    if mesh.late is None or mesh.tape is not None:
+        return MOVES["all_reduce", "identity"](x, mesh, axis, becomes=becomes)
     return _SumLate.apply(x, mesh, axis, mesh.late)
 
 
@@ -135,11 +135,11 @@ PAIR_OF[late_all_reduce__identity] = ("all_reduce", "identity")
 def all_reduce_max(x: torch.Tensor, mesh: Rank, axis: str) -> torch.Tensor:
     """Elementwise maximum over an axis; carries no gradient."""
 
-    def largest() -> list[torch.Tensor]:
-        mesh.count("all_reduce", axis, x)
-        return [mesh.exchanges[axis].all_reduce(x.detach().contiguous(), "max")]
+    def largest(xs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        mesh.count("all_reduce", axis, xs[0])
+        return [mesh.exchanges[axis].all_reduce(xs[0].detach().contiguous(), "max")]
 
-    return taped(mesh, "all_reduce", largest)[0]
+    return communicated(mesh, KEPT, [x], largest)[0]
 
 
 # The emitted code calls moves by name, so that it reads as a list of collectives.

@@ -64,9 +64,9 @@ class Stream:
 class Rank:
     """One rank of a mesh. `exchanges` maps axis names joined by '+' to the communication of that group (absent when simulated).
 
-    `units`: what is gathered for each segment of the program; `tape`: where a block that is computed again keeps the results of its
-    collectives; `deferred`: where a backward of inputs only leaves what the gradients of weights need (`split.py`); `late`: where a forward
-    leaves the sums that its backward does not read, for whoever reads them to wait for, None where they are waited for at once."""
+    `units`: what is gathered for each segment of the program; `tape`: what the block at hand keeps for its backward, where that is not
+    everything (`tape.py`); `deferred`: where a backward of inputs only leaves what the gradients of weights need (`split.py`); `late`: where a
+    forward leaves the sums that its backward does not read, for whoever reads them to wait for, None where they are waited for at once."""
 
     mesh: Mesh
     rank: int

@@ -13,7 +13,8 @@ from autopar.core.mesh import Mesh
 from autopar.runtime.block import run_block
 from autopar.runtime.moves import EXCHANGES, PAIR_OF, Move, after, all_reduce_max, backward_of, before, local
 from autopar.runtime.rank import Counter, Rank, Stream
-from autopar.runtime.residence import Unit, run, taped
+from autopar.runtime.residence import Unit, run
+from autopar.runtime.tape import communicated
 
 
 def simulated_ranks(mesh: Mesh, *, seed: int = 0, device: str = "cpu") -> list[Rank]:
@@ -51,7 +52,7 @@ def perform_all(move: Move, xs: Sequence[torch.Tensor], ranks: Sequence[Rank], o
     if move.forward not in EXCHANGES:
         return [local(move, x, size, rank.coordinates[move.axis]) for x, rank in zip(xs, ranks)]
 
-    def communicate() -> list[torch.Tensor]:
+    def communicate(xs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         results: list[Any] = [None] * len(xs)
         for x, rank in zip(xs, ranks):
             rank.count(move.forward, move.axis, x)
@@ -61,7 +62,7 @@ def perform_all(move: Move, xs: Sequence[torch.Tensor], ranks: Sequence[Rank], o
                 results[r] = after(move, item)
         return results
 
-    return taped(ranks[0], move.forward, communicate)
+    return communicated(ranks[0], move.becomes, xs, communicate)
 
 
 class _PerformAll(torch.autograd.Function):

@@ -29,7 +29,7 @@ POINTS = {
 }
 
 
-@pytest.mark.parametrize("modes", [("none", "full"), ("selective", "full"), ("selective+gather", "full+gather")], ids="-".join)
+@pytest.mark.parametrize("modes", [("none", "full"), ("none+gather", "full"), ("selective", "full"), ("selective+gather", "full+gather")], ids="-".join)
 @pytest.mark.parametrize("case", POINTS)
 @pytest.mark.parametrize("dims", [LLAMA, GPT], ids=["llama", "gpt"])
 def test_stages_from_three_blocks_are_those_of_the_whole_graph(dims, case: str, modes: tuple[str, str]) -> None:
@@ -110,7 +110,7 @@ def test_shardings_for_blocks_that_are_computed_again_are_tried() -> None:
     assert len({tuple(program.strategies) for program in search._programs()} - free) > 1
 
 
-@pytest.mark.parametrize("mode", ["full", "selective+gather", "full+gather"])
+@pytest.mark.parametrize("mode", ["none+gather", "full", "selective+gather", "full+gather"])
 def test_a_pinned_mode_is_taken_whether_or_not_a_sharding_gathers(mode: str) -> None:
     joint = joint_search(LLAMA, A100, 16, (f"recompute={mode}",))
     for point in (Point(1, 8, 1, 1, 16), Point(1, 1, 8, 4, 4)):
