@@ -68,11 +68,12 @@ class Kernels:
     `product_dtype`: in which products with a weight are computed, None: in that of their operands. `fused`: chains of pointwise operators
     make one pass. `attention_share`: of what the best known attention kernel reaches on the device; `attention_before`: it was written for the
     generation of devices before. `score_passes`: over the scores of an attention that is written out. `host_s`: of the process that launches,
-    per operator and direction; the device waits where the host is slower. `repeats_collectives`: recomputation communicates again;
+    per operator and direction; the device waits where the host is slower, and always where `launches_block`. `repeats_collectives`: recomputation communicates again;
     `stops_early`: it ends when the last of what the backward needs is there, as torch's checkpoint does, not with the block.
     `adds_gradients`: those of a further microbatch are added to the sum by a pass of their own, not by the product that makes them.
     `sums_whole`: ranks that keep a part of the optimizer's state get the sum of all gradients. `exchange_share`: of the bytes of an all-to-all
-    that are sent, as a token for several experts of a node may travel once.
+    that are sent, as a token for several experts of a node may travel once. `sends_parts`: ranks that hold the same activations send a part each
+    to the next stage of a pipeline, whose ranks gather them.
     """
 
     product_dtype: str | None = None
@@ -85,6 +86,8 @@ class Kernels:
     adds_gradients: bool = False
     sums_whole: bool = False
     exchange_share: float = 1.0
+    sends_parts: bool = False
+    launches_block: bool = False
     stops_early: bool = True
 
 

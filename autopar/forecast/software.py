@@ -41,7 +41,7 @@ class Software:
 FLASH_1 = 0.55
 """Share of FlashAttention-2's rate that FlashAttention reaches. Source: Dao 2023, figures 4 to 6."""
 
-MEGATRON = Kernels(fused=True, repeats_collectives=True, stops_early=False)
+MEGATRON = Kernels(fused=True, repeats_collectives=True, sends_parts=True, stops_early=False)
 EAGER = Kernels(host_s=12e-6, adds_gradients=True, stops_early=False)
 
 HALF_AS_IT_IS = ("float16", "float32")
@@ -66,8 +66,13 @@ LLAMA_3 = replace(MEGATRON_CORE, name="Llama 3", sums=("float32", "float32"))
 
 MEGATRON_DEEPSPEED = Software(
     name="Megatron-DeepSpeed", flash=False, half=True, dropout=0.1, sums=HALF_AS_IT_IS,
-    kernels=replace(MEGATRON, host_s=55e-6, adds_gradients=True, sums_whole=True),
+    kernels=replace(MEGATRON, host_s=65e-6, adds_gradients=True, sums_whole=True),
 )  # fmt: skip
+MEGATRON_DEEPSPEED_BLOCKING = replace(
+    MEGATRON_DEEPSPEED, name="Megatron-DeepSpeed, launches block", kernels=replace(MEGATRON_DEEPSPEED.kernels, launches_block=True),
+)  # fmt: skip
+"""All trials and the run of BLOOM had CUDA_LAUNCH_BLOCKING=1, against hangs. Source: BigScience, tr11-176B-ml, chronicles-prequel.md and README.md."""
+
 SCALING = Software(
     name="Aleph Alpha Scaling", zero=1, fused_norm=False, whole_loss=True, sums=("float16", "bfloat16"),
     kernels=replace(EAGER, repeats_collectives=True, sums_whole=True),
@@ -82,7 +87,7 @@ TITAN = Software(
 
 BY_SOURCE = (
     ("Korthikanti", MEGATRON_2022), ("MegaScale", MEGATRON_2023),
-    ("BigScience", MEGATRON_DEEPSPEED), ("vTrain", MEGATRON_DEEPSPEED), ("MT-NLG", MEGATRON_DEEPSPEED),
+    ("BigScience BLOOM", MEGATRON_DEEPSPEED_BLOCKING), ("BigScience", MEGATRON_DEEPSPEED), ("vTrain", MEGATRON_DEEPSPEED), ("MT-NLG", MEGATRON_DEEPSPEED),
     ("Aleph Alpha", SCALING), ("MosaicML", FOUNDRY), ("torchtitan", TITAN), ("Automodel", TITAN),
     ("NVIDIA", MEGATRON_CORE), ("moe-modelzoo", MEGATRON_CORE), ("DeepSeek-V3", MEGATRON_CORE), ("Llama 3", LLAMA_3), ("2024 H100", MEGATRON_CORE), ("examples/llama", MEGATRON_CORE),
     ("Narayanan", MEGATRON_2021), ("September 2020", MEGATRON_2020), ("Megatron-LM README", MEGATRON_2021),

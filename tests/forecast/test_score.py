@@ -13,7 +13,7 @@ from autopar.forecast.command import validate
 from autopar.forecast.price import Priced, Refused, Result, price_row, price_rows
 from autopar.forecast.report import as_svg
 from autopar.forecast.runs import OWN_ROWS, Row, read_rows
-from autopar.forecast.score import kendall, score
+from autopar.forecast.score import score
 
 ROW = {
     "id": "x-1", "source": "Korthikanti et al.", "model_family": "gpt", "layers": "48", "hidden": "6144", "heads": "64", "seq": "2048", "vocab": "51200",
@@ -111,13 +111,6 @@ def test_medians_of_groups_of_sources_and_one_fit_per_machine() -> None:
     assert found.error == pytest.approx((0.2 + 0.2) / 2)
     assert dict(found.efficiency)["gpu", "one"] == pytest.approx(0.1)
     assert found.fitted_error == pytest.approx((0.1 + 0.3) / 2)
-
-
-def test_kendall_by_hand() -> None:
-    assert kendall([(1, 1), (2, 2), (3, 3)]) == 1.0
-    assert kendall([(1, 3), (2, 2), (3, 1)]) == -1.0
-    assert kendall([(1, 1), (2, 3), (3, 2)]) == pytest.approx(1 / 3)
-    assert kendall([(1, 1), (1, 2)]) is None
 
 
 def test_recall_and_false_alarms_of_the_sources_that_report_memory() -> None:
