@@ -11,7 +11,7 @@ class Software:
     """What rows leave open (`flash`: fused attention; `half`: float16; `zero`: its stage) and what the software does: `sums`: dtypes that gradients of
     (float16, bfloat16) are summed in; `fused_norm`: an RMS norm is one kernel; `selects_attention`: its selective recomputation is that of attention's
     core alone, `selects_blocks`: that of every second block; `whole_loss`: the loss is computed on whole logits; `sends_once`: a token to several experts
-    of a node; `fragments`: share of memory that the allocator loses between what is held.
+    of a node; `offloads`: without a pipeline, activations that do not fit may lie on the host; `fragments`: share of memory that the allocator loses between what is held.
 
     Source of `fragments`: assumed, set by hand where runs and reports of memory running out part; 0.03 with expandable segments.
     """
@@ -31,6 +31,7 @@ class Software:
     whole_loss: bool = False
     fragments: float = 0.13
     sends_once: bool = False
+    offloads: bool = False
     kernels: Kernels = Kernels(stops_early=False)
 
     def sums_in(self, dtype: str) -> str:
@@ -59,8 +60,10 @@ MEGATRON_2023 = Software(name="Megatron-LM 2023", flash=False, zero=1, sequence_
 
 MEGATRON_CORE = Software(
     name="Megatron Core", zero=1, selects_attention=True, sequence_parallel=True, overlap=True, biases=False, sums=("float16", "bfloat16"), fragments=0.03,
-    sends_once=True, kernels=replace(MEGATRON, host_s=10e-6),
+    sends_once=True, offloads=True, kernels=replace(MEGATRON, host_s=10e-6),
 )  # fmt: skip
+"""Source of `offloads`: Megatron Bridge, perf_recipes/llama (cpu_offloading of 20 to 40 layers in every recipe with FSDP on Grace hosts)."""
+
 LLAMA_3 = replace(MEGATRON_CORE, name="Llama 3", sums=("float32", "float32"))
 """Source: Llama 3, section 3.3.2: sums in float32."""
 
