@@ -8,7 +8,7 @@ the schedule's lists, run against the clock (`cost_models/timeline.py`), make th
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 
 from autopar.core.cluster import Cluster
 from autopar.core.graph import DTYPE_BYTES
@@ -177,12 +177,14 @@ class Step:
         return Forecast(self.step_s, self.memory)
 
 
-def with_host(device_s: float, host_s: float, *, blocking: bool = False) -> float:
+def with_host(device_s: float, host_s: float, blocked: int = 0) -> float:
     """Seconds of work that takes a device so long, and the host so long to launch: a line of two machines with a buffer between them, which keeps the
-    pace of the slower one where they differ and falls behind both where they are equal, as either waits for the other now and then. With launches that
-    block there is no buffer."""
-    if blocking or not host_s:
-        return device_s + host_s
+    pace of the slower one where they differ and falls behind both where they are equal, as either waits for the other now and then.
+
+    `blocked`: ranks that meet at collectives, where launches block. Then there is no buffer, both add up, and all wait for the last of the hosts: of n
+    whose time between two collectives is exponentially distributed (assumed), that one takes 1 + 1/2 + ... + 1/n times the mean."""
+    if blocked or not host_s:
+        return device_s + host_s * sum(1 / n for n in range(1, blocked + 1))
     return max(device_s, host_s) * (1 + (min(device_s, host_s) / max(device_s, host_s)) ** EVENNESS) ** (1 / EVENNESS)
 
 
@@ -227,11 +229,11 @@ class Kinds:
         """A stage of `depth` blocks, one of `virtual` of its rank."""
         ends = [i for i, there in ((0, first), (2, last)) if there]
         middle, kept, pricing = self.seconds[1], self.kept_bytes, self.forced.pricing
-        beside = partial(with_host, blocking=pricing.kernels.launches_block)
+        blocked = self.forced.layout.tp if pricing.kernels.launches_block else 0
         forward, inputs, weights = (depth * m + sum(self.seconds[i][k] - m for i in ends) for k, m in enumerate(middle[:3]))
         there, back = (pricing.kernels.host_s * (depth * m + sum(self.launches[i][k] - m for i in ends)) for k, m in enumerate(self.launches[1]))
-        forward = beside(forward, there)
-        weights = beside(inputs + weights, back) - inputs + self._addition_s(depth, ends)
+        forward = with_host(forward, there, blocked)
+        weights = with_host(inputs + weights, back, blocked) - inputs + self._addition_s(depth, ends)
         forward, weights = self._with_units(depth, forward, inputs, weights)
         gather, reduce = (self._total(depth, ends, name) for name in ("gathers", "sums"))
         if pricing.kernels.sums_whole:

@@ -182,10 +182,11 @@ def test_parts_of_a_message_cross_between_nodes_and_meet_inside() -> None:
 
 
 def test_a_host_and_a_device_in_line() -> None:
-    """The slower one counts, more where both are as slow; launches that block add up."""
+    """The slower one counts, more where both are as slow; launches that block add up, those of the last of several ranks."""
     assert with_host(3.0, 0.0) == 3.0 and with_host(3.0, 3.0) == pytest.approx(3.0 * 2 ** (1 / EVENNESS))
     assert with_host(3.0, 0.03) == with_host(0.03, 3.0) == pytest.approx(3.0, rel=1e-5)
-    assert with_host(3.0, 2.0, blocking=True) == 5.0 > with_host(3.0, 2.0) > 3.0
+    assert with_host(3.0, 2.0, 1) == 5.0 > with_host(3.0, 2.0) > 3.0
+    assert with_host(3.0, 2.0, 4) == pytest.approx(3.0 + 2.0 * (1 + 1 / 2 + 1 / 3 + 1 / 4)) and with_host(3.0, 0.0, 4) == 3.0
     plan = StepPlan(layout=Layout3D(micro_batch=8))
     free, ahead, blocking = (Step(DIMS, plan, A100, kernels=k).step_s for k in (Kernels(), Kernels(host_s=2e-5), Kernels(host_s=2e-5, launches_block=True)))
     assert free < ahead < blocking
