@@ -66,17 +66,20 @@ class Work(NamedTuple):
 class Kernels:
     """What the kernels of a piece of software do differently from plain eager PyTorch.
 
-    `product_dtype`: in which products with a weight are computed, None: in that of their operands. `fused`: chains of pointwise operators
+    `product_dtype`: in which products with a weight are computed, None: in that of their operands; `product_share`: of the rate in that dtype that its
+    way of scaling leaves. `fused`: chains of pointwise operators
     make one pass. `attention_share`: of what the best known attention kernel reaches on the device; `attention_before`: it was written for the
     generation of devices before. `score_passes`: over the scores of an attention that is written out. `host_s`: of the process that launches,
-    per operator and direction; the device waits where the host is slower. `repeats_collectives`: recomputation communicates again;
+    per operator and direction; the device waits where the host is slower, and always where `launches_block`. `repeats_collectives`: recomputation communicates again;
     `stops_early`: it ends when the last of what the backward needs is there, as torch's checkpoint does, not with the block.
     `adds_gradients`: those of a further microbatch are added to the sum by a pass of their own, not by the product that makes them.
     `sums_whole`: ranks that keep a part of the optimizer's state get the sum of all gradients. `exchange_share`: of the bytes of an all-to-all
-    that are sent, as a token for several experts of a node may travel once.
+    that are sent, as a token for several experts of a node may travel once. `sends_parts`: ranks that hold the same activations send a part each
+    to the next stage of a pipeline, whose ranks gather them.
     """
 
     product_dtype: str | None = None
+    product_share: float = 1.0
     fused: bool = False
     attention_share: float = 1.0
     attention_before: bool = False
@@ -86,8 +89,14 @@ class Kernels:
     adds_gradients: bool = False
     sums_whole: bool = False
     exchange_share: float = 1.0
+    sends_parts: bool = False
+    launches_block: bool = False
     stops_early: bool = True
 
+
+CAST_BYTES = {"float8_e4m3fn": 4.0, "float8_e5m2": 4.0, "float4_e2m1fn": 5.125}
+"""Per element of an operand that a product wants narrower: read in 16 bits, written twice, along rows for one product and along columns for another; in
+float4 read once more for the largest value, and written with a scale of 8 bits for every 16. Source: Transformer Engine, cast and transpose fused."""
 
 PLAIN = Kernels()
 
@@ -96,7 +105,15 @@ def forward_seconds(device: Device, work: Work, kernels: Kernels = PLAIN) -> flo
     """Seconds of one operator's forward."""
     if work.kernel == "view":
         return 0.0
-    return device.kernel_launch_s + _busy_seconds(device, work, kernels) + _evaluating(device, work)
+    casting = _casting(device, work, kernels, work.shape[0] * work.shape[1] * work.shape[3]) if work.kernel == "product" and work.shape is not None else 0.0
+    return device.kernel_launch_s + _busy_seconds(device, work, kernels) + _evaluating(device, work) + casting
+
+
+def _casting(device: Device, work: Work, kernels: Kernels, elements: int) -> float:
+    """Seconds of making an operand of so many elements narrower, for a product with a weight; weights are kept narrow."""
+    if not work.is_weight or kernels.product_dtype is None:
+        return 0.0
+    return elements * CAST_BYTES[kernels.product_dtype] / (device.memory_bytes_per_s * device.memory_efficiency)
 
 
 def _evaluating(device: Device, work: Work) -> float:
@@ -117,7 +134,7 @@ def backward_halves(device: Device, work: Work, kernels: Kernels = PLAIN) -> tup
         batch, m, n, k = work.shape
         turned = (batch, m, k, n), (batch, n, k, m)
         inputs, weights = (launch + _busy_seconds(device, work._replace(shape=shape), kernels) for shape in turned)
-        return inputs, weights
+        return inputs + _casting(device, work, kernels, batch * m * n), weights
     if work.kernel == "product":
         return forward_seconds(device, work, kernels), forward_seconds(device, work, kernels)
     if work.kernel == "attention":
@@ -142,11 +159,12 @@ def _busy_seconds(device: Device, work: Work, kernels: Kernels) -> float:
         dtype = work.dtype if width % ALIGNMENT == 0 else "float32"
         products = product_seconds(device, (batch, queries, keys, width), dtype) + product_seconds(device, (batch, queries, width, keys), dtype)
         return max(products, moved) + scores
-    dtype = kernels.product_dtype if kernels.product_dtype is not None and work.is_weight else work.dtype
+    narrow = kernels.product_dtype if work.is_weight else None
+    dtype, share = (narrow, kernels.product_share) if narrow is not None else (work.dtype, 1.0)
     if work.shape is None or not device.num_multiprocessors:
-        products = work.flops / (device.peak(dtype) * device.efficiency(dtype) * device.sustained_rate)
+        products = work.flops / (device.peak(dtype) * device.efficiency(dtype) * device.sustained_rate * share)
         return max(products, moved) if device.loads_ahead else products + moved
-    return max(product_seconds(device, work.shape, dtype), moved)
+    return max(product_seconds(device, work.shape, dtype) / share, moved)
 
 
 @lru_cache(maxsize=1 << 16)

@@ -14,6 +14,9 @@ PRESETS = {
     "V100-32GB": "v100-sxm", "V100-32GB-SXM3": "v100-sxm3", "V100-16GB": "v100-sxm-16g",
 }  # fmt: skip
 
+HOST_BYTES_PER_S = {"gb200": 225e9, "gb300": 225e9}
+"""Between a device and its host, one direction, where that is fast enough to keep activations there. Source: derived, NVLink-C2C of 900 GB/s in both
+directions, shared by the two devices of a Grace processor (NVIDIA GB200 and GB300 NVL72 specifications)."""
 
 COMPUTERS = {("BigScience", "a100-sxm"): "a100-jean-zay", ("BigScience", "v100-sxm"): "v100-jean-zay"}
 """Named computers whose network is not that of the vendor's own node: (word of the source, preset of the device) -> preset."""

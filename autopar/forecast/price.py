@@ -9,6 +9,7 @@ from multiprocessing import get_context
 
 from autopar.errors import AutoparError
 from autopar.forecast.cases import Case, case_of, with_recompute
+from autopar.forecast.machines import HOST_BYTES_PER_S
 from autopar.forecast.runs import Row, Unpriced
 from autopar.forecast.step import Step, StepPlan
 
@@ -119,10 +120,18 @@ def _state(row: Row) -> str:
 def _lightest(case: Case, plan: StepPlan, limit: int) -> tuple[float, int, str]:
     """(seconds, bytes, mode of recomputation)."""
     for mode in case.recompute:
-        seconds, num_bytes = _step(case, plan, mode)
+        seconds, num_bytes = _offloaded(case, plan, limit) if mode == "offload" else _step(case, plan, mode)
         if num_bytes <= limit:
             break
     return seconds, num_bytes, mode
+
+
+def _offloaded(case: Case, plan: StepPlan, limit: int) -> tuple[float, int]:
+    """Seconds and bytes with as much of the activations on the host as does not fit, of what recomputation would save; they go there and come back
+    beside the computation, which waits where that takes longer."""
+    (seconds, num_bytes), (_, least) = _step(case, plan, "none"), _step(case, plan, "full")
+    moved = max(0, num_bytes - max(limit, least)) * plan.num_microbatches
+    return max(seconds, 2 * moved / HOST_BYTES_PER_S[case.gpu]), max(limit, least)
 
 
 def _step(case: Case, plan: StepPlan, mode: str) -> tuple[float, int]:

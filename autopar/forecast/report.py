@@ -17,6 +17,9 @@ from autopar.forecast.score import Score
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#000000")
 SIZE, MARGIN = 640, 60
 
+ORDER_ASKED = 0.75
+"""Kendall's tau of the plans of a source below which the report says what is in the way."""
+
 
 def as_json(priced: Priced, score: Score) -> str:
     """Everything that the tables show, and every row."""
@@ -48,11 +51,23 @@ def print_tables(priced: Priced, score: Score, console: Console) -> None:
     f, i = score.feasibility, score.interval
     console.print(f"out of memory: {f.recalled} of {f.out_of_memory} foreseen ({f.recall:.0%}); false alarms on {f.false_alarms} of {f.runs} runs ({f.false_alarm_share:.0%})")
     console.print(f"interval after the fit: a factor of {math.exp(i.half_width):.2f}, holds for {i.coverage:.0%} of {i.held_back_rows} rows held back")
+    console.print(_order_table(score))
     refused = Counter((r.source, r.reason) for r in priced.refused)
     missing = Table("source", "rows", "reason", title=f"{len(priced.refused)} rows without a forecast")
     for (source, reason), count in sorted(refused.items()):
         missing.add_row(escape(source), str(count), escape(reason))
     console.print(missing)
+
+
+def _order_table(score: Score) -> Table:
+    """Where plans are not in the order that is asked for: what keeps any forecast from it, and what this one gets wrong."""
+    table = Table("source", "Kendall", "at most", "runs of a plan differ by", "runs in most of the wrong pairs", title=f"order of plans below {ORDER_ASKED:g}")
+    for s in score.sources:
+        if s.ranking is not None and s.ranking.kendall < ORDER_ASKED:
+            repeats = "" if s.ranking.repeats is None else f"{s.ranking.repeats:.1%}"
+            named = ", ".join(f"{name} {share:.0%}" for name, share in s.ranking.misplaced)
+            table.add_row(escape(s.source), f"{s.ranking.kendall:.2f}", f"{s.ranking.ceiling:.2f}", repeats, escape(named))
+    return table
 
 
 def as_svg(priced: Priced) -> str:

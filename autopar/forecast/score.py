@@ -11,6 +11,7 @@ from statistics import fmean, median
 from zlib import crc32
 
 from autopar.forecast.price import Priced, Result
+from autopar.forecast.ranking import Ranking, ranking
 
 FOLDS = 3
 """Every third of the groups, by a checksum of their names, is held back in turn from what intervals are made of."""
@@ -18,9 +19,6 @@ FOLDS = 3
 COVERAGE = 0.95
 """Of the residuals that the interval is made of. It is to hold for nine tenths of others, which differ; nine tenths of its own were tried first and held
 for 89 % of a third that was held back."""
-
-FEWEST_RANKED = 4
-"""Plans of one model on one cluster from which on their order says something."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +32,7 @@ class SourceScore:
     bias: float
     fitted_error: float
     kendall: float | None
+    ranking: Ranking | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,30 +112,11 @@ def of_groups(results: Iterable[Result], value: dict[str, float]) -> float:
 def _source_score(source: str, rows: Sequence[Result], shift: dict[tuple[str, str], float]) -> SourceScore:
     errors = {r.id: r.log_error or 0.0 for r in rows}
     fitted = {r.id: abs(errors[r.id] - shift[r.machine]) for r in rows}
+    order = ranking(rows)
     return SourceScore(
         source=source, rows=len(rows), groups=len({r.group for r in rows}), error=of_groups(rows, {k: abs(e) for k, e in errors.items()}),
-        bias=of_groups(rows, errors), fitted_error=of_groups(rows, fitted), kendall=_ranking(rows),
+        bias=of_groups(rows, errors), fitted_error=of_groups(rows, fitted), kendall=order and order.kendall, ranking=order,
     )  # fmt: skip
-
-
-def _ranking(rows: Sequence[Result]) -> float | None:
-    """Kendall's tau of plans within one model and cluster, each set weighted by its plans; None where no set is large enough."""
-    sets: dict[str, list[Result]] = defaultdict(list)
-    for r in rows:
-        sets[r.setting].append(r)
-    found = [(kendall([(r.predicted_s, r.measured_s or 0.0) for r in of_set]), len(of_set)) for of_set in sets.values() if len(of_set) >= FEWEST_RANKED]
-    known = [(tau, n) for tau, n in found if tau is not None]
-    return sum(tau * n for tau, n in known) / sum(n for _, n in known) if known else None
-
-
-def kendall(pairs: Sequence[tuple[float, float]]) -> float | None:
-    """(concordant - discordant) / (concordant + discordant) pairs of pairs; ties of either count for neither, None where all tie."""
-    up = down = 0
-    for i, (a, b) in enumerate(pairs):
-        for c, d in pairs[:i]:
-            sign = (a - c) * (b - d)
-            up, down = up + (sign > 0), down + (sign < 0)
-    return (up - down) / (up + down) if up + down else None
 
 
 def _feasibility(results: Sequence[Result]) -> Feasibility:

@@ -11,7 +11,7 @@ class Software:
     """What rows leave open (`flash`: fused attention; `half`: float16; `zero`: its stage) and what the software does: `sums`: dtypes that gradients of
     (float16, bfloat16) are summed in; `fused_norm`: an RMS norm is one kernel; `selects_attention`: its selective recomputation is that of attention's
     core alone, `selects_blocks`: that of every second block; `whole_loss`: the loss is computed on whole logits; `sends_once`: a token to several experts
-    of a node; `fragments`: share of memory that the allocator loses between what is held.
+    of a node; `offloads`: without a pipeline, activations that do not fit may lie on the host; `fragments`: share of memory that the allocator loses between what is held.
 
     Source of `fragments`: assumed, set by hand where runs and reports of memory running out part; 0.03 with expandable segments.
     """
@@ -31,6 +31,7 @@ class Software:
     whole_loss: bool = False
     fragments: float = 0.13
     sends_once: bool = False
+    offloads: bool = False
     kernels: Kernels = Kernels(stops_early=False)
 
     def sums_in(self, dtype: str) -> str:
@@ -41,7 +42,7 @@ class Software:
 FLASH_1 = 0.55
 """Share of FlashAttention-2's rate that FlashAttention reaches. Source: Dao 2023, figures 4 to 6."""
 
-MEGATRON = Kernels(fused=True, repeats_collectives=True, stops_early=False)
+MEGATRON = Kernels(fused=True, repeats_collectives=True, sends_parts=True, stops_early=False)
 EAGER = Kernels(host_s=12e-6, adds_gradients=True, stops_early=False)
 
 HALF_AS_IT_IS = ("float16", "float32")
@@ -59,15 +60,22 @@ MEGATRON_2023 = Software(name="Megatron-LM 2023", flash=False, zero=1, sequence_
 
 MEGATRON_CORE = Software(
     name="Megatron Core", zero=1, selects_attention=True, sequence_parallel=True, overlap=True, biases=False, sums=("float16", "bfloat16"), fragments=0.03,
-    sends_once=True, kernels=replace(MEGATRON, host_s=10e-6),
+    sends_once=True, offloads=True, kernels=replace(MEGATRON, host_s=10e-6),
 )  # fmt: skip
+"""Source of `offloads`: Megatron Bridge, perf_recipes/llama (cpu_offloading of 20 to 40 layers in every recipe with FSDP on Grace hosts)."""
+
 LLAMA_3 = replace(MEGATRON_CORE, name="Llama 3", sums=("float32", "float32"))
 """Source: Llama 3, section 3.3.2: sums in float32."""
 
 MEGATRON_DEEPSPEED = Software(
     name="Megatron-DeepSpeed", flash=False, half=True, dropout=0.1, sums=HALF_AS_IT_IS,
-    kernels=replace(MEGATRON, host_s=55e-6, adds_gradients=True, sums_whole=True),
+    kernels=replace(MEGATRON, host_s=65e-6, adds_gradients=True, sums_whole=True),
 )  # fmt: skip
+MEGATRON_DEEPSPEED_BLOCKING = replace(
+    MEGATRON_DEEPSPEED, name="Megatron-DeepSpeed, launches block", kernels=replace(MEGATRON_DEEPSPEED.kernels, launches_block=True),
+)  # fmt: skip
+"""All trials and the run of BLOOM had CUDA_LAUNCH_BLOCKING=1, against hangs. Source: BigScience, tr11-176B-ml, chronicles-prequel.md and README.md."""
+
 SCALING = Software(
     name="Aleph Alpha Scaling", zero=1, fused_norm=False, whole_loss=True, sums=("float16", "bfloat16"),
     kernels=replace(EAGER, repeats_collectives=True, sums_whole=True),
@@ -82,7 +90,7 @@ TITAN = Software(
 
 BY_SOURCE = (
     ("Korthikanti", MEGATRON_2022), ("MegaScale", MEGATRON_2023),
-    ("BigScience", MEGATRON_DEEPSPEED), ("vTrain", MEGATRON_DEEPSPEED), ("MT-NLG", MEGATRON_DEEPSPEED),
+    ("BigScience BLOOM", MEGATRON_DEEPSPEED_BLOCKING), ("BigScience", MEGATRON_DEEPSPEED), ("vTrain", MEGATRON_DEEPSPEED), ("MT-NLG", MEGATRON_DEEPSPEED),
     ("Aleph Alpha", SCALING), ("MosaicML", FOUNDRY), ("torchtitan", TITAN), ("Automodel", TITAN),
     ("NVIDIA", MEGATRON_CORE), ("moe-modelzoo", MEGATRON_CORE), ("DeepSeek-V3", MEGATRON_CORE), ("Llama 3", LLAMA_3), ("2024 H100", MEGATRON_CORE), ("examples/llama", MEGATRON_CORE),
     ("Narayanan", MEGATRON_2021), ("September 2020", MEGATRON_2020), ("Megatron-LM README", MEGATRON_2021),

@@ -34,6 +34,10 @@ STEADY_ROUNDS = 1
 """After so many, see `steady`; a test holds this against pipelines that are run to their end."""
 
 
+EVENNESS = 3.0
+"""Of a host and a device that are equally slow, both together are 2 ** (1 / EVENNESS) times slower."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
     """A forced plan: the layout of a stage, `pp` ranks with `vpp` stages each, `num_microbatches` a step."""
@@ -173,6 +177,17 @@ class Step:
         return Forecast(self.step_s, self.memory)
 
 
+def with_host(device_s: float, host_s: float, blocked: int = 0) -> float:
+    """Seconds of work that takes a device so long, and the host so long to launch: a line of two machines with a buffer between them, which keeps the
+    pace of the slower one where they differ and falls behind both where they are equal, as either waits for the other now and then.
+
+    `blocked`: ranks that meet at collectives, where launches block. Then there is no buffer, both add up, and all wait for the last of the hosts: of n
+    whose time between two collectives is exponentially distributed (assumed), that one takes 1 + 1/2 + ... + 1/n times the mean."""
+    if blocked or not host_s:
+        return device_s + host_s * sum(1 / n for n in range(1, blocked + 1))
+    return max(device_s, host_s) * (1 + (min(device_s, host_s) / max(device_s, host_s)) ** EVENNESS) ** (1 / EVENNESS)
+
+
 @dataclass(frozen=True)
 class Kinds:
     """The first, a middle and the last stage, each of one block."""
@@ -214,11 +229,11 @@ class Kinds:
         """A stage of `depth` blocks, one of `virtual` of its rank."""
         ends = [i for i, there in ((0, first), (2, last)) if there]
         middle, kept, pricing = self.seconds[1], self.kept_bytes, self.forced.pricing
+        blocked = self.forced.layout.tp if pricing.kernels.launches_block else 0
         forward, inputs, weights = (depth * m + sum(self.seconds[i][k] - m for i in ends) for k, m in enumerate(middle[:3]))
-        host_s = pricing.kernels.host_s
-        there, back = (depth * m + sum(self.launches[i][k] - m for i in ends) for k, m in enumerate(self.launches[1]))
-        forward = max(forward, there * host_s)
-        weights += max(0.0, back * host_s - inputs - weights) + self._addition_s(depth, ends)
+        there, back = (pricing.kernels.host_s * (depth * m + sum(self.launches[i][k] - m for i in ends)) for k, m in enumerate(self.launches[1]))
+        forward = with_host(forward, there, blocked)
+        weights = with_host(inputs + weights, back, blocked) - inputs + self._addition_s(depth, ends)
         forward, weights = self._with_units(depth, forward, inputs, weights)
         gather, reduce = (self._total(depth, ends, name) for name in ("gathers", "sums"))
         if pricing.kernels.sums_whole:
@@ -273,8 +288,15 @@ class Kinds:
     @cached_property
     def message(self) -> EdgeCost:
         there, back = self.stages.message_bytes(0, 1), self.stages.message_bytes(0, 1, back=True)
-        price = self.forced.pricing.message
-        return EdgeCost(activation_s=price(there), gradient_s=price(back), activation_bytes=there, gradient_bytes=back)
+        return EdgeCost(activation_s=self._sent_s(there), gradient_s=self._sent_s(back), activation_bytes=there, gradient_bytes=back)
+
+    def _sent_s(self, num_bytes: int) -> float:
+        """Seconds of a message; of one that all ranks of tp hold, each may send its part, to be gathered where it arrives."""
+        pricing, layout = self.forced.pricing, self.forced.layout
+        if not pricing.kernels.sends_parts or layout.sp or layout.tp == 1:
+            return pricing.message(num_bytes)
+        part = num_bytes / layout.tp
+        return pricing.message(part) + pricing.collective("all_gather", (layout.mesh.names.index("tp"),), part)
 
 
 def _whole(sums: Traffic) -> Traffic:

@@ -28,9 +28,6 @@ SPLIT = ("aten.linear.default", "aten.addmm.default", "aten.mm.default")
 WITH_WEIGHTS = (*SPLIT, "aten.bmm.default")
 """Contractions that software may compute in a narrower dtype where one operand is a weight."""
 
-COLLECTIVE_LAUNCHES = 4
-"""A collective takes the host so many times what an operator does: checks, streams that wait for each other, the communication library."""
-
 NOTHING = (0.0,) * len(PHASES)
 
 
@@ -206,7 +203,7 @@ class _Pieces:
 
 
 def launches(program: Program, pricing: Pricing) -> tuple[int, int]:
-    """Operators that a host launches for one microbatch, forward and backward."""
+    """Operators and collectives that a host launches for one microbatch, forward and backward."""
     pieces_of = _Pieces(program, pricing, 1)
     there = back = 0
     for i, (op, rule) in enumerate(zip(program.graph.ops, program.rules)):
@@ -215,9 +212,8 @@ def launches(program: Program, pricing: Pricing) -> tuple[int, int]:
             there += 1
             back += live * (2 if op.kind in SPLIT else 1) + (pieces_of._computed_again(i) > 0)
     for move in program.moves:
-        there += COLLECTIVE_LAUNCHES * (move.step.forward in COLLECTIVES)
-        back += COLLECTIVE_LAUNCHES * move.again
-        back += COLLECTIVE_LAUNCHES * (move.live and move.step.backward in COLLECTIVES)
+        there += move.step.forward in COLLECTIVES
+        back += move.again + (move.live and move.step.backward in COLLECTIVES)
     return there, back
 
 

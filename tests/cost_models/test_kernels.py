@@ -78,7 +78,23 @@ def test_weights_are_multiplied_in_the_dtype_of_the_software() -> None:
     work = Work("product", 2.0 * 8192**3, 0.0, "bfloat16", (1, 8192, 8192, 8192))
     float8 = Kernels(product_dtype="float8_e4m3fn")
     assert forward_seconds(h100, work, float8) == forward_seconds(h100, work)
-    assert forward_seconds(h100, work._replace(is_weight=True), float8) < 0.6 * forward_seconds(h100, work)
+    assert forward_seconds(h100, work._replace(is_weight=True), float8) < 0.65 * forward_seconds(h100, work)
+
+
+def test_operands_are_cast_before_a_product_in_float8() -> None:
+    """Activations forward, gradients backward, each once for both of the products that read them; weights are kept narrow."""
+    h100 = Cluster.preset("h100-sxm").device
+    tokens, out, width = 8192, 4096, 16384
+    work = Work("product", 2.0 * tokens * out * width, 0.0, "bfloat16", (1, tokens, out, width), is_weight=True)
+    float8, all_of_it = Kernels(product_dtype="float8_e4m3fn"), h100.memory_bytes_per_s * h100.memory_efficiency
+    bare = product_seconds(h100, (1, tokens, out, width), "float8_e4m3fn")
+    assert forward_seconds(h100, work, float8) == pytest.approx(h100.kernel_launch_s + bare + 4 * tokens * width / all_of_it)
+    inputs, weights = backward_halves(h100, work, float8)
+    assert inputs == pytest.approx(h100.kernel_launch_s + product_seconds(h100, (1, tokens, width, out), "float8_e4m3fn") + 4 * tokens * out / all_of_it)
+    assert weights == pytest.approx(h100.kernel_launch_s + product_seconds(h100, (1, out, width, tokens), "float8_e4m3fn"))
+    scaled = forward_seconds(h100, work, Kernels(product_dtype="float8_e4m3fn", product_share=0.5))
+    assert scaled - forward_seconds(h100, work, float8) == pytest.approx(bare)
+    assert forward_seconds(h100, work._replace(is_weight=False), float8) == forward_seconds(h100, work)
 
 
 def test_views_are_free_and_passes_over_memory_are_read_again_in_the_backward() -> None:

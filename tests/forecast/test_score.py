@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,10 @@ import pytest
 from autopar.errors import UsageError
 from autopar.forecast.cases import case_of
 from autopar.forecast.command import validate
-from autopar.forecast.price import Priced, Refused, Result, price_row, price_rows
+from autopar.forecast.price import Priced, Refused, Result, price, price_row, price_rows
 from autopar.forecast.report import as_svg
 from autopar.forecast.runs import OWN_ROWS, Row, read_rows
-from autopar.forecast.score import kendall, score
+from autopar.forecast.score import score
 
 ROW = {
     "id": "x-1", "source": "Korthikanti et al.", "model_family": "gpt", "layers": "48", "hidden": "6144", "heads": "64", "seq": "2048", "vocab": "51200",
@@ -69,8 +70,32 @@ def test_what_a_row_leaves_open() -> None:
     assert (given.vpp, given.num_microbatches) == (1, 16) and {p.layout.micro_batch for p in others} == {1, 2, 4}
     assert {p.vpp for p in others} == {1, 2, 3, 4, 6, 8, 12, 24}
     assert case_of(row(**changed | {"vpp": "2"})).plans[1:] == ()
+    micro, *rest = case_of(row(**changed | {"micro_batch": "2"})).plans
+    assert {p.layout.micro_batch for p in (micro, *rest)} == {2} and {p.vpp for p in rest} == {1, 2, 3, 4, 6, 8, 12, 24}
+    assert case_of(row(recompute="")).plans[1:] == ()
     core = {"source": "NVIDIA", "flash_attention": "1", "recompute": ""}
     assert case_of(row(**core)).recompute == ("none", "full") and case_of(row(**core | {"recompute": "selective"})).recompute == ("none",)
+
+
+def test_activations_lie_on_a_host_that_is_near_and_only_without_a_pipeline() -> None:
+    """A model of 70 billion parameters in FSDP on Grace hosts: nothing is computed again, as much is kept on the host as does not fit."""
+    fsdp = {
+        "source": "NVIDIA", "model_family": "llama", "layers": "80", "hidden": "8192", "heads": "64", "kv_heads": "8", "ffn_hidden": "28672", "seq": "8192",
+        "vocab": "128256", "gpu": "GB200", "num_gpus": "64", "precision": "bf16", "tp": "1", "sp": "", "dp": "64", "zero_stage": "3", "micro_batch": "2",
+        "global_batch": "256", "recompute": "", "flash_attention": "1", "value": "8",
+    }  # fmt: skip
+    near, far = case_of(row(**fsdp)), case_of(row(**fsdp | {"gpu": "B200"}))
+    assert near.recompute == ("none", "offload", "full") and far.recompute == ("none", "full")
+    assert case_of(row(**fsdp | {"pp": "4", "dp": "16", "vpp": "5"})).recompute == ("none", "full")
+    kept, again = price(near), price(replace(near, recompute=("none", "full")))
+    assert (kept.recompute, again.recompute) == ("offload", "full") and kept.fits and kept.predicted_s < again.predicted_s
+    assert kept.predicted_s >= price(replace(near, recompute=("none",))).predicted_s
+
+
+def test_runs_whose_launches_block_are_priced_so() -> None:
+    assert case_of(row(source="BigScience BLOOM (tr11) prequel benchmarks")).kernels.launches_block
+    assert not case_of(row(source="BigScience GPT-2 V100 experiments")).kernels.launches_block
+    assert case_of(row(precision="mxfp8")).kernels.product_share < case_of(row(precision="fp8")).kernels.product_share == 1
 
 
 @pytest.mark.parametrize(
@@ -111,13 +136,6 @@ def test_medians_of_groups_of_sources_and_one_fit_per_machine() -> None:
     assert found.error == pytest.approx((0.2 + 0.2) / 2)
     assert dict(found.efficiency)["gpu", "one"] == pytest.approx(0.1)
     assert found.fitted_error == pytest.approx((0.1 + 0.3) / 2)
-
-
-def test_kendall_by_hand() -> None:
-    assert kendall([(1, 1), (2, 2), (3, 3)]) == 1.0
-    assert kendall([(1, 3), (2, 2), (3, 1)]) == -1.0
-    assert kendall([(1, 1), (2, 3), (3, 2)]) == pytest.approx(1 / 3)
-    assert kendall([(1, 1), (1, 2)]) is None
 
 
 def test_recall_and_false_alarms_of_the_sources_that_report_memory() -> None:

@@ -12,7 +12,7 @@ from autopar.cost_models.kernels import Kernels
 from autopar.cost_models.pipeline import EdgeCost, StageCost
 from autopar.errors import UsageError
 from autopar.forecast.forced import Forced, Layout3D
-from autopar.forecast.step import STEADY_ROUNDS, Step, StepPlan
+from autopar.forecast.step import EVENNESS, STEADY_ROUNDS, Step, StepPlan, with_host
 from autopar.forecast.transformer import Dims, Experts
 from autopar.planner.blocks import Order, timed
 from autopar.planner.liveness import memory_use
@@ -165,3 +165,28 @@ def test_whole_sums_are_of_all_that_is_summed() -> None:
     plan = StepPlan(layout=Layout3D(dp=6, zero=1, micro_batch=2), num_microbatches=2)
     parts, whole = (Step(DIMS, plan, A100, kernels=Kernels(sums_whole=there)).costs[0].reduce_s for there in (False, True))
     assert parts < whole < 2.5 * parts
+
+
+def test_parts_of_a_message_cross_between_nodes_and_meet_inside() -> None:
+    """Four ranks that hold the same activations send a quarter each, and gather; what is cut along the sequence already is sent as it is."""
+    layout = Layout3D(tp=4, micro_batch=4)
+    plan = StepPlan(layout=layout, pp=4, num_microbatches=8)
+    apart = Cluster.preset("a100-sxm", 4, 4)
+    whole, parts = (Step(DIMS, plan, apart, kernels=Kernels(sends_parts=flag)) for flag in (False, True))
+    num_bytes, pricing = whole.kinds.message.activation_bytes, parts.forced.pricing
+    assert num_bytes == layout.micro_batch * DIMS.seq * DIMS.hidden * 2 == parts.kinds.message.activation_bytes
+    assert parts.kinds.message.activation_s == pytest.approx(pricing.message(num_bytes / 4) + pricing.collective("all_gather", (0,), num_bytes / 4))
+    assert parts.kinds.message.activation_s < whole.kinds.message.activation_s and parts.step_s < whole.step_s
+    cut = replace(plan, layout=replace(layout, sp=True))
+    assert len({Step(DIMS, cut, apart, kernels=Kernels(sends_parts=flag)).step_s for flag in (False, True)}) == 1
+
+
+def test_a_host_and_a_device_in_line() -> None:
+    """The slower one counts, more where both are as slow; launches that block add up, those of the last of several ranks."""
+    assert with_host(3.0, 0.0) == 3.0 and with_host(3.0, 3.0) == pytest.approx(3.0 * 2 ** (1 / EVENNESS))
+    assert with_host(3.0, 0.03) == with_host(0.03, 3.0) == pytest.approx(3.0, rel=1e-5)
+    assert with_host(3.0, 2.0, 1) == 5.0 > with_host(3.0, 2.0) > 3.0
+    assert with_host(3.0, 2.0, 4) == pytest.approx(3.0 + 2.0 * (1 + 1 / 2 + 1 / 3 + 1 / 4)) and with_host(3.0, 0.0, 4) == 3.0
+    plan = StepPlan(layout=Layout3D(micro_batch=8))
+    free, ahead, blocking = (Step(DIMS, plan, A100, kernels=k).step_s for k in (Kernels(), Kernels(host_s=2e-5), Kernels(host_s=2e-5, launches_block=True)))
+    assert free < ahead < blocking
