@@ -25,12 +25,12 @@ from autopar.core.graph import OpGraph
 from autopar.core.layout import Layout
 from autopar.core.memory import MemoryUse
 from autopar.core.mesh import Mesh
-from autopar.core.problem import Edge, Node, SearchProblem
+from autopar.core.problem import Edge, Node, SearchProblem, evaluate
 from autopar.core.units import size
 from autopar.core.unroll import Run
 from autopar.errors import InfeasibleError
 from autopar.joint.bounds import Line, Parts, least_step_s
-from autopar.joint.deep import Deep, Sharding, even_depths, mixed
+from autopar.joint.deep import Deep, Sharding, even_depths, mixed, roomy_depths, shifted
 from autopar.joint.fold import fold
 from autopar.joint.relaxed import Relaxed, passes_alone
 from autopar.joint.space import Ideal, Point, orders, points
@@ -51,6 +51,12 @@ from autopar.search.simplify import BYTES, SECONDS, Price
 GAP = 0.01
 """A plan this near to the bound is near enough: the cost model is off by more."""
 
+FAR = 0.2
+"""Where a plan is so far above a point's bound, more of its shardings are looked at."""
+
+LEAN_POWERS = range(-3, 11)
+"""Of 4: prices of a byte, in what all bytes of the fastest sharding must cost to be as dear as its seconds."""
+
 Graphs = Callable[[int], OpGraph]
 """The short graph of so many samples."""
 
@@ -60,6 +66,7 @@ class Found:
     """A plan that fits `limit_bytes`, and the search of its point."""
 
     search: "PointSearch"
+    sharding: Sharding
     deep: Deep
     limit_bytes: float
 
@@ -121,6 +128,7 @@ class JointSearch:
             heapq.heappush(heap, (search.ideal_s(ideal), 0, n, search))
         num_points, looked, found, closed = len(heap), [len(heap), 0, 0, 0], [], math.inf
         best = math.inf
+        planned: list[tuple[float, PointSearch]] = []
         while heap and heap[0][0] < best * (1 - self.gap) and time.perf_counter() < end:
             bound, level, n, search = heapq.heappop(heap)
             self.progress(f"searching {search.point}: bound {bound:.4g} s, best {best:.4g} s")
@@ -132,11 +140,18 @@ class JointSearch:
                     heapq.heappush(heap, (max(bound, tighter), level, n, search))
                 continue
             closed = min(closed, bound)
+            planned.append((bound, search))
             made = search.plan(self.limit_bytes, best)
             if made is not None:
                 end = min(end, time.perf_counter() + self.options.time_limit_s)
                 found.append(made)
                 best = min(best, made.step_s)
+        for bound, search in planned:
+            if bound < best * (1 - FAR) and time.perf_counter() < end:
+                made = search.lean_plan(self.limit_bytes, best)
+                if made is not None:
+                    found.append(made)
+                    best = made.step_s
         if not found:
             raise InfeasibleError(
                 f"none of {num_points} ways to lay {self.run.depth} blocks on {self.cluster.name} fits {size(self.limit_bytes)} of a device; "
@@ -144,6 +159,8 @@ class JointSearch:
             )
         left = heap[0][0] if heap else math.inf
         found.sort(key=lambda f: (f.step_s, f.point.num_ranks, f.point.inner))
+        found[0] = replace(found[0], deep=shifted(found[0].sharding, found[0].deep, self.limit_bytes))
+        best = found[0].step_s
         return Joint(tuple(found), min(closed, left, best), num_points, tuple(looked), left >= best * (1 - self.gap))
 
     @property
@@ -273,21 +290,52 @@ class PointSearch:
         as fits."""
         best: Found | None = None
         for program in self._programs(lambda: best.step_s if best else below_s):
-            sharding = Sharding.of(program, self.pricing, self.joint.run, Engine.of(self.joint.cluster), self.keeping.programs)
-            for order in self.orders:
-                made = mixed(sharding, order, even_depths(sharding.light, order.num_stages), limit_bytes, best.step_s if best else below_s)
-                best = Found(self, made, limit_bytes) if made is not None else best
+            best = self._mixed(program, limit_bytes, best.step_s if best else below_s) or best
         return best
+
+    def lean_plan(self, limit_bytes: float, below_s: float = math.inf) -> Found | None:
+        """The same of shardings that hold less and less, up to that which holds least: for where what is kept beside them is more than the linear model of
+        memory says."""
+        best: Found | None = None
+        for program in self._lean_programs():
+            best = self._mixed(program, limit_bytes, best.step_s if best else below_s) or best
+        return best
+
+    def _mixed(self, program: Program, limit_bytes: float, below_s: float) -> Found | None:
+        """The best plan of a sharding within a limit that takes less than `below_s`."""
+        best: Deep | None = None
+        sharding = Sharding.of(program, self.pricing, self.joint.run, Engine.of(self.joint.cluster), self.keeping.programs)
+        for order in self.orders:
+            even = even_depths(sharding.light, order.num_stages)
+            made = mixed(sharding, order, even, limit_bytes, below_s)
+            if made is None and order.virtual == 1 < order.num_ranks and Deep(sharding.light, sharding.light, order, even).least_s < below_s:
+                roomy = roomy_depths(sharding, order, even, limit_bytes)
+                made = mixed(sharding, order, roomy, limit_bytes, below_s) if roomy is not None else None
+            if made is not None:
+                best, below_s = made, made.step_s
+        return Found(self, sharding, best, limit_bytes) if best is not None else None
 
     def _programs(self, below_s: Callable[[], float] = lambda: math.inf) -> Iterator[Program]:
         """The fastest sharding under every stage of ZeRO, and for every price of memory that the bound found those for any stage and for each, with
         blocks computed again or not; each once. Left out where no pipeline of it takes less than `below_s`."""
-        seen: set[tuple[int, ...]] = set()
         stages = self.keeping.stages
         asked = [(1.0, 0.0, zero, False) for zero in stages]
         prices = {(flight, line.price) for relaxed in (self.whole, self.passes) for flight, line in relaxed.lines.items() if line.price}
         for flight, price in sorted(prices):
             asked += [(flight, price, zero, again) for zero, again in ((None, False), (None, True), *((z, True) for z in stages))]
+        return self._shardings(asked, below_s)
+
+    def _lean_programs(self) -> Iterator[Program]:
+        """The cheapest sharding at prices of memory from so low that it is the fastest to so high that it holds least, with the most microbatches in flight."""
+        flight = max(max(order.in_flight) for order in self.orders)
+        problem = self.whole.in_flight(flight).problem
+        fastest_s, num_bytes = evaluate(problem, self._cheapest(problem, 0.0, None, again=False))
+        prices = [fastest_s / max(num_bytes, 1.0) * 4.0**n for n in LEAN_POWERS]
+        return self._shardings([(flight, price, None, again) for price in prices for again in (False, True)])
+
+    def _shardings(self, asked: Sequence[tuple[float, float, int | None, bool]], below_s: Callable[[], float] = lambda: math.inf) -> Iterator[Program]:
+        """By (microbatches in flight, price, ZeRO, computed again), each once."""
+        seen: set[tuple[int, ...]] = set()
         task, (_, ports) = self.task, self.built
         for flight, price, zero, again in asked:
             problem = self.whole.in_flight(flight).problem
