@@ -15,6 +15,7 @@ from autopar.core.mesh import Mesh
 from autopar.core.plan import Plan
 from autopar.core.residency import Precision
 from autopar.errors import NoFamilyError, UsageError
+from autopar.joint.known import Known
 from autopar.joint.plan import check_in_space, joint_search, planned_jointly
 from autopar.joint.search import JointSearch
 from autopar.planner.appraisal import Appraisal, appraise
@@ -41,6 +42,7 @@ class Request:
     example_inputs: Any = None
     _traced: dict[int, Traced] = field(default_factory=dict)
     _family: Family | None = None
+    _known: Known = field(default_factory=Known)
     trace_s: float = 0.0
 
     def __post_init__(self) -> None:
@@ -106,7 +108,7 @@ class Request:
         try:
             check_in_space(options, pins)
             progress("tracing three blocks")
-            return joint_search(self.family, self.batch_size, cluster, options, pins, progress)
+            return joint_search(self.family, self.batch_size, cluster, options, pins, progress, self._known)
         except NoFamilyError as error:
             if options.joint:
                 raise UsageError(f"no joint search: {error}; leave --joint out") from None

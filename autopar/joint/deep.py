@@ -51,6 +51,17 @@ class Sharding:
         return tuple(sorted(differ, key=lambda kinds: kinds.block_s))
 
 
+    def even(self, num_stages: int) -> tuple[Depth, ...]:
+        """See `even_depths`."""
+        if num_stages not in self._even:
+            self._even[num_stages] = even_depths(self.light, num_stages)
+        return self._even[num_stages]
+
+    @cached_property
+    def _even(self) -> dict[int, tuple[Depth, ...]]:
+        return {}
+
+
 @dataclass(frozen=True, eq=False)
 class Deep:
     """Stages of these depths, run in this order. `light`, `heavy`: kinds of the two modes that are mixed."""

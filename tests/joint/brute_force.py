@@ -95,7 +95,7 @@ def shardings(instance: Instance) -> Iterator[tuple[PointSearch, tuple[int, ...]
     joint = instance.search()
     for point in points(joint.cluster, joint.batch, joint.run.depth, joint.pins):
         search = PointSearch(joint, point)
-        folded, ports = search.whole.folded, search.built[1]
+        folded, ports = search.tables.whole.folded, search.tables.built[1]
         blocks = {folded.node[n] for n in ports.block_node.values()}
         yield from ((search, choices) for choices in _joined(folded.problem, blocks) if search.orders)
 
@@ -132,8 +132,9 @@ class BruteForce:
         return min((p.step_s for p in self.plans if p.memory_bytes <= limit_bytes and (p.even or not even)), default=float("inf"))
 
     def _of(self, search: PointSearch, choices: Sequence[int]) -> Iterator[Priced]:
-        task, joint = search.task, search.joint
-        program = decode(task.graph, task.rules, search.pricing, search.built[1], search.whole.folded.unfolded(choices), search.keeping)
+        tables, joint = search.tables, search.joint
+        task = tables.task
+        program = decode(task.graph, task.rules, search.pricing, tables.built[1], tables.whole.folded.unfolded(choices), search.keeping)
         sharding = Sharding.of(program, search.pricing, joint.run, Engine.of(joint.cluster), search.keeping.programs)
         for order in search.orders:
             even = tuple(d.blocks for d in even_depths(sharding.light, order.num_stages))
