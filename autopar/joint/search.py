@@ -155,7 +155,9 @@ class JointSearch:
             )
         left = heap[0].key if heap else math.inf
         found.sort(key=lambda f: (f.step_s, f.point.num_ranks, f.point.inner))
-        found[0] = replace(found[0], deep=shifted(found[0].sharding, found[0].deep, self.limit_bytes))
+        uneven = shifted(found[0].sharding, found[0].deep, self.limit_bytes)
+        if uneven is not found[0].deep:
+            found.insert(0, replace(found[0], deep=uneven))  # beside the other, which may fit where this does not on the whole graph
         best = found[0].step_s
         return Joint(tuple(found), min(closed, left, best), num_points, tuple(looked), in_time)
 
