@@ -1,6 +1,7 @@
 """A search that others went before plans what it would plan alone: the same plan, byte by byte, and the same bound."""
 
 from dataclasses import replace
+from itertools import islice, pairwise
 from random import Random
 
 import pytest
@@ -10,6 +11,8 @@ from autopar.errors import InfeasibleError
 from autopar.joint.known import Known, least_ratio
 from autopar.joint.plan import planned_jointly
 from autopar.joint.search import Joint, JointSearch
+from autopar.models.load import load_model
+from autopar.request import Request
 from tests.joint.brute_force import drawn
 from tests.joint.models import LLAMA, graphs, joint_search
 
@@ -37,6 +40,19 @@ def test_plans_of_changed_questions_are_those_of_new_ones() -> None:
     ]  # fmt: skip
     for cluster, batch, share in asked:
         assert plan_text(cluster, batch, share, known) == plan_text(cluster, batch, share, Known()), (cluster, batch, share)
+
+
+def test_requests_for_another_batch_share_what_is_known() -> None:
+    loaded = load_model("gpt2-tiny", batch=8, device="meta", overrides={"n_layer": 4})
+    request, cluster = Request(loaded.module, loaded.kwargs), Cluster.preset("h100-sxm", 1, 4)
+    first = request.planned(cluster, joint=True).plan
+    for batch in (16, 4):
+        again = Request(loaded.module, load_model("gpt2-tiny", batch=batch, device="meta", overrides={"n_layer": 4}).kwargs)
+        other = request.with_batch(batch)
+        assert other.batch_size == batch and other.planned(cluster, joint=True).plan.to_json() == again.planned(cluster, joint=True).plan.to_json()
+        assert other.trace_s == 0.0
+    held = [found.plan.predicted.memory.high_bytes for found in islice(request.front(cluster, joint=True), 3)]
+    assert held[0] == first.predicted.memory.high_bytes and all(b <= 0.97 * a for a, b in pairwise(held))
 
 
 def outcome(search: JointSearch) -> tuple | str:
