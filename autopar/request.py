@@ -1,7 +1,7 @@
 """What is asked: a model, one global batch, and what is fixed of the plan. Traces each size of microbatch once."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,19 +14,23 @@ from autopar.core.graph import OpGraph
 from autopar.core.mesh import Mesh
 from autopar.core.plan import Plan
 from autopar.core.residency import Precision
-from autopar.errors import NoFamilyError, UsageError
+from autopar.errors import InfeasibleError, NoFamilyError, UsageError
+from autopar.joint.known import Known
 from autopar.joint.plan import check_in_space, joint_search, planned_jointly
 from autopar.joint.search import JointSearch
 from autopar.planner.appraisal import Appraisal, appraise
 from autopar.planner.pins import parse_pins
 from autopar.planner.plan import Planned, plan_graph
 from autopar.planner.search import MEMORY_SHARE, Options
-from autopar.runtime.microbatches import batch_size, split_batch
+from autopar.runtime.microbatches import batch_size, resized, split_batch
 from autopar.trace.capture import Traced, trace
 from autopar.trace.family import find_family
 from autopar.verification import as_call
 
 Progress = Callable[[str], None]
+
+LEANER = 0.97
+"""A plan of the front holds at most so much of what the one before it holds."""
 
 
 def quiet(text: str) -> None:
@@ -41,6 +45,7 @@ class Request:
     example_inputs: Any = None
     _traced: dict[int, Traced] = field(default_factory=dict)
     _family: Family | None = None
+    _known: Known = field(default_factory=Known)
     trace_s: float = 0.0
 
     def __post_init__(self) -> None:
@@ -52,6 +57,11 @@ class Request:
     @property
     def batch_size(self) -> int:
         return batch_size(self.kwargs or self.args)
+
+    def with_batch(self, samples: int) -> "Request":
+        """The same for so many samples of a batch. What was found out of the model is shared, but no whole trace."""
+        inputs: Any = resized(self.kwargs or self.args, samples)
+        return Request(self.model, inputs, _family=self._family, _known=self._known)
 
     def traced(self, micro_batches: int = 1) -> Traced:
         """One microbatch, traced."""
@@ -97,6 +107,18 @@ class Request:
         progress("tracing")
         return plan_graph(self.traced(options.micro_batches).graph, cluster, options, progress, self.graph)
 
+    def front(self, cluster: Cluster, **given: Any) -> Iterator[Planned]:
+        """The front of time against memory: the fastest plan of all the memory, then the fastest that holds so much less than the one before it, until none
+        does. `given`: of `planned`, `max_memory` where the front begins."""
+        share = given.pop("max_memory", MEMORY_SHARE)
+        while True:
+            try:
+                found = self.planned(cluster, max_memory=share, **given)
+            except InfeasibleError:
+                return
+            yield found
+            share = LEANER * found.plan.predicted.memory.high_bytes / cluster.device.memory_bytes
+
     def _joint(self, cluster: Cluster, options: Options, progress: Progress) -> JointSearch | None:
         """The joint search, where it is asked for or the cluster has several nodes, and the model is one row of equal blocks."""
         pins = parse_pins(options.pins)
@@ -106,7 +128,7 @@ class Request:
         try:
             check_in_space(options, pins)
             progress("tracing three blocks")
-            return joint_search(self.family, self.batch_size, cluster, options, pins, progress)
+            return joint_search(self.family, self.batch_size, cluster, options, pins, progress, self._known)
         except NoFamilyError as error:
             if options.joint:
                 raise UsageError(f"no joint search: {error}; leave --joint out") from None

@@ -1,12 +1,28 @@
-"""`autopar whatif`: the plan again on a changed machine, or on a row of them."""
+"""`autopar whatif`: the plan again on a changed machine, on a row of them, or with less and less memory."""
 
 import math
-from typing import TYPE_CHECKING, Annotated
+from itertools import islice
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from autopar.cli.console import output, print_json, working
-from autopar.cli.options import Asked, Batch, ClusterName, Debug, Json, MicroBatches, ModelName, Offload, PinTexts, Pipelines, Seq, checked_pins, global_batch
+from autopar.cli.options import (
+    Asked,
+    Batch,
+    ClusterName,
+    Debug,
+    Joint,
+    Json,
+    MicroBatches,
+    ModelName,
+    Offload,
+    PinTexts,
+    Pipelines,
+    Seq,
+    checked_pins,
+    global_batch,
+)
 from autopar.cli.plan_command import DType, default_dtype
 from autopar.cli.points import Point, given, print_points
 from autopar.cli.units import duration, size
@@ -26,17 +42,20 @@ SAME = "as it is"
 
 Changes = Annotated[list[str] | None, typer.Option("--set", help="inter_node.bandwidth*=2, device.memory=40GB, num_nodes=4; may be repeated, all together are one machine.")]
 Sweep = Annotated[str | None, typer.Option("--sweep", help="inter_node.bandwidth*=0.25..4:9: factors from 0.25 to 4 in 9 equal ratios, a plan for each.")]
+Front = Annotated[bool, typer.Option("--front", help="The fastest plan, then the fastest that holds less, and so on to the leanest.")]
 
 
 def whatif(
-    model: ModelName, cluster: ClusterName, changes: Changes = None, sweep: Sweep = None, batch: Batch = None, seq: Seq = None, dtype: DType = None,
-    pin: PinTexts = None, micro_batches: MicroBatches = None, offload: Offload = False, pipelines: Pipelines = False, json: Json = False, debug: Debug = False,
+    model: ModelName, cluster: ClusterName, changes: Changes = None, sweep: Sweep = None, front: Front = False, batch: Batch = None, seq: Seq = None, dtype: DType = None,
+    pin: PinTexts = None, micro_batches: MicroBatches = None, offload: Offload = False, pipelines: Pipelines = False, joint: Joint = None, json: Json = False, debug: Debug = False,
 ) -> int:  # fmt: skip
-    """Plan MODEL again where the machine has other numbers: what changes, and where the best plan becomes another one."""
+    """Plan MODEL again where the machine has other numbers or a plan may hold less: what changes, and where the best plan becomes another one."""
     machines = Cluster.parse(cluster)
     check_name(model)
-    if not changes and not sweep:
-        raise UsageError("whatif needs a change: --set inter_node.bandwidth*=2, or --sweep inter_node.bandwidth*=0.25..4:9")
+    if not (changes or sweep or front):
+        raise UsageError("whatif needs a change: --set inter_node.bandwidth*=2, --sweep inter_node.bandwidth*=0.25..4:9, or --front")
+    if sweep and front:
+        raise UsageError("--sweep and --front are two tables; leave one of them out")
     base = changed(machines, changes or ())
     texts = _swept(sweep) if sweep else []
     clusters = {text: changed(base, [text]) for text in texts} if sweep else {SAME: machines, ", ".join(changes or ()): base}
@@ -48,22 +67,27 @@ def whatif(
         largest = max(clusters.values(), key=lambda c: c.num_devices)
         loaded = load_model(model, batch=global_batch(batch, largest, micro_batches), seq=seq, device="meta", dtype=asked.dtype)
         request = Request(loaded.module, loaded.kwargs)
-        points = []
-        for text, machine in clusters.items():
+        points, options = [], {**given(asked), "joint": joint, "tokens": loaded.tokens_per_batch}
+        for text, machine in clusters.items() if not front else ():
             progress(f"planning with {text}")
-            points.append(_point(request, text, machine, asked, loaded.tokens_per_batch))
+            points.append(_point(request, text, machine, options))
+        for found in islice(request.front(base, **options), MAX_POINTS) if front else ():
+            held = size(found.plan.predicted.memory.high_bytes)
+            progress(f"planning with less than {held}")
+            points.append(Point(held, found.plan, request.appraised(found.plan, base)))
     if json:
         print_json({"model": loaded.name, "cluster": machines.name, "plans": [p.content() for p in points]})
-    elif sweep:
-        _print_sweep(output(), points)
+    elif sweep or front:
+        _print_rows(output(), points, "HOLDS AT MOST" if front else "CHANGE")
     else:
         print_points(output(), points, machines)
     return 0
 
 
-def _point(request: "Request", name: str, cluster: Cluster, asked: Asked, tokens: int) -> Point:
+def _point(request: "Request", name: str, cluster: Cluster, options: dict[str, Any]) -> Point:
+    """What one search knows is left to the next."""
     try:
-        plan = request.planned(cluster, **given(asked), tokens=tokens).plan
+        plan = request.planned(cluster, **options).plan
     except InfeasibleError as error:
         return Point(name, None, None, str(error))
     return Point(name, plan, request.appraised(plan, cluster))
@@ -83,10 +107,10 @@ def _swept(text: str) -> list[str]:
     return [f"{key}*={low * (high / low) ** (n / (number - 1)):.4g}" for n in range(number)]
 
 
-def _print_sweep(page: "Console", points: list[Point]) -> None:
+def _print_rows(page: "Console", points: list[Point], title: str) -> None:
     from rich.table import Table
 
-    table = Table("CHANGE", "PLAN", "STEP", "MEMORY", "", box=None, pad_edge=False)
+    table = Table(title, "PLAN", "STEP", "MEMORY", "", box=None, pad_edge=False)
     before = None
     for p in points:
         if p.plan is None or p.appraisal is None:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, permutations
 
 import numpy as np
 
@@ -49,6 +49,17 @@ class Sharding:
         as_well = {k.mode for k in made if gathers_again(k.mode) and k.mode.removesuffix(GATHER) in self.given}
         differ = [k for k in made if k.mode not in as_well or any(move.again for move in k.program.moves)]
         return tuple(sorted(differ, key=lambda kinds: kinds.block_s))
+
+
+    def even(self, num_stages: int) -> tuple[Depth, ...]:
+        """See `even_depths`."""
+        if num_stages not in self._even:
+            self._even[num_stages] = even_depths(self.light, num_stages)
+        return self._even[num_stages]
+
+    @cached_property
+    def _even(self) -> dict[int, tuple[Depth, ...]]:
+        return {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,17 +135,39 @@ class Deep:
         return found
 
 
-def even_depths(kinds: Kinds, num_stages: int) -> tuple[Depth, ...]:
-    """Blocks of every stage so that the slowest one is as fast as can be; of equals the first stages, which wait longest, have fewer."""
+def even_depths(kinds: Kinds, num_stages: int, most: Sequence[int] = ()) -> tuple[Depth, ...]:
+    """Blocks of every stage so that the slowest one is as fast as can be; of equals the first stages, which wait longest, have fewer. `most`: a stage has
+    no more than so many, which together are enough."""
     first, block, last = (sum(kinds.seconds[kind][:3]) for kind in (FIRST, MIDDLE, LAST))
     beside = [0.0] * num_stages
     beside[0] += first - block
     beside[-1] += last - block
     depths = [1] * num_stages
     for _ in range(kinds.cut.run.depth - num_stages):
-        s = min(range(num_stages), key=lambda s: (round((depths[s] + 1) * block + beside[s], 12), -s))
+        free = [s for s in range(num_stages) if not most or depths[s] < most[s]]
+        s = min(free, key=lambda s: (round((depths[s] + 1) * block + beside[s], 12), -s))
         depths[s] += 1
     return tuple(map(Depth, depths))
+
+
+def roomy_depths(sharding: Sharding, order: Order, even: Sequence[Depth], limit_bytes: float) -> tuple[Depth, ...] | None:
+    """As even as fits where ranks have one stage each: none has more blocks than fit in the mode that holds least. None where the even ones do not
+    want for room, or there is not enough for all blocks."""
+    alone = [Deep(kinds, kinds, order, tuple(even)) for kinds in sharding.modes]
+    most = [max(_most_blocks(deep, rank, limit_bytes) for deep in alone) for rank in range(order.num_ranks)]
+    if sum(most) < sharding.cut.run.depth or min(most) < 1 or all(blocks.blocks <= number for blocks, number in zip(even, most)):
+        return None
+    return even_depths(sharding.light, len(even), most)
+
+
+def _most_blocks(deep: Deep, rank: int, limit_bytes: float) -> int:
+    """How many fit on a rank of one stage."""
+    low, high = 0, deep.light.cut.run.depth + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = deep.rank_memory(rank, {rank: Depth(middle)}).high_bytes <= limit_bytes
+        low, high = (middle, high) if fits else (low, middle)
+    return low
 
 
 def mixed(sharding: Sharding, order: Order, depths: Sequence[Depth], limit_bytes: float, below_s: float = math.inf) -> Deep | None:
@@ -158,6 +191,21 @@ def mixed(sharding: Sharding, order: Order, depths: Sequence[Depth], limit_bytes
                 best, below_s = made, made.step_s
             if made is not None and not any(d.heavy for d in made.depths):
                 return best
+    return best
+
+
+def shifted(sharding: Sharding, deep: Deep, limit_bytes: float) -> Deep:
+    """A plan whose ranks have one stage each, or a faster one that moves blocks one by one from stage to stage: they may differ in how long they wait for
+    messages and sums, and in how much they have to compute again."""
+    best, moved = deep, deep.order.virtual == 1
+    while moved:
+        moved = False
+        for giver, taker in permutations(range(len(best.depths)), 2):
+            blocks = [depth.blocks for depth in best.depths]
+            blocks[giver], blocks[taker] = blocks[giver] - 1, blocks[taker] + 1
+            made = mixed(sharding, deep.order, tuple(map(Depth, blocks)), limit_bytes, best.step_s) if blocks[giver] else None
+            if made is not None:
+                best, moved = made, True
     return best
 
 

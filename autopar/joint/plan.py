@@ -16,6 +16,7 @@ from autopar.core.units import size
 from autopar.errors import InfeasibleError, NoFamilyError
 from autopar.joint.deep import Deep
 from autopar.joint.fold import SHOWN, shown
+from autopar.joint.known import Known
 from autopar.joint.search import Found, Joint, JointSearch
 from autopar.joint.space import SCHEDULES
 from autopar.joint.unroll import modes_of, unrolled
@@ -70,14 +71,14 @@ def check_in_space(options: Options, pins: Pins) -> None:
         raise NoFamilyError(f"schedule {pins.schedule} is not among {', '.join(SCHEDULES)}")
 
 
-def joint_search(family: Family, batch: int, cluster: Cluster, options: Options, pins: Pins, progress: Callable[[str], None]) -> JointSearch:
-    """The search over plans of `batch` samples a step. Raises NoFamilyError where the model has no single run of blocks."""
+def joint_search(family: Family, batch: int, cluster: Cluster, options: Options, pins: Pins, progress: Callable[[str], None], known: Known) -> JointSearch:
+    """The search over plans of `batch` samples a step; `known`: of this family. Raises NoFamilyError where the model has no single run of blocks."""
     if len(family.runs) != 1 or family.depth < SHOWN:
         raise NoFamilyError(f"{len(family.runs)} rows of blocks, and {SHOWN} or more blocks in one row are needed")
     graphs, run = partial(family.graph, depth=SHOWN), family.runs[0]
     if missing := set(shown(run)) - {segment.block for segment in graphs(2).segments}:
         raise NoFamilyError(f"no operator is in {min(missing)}")
-    return JointSearch(graphs, run, batch, cluster, options, pins, progress)
+    return JointSearch(graphs, run, batch, cluster, options, pins, progress, known=known)
 
 
 @collector_paused()
@@ -111,7 +112,7 @@ def _plan(joint: Joint, found: Found, whole: Whole, cluster: Cluster, tokens: in
     mesh = Mesh(tuple(MeshAxis(name, axis.size) for name, axis in zip(names, program.mesh.axes)))
     step = whole.step_s
     status = (
-        f"{'' if joint.in_time else 'budget, '}joint search of {joint.num_points} points (pipeline x mesh x microbatches): {joint.looked[1]} sharded, {joint.looked[3]} planned; "
+        f"{'' if joint.in_time else 'budget, '}joint search of {joint.num_points} points (pipeline x mesh x microbatches), {joint.looked[3]} planned; "
         "the bound holds for plans whose blocks are sharded alike"
     )
     return Plan(

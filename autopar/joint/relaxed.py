@@ -11,20 +11,21 @@ from autopar.core.problem import SearchProblem
 from autopar.errors import InfeasibleError
 from autopar.joint.bounds import Line, Parts
 from autopar.joint.fold import Folded
-from autopar.search.lagrange import dual
+from autopar.search.elimination import Minimum, Prepared, prepare
+from autopar.search.lagrange import Dual, dual
+from autopar.search.simplify import BYTES, SECONDS
 from autopar.search.solve import solve
 from autopar.search.terms import Terms
 
 
 @dataclass
 class Relaxed:
-    """Of a run of `depth` blocks on `num_ranks` with `limit_bytes` each; `params`: nodes of the folded problem. A cache, not a value."""
+    """Of a run of `depth` blocks on `num_ranks`; `params`: nodes of the folded problem. A cache, not a value."""
 
     folded: Folded
     params: frozenset[int]
     depth: int
     num_ranks: int
-    limit_bytes: float
 
     @cached_property
     def parts(self) -> Parts:
@@ -42,22 +43,42 @@ class Relaxed:
         """The nodes of every side, and what they cost."""
         return tuple((self.folded.nodes_of(side), Terms(self.folded.part(side))) for side in range(3))
 
-    def line(self, flight: float) -> Line:
-        """What a rank with so many microbatches in flight can do of the step, by the price of a byte. A few fewer in flight make it a bound for all near."""
+    def line(self, flight: float, limit_bytes: float) -> Line:
+        """What a rank of so much memory with so many microbatches in flight can do of the step, by the price of a byte. A few fewer in flight make it a
+        bound for all near."""
         known = 2.0 ** (math.floor(2 * math.log2(flight)) / 2)
-        if known not in self.lines:
-            total = self.num_ranks * self.limit_bytes
+        lines = self.lines(limit_bytes)
+        if known not in lines:
+            total = self.num_ranks * limit_bytes
             try:
-                found = dual(replace(self.in_flight(known).part(0), memory_limit_bytes=total))
+                found = self._dual(known, total)
             except InfeasibleError:
-                self.lines[known] = Line(math.inf)
+                lines[known] = Line(math.inf)
             else:
                 price = found.multiplier
-                self.lines[known] = Line((found.bound_s + price * total) / self.depth, price * self.limit_bytes, price)
-        return self.lines[known]
+                lines[known] = Line((found.bound_s + price * total) / self.depth, price * limit_bytes, price)
+        return lines[known]
+
+    def lines(self, limit_bytes: float) -> dict[float, Line]:
+        """Those that were asked for, by microbatches in flight."""
+        return self._lines.setdefault(limit_bytes, {})
 
     @cached_property
-    def lines(self) -> dict[float, Line]:
+    def _lines(self) -> dict[float, dict[float, Line]]:
+        return {}
+
+    def _dual(self, flight: float, total_bytes: float) -> Dual:
+        """Of the blocks within a limit for all ranks; what does not depend on the limit is kept."""
+        if flight not in self._prepared:
+            prepared = prepare(self.in_flight(flight).part(0), (SECONDS, BYTES))
+            self._prepared[flight] = prepared, prepared.minimise(SECONDS)
+        prepared, cheapest = self._prepared[flight]
+        problem = replace(prepared.shrunk.problem, memory_limit_bytes=total_bytes)
+        within = replace(prepared, shrunk=replace(prepared.shrunk, problem=problem))
+        return dual(problem, prepared=within, cheapest=cheapest)
+
+    @cached_property
+    def _prepared(self) -> dict[float, tuple[Prepared, Minimum]]:
         return {}
 
     @cached_property

@@ -14,42 +14,42 @@ pipelines are even, and memory is what the linear model says, which counts less 
 import heapq
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-import numpy as np
-
 from autopar.core.cluster import Cluster
 from autopar.core.graph import OpGraph
-from autopar.core.layout import Layout
 from autopar.core.memory import MemoryUse
-from autopar.core.mesh import Mesh
-from autopar.core.problem import Edge, Node, SearchProblem
+from autopar.core.problem import evaluate
 from autopar.core.units import size
 from autopar.core.unroll import Run
 from autopar.errors import InfeasibleError
 from autopar.joint.bounds import Line, Parts, least_step_s
-from autopar.joint.deep import Deep, Sharding, even_depths, mixed
-from autopar.joint.fold import fold
-from autopar.joint.relaxed import Relaxed, passes_alone
+from autopar.joint.deep import Deep, Sharding, mixed, roomy_depths, shifted
+from autopar.joint.known import SAFE, Flat, Floors, Known, Proved, without_memory
+from autopar.joint.relaxed import Relaxed
 from autopar.joint.space import Ideal, Point, orders, points
+from autopar.joint.tables import PointTables
 from autopar.planner.blocks import Order
-from autopar.planner.decode import decode
 from autopar.planner.keeping import Keeping
 from autopar.planner.lengths import Task
-from autopar.planner.liveness import Engine
 from autopar.planner.pins import Pins
-from autopar.planner.problem import Ports, ProblemBuilder
-from autopar.planner.roles import Constraints
 from autopar.planner.search import Options
-from autopar.planner.states import Pricing, States
+from autopar.planner.states import Pricing
 from autopar.program import Program
-from autopar.search.elimination import prepare
-from autopar.search.simplify import BYTES, SECONDS, Price
 
 GAP = 0.01
 """A plan this near to the bound is near enough: the cost model is off by more."""
+
+FAR = 0.2
+"""Where a plan is so far above a point's bound, more of its shardings are looked at."""
+
+LEAN_POWERS = range(-3, 11)
+"""Of 4: prices of a byte, in what all bytes of the fastest sharding must cost to be as dear as its seconds."""
+
+Asked = tuple[float, float, int | None, bool]
+"""For a sharding: microbatches in flight, price of a byte, stage of ZeRO, whether blocks are computed again."""
 
 Graphs = Callable[[int], OpGraph]
 """The short graph of so many samples."""
@@ -60,6 +60,7 @@ class Found:
     """A plan that fits `limit_bytes`, and the search of its point."""
 
     search: "PointSearch"
+    sharding: Sharding
     deep: Deep
     limit_bytes: float
 
@@ -108,68 +109,104 @@ class JointSearch:
     pins: Pins = field(default_factory=Pins)
     progress: Callable[[str], None] = lambda text: None
     gap: float = GAP
+    known: Known = field(default_factory=Known)
 
     def search(self) -> Joint:
         """Raises InfeasibleError where nothing fits. The time limit is for what comes after the first plan."""
         end = math.inf
         ideal = Ideal(self.cluster, self.run)
-        heap: list[tuple[float, int, int, PointSearch]] = []
+        heap: list[Waiting] = []
         free = self.options.free_micro_batches or self.pins.micro_batch is not None  # its number of samples is pinned, and what of dp follows is searched
         number = None if free else self.options.micro_batches
         for n, point in enumerate(points(self.cluster, self.batch, self.run.depth, self.pins, number)):
             search = PointSearch(self, point)
-            heapq.heappush(heap, (search.ideal_s(ideal), 0, n, search))
+            bound = search.ideal_s(ideal)
+            heapq.heappush(heap, Waiting(bound, 0, n, bound, search))
         num_points, looked, found, closed = len(heap), [len(heap), 0, 0, 0], [], math.inf
         best = math.inf
-        while heap and heap[0][0] < best * (1 - self.gap) and time.perf_counter() < end:
-            bound, level, n, search = heapq.heappop(heap)
-            self.progress(f"searching {search.point}: bound {bound:.4g} s, best {best:.4g} s")
-            level += 1
-            looked[level] += 1
-            if level < 3:
-                tighter = (search.fastest_s if level == 1 else search.fitting_s)()
-                if tighter < math.inf:
-                    heapq.heappush(heap, (max(bound, tighter), level, n, search))
+        planned: list[tuple[float, PointSearch]] = []
+        while heap and heap[0].key < best * (1 - self.gap) and time.perf_counter() < end:
+            waiting = heapq.heappop(heap)
+            self.progress(f"searching {waiting.search.point}: bound {waiting.bound:.4g} s, best {best:.4g} s")
+            if waiting.level < 2:
+                _tighten(heap, waiting, looked)
                 continue
-            closed = min(closed, bound)
-            made = search.plan(self.limit_bytes, best)
+            looked[3] += 1
+            closed = min(closed, waiting.bound)
+            planned.append((waiting.bound, waiting.search))
+            made = waiting.search.plan(self.limit_bytes, best)
             if made is not None:
                 end = min(end, time.perf_counter() + self.options.time_limit_s)
                 found.append(made)
                 best = min(best, made.step_s)
+        in_time = not heap or heap[0].key >= best * (1 - self.gap)
+        while heap and heap[0].level < 2 and heap[0].key < best < math.inf and in_time:
+            _tighten(heap, heapq.heappop(heap), looked)
+        for bound, search in planned:
+            if bound < best * (1 - FAR) and time.perf_counter() < end:
+                made = search.lean_plan(self.limit_bytes, best)
+                if made is not None:
+                    found.append(made)
+                    best = made.step_s
         if not found:
             raise InfeasibleError(
                 f"none of {num_points} ways to lay {self.run.depth} blocks on {self.cluster.name} fits {size(self.limit_bytes)} of a device; "
                 "use more nodes or devices with more memory, or a larger --max-memory"
             )
-        left = heap[0][0] if heap else math.inf
+        left = heap[0].key if heap else math.inf
         found.sort(key=lambda f: (f.step_s, f.point.num_ranks, f.point.inner))
-        return Joint(tuple(found), min(closed, left, best), num_points, tuple(looked), left >= best * (1 - self.gap))
+        uneven = shifted(found[0].sharding, found[0].deep, self.limit_bytes)
+        if uneven is not found[0].deep:
+            found.insert(0, replace(found[0], deep=uneven))  # beside the other, which may fit where this does not on the whole graph
+        best = found[0].step_s
+        return Joint(tuple(found), min(closed, left, best), num_points, tuple(looked), in_time)
 
     @property
     def limit_bytes(self) -> float:
         return self.cluster.device.memory_bytes * self.options.memory_share
 
+    @property
+    def about(self) -> Hashable:
+        """What tables depend on beside point and cluster."""
+        return self.options.precision, self.options.offload, self.pins, self.run
+
     def task(self, samples: int) -> Task:
         """A microbatch of the short graph."""
-        if samples not in self._tasks:
-            self._tasks[samples] = Task.of(self.graphs(samples), self.options)
-        return self._tasks[samples]
+        return self.known.kept(("task", samples), lambda: Task.of(self.graphs(samples), self.options))
 
-    @cached_property
-    def _tasks(self) -> dict[int, Task]:
-        return {}
+    def tables(self, point: Point) -> PointTables:
+        cluster, options = without_memory(self.cluster), self.options
+        task = self.task(point.samples)
+        # microbatches of other sizes share the prices of a mesh: parameters move alike
+        pricing = self.known.kept((cluster, point.num_ranks, point.mesh), lambda: Pricing(cluster, point.mesh, (point.num_ranks, 0)))
+        given = Keeping(micro_batches=point.num_microbatches, precision=options.precision, offload=options.offload)
+        keeping = given.everything().narrowed(self.pins)
+        return self.known.kept((self.about, cluster, point), lambda: PointTables(point, self.run, task, pricing, keeping, self.pins))
 
-    def pricing(self, point: Point) -> Pricing:
-        """Of its mesh, which microbatches of other sizes share: parameters move alike."""
-        key = point.num_ranks, point.mesh
-        if key not in self._pricings:
-            self._pricings[key] = Pricing(self.cluster, point.mesh, (point.num_ranks, 0))
-        return self._pricings[key]
 
-    @cached_property
-    def _pricings(self) -> dict[tuple[int, Mesh], Pricing]:
-        return {}
+@dataclass(frozen=True, order=True, slots=True)
+class Waiting:
+    """A point with its `bound`, which is that of its level. Its `key` may be higher: a bound that other searches left."""
+
+    key: float
+    level: int
+    number: int
+    bound: float = field(compare=False)
+    search: "PointSearch" = field(compare=False)
+    floored: bool = field(default=False, compare=False)
+
+
+def _tighten(heap: list[Waiting], waiting: Waiting, looked: list[int]) -> None:
+    """By what other searches know, else by the next level. So the levels that a point goes through depend on those, but what it is planned by does not."""
+    bound, level, search = waiting.bound, waiting.level, waiting.search
+    floor = 0.0 if waiting.floored else search.floor_s(solved=level > 0)
+    if floor > waiting.key:
+        heapq.heappush(heap, replace(waiting, key=floor, floored=True))
+        return
+    looked[level + 1] += 1
+    bound = max(bound, (search.fastest_s if level == 0 else search.fitting_s)())
+    if bound < math.inf:
+        heapq.heappush(heap, Waiting(bound, level + 1, waiting.number, bound, search))
 
 
 @dataclass
@@ -178,93 +215,94 @@ class PointSearch:
 
     joint: JointSearch
     point: Point
-
-    @property
-    def task(self) -> Task:
-        return self.joint.task(self.point.samples)
+    ideal: Parts = Parts(0.0)
 
     @cached_property
     def orders(self) -> tuple[Order, ...]:
         return tuple(orders(self.point, self.joint.run.depth, self.joint.pins))
 
+    @cached_property
+    def tables(self) -> PointTables:
+        return self.joint.tables(self.point)
+
+    @property
+    def keeping(self) -> Keeping:
+        return self.tables.keeping
+
     @property
     def pricing(self) -> Pricing:
-        return self.joint.pricing(self.point)
+        return self.tables.pricing
 
     # --- bounds ----------------------------------------------------------------------------------------------------------
 
     def ideal_s(self, ideal: Ideal) -> float:
         """The bound from a roofline."""
-        one = ideal.seconds(self.task.graph, self.task.rules, self.point.outer, self.point.inner)
-        step = one.times(self.point.num_microbatches)
+        task = self.joint.task(self.point.samples)
+        one = ideal.seconds(task.graph, task.rules, self.point.outer, self.point.inner)
+        step = self.ideal = one.times(self.point.num_microbatches)
         return min((self._step_s(order, step, [[Line(step.block)]] * order.num_ranks, one) for order in self.orders), default=math.inf)
 
     def fastest_s(self) -> float:
         """The bound from the solved problem, without a memory limit."""
-        return min(map(self._fastest_s, self.orders), default=math.inf)
+        found = min(map(self._fastest_s, self.orders), default=math.inf)
+        self._tell()
+        return found
 
-    def _fastest_s(self, order: Order, parts: Callable[[Relaxed], Parts] = lambda relaxed: relaxed.parts) -> float:
-        """`parts`: of one sharding rather than of all."""
-        found = [(relaxed, parts(relaxed)) for relaxed in self._sides(order)]
-        return max(self._step_s(order, p, [[Line(p.block)]] * order.num_ranks, self._waits(relaxed, p)) for relaxed, p in found)
+    def _fastest_s(self, order: Order, parts: Callable[[str], Parts] | None = None) -> float:
+        """`parts`: of one sharding rather than of all, by side."""
+        found = [(side, parts(side) if parts else self.side(side).parts) for side in sides(order)]
+        return max(self._step_s(order, p, [[Line(p.block)]] * order.num_ranks, self._waits(side, p)) for side, p in found)
 
     def fitting_s(self) -> float:
         """The bound under the memory limit of every rank, by the linear model of memory; inf where not even that can be met."""
         least = math.inf
         for fastest, order in sorted(((self._fastest_s(order), order) for order in self.orders), key=lambda pair: pair[0]):
             if fastest < least:
-                relaxed = self._sides(order)[0]
-                least = min(least, max(fastest, self._step_s(order, relaxed.parts, self._lines(relaxed, order), self._waits(relaxed, relaxed.parts))))
+                side = sides(order)[0]
+                parts = self.side(side).parts
+                least = min(least, max(fastest, self._step_s(order, parts, self._lines(self.side(side), order), self._waits(side, parts))))
+        self._tell()
         return least
 
     def _lines(self, relaxed: Relaxed, order: Order) -> list[list[Line]]:
         """By rank; of memory for those that hold most microbatches, which it binds first."""
         most, free = max(order.in_flight), Line(relaxed.parts.block)
-        return [[free, relaxed.line(flight)] if flight >= most / 2 else [free] for flight in order.in_flight]
+        return [[free, relaxed.line(flight, self.joint.limit_bytes)] if flight >= most / 2 else [free] for flight in order.in_flight]
 
-    def _sides(self, order: Order) -> tuple[Relaxed, ...]:
-        """A rank of one stage exchanges parameters before and after its passes, but may do so while it would wait for others. One of several stages
-        may exchange those of one behind the passes of another."""
-        return (self.whole,) if order.num_ranks == 1 else (self.passes, self.whole) if order.virtual == 1 else (self.passes,)
+    def floor_s(self, *, solved: bool) -> float:
+        """What other searches leave of `fitting_s`, 0 where they know nothing; `solved`: the parts of a step are known."""
+        floors = self.joint.known.floors(self.joint.about, self.point, self.joint.cluster, self.ideal)
+        return SAFE * min((self._floor_s(order, floors, solved=solved) for order in self.orders), default=math.inf) if floors else 0.0
 
-    def _waits(self, relaxed: Relaxed, parts: Parts) -> Parts:
+    def _floor_s(self, order: Order, floors: Floors, *, solved: bool) -> float:
+        def parts(side: str) -> Parts:
+            return self.side(side).parts if solved else floors.parts.get(side, self.ideal)
+
+        side, most = sides(order)[0], max(order.in_flight)
+        free, limit = Line(parts(side).block), self.joint.limit_bytes
+        lines = [[free, *(floors.lines(side, flight, limit) if flight >= most / 2 else ())] for flight in order.in_flight]
+        return max(self._fastest_s(order, parts), self._step_s(order, parts(side), lines, self._waits(side, parts(side))))
+
+    def _tell(self) -> None:
+        """What is found out, to the searches that follow."""
+        asked = {side: self.side(side) for order in self.orders for side in sides(order)}
+        lines = {
+            side: tuple(Flat(flight, line.price, line.block_s) for flight, line in relaxed.lines(self.joint.limit_bytes).items() if 0 < line.block_s < math.inf)
+            for side, relaxed in asked.items()
+        }
+        parts = {side: relaxed.parts for side, relaxed in asked.items()}
+        self.joint.known.add(self.joint.about, Proved(self.joint.cluster, self.point, self.tables.operators, parts, lines))
+
+    def side(self, side: str) -> Relaxed:
+        return self.tables.whole if side == "whole" else self.tables.passes
+
+    def _waits(self, side: str, parts: Parts) -> Parts:
         """What a microbatch takes at least of others while a rank waits for it."""
-        return parts.times(1 / self.point.num_microbatches) if relaxed is self.passes else Parts(0.0)
+        return parts.times(1 / self.point.num_microbatches) if side == "passes" else Parts(0.0)
 
     def _step_s(self, order: Order, ends: Parts, lines: Sequence[Sequence[Line]], one: Parts) -> float:
         least = least_step_s(order, self.joint.run.depth, lines, ends, one)
         return least / (self.joint.cluster.crowding if order.num_ranks > 1 else 1.0)  # ranks that share cores are faster while others wait
-
-    # --- the sharding ----------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def keeping(self) -> Keeping:
-        options = self.joint.options
-        given = Keeping(micro_batches=self.point.num_microbatches, precision=options.precision, offload=options.offload)
-        return given.everything().narrowed(self.joint.pins)
-
-    @cached_property
-    def built(self) -> tuple[SearchProblem, Ports]:
-        task, joint = self.task, self.joint
-        constraints = Constraints(self.point.mesh, joint.pins, strict=bool(joint.pins.mesh_axes))
-        return ProblemBuilder(task.graph, task.rules, task.batch, self.pricing, constraints, self.keeping).build(None)
-
-    @cached_property
-    def whole(self) -> Relaxed:
-        """All that a step costs."""
-        return self._relaxed(self.built[0])
-
-    @cached_property
-    def passes(self) -> Relaxed:
-        """Only what its passes cost."""
-        problem, ports = self.built
-        return self._relaxed(passes_alone(problem, ports.once_s))
-
-    def _relaxed(self, problem: SearchProblem) -> Relaxed:
-        ports, run = self.built[1], self.joint.run
-        folded = fold(self.task.graph, run, problem, ports)
-        params = frozenset(folded.node[n] for n in ports.param_node.values())
-        return Relaxed(folded, params, run.depth, self.point.num_ranks, self.joint.limit_bytes)
 
     # --- plans -----------------------------------------------------------------------------------------------------------
 
@@ -272,59 +310,66 @@ class PointSearch:
         """The best plan of the point within a limit that takes less than `below_s`: every sharding that may be best, every order, as little recomputation
         as fits."""
         best: Found | None = None
-        for program in self._programs(lambda: best.step_s if best else below_s):
-            sharding = Sharding.of(program, self.pricing, self.joint.run, Engine.of(self.joint.cluster), self.keeping.programs)
-            for order in self.orders:
-                made = mixed(sharding, order, even_depths(sharding.light, order.num_stages), limit_bytes, best.step_s if best else below_s)
-                best = Found(self, made, limit_bytes) if made is not None else best
+        for sharding in self._shardings(self._asked(), lambda: best.step_s if best else below_s):
+            best = self._mixed(sharding, limit_bytes, best.step_s if best else below_s) or best
         return best
 
-    def _programs(self, below_s: Callable[[], float] = lambda: math.inf) -> Iterator[Program]:
+    def lean_plan(self, limit_bytes: float, below_s: float = math.inf) -> Found | None:
+        """The same of shardings that hold less and less, up to that which holds least: for where what is kept beside them is more than the linear model of
+        memory says."""
+        best: Found | None = None
+        for sharding in self._shardings(self._asked_lean(), lambda: best.step_s if best else below_s):
+            best = self._mixed(sharding, limit_bytes, best.step_s if best else below_s) or best
+        return best
+
+    def _mixed(self, sharding: Sharding, limit_bytes: float, below_s: float) -> Found | None:
+        """The best plan of a sharding within a limit that takes less than `below_s`."""
+        best: Deep | None = None
+        for order in self.orders:
+            even = sharding.even(order.num_stages)
+            made = mixed(sharding, order, even, limit_bytes, below_s)
+            if made is None and order.virtual == 1 < order.num_ranks and Deep(sharding.light, sharding.light, order, even).least_s < below_s:
+                roomy = roomy_depths(sharding, order, even, limit_bytes)
+                made = mixed(sharding, order, roomy, limit_bytes, below_s) if roomy is not None else None
+            if made is not None:
+                best, below_s = made, made.step_s
+        return Found(self, sharding, best, limit_bytes) if best is not None else None
+
+    def _asked(self) -> list[Asked]:
         """The fastest sharding under every stage of ZeRO, and for every price of memory that the bound found those for any stage and for each, with
-        blocks computed again or not; each once. Left out where no pipeline of it takes less than `below_s`."""
-        seen: set[tuple[int, ...]] = set()
-        stages = self.keeping.stages
-        asked = [(1.0, 0.0, zero, False) for zero in stages]
-        prices = {(flight, line.price) for relaxed in (self.whole, self.passes) for flight, line in relaxed.lines.items() if line.price}
+        blocks computed again or not."""
+        stages, limit = self.keeping.stages, self.joint.limit_bytes
+        asked: list[Asked] = [(1.0, 0.0, zero, False) for zero in stages]
+        asked_sides = {side: self.side(side) for order in self.orders for side in sides(order)}
+        prices = {(flight, line.price) for relaxed in asked_sides.values() for flight, line in relaxed.lines(limit).items() if line.price}
         for flight, price in sorted(prices):
             asked += [(flight, price, zero, again) for zero, again in ((None, False), (None, True), *((z, True) for z in stages))]
-        task, (_, ports) = self.task, self.built
+        return asked
+
+    def _asked_lean(self) -> list[Asked]:
+        """At prices of memory from so low that the sharding is the fastest to so high that it holds least, with the most microbatches in flight."""
+        flight, tables = max(max(order.in_flight) for order in self.orders), self.tables
+        fastest_s, num_bytes = evaluate(tables.whole.in_flight(flight).problem, tables.cheapest(flight, 0.0, None, again=False))
+        prices = [fastest_s / max(num_bytes, 1.0) * 4.0**n for n in LEAN_POWERS]
+        return [(flight, price, None, again) for price in prices for again in (False, True)]
+
+    def _shardings(self, asked: Sequence[Asked], below_s: Callable[[], float] = lambda: math.inf) -> Iterator[Sharding]:
+        """Each once; left out where no pipeline of it takes less than `below_s`."""
+        seen: set[tuple[int, ...]] = set()
         for flight, price, zero, again in asked:
-            problem = self.whole.in_flight(flight).problem
-            choices = self._cheapest(problem, price, zero, again=again)
+            choices = self.tables.cheapest(flight, price, zero, again=again)
             if choices in seen:
                 continue
             seen.add(choices)
-            if min(self._fastest_s(order, lambda relaxed, chosen=choices: relaxed.parts_of(chosen)) for order in self.orders) < below_s():
-                yield decode(task.graph, task.rules, self.pricing, ports, self.whole.folded.unfolded(choices), self.keeping)
+            if min(self._fastest_s(order, lambda side, chosen=choices: self.side(side).parts_of(chosen)) for order in self.orders) < below_s():
+                yield self.tables.sharding(choices)
 
-    def _cheapest(self, problem: SearchProblem, price: float, zero: int | None, *, again: bool) -> tuple[int, ...]:
-        """The choices of a folded problem that cost least at this price of a byte, parameters with this stage of ZeRO as near as they have it (None:
-        any). Blocks may be computed `again` where that pays; what is returned has them kept, as recomputation is decided later."""
-        _, ports = self.built
-        kept = [np.arange(node.num_states) for node in problem.nodes]
-        for n in ports.param_node.values() if zero is not None else ():
-            kept[self.whole.folded.node[n]] = _of_stage(ports.states[n], zero)
-        blocks = {self.whole.folded.node[n] for n in ports.block_node.values()}
-        for n in blocks if not again else ():
-            kept[n] = np.array([0])
-        nodes = tuple(Node(node.name, node.cost_s[k], node.memory_bytes[k]) for node, k in zip(problem.nodes, kept, strict=True))
-        part = replace(problem, nodes=nodes, edges=tuple(_between(edge, kept[edge.u], kept[edge.v]) for edge in problem.edges))
-        found = prepare(part, (SECONDS, BYTES)).minimise(Price(1.0, price)).choices
-        return tuple([0 if n in blocks else int(k[c]) for n, (k, c) in enumerate(zip(kept, found, strict=True))])
+    def _programs(self) -> Iterator[Program]:
+        """The shardings of `plan`."""
+        return (sharding.cut.program for sharding in self._shardings(self._asked()))
 
 
-def _of_stage(states: States, zero: int) -> np.ndarray:
-    """Of the states of a parameter, for every layout those whose stage of ZeRO is nearest to this one."""
-    stages = [z.stage if z else 0 for z in states.zeros]
-    off = [(abs(stage - zero), stage) for stage in stages]
-    nearest: dict[Layout, tuple[int, int]] = {}
-    for layout, distance in zip(states.result_layouts[0], off, strict=True):
-        nearest[layout] = min(distance, nearest.get(layout, distance))
-    return np.array([n for n, layout in enumerate(states.result_layouts[0]) if off[n] == nearest[layout]])
-
-
-def _between(edge: Edge, rows: np.ndarray, columns: np.ndarray) -> Edge:
-    """An edge of these states alone."""
-    chosen = np.ix_(rows, columns)
-    return Edge(edge.u, edge.v, edge.cost_s[chosen], None if edge.memory_bytes is None else edge.memory_bytes[chosen])
+def sides(order: Order) -> tuple[str, ...]:
+    """Which of a point's problems bound it. A rank of one stage exchanges parameters before and after its passes, but may do so while it would wait for
+    others. One of several stages may exchange those of one behind the passes of another."""
+    return ("whole",) if order.num_ranks == 1 else ("passes", "whole") if order.virtual == 1 else ("passes",)

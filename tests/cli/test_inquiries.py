@@ -56,6 +56,16 @@ def test_whatif_plans_again(call: Call) -> None:
     assert "another plan" in call("whatif", *GIVEN[:3], "--batch", "65536", "--sweep", "intra_node.latency*=0.001..10000:3").out
 
 
+def test_the_front_ends_with_the_leanest_plan(call: Call) -> None:
+    called = call("whatif", *GIVEN, "--pin", "dp=4", "--front", "--json")
+    assert (called.code, called.err) == (0, "")
+    plans = json.loads(called.out)["plans"]
+    held = [p["peak_memory_bytes"] for p in plans]
+    assert len(plans) > 1 and all(after <= 0.97 * before for before, after in zip(held, held[1:], strict=False))
+    assert plans[0]["step_time_s"] <= min(p["step_time_s"] for p in plans) * (1 + 1e-9)
+    assert call("whatif", *GIVEN, "--pin", "dp=4", "--front").out.startswith("HOLDS AT MOST")
+
+
 def test_memory_that_no_plan_fits_is_a_point_too(call: Call) -> None:
     called = call("whatif", *GIVEN, "--pin", "dp=4", "--set", "device.memory=1 kB")
     assert (called.code, called.err) == (0, "") and "no plan fits" in called.out
@@ -69,7 +79,8 @@ def test_memory_that_no_plan_fits_is_a_point_too(call: Call) -> None:
         (("compare", *GIVEN, "tp=3"), ["tp=3", "4"]),
         (("compare", *GIVEN, "megatron:tp8"), ["megatron:tp8", "has 4"]),
         (("explain", *GIVEN, "--why-not", "fast"), ["'fast' is no plan"]),
-        (("whatif", *GIVEN), ["--set", "--sweep"]),
+        (("whatif", *GIVEN), ["--set", "--sweep", "--front"]),
+        (("whatif", *GIVEN, "--sweep", "device.memory*=1..2:3", "--front"), ["--sweep", "--front"]),
         (("whatif", *GIVEN, "--set", "device.colour=red"), ["device.colour"]),
         (("whatif", *GIVEN, "--sweep", "device.memory*=1..2"), ["--sweep", "POINTS"]),
     ],

@@ -1,0 +1,121 @@
+"""What a point's plans may do and what that costs, whatever the limit of memory: the folded problem, its bounds, and the programs of its shardings."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+
+from autopar.core.layout import Layout
+from autopar.core.problem import Edge, Node, SearchProblem
+from autopar.core.unroll import Run
+from autopar.joint.bounds import Parts
+from autopar.joint.deep import Sharding
+from autopar.joint.fold import fold, places, sides, times
+from autopar.joint.relaxed import Relaxed, passes_alone
+from autopar.joint.space import Point
+from autopar.planner.decode import decode
+from autopar.planner.keeping import Keeping
+from autopar.planner.lengths import Task
+from autopar.planner.liveness import Engine
+from autopar.planner.pins import Pins
+from autopar.planner.problem import Ports, ProblemBuilder
+from autopar.planner.roles import Constraints
+from autopar.planner.states import Pricing, States
+from autopar.search.elimination import prepare
+from autopar.search.simplify import BYTES, SECONDS, Price
+
+
+@dataclass
+class PointTables:
+    """Of one point on one cluster. A cache, not a value."""
+
+    point: Point
+    run: Run
+    task: Task
+    pricing: Pricing
+    keeping: Keeping
+    pins: Pins
+    _shardings: dict[tuple[int, ...], Sharding] = field(default_factory=dict)
+
+    @cached_property
+    def built(self) -> tuple[SearchProblem, Ports]:
+        constraints = Constraints(self.point.mesh, self.pins, strict=bool(self.pins.mesh_axes))
+        return ProblemBuilder(self.task.graph, self.task.rules, self.task.batch, self.pricing, constraints, self.keeping).build(None)
+
+    @cached_property
+    def whole(self) -> Relaxed:
+        """All that a step costs."""
+        return self._relaxed(self.built[0])
+
+    @cached_property
+    def passes(self) -> Relaxed:
+        """Only what its passes cost."""
+        problem, ports = self.built
+        return self._relaxed(passes_alone(problem, ports.once_s))
+
+    @cached_property
+    def operators(self) -> Parts:
+        """What every operator takes of a step at least, whatever the links do: those with collectives inside are left out."""
+        graph, rules, (problem, ports) = self.task.graph, self.task.rules, self.built
+        place, side, found = places(self.run, graph), sides(self.run, graph), [0.0, 0.0, 0.0]
+        for i, node in ports.op_node.items():
+            if not rules[i].inner:
+                found[side[i]] += times(self.run, place[i]) * float(problem.nodes[node].cost_s.min())
+        return Parts(found[0] / self.run.depth, found[1], found[2])
+
+    def _relaxed(self, problem: SearchProblem) -> Relaxed:
+        ports = self.built[1]
+        folded = fold(self.task.graph, self.run, problem, ports)
+        params = frozenset(folded.node[n] for n in ports.param_node.values())
+        return Relaxed(folded, params, self.run.depth, self.point.num_ranks)
+
+    def sharding(self, choices: tuple[int, ...]) -> Sharding:
+        """Of these choices of the folded problem."""
+        if choices not in self._shardings:
+            task, ports = self.task, self.built[1]
+            program = decode(task.graph, task.rules, self.pricing, ports, self.whole.folded.unfolded(choices), self.keeping)
+            self._shardings[choices] = Sharding.of(program, self.pricing, self.run, Engine.of(self.pricing.cluster), self.keeping.programs)
+        return self._shardings[choices]
+
+    def cheapest(self, flight: float, price: float, zero: int | None, *, again: bool) -> tuple[int, ...]:
+        """The choices of the folded problem with so many microbatches in flight that cost least at this price of a byte, parameters with this stage of ZeRO
+        as near as they have it (None: any). Blocks may be computed `again` where that pays; what is returned has them kept, as recomputation is decided
+        later."""
+        key = flight, price, zero, again
+        if key not in self._cheapest:
+            self._cheapest[key] = self._least(self.whole.in_flight(flight).problem, price, zero, again=again)
+        return self._cheapest[key]
+
+    @cached_property
+    def _cheapest(self) -> dict[tuple[float, float, int | None, bool], tuple[int, ...]]:
+        return {}
+
+    def _least(self, problem: SearchProblem, price: float, zero: int | None, *, again: bool) -> tuple[int, ...]:
+        _, ports = self.built
+        kept = [np.arange(node.num_states) for node in problem.nodes]
+        for n in ports.param_node.values() if zero is not None else ():
+            kept[self.whole.folded.node[n]] = _of_stage(ports.states[n], zero)
+        blocks = {self.whole.folded.node[n] for n in ports.block_node.values()}
+        for n in blocks if not again else ():
+            kept[n] = np.array([0])
+        nodes = tuple([Node(node.name, node.cost_s[k], node.memory_bytes[k]) for node, k in zip(problem.nodes, kept, strict=True)])
+        part = replace(problem, nodes=nodes, edges=tuple([_between(edge, kept[edge.u], kept[edge.v]) for edge in problem.edges]))
+        found = prepare(part, (SECONDS, BYTES)).minimise(Price(1.0, price)).choices
+        return tuple([0 if n in blocks else int(k[c]) for n, (k, c) in enumerate(zip(kept, found, strict=True))])
+
+
+def _of_stage(states: States, zero: int) -> np.ndarray:
+    """Of the states of a parameter, for every layout those whose stage of ZeRO is nearest to this one."""
+    stages = [z.stage if z else 0 for z in states.zeros]
+    off = [(abs(stage - zero), stage) for stage in stages]
+    nearest: dict[Layout, tuple[int, int]] = {}
+    for layout, distance in zip(states.result_layouts[0], off, strict=True):
+        nearest[layout] = min(distance, nearest.get(layout, distance))
+    return np.array([n for n, layout in enumerate(states.result_layouts[0]) if off[n] == nearest[layout]])
+
+
+def _between(edge: Edge, rows: Sequence[int] | np.ndarray, columns: Sequence[int] | np.ndarray) -> Edge:
+    """An edge of these states alone."""
+    chosen = np.ix_(rows, columns)
+    return Edge(edge.u, edge.v, edge.cost_s[chosen], None if edge.memory_bytes is None else edge.memory_bytes[chosen])
