@@ -42,7 +42,7 @@ import autopar
 from autopar.models.load import load_model
 from autopar.runtime.module import ParallelModule
 
-LEARNING_RATE = 0.005
+LEARNING_RATE = 0.001
 """So small that rounding has not grown into the losses after some hundred steps on one batch."""
 
 ADAM_RATE = 1e-4
