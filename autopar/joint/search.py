@@ -45,8 +45,8 @@ GAP = 0.01
 FAR = 0.2
 """Where a plan is so far above a point's bound, more of its shardings are looked at."""
 
-LEAN_POWERS = range(-3, 11)
-"""Of 4: prices of a byte, in what all bytes of the fastest sharding must cost to be as dear as its seconds."""
+LEAN_POWERS = range(-6, 22)
+"""Of 2: prices of a byte, in what all bytes of the fastest sharding must cost to be as dear as its seconds."""
 
 Asked = tuple[float, float, int | None, bool]
 """For a sharding: microbatches in flight, price of a byte, stage of ZeRO, whether blocks are computed again."""
@@ -350,7 +350,7 @@ class PointSearch:
         """At prices of memory from so low that the sharding is the fastest to so high that it holds least, with the most microbatches in flight."""
         flight, tables = max(max(order.in_flight) for order in self.orders), self.tables
         fastest_s, num_bytes = evaluate(tables.whole.in_flight(flight).problem, tables.cheapest(flight, 0.0, None, again=False))
-        prices = [fastest_s / max(num_bytes, 1.0) * 4.0**n for n in LEAN_POWERS]
+        prices = [fastest_s / max(num_bytes, 1.0) * 2.0**n for n in LEAN_POWERS]
         return [(flight, price, None, again) for price in prices for again in (False, True)]
 
     def _shardings(self, asked: Sequence[Asked], below_s: Callable[[], float] = lambda: math.inf) -> Iterator[Sharding]:
