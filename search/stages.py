@@ -19,7 +19,7 @@ each of them. A suffix that is worse in all three than another with as many stag
 (the Pareto front) those are never needed whose lower bound is no less than a plan already known, which a first pass over narrow
 fronts has found. Lower bound of a suffix: the blocks before it take at least the least sum of p over any cut of them, and their
 slowest stage at least their least device-seconds over the devices that are left. Nothing else is dropped, so the result is the
-optimum of the formula; it bounds what the simulated lists take from above (tests/search/test_stages.py measures how closely).
+optimum of the formula; the simulated lists take no more but for rare cases, by up to half a percent (tests/search/test_stages.py measures how closely).
 """
 
 from collections.abc import Callable, Iterable, Sequence

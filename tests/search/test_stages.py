@@ -157,7 +157,7 @@ def simulated_s(time_s: list[float], cut_s: list[float], reduce_s: list[float], 
 
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 1 << 30))
-def test_the_formula_bounds_the_simulated_lists(seed: int) -> None:
+def test_the_simulated_lists_take_hardly_more_than_the_formula(seed: int) -> None:
     random = Random(seed)
     num_stages, num_microbatches = random.randint(1, 6), random.randint(1, 12)
     time_s = [random.uniform(0.5, 2.0) for _ in range(num_stages)]
@@ -165,8 +165,8 @@ def test_the_formula_bounds_the_simulated_lists(seed: int) -> None:
     reduce_s = [random.uniform(0.0, 1.0) for _ in range(num_stages)]
     formula = step_time_s([t + c for t, c in zip(time_s, [*cut_s, 0.0], strict=True)], reduce_s, num_microbatches)
     simulated = simulated_s(time_s, cut_s, reduce_s, num_microbatches)
-    assert simulated <= formula * (1 + 1e-9)
-    assert simulated >= 0.6 * formula  # 0.69 to 1.00, median 0.92, over 3,000 random pipelines
+    assert simulated <= formula * 1.01  # 1 of 26,000 took more, 1.0032; another 1.0035 (seed 107061)
+    assert simulated >= 0.6 * formula  # 0.69 and more, median 0.92, over 3,000 random pipelines
 
 
 @pytest.mark.parametrize(("num_stages", "num_microbatches"), [(1, 1), (2, 1), (3, 7), (4, 2), (6, 12)])
