@@ -144,16 +144,11 @@ def prepare(problem: SearchProblem, prices: tuple[Price, ...], *, max_table_entr
     """
     part = shrunk or whole(canonical(problem))
     nodes, edges = part.problem.nodes, part.problem.edges
-    priced: list[Node | Edge] = []
     known: dict[tuple[int, int], int] = {}
-
-    def number(item: Node | Edge) -> int:
-        found = known.setdefault((id(item.cost_s), id(item.memory_bytes)), len(priced))
-        if found == len(priced):
-            priced.append(item)
-        return found
-
-    unary, pairs = [number(node) for node in nodes], [(edge.u, edge.v, number(edge)) for edge in edges]
+    unary, across = [[known.setdefault((id(item.cost_s), id(item.memory_bytes)), len(known)) for item in items] for items in (nodes, edges)]
+    first = dict(zip((*reversed(across), *reversed(unary)), (*reversed(edges), *reversed(nodes))))
+    priced = [first[number] for number in range(len(known))]
+    pairs = [(edge.u, edge.v, number) for edge, number in zip(edges, across)]
     classes = tuple(node_classes(part.problem))
     copies = alike(unary, pairs, problem.copies)
     order = find_order([node.num_states for node in nodes], [(u, v) for u, v, _ in pairs], classes, copies=copies)

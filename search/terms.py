@@ -58,7 +58,7 @@ def _by_table(items: Sequence[Node] | Sequence[Edge]) -> list[tuple[Node | Edge,
     """One item for each distinct pair of tables, and the numbers of all that have them."""
     if not items:
         return []
-    tables = np.array([(id(item.cost_s), id(item.memory_bytes)) for item in items])
-    order = np.lexsort(tables.T)
-    ends = np.flatnonzero((np.diff(tables[order], axis=0) != 0).any(axis=1)) + 1
+    tables = np.array([[id(item.cost_s) for item in items], [id(item.memory_bytes) for item in items]])
+    order = np.lexsort(tables)
+    ends = np.flatnonzero((np.diff(tables[:, order]) != 0).any(axis=0)) + 1
     return [(items[members[0]], members) for members in np.split(order, ends)]

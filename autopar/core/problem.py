@@ -135,18 +135,13 @@ def evaluate(problem: SearchProblem, choices: Sequence[int]) -> tuple[float, flo
     """
     if len(choices) != len(problem.nodes):
         raise UsageError(f"{len(choices)} choices were given for {len(problem.nodes)} nodes")
-    seconds: list[float] = []
-    held = [problem.base_memory_bytes]
     for node, state in zip(problem.nodes, choices, strict=True):
-        if not 0 <= state < node.num_states:
+        if not 0 <= state < len(node.cost_s):
             raise UsageError(f"node {node.name!r} has states 0..{node.num_states - 1}, not {state}")
-        seconds.append(node.cost_s[state])
-        held.append(node.memory_bytes[state])
-    for edge in problem.edges:
-        pair = choices[edge.u], choices[edge.v]
-        seconds.append(edge.cost_s[pair])
-        if edge.memory_bytes is not None:
-            held.append(edge.memory_bytes[pair])
+    seconds = [node.cost_s[state] for node, state in zip(problem.nodes, choices)]
+    held = [problem.base_memory_bytes, *[node.memory_bytes[state] for node, state in zip(problem.nodes, choices)]]
+    seconds += [edge.cost_s[choices[edge.u], choices[edge.v]] for edge in problem.edges]
+    held += [edge.memory_bytes[choices[edge.u], choices[edge.v]] for edge in problem.edges if edge.memory_bytes is not None]
     return math.fsum(seconds), math.fsum(held)
 
 

@@ -61,12 +61,11 @@ class Memory:
             self._part[storage] = part
         return storage
 
-    def note(self, *moment: str, temporaries: int = 0, communication: int = 0) -> None:
-        """Look whether this is the fullest moment (`backward`, `layers.3`: "backward of layers.3"); bytes given are held only now."""
-        total = self.total + temporaries + communication
+    def note(self, *moment: str, workspace: int = 0, part: str = "temporaries") -> None:
+        """Look whether this is the fullest moment (`backward`, `layers.3`: "backward of layers.3"); `workspace` bytes are held only now, under `part`."""
+        total = self.total + workspace
         if total > self._most:
             self._most = total
             parts = self.parts.copy()
-            parts["temporaries"] += temporaries
-            parts["communication"] += communication
+            parts[part] += workspace
             self._peak = parts, moment

@@ -130,7 +130,7 @@ class _Walk:
                 o = numbers[n]
                 values[o] = tape.pop(o) if again and o in tape else memory.new(0 if unmade else num_bytes, "temporaries")
             kept = [memory.new(step.kept_bytes, "activations" if keep else "temporaries")] if step.kept_bytes else []
-            memory.note(what, step.moment or run.block, **{step.workspace_part: step.workspace_bytes})
+            memory.note(what, step.moment or run.block, workspace=step.workspace_bytes, part=step.workspace_part)
             if keep and step.recorded:
                 source = () if step.source is None or gathered.get(step.results[0]) != i else (step.source,)
                 for n in (*step.saved, *source):
@@ -178,7 +178,7 @@ class _Walk:
         """Working copies, gathered once a step."""
         open_at_a_time = [g.in_flight_bytes for g in self.holdings.flats]
         for n in range(len(open_at_a_time)):
-            self.memory.note("gathering of parameters", communication=sum(open_at_a_time[n : n + IN_FLIGHT]))
+            self.memory.note("gathering of parameters", workspace=sum(open_at_a_time[n : n + IN_FLIGHT]), part="communication")
 
     # --- backward ----------------------------------------------------------------------------------------------------
 
@@ -216,7 +216,7 @@ class _Walk:
                     if gather.first:
                         self._drop(self.saved.pop((s, gather.gather), ()))
                         there[gather.owner] = self.memory.new(gather.num_bytes, "temporaries")
-                        self.memory.note("backward", step.moment or run.block, communication=gather.workspace_bytes)
+                        self.memory.note("backward", step.moment or run.block, workspace=gather.workspace_bytes, part="communication")
                     read += [there.pop(gather.owner)] if gather.last else []
                 self._differentiate(step, run, read, last)
         self._drop(self.inputs.pop(s, {}).values())
@@ -233,7 +233,7 @@ class _Walk:
         arrived = [gradient.pop(numbers[n]) for n in step.results if numbers[n] in gradient]
         if arrived:
             found = [memory.hold(arrived[0]) if new is None else memory.new(new, "temporaries") for _, _, new in step.gradients]
-        memory.note("backward", moment, **{step.workspace_part: step.backward_workspace_bytes})
+        memory.note("backward", moment, workspace=step.backward_workspace_bytes, part=step.workspace_part)
         for storage in arrived:
             memory.drop(storage)
         for storage in saved:
