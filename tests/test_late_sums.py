@@ -5,11 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torch.fx import GraphModule
 
 import autopar
 from autopar.models.load import load_model
+from autopar.planner.plan import plan_graph
+from autopar.planner.search import Options
+from autopar.rewrite.build import build
 from autopar.runtime.launch import Worker, launch
 from autopar.runtime.module import ParallelModule
+from autopar.runtime.moves import MOVES, late_all_reduce__identity
+from autopar.trace.capture import trace
 
 PATIENCE_S = 30.0
 DELAY_S = 0.1
@@ -74,3 +81,29 @@ def scaled(worker: Worker) -> None:
 @pytest.mark.gloo
 def test_a_scaler_scales_what_is_differentiated() -> None:
     launch(scaled, 2)
+
+
+class Noting(nn.Module):
+    """Its loss may be noted in a buffer as well."""
+
+    def __init__(self, *, notes: bool) -> None:
+        super().__init__()
+        self.notes = notes
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        loss = self.linear(x).square().sum()
+        if self.notes:
+            self.seen.copy_(loss.detach())
+        return loss
+
+
+@pytest.mark.parametrize("notes", [False, True])
+def test_only_what_nothing_else_reads_is_summed_late(notes: bool) -> None:
+    """A buffer takes over its new value before the backward."""
+    traced = trace(Noting(notes=notes), (torch.randn(4, 4),))
+    program = plan_graph(traced.graph, autopar.Cluster.local(2), Options(pins=("dp=2",))).program
+    called = {node.target for module in build(program, traced).module.modules() if isinstance(module, GraphModule) for node in module.graph.nodes}
+    assert (late_all_reduce__identity in called, MOVES["all_reduce", "identity"] in called) == (not notes, notes)
+

@@ -94,6 +94,7 @@ def test_what_was_gathered_is_gathered_again(pins: tuple[str, ...]) -> None:
         assert all(report.equal for report in reports), str(reports)
         assert reports[1].bytes_counted > reports[0].bytes_counted
         assert kept_bytes(again) < kept_bytes(kept)
+        # a product whose gathered result is kept is not computed again, but is where that is to be gathered again
         assert again.predicted.recomputed_flops >= kept.predicted.recomputed_flops and again.predicted.step_time_s > kept.predicted.step_time_s
 
 

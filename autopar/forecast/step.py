@@ -35,7 +35,7 @@ STEADY_ROUNDS = 1
 
 
 EVENNESS = 3.0
-"""Of a host and a device that are equally slow, both together are 2 ** (1 / EVENNESS) times slower."""
+"""Of a host and a device that are equally slow, both together are 2 ** (1 / EVENNESS) times slower. Source: assumed, set by hand from vTrain's rows (cost_models/README.md)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

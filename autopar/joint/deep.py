@@ -50,7 +50,6 @@ class Sharding:
         differ = [k for k in made if k.mode not in as_well or any(move.again for move in k.program.moves)]
         return tuple(sorted(differ, key=lambda kinds: kinds.block_s))
 
-
     def even(self, num_stages: int) -> tuple[Depth, ...]:
         """See `even_depths`."""
         if num_stages not in self._even:

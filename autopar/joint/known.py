@@ -150,5 +150,3 @@ def _fewer(proved: Point, point: Point, cluster: Cluster) -> tuple[float | None,
 
 def _mapped(make: Callable[[float, float], float], one: Parts, other: Parts) -> Parts:
     return Parts(make(one.block, other.block), make(one.first, other.first), make(one.last, other.last))
-
-

@@ -37,7 +37,6 @@ from autopar.planner.lengths import Task
 from autopar.planner.pins import Pins
 from autopar.planner.search import Options
 from autopar.planner.states import Pricing
-from autopar.program import Program
 
 GAP = 0.01
 """A plan this near to the bound is near enough: the cost model is off by more."""
@@ -144,7 +143,7 @@ class JointSearch:
             _tighten(heap, heapq.heappop(heap), looked)
         for bound, search in planned:
             if bound < best * (1 - FAR) and time.perf_counter() < end:
-                made = search.lean_plan(self.limit_bytes, best)
+                made = search.plan(self.limit_bytes, best, lean=True)
                 if made is not None:
                     found.append(made)
                     best = made.step_s
@@ -306,19 +305,12 @@ class PointSearch:
 
     # --- plans -----------------------------------------------------------------------------------------------------------
 
-    def plan(self, limit_bytes: float, below_s: float = math.inf) -> Found | None:
+    def plan(self, limit_bytes: float, below_s: float = math.inf, *, lean: bool = False) -> Found | None:
         """The best plan of the point within a limit that takes less than `below_s`: every sharding that may be best, every order, as little recomputation
-        as fits."""
+        as fits. `lean`: of shardings that hold less and less, up to that which holds least, for where what is kept beside them is more than the linear
+        model of memory says."""
         best: Found | None = None
-        for sharding in self._shardings(self._asked(), lambda: best.step_s if best else below_s):
-            best = self._mixed(sharding, limit_bytes, best.step_s if best else below_s) or best
-        return best
-
-    def lean_plan(self, limit_bytes: float, below_s: float = math.inf) -> Found | None:
-        """The same of shardings that hold less and less, up to that which holds least: for where what is kept beside them is more than the linear model of
-        memory says."""
-        best: Found | None = None
-        for sharding in self._shardings(self._asked_lean(), lambda: best.step_s if best else below_s):
+        for sharding in self.shardings(self._asked_lean() if lean else self.asked(), lambda: best.step_s if best else below_s):
             best = self._mixed(sharding, limit_bytes, best.step_s if best else below_s) or best
         return best
 
@@ -335,7 +327,7 @@ class PointSearch:
                 best, below_s = made, made.step_s
         return Found(self, sharding, best, limit_bytes) if best is not None else None
 
-    def _asked(self) -> list[Asked]:
+    def asked(self) -> list[Asked]:
         """The fastest sharding under every stage of ZeRO, and for every price of memory that the bound found those for any stage and for each, with
         blocks computed again or not."""
         stages, limit = self.keeping.stages, self.joint.limit_bytes
@@ -353,7 +345,7 @@ class PointSearch:
         prices = [fastest_s / max(num_bytes, 1.0) * 2.0**n for n in LEAN_POWERS]
         return [(flight, price, None, again) for price in prices for again in (False, True)]
 
-    def _shardings(self, asked: Sequence[Asked], below_s: Callable[[], float] = lambda: math.inf) -> Iterator[Sharding]:
+    def shardings(self, asked: Sequence[Asked], below_s: Callable[[], float] = lambda: math.inf) -> Iterator[Sharding]:
         """Each once; left out where no pipeline of it takes less than `below_s`."""
         seen: set[tuple[int, ...]] = set()
         for flight, price, zero, again in asked:
@@ -363,10 +355,6 @@ class PointSearch:
             seen.add(choices)
             if min(self._fastest_s(order, lambda side, chosen=choices: self.side(side).parts_of(chosen)) for order in self.orders) < below_s():
                 yield self.tables.sharding(choices)
-
-    def _programs(self) -> Iterator[Program]:
-        """The shardings of `plan`."""
-        return (sharding.cut.program for sharding in self._shardings(self._asked()))
 
 
 def sides(order: Order) -> tuple[str, ...]:

@@ -49,11 +49,10 @@ class Instance:
 
 @dataclass(frozen=True)
 class Priced:
-    """A complete plan: seconds of a step, bytes of the fullest rank; `even`: its cut is the one that the search takes."""
+    """A complete plan: seconds of a step, bytes of the fullest rank."""
 
     step_s: float
     memory_bytes: int
-    even: bool
 
 
 def drawn(seed: int) -> Instance:
@@ -127,9 +126,9 @@ class BruteForce:
     def plans(self) -> tuple[Priced, ...]:
         return tuple(plan for search, choices in shardings(self.instance) for plan in self._of(search, choices))
 
-    def best_s(self, limit_bytes: float, *, even: bool = False) -> float:
+    def best_s(self, limit_bytes: float) -> float:
         """Of the fastest plan that fits; inf where none does."""
-        return min((p.step_s for p in self.plans if p.memory_bytes <= limit_bytes and (p.even or not even)), default=float("inf"))
+        return min((p.step_s for p in self.plans if p.memory_bytes <= limit_bytes), default=float("inf"))
 
     def _of(self, search: PointSearch, choices: Sequence[int]) -> Iterator[Priced]:
         tables, joint = search.tables, search.joint
@@ -141,7 +140,7 @@ class BruteForce:
             for depths in {even, *(_cuts(joint.run.depth, order.num_stages) if order.virtual == 1 else ())}:
                 for modes in combinations(sharding.modes, 2) if len(sharding.modes) > 1 else ((sharding.modes[0],) * 2,):
                     deep = Deep(*modes, order, tuple(map(Depth, depths)))
-                    yield from (Priced(d.step_s, d.memory.high_bytes, depths == even) for d in self._mixtures(deep))
+                    yield from (Priced(d.step_s, d.memory.high_bytes) for d in self._mixtures(deep))
 
     @staticmethod
     def _mixtures(deep: Deep) -> Iterator[Deep]:
@@ -156,5 +155,3 @@ class BruteForce:
 def _cuts(depth: int, stages: int) -> Iterator[tuple[int, ...]]:
     for cut in combinations(range(1, depth), stages - 1):
         yield tuple(b - a for a, b in pairwise((0, *cut, depth)))
-
-

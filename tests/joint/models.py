@@ -1,15 +1,16 @@
 """Small deep transformers whose graphs are made without tracing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from autopar.core.cluster import Cluster
 from autopar.core.graph import OpGraph
 from autopar.core.residency import Precision
 from autopar.core.unroll import Run
 from autopar.forecast.transformer import Dims, transformer_graph
-from autopar.joint.search import JointSearch
+from autopar.joint.search import JointSearch, PointSearch
 from autopar.planner.pins import parse_pins
 from autopar.planner.search import Options
+from autopar.program import Program
 
 LLAMA = Dims(
     layers=7, hidden=4096, heads=32, kv_heads=8, inner=14336, vocab=32000, seq=4096, norm="rms", activation="swiglu", positions="rotary", biases=False, tied=False
@@ -24,3 +25,8 @@ def graphs(dims: Dims, layers: int = 3) -> Callable[[int], OpGraph]:
 def joint_search(dims: Dims, cluster: Cluster, batch: int, pins: tuple[str, ...] = (), memory_share: float = 0.9, **given: object) -> JointSearch:
     options = Options(precision=Precision(master="float32"), memory_share=memory_share, free_micro_batches=True)
     return JointSearch(graphs(dims), Run("blocks", 0, dims.layers), batch, cluster, options, parse_pins(pins), **given)
+
+
+def programs(search: PointSearch) -> Iterator[Program]:
+    """The shardings that a point's plans are made of."""
+    return (sharding.cut.program for sharding in search.shardings(search.asked()))

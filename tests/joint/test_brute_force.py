@@ -12,7 +12,8 @@ PROBLEMS, SOME = 250, 12
 """Each under four limits of memory: 1,000 instances, and those of a short run."""
 
 FOUND, FOUND_OF_SOME = 0.95, 0.9
-"""The share of instances whose best plan is found to 1e-9."""
+"""The share of instances whose best plan is found to 1e-9: 975 of the 1,000. Of the others all but two pin a mode that gathers again, which the tables do
+not price."""
 
 ROUNDING = 1e-9
 

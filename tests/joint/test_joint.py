@@ -18,7 +18,7 @@ from autopar.planner.bind import bind
 from autopar.planner.blocks import Order
 from autopar.planner.liveness import Engine
 from autopar.planner.plan import Planned
-from tests.joint.models import GPT, LLAMA, graphs, joint_search
+from tests.joint.models import GPT, LLAMA, graphs, joint_search, programs
 
 A100 = Cluster.preset("a100-sxm", nodes=1)
 POINTS = {
@@ -37,7 +37,7 @@ def test_stages_from_three_blocks_are_those_of_the_whole_graph(dims, case: str, 
     joint = joint_search(dims, A100, point.num_microbatches * point.samples, (f"zero={zero}",))
     search = PointSearch(joint, point)
     search.ideal_s(Ideal(A100, joint.run))
-    program = next(search._programs())
+    program = next(programs(search))
     sharding = {kinds.mode: kinds for kinds in Sharding.of(program, search.pricing, joint.run, Engine.of(A100), modes).modes}
     light, heavy = (sharding[mode] for mode in modes)
     depths = tuple(Depth(d.blocks, s % (d.blocks + 1)) for s, d in enumerate(even_depths(light, order.num_stages)))
@@ -59,7 +59,7 @@ def test_least_steps_are_under_all_cuts_of_random_stages() -> None:
         order = Order("1f1b", ranks, number)
         search = PointSearch(joint, Point(ranks, 8 // ranks if ranks != 3 else 2, 1, number, 4))
         search.ideal_s(Ideal(A100, joint.run))
-        light = Sharding.of(next(search._programs()), search.pricing, joint.run, Engine(), ("none",)).modes[0]
+        light = Sharding.of(next(programs(search)), search.pricing, joint.run, Engine(), ("none",)).modes[0]
         seconds = [sum(kind[:3]) for kind in light.seconds]
         ends = Parts(seconds[1], seconds[0] - seconds[1], seconds[2] - seconds[1])
         bound = least_step_s(order, LLAMA.layers, [[Line(number * ends.block)]] * ranks, ends.times(number), ends)
@@ -81,7 +81,7 @@ def test_no_cut_beats_the_bound_where_sums_of_gradients_hide(virtual: int, zero:
         search = PointSearch(joint, point)
         search.ideal_s(Ideal(A100, joint.run))
         (order,) = search.orders
-        light = Sharding.of(next(search._programs()), search.pricing, joint.run, Engine(), ("none",)).modes[0]
+        light = Sharding.of(next(programs(search)), search.pricing, joint.run, Engine(), ("none",)).modes[0]
         cuts = combinations(range(1, short.layers), order.num_stages - 1)
         depths = [[b - a for a, b in pairwise((0, *cut, short.layers))] for cut in cuts]
         steps = [Deep(light, light, order, tuple(map(Depth, each))).step_s for each in Random(2).sample(depths, min(len(depths), 24))]
@@ -105,9 +105,9 @@ def test_shardings_for_blocks_that_are_computed_again_are_tried() -> None:
     joint = joint_search(LLAMA, A100, 16, memory_share=0.04)
     search = PointSearch(joint, Point(2, 4, 1, 4, 4))
     search.ideal_s(Ideal(A100, joint.run))
-    free = {tuple(program.strategies) for program in search._programs()}
+    free = {tuple(program.strategies) for program in programs(search)}
     assert search.fitting_s() > search.fastest_s()
-    assert len({tuple(program.strategies) for program in search._programs()} - free) > 1
+    assert len({tuple(program.strategies) for program in programs(search)} - free) > 1
 
 
 @pytest.mark.parametrize("mode", ["none+gather", "full", "selective+gather", "full+gather"])
@@ -116,7 +116,7 @@ def test_a_pinned_mode_is_taken_whether_or_not_a_sharding_gathers(mode: str) -> 
     for point in (Point(1, 8, 1, 1, 16), Point(1, 1, 8, 4, 4)):
         search = PointSearch(joint, point)
         search.ideal_s(Ideal(A100, joint.run))
-        for program in search._programs():
+        for program in programs(search):
             assert [kinds.mode for kinds in Sharding.of(program, search.pricing, joint.run, Engine.of(A100), search.keeping.programs).modes] == [mode]
 
 
@@ -168,7 +168,7 @@ def test_what_is_left_out_of_a_point_is_no_faster(dims, point: Point, shares: tu
     search = PointSearch(joint, point)
     search.ideal_s(Ideal(A100, joint.run))
     search.fitting_s()
-    shardings = [Sharding.of(p, search.pricing, joint.run, Engine.of(A100), search.keeping.programs) for p in search._programs()]
+    shardings = [Sharding.of(p, search.pricing, joint.run, Engine.of(A100), search.keeping.programs) for p in programs(search)]
     roomy = search.plan(float("inf"))
     assert roomy is not None
     steps = [roomy.step_s]
@@ -187,7 +187,7 @@ def test_no_rank_holds_less_than_what_is_known_without_its_backward() -> None:
     for point, order in ((Point(1, 4, 2, 1, 16), Order("1f1b", 1, 1)), (Point(2, 4, 1, 4, 4), Order("interleaved", 2, 4, 2))):
         search = PointSearch(joint, point)
         search.ideal_s(Ideal(A100, joint.run))
-        for program in search._programs():
+        for program in programs(search):
             sharding = Sharding.of(program, search.pricing, joint.run, Engine.of(A100), ("none", "selective", "full+gather", "full"))
             for light, heavy in combinations(sharding.modes, 2):
                 deep = Deep(light, heavy, order, even_depths(light, order.num_stages))
