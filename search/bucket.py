@@ -9,8 +9,9 @@ their eliminations in it; `follow` computes the eliminations for the tables of o
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -46,56 +47,74 @@ class CostGraph:
 Input = tuple[int, tuple[int, ...]]  # number of a table, roles of its axes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Recipe:
-    """The eliminations along an order: `eliminations[kinds[i]]` is that of step i, as the tables that meet in it.
+    """The eliminations along an order: `eliminations[k]` as the tables that meet in it, with k = `kinds_of_copy[r][n]` for step n of repeat r in all
+    of its copies, `kinds_of_rest[n]` for step n of the rest.
 
     Roles are 0 for the node that goes and 1, 2, ... for its neighbours. Tables are numbered: first the `num_tables` given
     ones, then the results of the eliminations in their order.
     """
 
-    steps: tuple[Step, ...]
-    kinds: tuple[int, ...]
+    order: Order
+    kinds_of_copy: tuple[tuple[int, ...], ...]
+    kinds_of_rest: tuple[int, ...]
     eliminations: tuple[tuple[Input, ...], ...]
     num_tables: int
 
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        return self.order.steps
 
-def write_recipe(unary: Sequence[int], pairs: Sequence[tuple[int, int, int]], order: Order) -> Recipe:
+    @cached_property
+    def kinds(self) -> tuple[int, ...]:
+        """That of every step."""
+        copied = [kind for run, kinds in zip(self.order.repeats, self.kinds_of_copy, strict=True) for kind in kinds * len(run.copies)]
+        return (*copied, *self.kinds_of_rest)
+
+
+def write_recipe(unary: Sequence[int], pairs: Iterable[tuple[int, int, int]], order: Order, num_tables: int) -> Recipe:
     """The recipe for table `unary[i]` at node i and the tables of `pairs` (u, v, table), all of whose nodes are among the steps.
 
-    Steps that repeat those of another copy meet the same tables: they are not looked at.
+    Steps that repeat those of another copy meet the same tables: they are not looked at, and pairs that are used up in them are left out.
     """
-    steps = order.steps
-    num_tables = max([*unary, *[table for _, _, table in pairs]], default=-1) + 1
-    first = {step.node: position for position, step in enumerate(steps)}
-    repeated = {start + length: (start, length, times) for start, length, times in order.repeats}
-    copied = bytearray(len(steps))
-    for start, length, times in order.repeats:
-        copied[start + length : start + length * (1 + times)] = b"\1" * (length * times)
-    buckets: list[list[Entry]] = [[] if copy else [(unary[step.node], (step.node,))] for step, copy in zip(steps, copied)]
-    for u, v, table in pairs:  # a table waits for the first of its nodes
-        position = min(first[u], first[v])
-        if not copied[position]:
-            buckets[position].append((table, (u, v)))
-    known: dict[tuple[Input, ...], int] = {}
-    kinds: list[int] = []
+    return _Writer(unary, pairs, order, num_tables).write()
 
-    def send(kind: int, around: tuple[int, ...]) -> None:
-        if around:
-            position = min([first[other] for other in around]) if len(around) > 1 else first[around[0]]
-            if not copied[position]:
-                buckets[position].append((num_tables + kind, around))
 
-    for position, (step, bucket) in enumerate(zip(steps, buckets)):
-        if position in repeated:
-            start, length, times = repeated[position]
-            kinds += kinds[start:position] * times
-            for n in range(position, position + length * times):
-                send(kinds[n], steps[n].neighbours)
-        if not copied[position]:
-            kinds.append(known.setdefault(key_of(bucket, step.node, step.neighbours), len(known)))
-            send(kinds[-1], step.neighbours)
-    return Recipe(steps, tuple(kinds), tuple(known), num_tables)
+class _Writer:
+    """Goes through the steps in their order. `place`: when a node goes, but for those that go in further copies; `bucket`: what waits for it."""
+
+    def __init__(self, unary: Sequence[int], pairs: Iterable[tuple[int, int, int]], order: Order, num_tables: int) -> None:
+        self.order, self.num_tables = order, num_tables
+        self.known: dict[tuple[Input, ...], int] = {}
+        going = [step.node for run in order.repeats for step in run.of(run.copies[0])] + [step.node for step in order.rest]
+        self.place = {node: place for place, node in enumerate(going)}
+        self.bucket: dict[int, list[Entry]] = {node: [(unary[node], (node,))] for node in going}
+        for u, v, table in pairs:  # a table waits for the first of its nodes
+            self.bucket[u if self.place[u] < self.place[v] else v].append((table, (u, v)))
+
+    def write(self) -> Recipe:
+        of_copies = []
+        for run in self.order.repeats:
+            gone = {role for role, _ in run.steps}
+            of_copies.append(tuple([self._meet(step) for step in run.of(run.copies[0])]))
+            leaving = [(around, kind) for (_, around), kind in zip(run.steps, of_copies[-1]) if around and gone.isdisjoint(around)]
+            for copy in run.copies[1:]:
+                for around, kind in leaving:
+                    self._send(kind, tuple([copy[r] for r in around]))
+        rest = tuple([self._meet(step) for step in self.order.rest])
+        return Recipe(self.order, tuple(of_copies), rest, tuple(self.known), self.num_tables)
+
+    def _meet(self, step: Step) -> int:
+        """The kind of a step, whose table goes on."""
+        kind = self.known.setdefault(key_of(self.bucket[step.node], step.node, step.neighbours), len(self.known))
+        if step.neighbours:
+            self._send(kind, step.neighbours)
+        return kind
+
+    def _send(self, kind: int, around: tuple[int, ...]) -> None:
+        first = min(around, key=self.place.__getitem__) if len(around) > 1 else around[0]
+        self.bucket[first].append((self.num_tables + kind, around))
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,15 +133,23 @@ class Forward:
 
     def choices(self, store: TableStore) -> tuple[int, ...]:
         """The optimal choices, the lowest states of equals; the optimum is finite."""
-        choices = [0] * len(self.recipe.steps)
-        known: dict[tuple[int, ...], int] = {}
-        for step, kind in zip(reversed(self.recipe.steps), reversed(self.recipe.kinds), strict=True):
-            around = [choices[other] for other in step.neighbours]
-            place = (kind, *around)
-            state = known.get(place)
-            if state is None:
-                state = known[place] = store.best_state(self.keys[kind], tuple(around))
-            choices[step.node] = state
+        recipe = self.recipe
+        choices = [0] * recipe.order.num_steps
+        for step, kind in zip(reversed(recipe.order.rest), reversed(recipe.kinds_of_rest), strict=True):
+            choices[step.node] = store.best_state(self.keys[kind], tuple([choices[other] for other in step.neighbours]))
+        for run, kinds in zip(recipe.order.repeats, recipe.kinds_of_copy, strict=True):
+            gone = [role for role, _ in run.steps]
+            border = sorted({r for _, around in run.steps for r in around}.difference(gone))
+            known: dict[tuple[int, ...], list[int]] = {}
+            for copy in run.copies:
+                states = tuple([choices[copy[r]] for r in border])
+                if states not in known:
+                    here = dict(zip(border, states))
+                    for (role, around), kind in zip(reversed(run.steps), reversed(kinds)):
+                        here[role] = store.best_state(self.keys[kind], tuple([here[r] for r in around]))
+                    known[states] = [here[role] for role in gone]
+                for role, state in zip(gone, known[states]):
+                    choices[copy[role]] = state
         return tuple(choices)
 
 
@@ -142,7 +169,7 @@ def follow(store: TableStore, recipe: Recipe, tables: Sequence[np.ndarray]) -> F
 def run_steps(store: TableStore, graph: CostGraph, steps: Sequence[Step]) -> tuple[tuple[int, ...], float]:
     """(optimal choices, optimal value) of a graph whose nodes are all among the steps; the value is inf if nothing is allowed."""
     tables, unary, pairs = number_tables(graph)
-    forward = follow(store, write_recipe(unary, pairs, Order(tuple(steps), (), 0)), tables)
+    forward = follow(store, write_recipe(unary, pairs, Order((), tuple(steps), (), 0), len(tables)), tables)
     value = forward.value
     return (forward.choices(store) if math.isfinite(value) else (0,) * len(unary)), value
 

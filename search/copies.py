@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-Pairs = Sequence[tuple[int, int, int]]
-"""(node, node, number of the table between them)."""
+from autopar.core.columns import Edges
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,21 +21,20 @@ class Alike:
     inner: frozenset[int]
 
 
-def alike(unary: Sequence[int], pairs: Pairs, copies: Sequence[Sequence[Sequence[int]]]) -> tuple[Alike, ...]:
-    """Of each group of `copies` those that are alike, where there are several. `unary`: the number of each node's table."""
+def alike(tables: np.ndarray, edges: Edges, copies: Sequence[Sequence[Sequence[int]]]) -> tuple[Alike, ...]:
+    """Of each group of `copies` those that are alike, where there are several. `tables`: the number of each node's."""
     if not copies:
         return ()
-    tables, edges = np.array(unary), np.array(pairs, dtype=int).reshape(-1, 3)
-    owner, role = np.full(len(unary), -1), np.full(len(unary), -1)
+    owner, role = np.full(len(tables), -1), np.full(len(tables), -1)
     found: list[tuple[int, ...]] = []
     for group in copies:
         nodes = np.array(group)
         owner[nodes] = np.arange(len(found), len(found) + len(nodes))[:, None]
         role[nodes] = np.arange(nodes.shape[1])
         found += [tuple(copy) for copy in group]
-    u, v, table = edges.T
+    u, v, table = edges.u, edges.v, edges.number
     inside = (owner[u] == owner[v]) & (owner[u] >= 0)
-    leads_out = np.zeros(len(unary), dtype=bool)
+    leads_out = np.zeros(len(tables), dtype=bool)
     leads_out[u[~inside]] = leads_out[v[~inside]] = True
     forms = np.stack([owner[u], role[u], role[v], table], axis=1)[inside]
     forms = forms[np.lexsort(forms.T[::-1])]

@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from autopar.core.problem import Assignment, Edge, Node, SearchProblem, evaluate
+from autopar.core.columns import first_seen
+from autopar.core.problem import Assignment, SearchProblem
 from autopar.errors import InfeasibleError, UsageError
 from autopar.search.bucket import CostGraph, Recipe, follow, write_recipe
 from autopar.search.copies import alike
 from autopar.search.minibucket import bounded_minimum
-from autopar.search.order import Order, find_order
+from autopar.search.order import Order, find_order_of_copies
 from autopar.search.simplify import SECONDS, Price, PriceList, Shrunk, canonical, node_classes, shrink, whole
 from autopar.search.tables import TableStore
 from autopar.search.terms import Terms
@@ -63,7 +64,7 @@ def eliminate(
 
 def assignment(problem: SearchProblem, best: Minimum, multiplier_s_per_byte: float = 0.0) -> Assignment:
     """The minimum under a price of memory as a plan with its bound; the multiplier is 0 where there is no limit."""
-    cost_s, memory_bytes = evaluate(problem, best.choices)
+    cost_s, memory_bytes = Terms(problem).of_plan(best.choices)
     room = problem.limit_bytes - problem.base_memory_bytes if multiplier_s_per_byte else 0.0
     bound_s = best.bound - multiplier_s_per_byte * room
     if best.exact and not multiplier_s_per_byte:
@@ -93,7 +94,7 @@ def minimise(problem: SearchProblem, price: Price = SECONDS, *, max_table_entrie
 class Prepared:
     """A problem put in order once, to be minimised under several prices.
 
-    Choices are in the states of `shrunk.problem`; `shrunk.restore` translates. `priced` holds one node or edge for each
+    Choices are in the states of `shrunk.problem`; `shrunk.restore` translates. `priced` holds the seconds and bytes of each
     distinct table, in the numbering of `recipe` (None: the tables would be too large).
     """
 
@@ -101,7 +102,7 @@ class Prepared:
     terms: Terms
     classes: tuple[int, ...]
     order: Order
-    priced: tuple[Node | Edge, ...]
+    priced: tuple[tuple[np.ndarray, np.ndarray | None], ...]
     recipe: Recipe | None
     max_table_entries: int
 
@@ -120,20 +121,22 @@ class Prepared:
             choices=choices,
             value=value,
             bound=min(bound, value),
-            num_steps=len(self.order.steps),
+            num_steps=self.order.num_steps,
             num_distinct=store.num_eliminations,
         )
 
     def tables(self, price: Price) -> list[np.ndarray]:
         """The distinct tables under one price."""
         prices = PriceList(price)
-        return [prices.of(item) for item in self.priced]
+        return [prices.of_tables(*tables) for tables in self.priced]
 
     def graph(self, price: Price) -> CostGraph:
         """All tables under one price, at their nodes and edges."""
         prices = PriceList(price)
-        unary = tuple(prices.of(node) for node in self.shrunk.problem.nodes)
-        pairs = tuple((edge.u, edge.v, prices.of(edge)) for edge in self.shrunk.problem.edges)
+        nodes, edges = self.shrunk.problem.node_columns, self.shrunk.problem.edge_columns
+        at_nodes, at_edges = ([prices.of_tables(*found) for found in tables] for tables in (nodes.tables, edges.tables))
+        unary = tuple([at_nodes[number] for number in nodes.number.tolist()])
+        pairs = tuple([(u, v, at_edges[number]) for u, v, number in zip(edges.u.tolist(), edges.v.tolist(), edges.number.tolist())])
         return CostGraph(unary, pairs, self.classes)
 
 
@@ -143,19 +146,19 @@ def prepare(problem: SearchProblem, prices: tuple[Price, ...], *, max_table_entr
     `shrunk` may be handed in where states were dropped already.
     """
     part = shrunk or whole(canonical(problem))
-    nodes, edges = part.problem.nodes, part.problem.edges
-    known: dict[tuple[int, int], int] = {}
-    unary, across = [[known.setdefault((id(item.cost_s), id(item.memory_bytes)), len(known)) for item in items] for items in (nodes, edges)]
-    first = dict(zip((*reversed(across), *reversed(unary)), (*reversed(edges), *reversed(nodes))))
-    priced = [first[number] for number in range(len(known))]
-    pairs = [(edge.u, edge.v, number) for edge, number in zip(edges, across)]
-    classes = tuple(node_classes(part.problem))
-    copies = alike(unary, pairs, problem.copies)
-    order = find_order([node.num_states for node in nodes], [(u, v) for u, v, _ in pairs], classes, copies=copies)
+    nodes, edges = part.problem.node_columns, part.problem.edge_columns
+    (unary, of_node), (across, of_edge) = first_seen(nodes.number), first_seen(edges.number)
+    across += len(of_node)
+    priced = [*[nodes.tables[nodes.number[n]] for n in of_node], *[edges.tables[edges.number[n]] for n in of_edge]]
+    classes, sizes = tuple(node_classes(part.problem)), nodes.sizes.tolist()
+    order = find_order_of_copies(sizes, edges, classes, alike(nodes.number, edges, problem.copies))
     fits = order.max_table_entries <= max_table_entries
     if not fits and shrunk is None:
         return prepare(problem, prices, max_table_entries=max_table_entries, shrunk=shrink(part.problem, prices))
-    recipe = write_recipe(unary, pairs, order) if fits else None
+    left = np.ones(len(nodes), dtype=bool)
+    left[order.copied] = False
+    pairs = np.stack([edges.u, edges.v, across], axis=1)[left[edges.u] & left[edges.v]]
+    recipe = write_recipe(unary.tolist(), pairs.tolist(), order, len(priced)) if fits else None
     return Prepared(
         shrunk=part, terms=Terms(part.problem), classes=classes, order=order, priced=tuple(priced), recipe=recipe, max_table_entries=max_table_entries
     )

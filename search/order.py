@@ -13,7 +13,11 @@ import heapq
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
+import numpy as np
+
+from autopar.core.columns import Edges
 from autopar.search.copies import Alike
 
 MAX_NEIGHBOURS = 62
@@ -34,16 +38,39 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class Repeated:
+    """Steps that are alike in all of these copies: (role of the node that goes, roles of its neighbours), role r of a copy being its node `copy[r]`."""
+
+    copies: tuple[tuple[int, ...], ...]
+    steps: tuple[tuple[int, tuple[int, ...]], ...]
+
+    def of(self, copy: tuple[int, ...]) -> list[Step]:
+        return [Step(copy[role], tuple([copy[r] for r in around])) for role, around in self.steps]
+
+
+@dataclass(frozen=True)
 class Order:
-    """Steps that eliminate every node but the `fixed` ones, and the entries of the largest table among the steps.
+    """Steps that eliminate every node but the `fixed` ones: first what `repeats` itself in copies, then the `rest`. `max_table_entries` of the largest table among
+    them."""
 
-    `repeats`: (first step, length, number) of runs of steps that the same number of further runs right behind them repeat, copy by copy.
-    """
-
-    steps: tuple[Step, ...]
+    repeats: tuple[Repeated, ...]
+    rest: tuple[Step, ...]
     fixed: tuple[int, ...]
     max_table_entries: int
-    repeats: tuple[tuple[int, int, int], ...] = ()
+
+    @cached_property
+    def steps(self) -> tuple[Step, ...]:
+        """One after the other, copy by copy."""
+        return (*[step for run in self.repeats for copy in run.copies for step in run.of(copy)], *self.rest)
+
+    @property
+    def copied(self) -> list[int]:
+        """Nodes that go as those of a first copy did."""
+        return [copy[role] for run in self.repeats for copy in run.copies[1:] for role, _ in run.steps]
+
+    @property
+    def num_steps(self) -> int:
+        return sum(len(run.steps) * len(run.copies) for run in self.repeats) + len(self.rest)
 
 
 def find_order(
@@ -53,23 +80,40 @@ def find_order(
     *,
     limit_entries: float = math.inf,
     reluctance: Sequence[int] | None = None,
-    copies: Sequence[Alike] = (),
 ) -> Order:
     """An order for nodes with these numbers of states, joined by `pairs`.
 
     Where every next table would exceed `limit_entries`, a node is taken out of the graph ("fixed": its state is taken
     as given) until one fits: of those with the least `reluctance` the one with the most work around it.
     """
-    graph: list[set[int]] = [set() for _ in sizes]
-    for u, v in pairs:
-        graph[u].add(v)
-        graph[v].add(u)
-    ordering = _Ordering(sizes, classes, graph, limit_entries)
-    repeats = tuple([run for group in copies if (run := ordering.repeat(group))[1]])
+    ordering = _Ordering(sizes, classes, _joined(len(sizes), pairs), limit_entries)
     fixed = ordering.eliminate(range(len(sizes)), reluctance)
     given = set(fixed)  # a node can be fixed after it was a neighbour: its state is given from the start all the same
     ordered = tuple([Step(node, tuple([n for n in around if n not in given]) if given else around) for node, around in ordering.steps])
-    return Order(ordered, tuple(sorted(fixed)), ordering.largest, repeats)
+    return Order((), ordered, tuple(sorted(fixed)), ordering.largest)
+
+
+def find_order_of_copies(sizes: Sequence[int], edges: Edges, classes: Sequence[int], copies: Sequence[Alike]) -> Order:
+    """The same where copies are known. Of what is inside them only the first is looked at."""
+    within, number = np.full(len(sizes), -1), 0
+    for group in copies:
+        others = np.array(group.copies[1:])
+        within[others] = np.arange(number, number + len(others))[:, None]
+        number += len(others)
+    looked_at = (within[edges.u] != within[edges.v]) | (within[edges.u] < 0)
+    graph = _joined(len(sizes), zip(edges.u[looked_at].tolist(), edges.v[looked_at].tolist()))
+    ordering = _Ordering(sizes, classes, graph, math.inf)
+    repeats = tuple([run for group in copies if (run := ordering.repeat(group)).steps])
+    ordering.eliminate(range(len(sizes)))
+    return Order(repeats, tuple([Step(*step) for step in ordering.steps]), (), ordering.largest)
+
+
+def _joined(num_nodes: int, pairs: Iterable[tuple[int, int]]) -> list[set[int]]:
+    graph: list[set[int]] = [set() for _ in range(num_nodes)]
+    for u, v in pairs:
+        graph[u].add(v)
+        graph[v].add(u)
+    return graph
 
 
 @dataclass
@@ -110,8 +154,8 @@ class _Ordering:
                     heapq.heappush(heap, (now, classes[other], other))
         return fixed
 
-    def repeat(self, group: Alike) -> tuple[int, int, int]:
-        """Eliminate what is inside copies and has few neighbours; (first step, steps in a copy, number of copies but the first)."""
+    def repeat(self, group: Alike) -> Repeated:
+        """Eliminate what is inside copies and has few neighbours. The graph need not have the edges inside further copies."""
         start, first, sizes = len(self.steps), group.copies[0], self.sizes
         inner = {first[k] for k in group.inner}
         heap = [(self._work(node), self.classes[node], node) for node in inner]
@@ -126,17 +170,17 @@ class _Ordering:
                 if other in inner:
                     heapq.heappush(heap, (self._work(other), self.classes[other], other))
         found, role = self.steps[start:], {node: k for k, node in enumerate(first)}
-        roles = [(role[node], [role[n] for n in around]) for node, around in found]
+        del self.steps[start:]
+        steps = tuple([(role[node], tuple([role[n] for n in around])) for node, around in found])
+        gone = [k for k, _ in steps]
         stays = [k for k in range(len(first)) if self.work.get(first[k]) != GONE]
         near = [[role[n] for n in self.graph[first[k]] if n in role] for k in stays]
         for copy in group.copies[1:]:
-            for k, around in roles:
-                self.steps.append((copy[k], tuple([copy[n] for n in around])))
-                self.work[copy[k]] = GONE
+            self.work.update([(copy[k], GONE) for k in gone])
             mine = set(copy)
             for k, others in zip(stays, near, strict=True):
                 self.graph[copy[k]] = {n for n in self.graph[copy[k]] if n not in mine}.union([copy[n] for n in others])
-        return start, len(roles), len(group.copies) - 1
+        return Repeated(group.copies, steps)
 
     def _remove(self, node: int, *, joined: bool) -> set[int]:
         """Take a node out of the graph, in a step that joins its neighbours or by fixing it; its neighbours."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from autopar.core.columns import Edges, Nodes, Numbering, first_seen
 from autopar.core.problem import Edge, Node, SearchProblem
 from autopar.errors import InfeasibleError
 
@@ -49,10 +50,14 @@ class PriceList:
         self._made: dict[tuple[int, int], np.ndarray] = {}
 
     def of(self, item: Node | Edge) -> np.ndarray:
-        """Shape of `item.cost_s`; forbidden pairs are inf under every price."""
-        key = id(item.cost_s), id(item.memory_bytes)
+        """The table of a node or an edge."""
+        return self.of_tables(item.cost_s, item.memory_bytes)
+
+    def of_tables(self, cost_s: np.ndarray, memory_bytes: np.ndarray | None) -> np.ndarray:
+        """Shape of `cost_s`; forbidden pairs are inf under every price."""
+        key = id(cost_s), id(memory_bytes)
         if key not in self._made:
-            self._made[key] = self._priced(item.cost_s, item.memory_bytes)
+            self._made[key] = self._priced(cost_s, memory_bytes)
         return self._made[key]
 
     def _priced(self, cost_s: np.ndarray, memory_bytes: np.ndarray | None) -> np.ndarray:
@@ -79,18 +84,33 @@ class Shrunk:
 
 def whole(problem: SearchProblem) -> Shrunk:
     """A problem from which nothing was dropped."""
-    states = {size: np.arange(size) for size in {node.num_states for node in problem.nodes}}
-    return Shrunk(problem, tuple([states[node.num_states] for node in problem.nodes]))
+    sizes = problem.node_columns.sizes.tolist()
+    states = {size: np.arange(size) for size in set(sizes)}
+    return Shrunk(problem, tuple([states[size] for size in sizes]))
 
 
 def canonical(problem: SearchProblem) -> SearchProblem:
     """The same problem with one object per distinct table (float64, contiguous) and one edge u < v per pair of nodes."""
-    unique = _UniqueTables()
-    nodes = tuple([unique.node(n) for n in problem.nodes])
-    bundles: dict[tuple[int, int], list[Edge]] = {}
-    for edge in problem.edges:
-        bundles.setdefault((edge.u, edge.v) if edge.u < edge.v else (edge.v, edge.u), []).append(edge)
-    return replace(problem, nodes=nodes, edges=tuple([unique.edge(u, v, bundles[u, v]) for u, v in sorted(bundles)]))
+    unique, at_nodes, at_edges = _UniqueTables(), Numbering(), Numbering()
+    nodes, edges = problem.node_columns, problem.edge_columns
+    seen = np.array([at_nodes.of(unique.table(cost_s), unique.table(held)) for cost_s, held in nodes.tables], dtype=int)
+    low, high = np.minimum(edges.u, edges.v), np.maximum(edges.u, edges.v)
+    order = np.lexsort((high, low))
+    ends = np.stack([low, high])[:, order]
+    starts = np.flatnonzero(np.append(True, (np.diff(ends) != 0).any(axis=0))) if len(order) else order
+    turned = (2 * edges.number + (edges.u > edges.v))[order]  # tables and which way round, by which edges that stand alone are told apart
+    kind, stops, bundles = turned[starts], np.append(starts[1:], len(order)), dict[bytes, int]()
+    for n in np.flatnonzero(stops - starts > 1).tolist():
+        kind[n] = bundles.setdefault(turned[starts[n] : stops[n]].tobytes(), 2 * len(edges.tables) + len(bundles))
+    kind, first = first_seen(kind)
+    merged = []
+    for n in first.tolist():
+        parts = [(*edges.tables[code // 2], bool(code % 2)) for code in turned[starts[n] : stops[n]].tolist()]
+        merged.append(at_edges.of(*unique.merged(parts)))
+    number = np.array(merged, dtype=int)[kind]
+    return replace(
+        problem, nodes=Nodes(nodes.names, seen[nodes.number], at_nodes.tables), edges=Edges(ends[0, starts], ends[1, starts], number, at_edges.tables)
+    )
 
 
 class _UniqueTables:
@@ -99,7 +119,6 @@ class _UniqueTables:
     def __init__(self) -> None:
         self._by_content: dict[tuple[tuple[int, ...], bytes], np.ndarray] = {}
         self._by_source: dict[tuple[int, ...], tuple[object, np.ndarray]] = {}
-        self._merged: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray | None]] = {}
 
     def table(self, source: np.ndarray, flip: bool = False) -> np.ndarray:
         key = id(source), int(flip)
@@ -109,27 +128,10 @@ class _UniqueTables:
             self._by_source[key] = source, self._by_content.setdefault((array.shape, array.tobytes()), array)
         return self._by_source[key][1]
 
-    def node(self, node: Node) -> Node:
-        """The node with canonical tables."""
-        key = id(node.cost_s), id(node.memory_bytes)
-        if key not in self._merged:
-            self._merged[key] = self.table(node.cost_s), self.table(node.memory_bytes)
-        cost_s, memory_bytes = self._merged[key]
-        return node if cost_s is node.cost_s and memory_bytes is node.memory_bytes else Node(node.name, cost_s, memory_bytes)
-
-    def edge(self, u: int, v: int, bundle: list[Edge]) -> Edge:
-        """One edge for all those between two nodes: the one there is, where nothing changes."""
-        first = bundle[0]
-        key: tuple[int, ...] = (id(first.cost_s), id(first.memory_bytes), first.u > first.v)
-        if len(bundle) > 1:
-            key = tuple([number for e in bundle for number in (id(e.cost_s), id(e.memory_bytes), e.u > e.v)])
-        if key not in self._merged:
-            memories = [self.table(e.memory_bytes, e.u > e.v) for e in bundle if e.memory_bytes is not None]
-            costs = [self.table(e.cost_s, e.u > e.v) for e in bundle]
-            self._merged[key] = self.total(costs), self.total(memories) if memories else None
-        cost_s, memory_bytes = self._merged[key]
-        same = first.u == u and first.cost_s is cost_s and first.memory_bytes is memory_bytes
-        return first if same and len(bundle) == 1 else Edge(u, v, cost_s, memory_bytes)
+    def merged(self, parts: Sequence[tuple[np.ndarray, np.ndarray | None, bool]]) -> tuple[np.ndarray, np.ndarray | None]:
+        """Seconds and bytes of all edges between two nodes, each with whether it leads from the higher to the lower."""
+        memories = [self.table(memory, flip) for _, memory, flip in parts if memory is not None]
+        return self.total([self.table(cost_s, flip) for cost_s, _, flip in parts]), self.total(memories) if memories else None
 
     def total(self, tables: list[np.ndarray]) -> np.ndarray:
         if len(tables) == 1:
@@ -143,16 +145,13 @@ class _UniqueTables:
 
 def node_classes(problem: SearchProblem) -> list[int]:
     """A number per node, equal for nodes with the same tables on themselves and on their edges; numbered as they appear."""
-    incident: list[list[tuple[int, int, int]]] = [[] for _ in problem.nodes]
-    for edge in problem.edges:
-        tables = id(edge.cost_s), id(edge.memory_bytes)
-        incident[edge.u].append((*tables, 0))
-        incident[edge.v].append((*tables, 1))
-    known: dict[tuple[object, ...], int] = {}
-    return [
-        known.setdefault((id(node.cost_s), id(node.memory_bytes), *ends), len(known))
-        for node, ends in zip(problem.nodes, incident, strict=True)
-    ]
+    nodes, edges = problem.node_columns, problem.edge_columns
+    ends = np.stack([edges.u, edges.v], axis=1).ravel()
+    tables = np.stack([2 * edges.number, 2 * edges.number + 1], axis=1).ravel()
+    text = tables[np.argsort(ends, kind="stable")].tobytes()
+    bounds = (tables.itemsize * np.append(0, np.bincount(ends, minlength=len(nodes)).cumsum())).tolist()
+    known: dict[tuple[int, bytes], int] = {}
+    return [known.setdefault((number, text[a:b]), len(known)) for number, a, b in zip(nodes.number.tolist(), bounds, bounds[1:])]
 
 
 def shrink(problem: SearchProblem, prices: tuple[Price, ...]) -> Shrunk:

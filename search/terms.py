@@ -7,10 +7,11 @@ Nodes that share their tables are read with one numpy index, and so are edges. S
 import math
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
-from autopar.core.problem import Edge, Node, SearchProblem
+from autopar.core.problem import SearchProblem
 
 
 class Terms:
@@ -18,33 +19,33 @@ class Terms:
 
     def __init__(self, problem: SearchProblem) -> None:
         self.base_memory_bytes = problem.base_memory_bytes
-        self.u = np.array([edge.u for edge in problem.edges], dtype=int)
-        self.v = np.array([edge.v for edge in problem.edges], dtype=int)
-        self._nodes = _by_table(problem.nodes)
-        self._edges = _by_table(problem.edges)
+        nodes, edges = problem.node_columns, problem.edge_columns
+        self.u, self.v = edges.u, edges.v
+        self._nodes = _by_table(nodes.number, nodes.tables)
+        self._edges = _by_table(edges.number, edges.tables)
 
     def of_nodes(self, states: np.ndarray) -> np.ndarray:
         """[2, nodes]: seconds and bytes of every node in its state."""
         terms = np.zeros((2, len(states)))
-        for item, members in self._nodes:
-            terms[0, members] = item.cost_s[states[members]]
-            terms[1, members] = item.memory_bytes[states[members]]
+        for (cost_s, memory_bytes), members in self._nodes:
+            terms[0, members] = cost_s[states[members]]
+            terms[1, members] = memory_bytes[states[members]]
         return terms
 
     def of_edges(self, at_u: np.ndarray, at_v: np.ndarray) -> np.ndarray:
         """[2, edges]: seconds and bytes of every edge, given the states at its ends."""
         terms = np.zeros((2, len(at_u)))
-        for item, members in self._edges:
+        for (cost_s, memory_bytes), members in self._edges:
             pairs = at_u[members], at_v[members]
-            terms[0, members] = item.cost_s[pairs]
-            if item.memory_bytes is not None:
-                terms[1, members] = item.memory_bytes[pairs]
+            terms[0, members] = cost_s[pairs]
+            if memory_bytes is not None:
+                terms[1, members] = memory_bytes[pairs]
         return terms
 
     @cached_property
     def least_bytes(self) -> float:
         """No plan holds less: every node and edge at its own least, whatever its neighbours do. Takes no search."""
-        tables = [(item.memory_bytes, len(members)) for item, members in (*self._nodes, *self._edges)]
+        tables = [(memory_bytes, len(members)) for (_, memory_bytes), members in (*self._nodes, *self._edges)]
         return math.fsum([self.base_memory_bytes, *[table.min() * n for table, n in tables if table is not None]])
 
     def of_plan(self, choices: Sequence[int]) -> tuple[float, float]:
@@ -54,11 +55,8 @@ class Terms:
         return math.fsum([*nodes[0].tolist(), *edges[0].tolist()]), math.fsum([self.base_memory_bytes, *nodes[1].tolist(), *edges[1].tolist()])
 
 
-def _by_table(items: Sequence[Node] | Sequence[Edge]) -> list[tuple[Node | Edge, np.ndarray]]:
-    """One item for each distinct pair of tables, and the numbers of all that have them."""
-    if not items:
-        return []
-    tables = np.array([[id(item.cost_s) for item in items], [id(item.memory_bytes) for item in items]])
-    order = np.lexsort(tables)
-    ends = np.flatnonzero((np.diff(tables[:, order]) != 0).any(axis=0)) + 1
-    return [(items[members[0]], members) for members in np.split(order, ends)]
+def _by_table(number: np.ndarray, tables: Sequence[tuple[np.ndarray, Any]]) -> list[tuple[tuple[np.ndarray, Any], np.ndarray]]:
+    """Every table that is used, and all that have it."""
+    order = np.argsort(number, kind="stable")
+    ends = np.bincount(number, minlength=len(tables)).cumsum()
+    return [(table, members) for table, members in zip(tables, np.split(order, ends[:-1])) if len(members)] if tables else []

@@ -20,35 +20,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from autopar.core.columns import Edge, Edges, Node, Nodes
 from autopar.errors import UsageError
 
 PROOFS = ("exact", "bound", "budget")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Node:
-    """One decision: seconds and bytes of each of its k states, both of shape [k], finite, not negative."""
-
-    name: str
-    cost_s: np.ndarray
-    memory_bytes: np.ndarray
-
-    @property
-    def num_states(self) -> int:
-        return len(self.cost_s)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Edge:
-    """Seconds of each pair of states of nodes u and v, shape [k_u, k_v]; `inf` forbids the pair.
-
-    `memory_bytes` has the same shape and is finite; None stands for zero bytes everywhere.
-    """
-
-    u: int
-    v: int
-    cost_s: np.ndarray
-    memory_bytes: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,30 +31,33 @@ class SearchProblem:
     """Choose one state per node: least seconds, and at most `memory_limit_bytes` bytes where a limit is given.
 
     Parallel edges add up. Two edges may share arrays, in either orientation. `copies`: groups of repeated blocks as the nodes that play the same
-    role in each, in the same order; a hint, which no result depends on. No node is in two of them.
+    role in each, in the same order; a hint, which no result depends on. No node is in two of them. However nodes and edges are given, they are kept as columns.
     """
 
-    nodes: tuple[Node, ...]
-    edges: tuple[Edge, ...]
+    nodes: Sequence[Node]
+    edges: Sequence[Edge]
     memory_limit_bytes: float | None = None
     base_memory_bytes: float = 0.0
     copies: tuple[tuple[tuple[int, ...], ...], ...] = ()
 
     def __post_init__(self) -> None:
-        sizes = [len(node.cost_s) if node.cost_s.ndim else 0 for node in self.nodes]
-        num = len(sizes)
-        for u, v in [(e.u, e.v) for e in self.edges if not (0 <= e.u < num and 0 <= e.v < num) or e.u == e.v]:
-            raise UsageError(f"edge ({u}, {v}) does not join two different nodes of 0..{num - 1}")
-        # arrays are shared by many layers: look into each combination once
-        for node in {(id(node.cost_s), id(node.memory_bytes)): node for node in reversed(self.nodes)}.values():
-            _check_node(node)
-        for edge in {(id(e.cost_s), id(e.memory_bytes), sizes[e.u], sizes[e.v]): e for e in reversed(self.edges)}.values():
-            _check_edge(edge, self.nodes)
+        object.__setattr__(self, "nodes", Nodes.of(self.nodes))
+        object.__setattr__(self, "edges", Edges.of(self.edges))
+        self.node_columns.check()
+        self.edge_columns.check(self.node_columns)
         limit = self.memory_limit_bytes
         if limit is not None and not limit >= 0:
             raise UsageError(f"memory limit {limit!r} bytes is not a number >= 0; leave it None for no limit")
         if not 0 <= self.base_memory_bytes < math.inf:
             raise UsageError(f"base memory {self.base_memory_bytes!r} bytes is not a finite number >= 0")
+
+    @property
+    def node_columns(self) -> Nodes:
+        return Nodes.of(self.nodes)
+
+    @property
+    def edge_columns(self) -> Edges:
+        return Edges.of(self.edges)
 
     @property
     def limit_bytes(self) -> float:
@@ -135,43 +113,18 @@ def evaluate(problem: SearchProblem, choices: Sequence[int]) -> tuple[float, flo
     """
     if len(choices) != len(problem.nodes):
         raise UsageError(f"{len(choices)} choices were given for {len(problem.nodes)} nodes")
-    for node, state in zip(problem.nodes, choices, strict=True):
-        if not 0 <= state < len(node.cost_s):
-            raise UsageError(f"node {node.name!r} has states 0..{node.num_states - 1}, not {state}")
-    seconds = [node.cost_s[state] for node, state in zip(problem.nodes, choices)]
-    held = [problem.base_memory_bytes, *[node.memory_bytes[state] for node, state in zip(problem.nodes, choices)]]
-    seconds += [edge.cost_s[choices[edge.u], choices[edge.v]] for edge in problem.edges]
-    held += [edge.memory_bytes[choices[edge.u], choices[edge.v]] for edge in problem.edges if edge.memory_bytes is not None]
+    nodes, edges = problem.node_columns, problem.edge_columns
+    for name, size, state in zip(nodes.names, nodes.sizes.tolist(), choices, strict=True):
+        if not 0 <= state < size:
+            raise UsageError(f"node {name!r} has states 0..{size - 1}, not {state}")
+    seconds, held = [], [problem.base_memory_bytes]
+    for number, state in zip(nodes.number.tolist(), choices):
+        cost_s, memory_bytes = nodes.tables[number]
+        seconds.append(cost_s[state])
+        held.append(memory_bytes[state])
+    for number, u, v in zip(edges.number.tolist(), edges.u.tolist(), edges.v.tolist()):
+        cost_s, moved_bytes = edges.tables[number]
+        seconds.append(cost_s[choices[u], choices[v]])
+        if moved_bytes is not None:
+            held.append(moved_bytes[choices[u], choices[v]])
     return math.fsum(seconds), math.fsum(held)
-
-
-def _check_node(node: Node) -> None:
-    shape = node.cost_s.shape
-    if len(shape) != 1 or shape[0] == 0:
-        raise UsageError(f"node {node.name!r}: cost_s has shape {shape}; it needs one axis with at least one state")
-    if node.memory_bytes.shape != shape:
-        raise UsageError(f"node {node.name!r}: memory_bytes has shape {node.memory_bytes.shape}, cost_s has {shape}")
-    _check_values(node.cost_s, f"node {node.name!r}: cost_s", inf_allowed=False)
-    _check_values(node.memory_bytes, f"node {node.name!r}: memory_bytes", inf_allowed=False)
-
-
-def _check_edge(edge: Edge, nodes: tuple[Node, ...]) -> None:
-    u, v = nodes[edge.u], nodes[edge.v]
-    shape = u.num_states, v.num_states
-    for label, table in (("cost_s", edge.cost_s), ("memory_bytes", edge.memory_bytes)):
-        if table is None:
-            continue
-        where = f"edge {u.name!r} -> {v.name!r}: {label}"
-        if table.shape != shape:
-            raise UsageError(f"{where} has shape {table.shape}, its nodes have {shape} states")
-        _check_values(table, where, inf_allowed=label == "cost_s")
-
-
-def _check_values(table: np.ndarray, where: str, *, inf_allowed: bool) -> None:
-    if table.dtype.kind not in "fiu":
-        raise UsageError(f"{where} has dtype {table.dtype}; it needs real numbers")
-    lowest, highest = table.min(), table.max()  # both are nan where any entry is
-    if not lowest >= 0:
-        raise UsageError(f"{where} holds {lowest}; entries are numbers >= 0")
-    if highest == math.inf and not inf_allowed:
-        raise UsageError(f"{where} holds inf; leave an illegal state out instead (only edge costs may be inf)")

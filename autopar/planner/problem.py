@@ -8,10 +8,11 @@ from typing import NamedTuple
 import numpy as np
 
 from autopar.core.again import computed_again, kept_by_selective
+from autopar.core.columns import Edges, Nodes, Numbering
 from autopar.core.graph import OpGraph, TensorMeta
 from autopar.core.layout import I, Layout, R
 from autopar.core.mesh import Mesh
-from autopar.core.problem import Edge, Node, SearchProblem
+from autopar.core.problem import SearchProblem
 from autopar.core.redistribute import layout_space
 from autopar.core.rule import OpRule
 from autopar.errors import PinConflictError
@@ -38,14 +39,15 @@ class Ports:
     once_s: dict[int, np.ndarray]
 
 
-Hub = tuple[States | None, list[tuple[int | None, int | None, np.ndarray, np.ndarray | None]]]
-"""What joins a value to its users within a segment: the states of its relay, and (node, node, seconds, bytes) of every edge."""
+Hub = tuple[States | None, list[tuple[int | None, int | None, int]]]
+"""What joins a value to its users within a segment: the states of its relay, and (node, node, number of the tables) of every edge."""
 
 
 class Copied(NamedTuple):
-    """What copies of a segment share: states by op of the segment, and a name for each value that stays inside, by local number."""
+    """What copies of a segment share: the ops that are searched and their states, and a name for each value that stays inside, by local number."""
 
-    states: list[tuple[int, States]]
+    ops: list[int]
+    states: list[States]
     inside: list[tuple[int, tuple[int, int]]]
 
 
@@ -62,11 +64,13 @@ class ProblemBuilder:
 
     def __post_init__(self) -> None:
         self.mesh: Mesh = self.pricing.mesh
-        self.nodes: list[Node] = []
-        self.edges: list[Edge] = []
+        self.names: list[str] = []
         self.states: list[States] = []
+        self.edges: list[tuple[int, int, int]] = []
+        self._edge_tables = Numbering()
         self._op_cache: dict[tuple, States] = {}
-        self._edge_cache: dict[tuple, tuple[np.ndarray, np.ndarray | None]] = {}
+        self._edge_cache: dict[tuple, int] = {}
+        self._mode_cache: dict[tuple, tuple[np.ndarray, np.ndarray] | None] = {}
         self._once_cache: dict[tuple, np.ndarray] = {}
         self.once_s: dict[int, np.ndarray] = {}
         self._layout_cache: dict[tuple, States] = {}
@@ -108,7 +112,10 @@ class ProblemBuilder:
             else:
                 self._join_alike(v, hub, first, relays)
         blocks = self._add_modes()
-        problem = SearchProblem(tuple(self.nodes), tuple(self.edges), memory_limit_bytes, copies=self._repeated(params, relays))
+        tables = Numbering()
+        number = np.array([tables.of(states.seconds, states.memory_bytes) for states in self.states], dtype=int)
+        edges = Edges(*np.array(self.edges, dtype=int).reshape(-1, 3).T, self._edge_tables.tables)
+        problem = SearchProblem(Nodes(self.names, number, tables.tables), edges, memory_limit_bytes, copies=self._repeated(params, relays))
         return problem, Ports(ops, params, relays, outputs, blocks, tuple(self.states), self.once_s)
 
     def _join(self, v: int, param: int | None, ends: Sequence[tuple[int, int]], relays: dict[int, int]) -> None:
@@ -126,10 +133,10 @@ class ProblemBuilder:
         for node, k in users:
             self._connect(v, source, port, node, k, from_param=from_param)
 
-    def _hub(self, edges: Sequence[Edge], relay: int | None, first: int) -> Hub:
+    def _hub(self, edges: Sequence[tuple[int, int, int]], relay: int | None, first: int) -> Hub:
         """What was made around a value, with nodes as distances from the `first` of the segment, None for the relay."""
-        ends = [tuple(None if node == relay else node - first for node in (e.u, e.v)) for e in edges]
-        return (None if relay is None else self.states[relay]), [(u, w, e.cost_s, e.memory_bytes) for (u, w), e in zip(ends, edges)]
+        near = [(None if u == relay else u - first, None if w == relay else w - first, tables) for u, w, tables in edges]
+        return (None if relay is None else self.states[relay]), near
 
     def _join_alike(self, v: int, hub: Hub, first: int, relays: dict[int, int]) -> None:
         """As a copy of a value that was joined before."""
@@ -137,12 +144,12 @@ class ProblemBuilder:
         relay = -1
         if states is not None:
             relay = relays[v] = self._add(f"{self.graph.values[v].name}.relay", states)
-        self.edges += [Edge(relay if u is None else first + u, relay if w is None else first + w, seconds, memory) for u, w, seconds, memory in edges]
+        self.edges += [(relay if u is None else first + u, relay if w is None else first + w, tables) for u, w, tables in edges]
 
     def _add_segment(self, s: int) -> None:
         """Nodes of the searched operators. Copies of a segment have the same states, and the same edges between them."""
         graph, segment, wiring = self.graph, self.graph.segments[s], self.graph.wirings[s]
-        first, searched, named = len(self.nodes), graph.searched, bool(self.constraints.pins.named)
+        first, searched, named = len(self.states), graph.searched, bool(self.constraints.pins.named)
         kept = segment.ops.start not in self.block_of
         leaving = () if kept else tuple([self._leaves_block(graph.producer[wiring.values[n]][0], wiring.values[n]) for n in wiring.crossing])
         flags = tuple([(v in searched, v in graph.differentiated, v in self.saved) for v in wiring.values])
@@ -151,13 +158,15 @@ class ProblemBuilder:
         if key not in self._copies:
             mine = [i for i in segment.ops if not searched.isdisjoint(graph.ops[i].operands)]
             local = (n for n in range(len(wiring.entries), len(flags)) if n not in wiring.crossing)
-            self._copies[key] = Copied([(i - segment.ops.start, self._op_states(i)) for i in mine], [(n, (len(self._copies), n)) for n in local])
+            inside = [(n, (len(self._copies), n)) for n in local]
+            self._copies[key] = Copied([i - segment.ops.start for i in mine], [self._op_states(i) for i in mine], inside)
         copied, values = self._copies[key], wiring.values
         self._copy_of.append(copied)
-        for offset, states in copied.states:
-            i = segment.ops.start + offset
-            self.op_of[len(self.nodes)] = i
-            self.ops[i] = self._add(graph.ops[i].name, states)
+        ops, nodes = [segment.ops.start + offset for offset in copied.ops], range(first, first + len(copied.ops))
+        self.ops.update(zip(ops, nodes))
+        self.op_of.update(zip(nodes, ops))
+        self.names += [graph.ops[i].name for i in ops]
+        self.states += copied.states
         self._inside.update([(values[n], (name, first)) for n, name in copied.inside])
 
     def _repeated(self, params: Mapping[int, int], relays: Mapping[int, int]) -> tuple[tuple[tuple[int, ...], ...], ...]:
@@ -168,15 +177,15 @@ class ProblemBuilder:
             copied = self._copy_of[s]
             mine = [n for n, v in enumerate(wiring.values[: len(wiring.entries)]) if v in params and all(i in segment.ops for i, _ in users[v])]
             inside = [n for n, _ in copied.inside if wiring.values[n] in relays]
-            nodes = [self.ops[segment.ops.start + offset] for offset, _ in copied.states]
+            nodes = [self.ops[segment.ops.start + offset] for offset in copied.ops]
             nodes += [params[wiring.values[n]] for n in mine] + [relays[wiring.values[n]] for n in inside]
             groups.setdefault((id(copied), *mine, -1, *inside), []).append(tuple(nodes))
         return tuple([tuple(group) for group in groups.values() if len(group) > 1])
 
     def _add(self, name: str, states: States) -> int:
-        self.nodes.append(Node(name, states.seconds, states.memory_bytes))
+        self.names.append(name)
         self.states.append(states)
-        return len(self.nodes) - 1
+        return len(self.states) - 1
 
     def _op_states(self, i: int) -> States:
         op, rule = self.graph.ops[i], self.rules[i]
@@ -259,11 +268,10 @@ class ProblemBuilder:
             else:
                 seconds = self._edge(meta, src, dst)
             memory = moved_bytes(meta, src, dst, self.mesh, instead=kept) if saves or kept else None
-            self._edge_cache[key] = (seconds, memory)
-        seconds, memory = self._edge_cache[key]
+            self._edge_cache[key] = self._edge_tables.of(seconds, memory)
         if key in self._once_cache:
             self.once_s[len(self.edges)] = self._once_cache[key]
-        self.edges.append(Edge(u, w, seconds, memory))
+        self.edges.append((u, w, self._edge_cache[key]))
 
     def _saves(self, node: int, k: int) -> bool:
         i = self.op_of.get(node)
@@ -306,9 +314,9 @@ class ProblemBuilder:
                 continue
             if block not in found:
                 found[block] = self._add(block, states)
-            seconds, memory = self._mode_tables(i)
-            if seconds.any() or memory.any():
-                self.edges.append(Edge(found[block], self.ops[i], seconds, memory))
+            tables = self._mode_tables(i)
+            if tables is not None:
+                self.edges.append((found[block], self.ops[i], self._edge_tables.of(*tables)))
         return found
 
     def _addends(self, states: States) -> np.ndarray:
@@ -316,24 +324,24 @@ class ProblemBuilder:
         sizes = self.mesh.sizes
         return np.array([math.prod(sizes[a] for a, p in enumerate(layout) if p.kind == "P") for layout in states.result_layouts[0]])
 
-    def _mode_tables(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+    def _mode_tables(self, i: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Seconds and bytes of an operator by the mode of its block and its own state; None where they are nothing."""
         op, states = self.graph.ops[i], self.states[self.ops[i]]
         metas = [self.graph.values[v].meta for v in op.operands]
         inner = tuple(j for j, v in enumerate(op.results) if not self._leaves_block(i, v))
         saved = tuple(j for j in inner if op.results[j] in self.saved)
         kept = kept_by_selective(op, metas)
-        key = ("modes", id(states), inner, saved, kept, self.again.get(i, 0.0))
-        if key not in self._edge_cache:
+        key = (id(states), inner, saved, kept, self.again.get(i, 0.0))
+        if key not in self._mode_cache:
             assert states.forward_s is not None and states.kept_bytes is not None
             results = [self.graph.values[v].meta for v in op.results]
             read, made = (result_bytes(results, states.result_layouts, which, self.mesh) for which in (saved, inner if i in self.again else ()))
             times = self.keeping.micro_batches
             addends = self._addends(states)
             again = states.forward_s * self.again.get(i, 0.0) * (addends == 1 if kept else 1)
-            self._edge_cache[key] = recompute_tables(self.keeping.recompute, again, states.kept_bytes + read, made / addends, kept=kept, times=times, watch_s=self.pricing.cluster.host.watch_s)
-        seconds, memory = self._edge_cache[key]
-        assert memory is not None
-        return seconds, memory
+            seconds, memory = recompute_tables(self.keeping.recompute, again, states.kept_bytes + read, made / addends, kept=kept, times=times, watch_s=self.pricing.cluster.host.watch_s)
+            self._mode_cache[key] = (seconds, memory) if seconds.any() or memory.any() else None
+        return self._mode_cache[key]
 
 
 def deferred_axes(stored: Layout, used: Layout) -> tuple[int, ...]:
