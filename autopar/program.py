@@ -85,6 +85,8 @@ class Program:
     def gathered(self) -> tuple[tuple[int, ...], ...]:
         """For every segment of the graph the ZeRO-3 parameters that it takes in, in order of use. A parameter that moves on its
         way comes in once, where its first move is made; a direct user takes it in itself."""
+        if all(zero.stage < 3 for zero in self.residency.zero.values()):
+            return ((),) * len(self.graph.segments)
         found = []
         moved: set[int] = set()
         for segment in self.graph.segments:
@@ -137,10 +139,10 @@ class Program:
     def moving(self) -> Iterator[tuple[int, Route, bool]]:
         """(value, whole route from where it is produced, whether a gradient comes back), for every use on a route of some steps, in program order."""
         live, seeds, ops, relay = self.graph.differentiated, self.graph.seeds, self.graph.ops, self.relay
-        for (i, k), tail in self.routes.items():
+        handed = {place for v in relay for place in self.graph.consumers[v]}
+        for (i, k), tail in [(place, tail) for place, tail in self.routes.items() if len(tail) > 1 or place in handed]:
             v = ops[i].operands[k]
-            if len(tail) > 1 or v in relay:
-                yield v, self.full_route(v, tail), v in live and not live.isdisjoint(ops[i].results)
+            yield v, self.full_route(v, tail), v in live and not live.isdisjoint(ops[i].results)
         for n, (v, route) in enumerate(zip(self.graph.outputs, self.output_routes)):
             yield v, self.full_route(v, route), v in seeds and (n >= self.first_handed or v not in self.handed)
         for (_, v), route in zip(self.graph.updates, self.update_routes):
@@ -309,7 +311,7 @@ class Program:
                 yield ("to_host", "host", 1), part * (reduced if rest or cut else width) * sums
 
     def _inner_entries(self, live: frozenset[int]) -> Iterator[tuple[LedgerKey, int]]:
-        for op, rule, strategy in zip(self.graph.ops, self.rules, self.strategies):
+        for op, rule, strategy in [found for found in zip(self.graph.ops, self.rules, self.strategies) if found[1].inner]:
             for inner in rule.inner:
                 size = rule.local_numel(inner.dims, strategy, self.mesh) * DTYPE_BYTES[self.graph.values[op.results[0]].meta.dtype]
                 count = inner.forward + (inner.backward if op.operands[0] in live else 0)

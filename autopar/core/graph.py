@@ -152,8 +152,18 @@ class OpGraph:
         return found
 
     @cached_property
+    def places(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """For every segment the places where its ops take a value: (index of op, index of operand), in program order."""
+        return tuple([tuple([(i, k) for i in segment.ops for k in range(len(self.ops[i].operands))]) for segment in self.segments])
+
+    @cached_property
     def params(self) -> tuple[int, ...]:
         return tuple(v for v, value in enumerate(self.values) if value.role == "param")
+
+    @cached_property
+    def given(self) -> tuple[int, ...]:
+        """Ids of the values that no operator makes."""
+        return tuple([v for v, value in enumerate(self.values) if value.role != "op"])
 
     @cached_property
     def searched(self) -> frozenset[int]:

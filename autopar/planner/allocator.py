@@ -4,12 +4,12 @@ from autopar.core.memory import PARTS, MemoryUse
 
 
 class Memory:
-    """Storages by number, how often each is held, and the fullest moment so far."""
+    """Storages by number, how often each is held, and the fullest moment so far, when `most` bytes were held."""
 
     def __init__(self, **parts: int) -> None:
         self.parts = dict.fromkeys(PARTS, 0) | parts
         self.total = sum(self.parts.values())
-        self._most = self.total
+        self.most = self.total
         self._peak = (self.parts.copy(), ("between steps",))
         self._sizes: list[int] = []
         self._part: list[str] = []
@@ -64,8 +64,8 @@ class Memory:
     def note(self, *moment: str, workspace: int = 0, part: str = "temporaries") -> None:
         """Look whether this is the fullest moment (`backward`, `layers.3`: "backward of layers.3"); `workspace` bytes are held only now, under `part`."""
         total = self.total + workspace
-        if total > self._most:
-            self._most = total
+        if total > self.most:
+            self.most = total
             parts = self.parts.copy()
             parts[part] += workspace
             self._peak = parts, moment

@@ -10,7 +10,7 @@ from autopar.core.mesh import Mesh
 from autopar.core.moves import legal_step
 from autopar.core.plan import Plan
 from autopar.core.residency import Residency
-from autopar.core.rule import OpRule, Strategy
+from autopar.core.rule import OpRule
 from autopar.errors import LayoutError, PlanMismatchError
 from autopar.planner.rulebook import rules_of
 from autopar.program import Program, Route, route_steps, without_r
@@ -29,11 +29,9 @@ def named(residency: Residency[int], graph: OpGraph) -> Residency[str]:
 def decisions(program: Program, mesh: Mesh) -> dict[str, Any]:
     """The decision fields of a plan; `mesh` gives the axes their final names."""
     graph = program.graph
-    words: dict[tuple[int, Strategy], str] = {}
-    for rule, strategy in zip(program.rules, program.strategies):
-        if (id(rule), strategy) not in words:
-            words[id(rule), strategy] = rule.describe(strategy, mesh)
-    ops = tuple([(op.name, words[id(rule), strategy]) for op, rule, strategy in zip(graph.ops, program.rules, program.strategies)])
+    looks = [*zip(map(id, program.rules), map(id, program.strategies))]  # a search gives equal operators the same objects
+    words = {look: rule.describe(strategy, mesh) for look, (rule, strategy) in dict(zip(looks, zip(program.rules, program.strategies))).items()}
+    ops = tuple(zip([op.name for op in graph.ops], [words[look] for look in looks]))
     params = tuple((graph.values[v].source[0], program.storage[v]) for v in graph.params)
     relays = tuple((graph.values[v].name, route) for v, route in sorted(program.relay.items()))
     routes = [(f"{graph.ops[i].name}.{k}", route) for (i, k), route in program.routes.items() if len(route) > 1]

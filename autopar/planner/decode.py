@@ -1,6 +1,7 @@
 """From the states a search chose to a `Program`: operators outside the search follow what the searched ones ask for."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import chain
 
 from autopar.core.graph import OpGraph, TensorMeta
@@ -40,12 +41,11 @@ class _Decoder:
         Its inputs are on every rank already, so cutting it costs nothing.
         """
         finals = set(self.graph.finals)
-        for i in range(len(self.graph.ops) - 1, -1, -1):
-            if i not in self.ports.op_node:
-                demands = [{self.needed(j, k) for j, k in self.graph.consumers[v]} for v in self.graph.ops[i].results]
-                for v, wanted in zip(self.graph.ops[i].results, demands, strict=True):
-                    wanted.update((self.whole,) if v in finals else ())
-                self.strategies[i] = self._free_strategy(i, demands)
+        for i in sorted(set(range(len(self.graph.ops))).difference(self.ports.op_node), reverse=True):
+            demands = [{self.needed(j, k) for j, k in self.graph.consumers[v]} for v in self.graph.ops[i].results]
+            for v, wanted in zip(self.graph.ops[i].results, demands, strict=True):
+                wanted.update((self.whole,) if v in finals else ())
+            self.strategies[i] = self._free_strategy(i, demands)
 
     def _free_strategy(self, i: int, demands: list[set[Layout]]) -> Strategy:
         rule, default = self.rules[i], tuple(Choice("I") for _ in self.mesh.axes)
@@ -69,18 +69,32 @@ class _Decoder:
         made, want = rule.result_placement(j, choice), target[axis]
         return made.kind == want.kind and made.dim == want.dim
 
+    @cached_property
+    def looks(self) -> list[int]:
+        """A number per segment, the same for copies whose operators are in the same states or have the same strategies: they are decoded once."""
+        nodes, states, choices, strategies = self.ports.op_node, self.ports.states, self.choices, self.strategies
+        of_op = [strategies[i] if (n := nodes.get(i)) is None else (id(states[n]), choices[n]) for i in range(len(strategies))]
+        known: dict[tuple, int] = {}
+        forms = zip(self.graph.segments, self.graph.wirings, strict=True)
+        return [known.setdefault((wiring.form, tuple(of_op[s.ops.start : s.ops.stop])), len(known)) for s, wiring in forms]
+
     def produced(self) -> list[Layout]:
         layouts = [self.whole] * len(self.graph.values)
-        nodes, states, choices = self.ports.op_node, self.ports.states, self.choices
-        for i, op in enumerate(self.graph.ops):
-            node = nodes.get(i)
-            for j, v in enumerate(op.results):
-                if node is not None:
-                    layouts[v] = states[node].result_layouts[j][choices[node]]
-                else:
-                    layout = self.rules[i].result_layout(j, self.strategies[i], self.mesh)
-                    layouts[v] = layout if self.graph.values[v].meta.requires_grad else without_r(layout)
+        known: dict[int, list[Layout]] = {}
+        for segment, wiring, look in zip(self.graph.segments, self.graph.wirings, self.looks, strict=True):
+            if look not in known:
+                known[look] = [self._made(i, j, v) for i in segment.ops for j, v in enumerate(self.graph.ops[i].results)]
+            for v, layout in zip(wiring.results, known[look], strict=True):
+                layouts[v] = layout
         return layouts
+
+    def _made(self, i: int, j: int, v: int) -> Layout:
+        """The layout of a result of an operator."""
+        if i in self.ports.op_node:
+            node = self.ports.op_node[i]
+            return self.ports.states[node].result_layouts[j][self.choices[node]]
+        layout = self.rules[i].result_layout(j, self.strategies[i], self.mesh)
+        return layout if self.graph.values[v].meta.requires_grad else without_r(layout)
 
     def route(self, v: int, src: Layout, dst: Layout, node: int | None, k: int = 0, *, relayed: bool = True) -> Route:
         """The cheapest route to port k of a node, among all the layouts that the search had for it: what it priced is what is run."""
@@ -113,11 +127,14 @@ class _Decoder:
         storage: dict[int, Layout] = {}
         deferred: dict[int, tuple[int, ...]] = {}
         relay: dict[int, Route] = {}
+        lifted: dict[tuple[Layout, Layout, bool], tuple[tuple[int, ...], Layout]] = {}
         for v in self.graph.params:
             storage[v] = self.layout_at(self.ports.param_node[v])
-            first = self._first_use(v)
-            deferred[v] = deferred_axes(storage[v], first) if self.graph.values[v].meta.requires_grad else ()
-            produced[v] = lift(storage[v], deferred[v])
+            look = storage[v], self._first_use(v), self.graph.values[v].meta.requires_grad
+            if look not in lifted:
+                axes = deferred_axes(*look[:2]) if look[2] else ()
+                lifted[look] = axes, lift(storage[v], axes)
+            deferred[v], produced[v] = lifted[look]
         for v, node in self.ports.relay_node.items():
             there = self.layout_at(node)
             if there != produced[v]:
@@ -138,16 +155,15 @@ class _Decoder:
 
     def _add_routes(self, s: int, start: Sequence[Layout], routes: dict[tuple[int, int], Route], known: dict[tuple, list[Route]]) -> None:
         """Routes to the operands of a segment; copies in the same states that are given the same have the same ones."""
-        segment, wiring, ports = self.graph.segments[s], self.graph.wirings[s], self.ports
-        nodes = [ports.op_node.get(i) for i in segment.ops]
-        states = tuple([self.strategies[i] if n is None else (id(ports.states[n]), self.choices[n]) for i, n in zip(segment.ops, nodes)])
-        places = [(i, k) for i in segment.ops for k in range(len(self.graph.ops[i].operands))]
-        ends = [(n, v) for n, v in enumerate(wiring.values) if n < len(wiring.entries) or v in ports.relay_node]
-        key = (wiring.form, states, tuple([(n, start[v], id(self._source(v, relayed=True))) for n, v in ends]))
-        if key not in known:
+        wiring, relays = self.graph.wirings[s], self.ports.relay_node
+        places = self.graph.places[s]
+        ends = [(n, v) for n, v in enumerate(wiring.values) if n < len(wiring.entries) or v in relays]
+        key = (self.looks[s], tuple([(n, start[v], id(self._source(v, relayed=True))) for n, v in ends]))
+        found = known.get(key)
+        if found is None:
             operands = [self.graph.ops[i].operands[k] for i, k in places]
-            known[key] = [self.route(v, start[v], self.needed(i, k), ports.op_node.get(i), k) for v, (i, k) in zip(operands, places, strict=True)]
-        routes.update(zip(places, known[key]))
+            found = known[key] = [self.route(v, start[v], self.needed(i, k), self.ports.op_node.get(i), k) for v, (i, k) in zip(operands, places, strict=True)]
+        routes.update(zip(places, found))
 
     def residency(self) -> Residency[int]:
         zero, recompute = {}, {}

@@ -3,8 +3,9 @@ and `units.py`."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from autopar.core.buckets import chunks
 from autopar.core.graph import DTYPE_BYTES
@@ -13,8 +14,7 @@ from autopar.planner.allocator import Memory
 from autopar.program import Program
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
+class Held(NamedTuple):
     """One parameter on one rank, in bytes. `working`: the copy that is computed with (whole where it is gathered); `stored`: the part
     that the optimizer updates, in its dtype; `inside`: that part lies in the working copy. `part`: its share of a gathered buffer."""
 
@@ -101,7 +101,7 @@ class Holdings:
             key = (program.graph.metas[v], program.storage[v], program.residency.zero.get(v), program.deferred[v], v in program.graph.differentiated)
             if key not in known:
                 known[key] = self._held(v)
-            found[v] = known[key] if known[key].value == v else replace(known[key], value=v)
+            found[v] = known[key] if known[key].value == v else known[key]._replace(value=v)
         return found
 
     def _held(self, v: int) -> Held:
@@ -179,7 +179,7 @@ class Beside:
 def received_bytes(program: Program) -> int:
     """Bytes that come from other stages, of one microbatch."""
     values = program.graph.values
-    return sum(program.local_bytes(v, program.produced[v]) for v, value in enumerate(values) if value.role == "input" and not value.source)
+    return sum(program.local_bytes(v, program.produced[v]) for v in program.graph.given if values[v].role == "input" and not values[v].source)
 
 
 def resident(program: Program, holdings: Holdings) -> Memory:
@@ -187,14 +187,13 @@ def resident(program: Program, holdings: Holdings) -> Memory:
     graph, residency = program.graph, program.residency
     held = holdings.parameters.values()
     parameters = sum(h.device_bytes(offload=residency.offload) for h in held)
-    for value in graph.values:
+    for value in (graph.values[v] for v in graph.given):
         if value.role in ("buffer", "constant") or (value.role == "input" and value.source):
             parameters += value.meta.num_bytes * (residency.micro_batches if value.role == "input" else 1)
-    optimizer = 0
-    for h in held:
-        stored = residency.precision.stored(graph.values[h.value].meta.dtype)
-        if h.trained and not residency.offload:
-            optimizer += h.stored // DTYPE_BYTES[stored] * adam(stored, master=None).optimizer_bytes
+    kept = () if residency.offload else [(h.stored, graph.values[h.value].meta.dtype) for h in held if h.trained]
+    stored = {dtype: residency.precision.stored(dtype) for _, dtype in kept}
+    per_element = {dtype: adam(dtype, master=None).optimizer_bytes for dtype in stored.values()}
+    optimizer = sum(size // DTYPE_BYTES[stored[dtype]] * per_element[stored[dtype]] for size, dtype in kept)
     return Memory(parameters=parameters, optimizer=optimizer, activations=received_bytes(program))
 
 

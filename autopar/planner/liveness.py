@@ -49,14 +49,14 @@ Values = dict[int, int]
 
 @dataclass
 class _Walk:
-    """One training step of a rank. `leaf`: gradients of working copies; `totals`: sums of buckets (negative keys: of units)."""
+    """One training step of a rank. `leaf`: gradients of working copies; `totals`: sums of buckets (negative keys: of units); `saved`: by segment and step."""
 
     program: Program
     steps: Steps
     holdings: Holdings
     memory: Memory
     engine: Engine
-    saved: dict[tuple[int, int], list[int]] = field(default_factory=dict)
+    saved: dict[int, dict[int, list[int]]] = field(default_factory=dict)
     inputs: dict[int, Values] = field(default_factory=dict)
     taped: dict[int, Values] = field(default_factory=dict)
     gradient: Values = field(default_factory=dict)
@@ -120,7 +120,7 @@ class _Walk:
 
     def _run(self, s: int, values: Values, what: str, *, keep: bool) -> None:
         memory, replay, run = self.memory, self.program.replays.get(s, ()), self.steps.runs[s]
-        numbers, expiring, tape = run.numbers, run.expiring, self.taped.setdefault(s, {})
+        numbers, expiring, tape, saved = run.numbers, run.expiring, self.taped.setdefault(s, {}), self.saved.setdefault(s, {})
         again, taping = what != "forward", bool(replay) and not keep
         assert not replay or len(replay) == len(run.script.steps), "steps are the parts of a segment"
         gathered = gathers(run.script, replay) if keep and not again else {}
@@ -130,13 +130,15 @@ class _Walk:
                 o = numbers[n]
                 values[o] = tape.pop(o) if again and o in tape else memory.new(0 if unmade else num_bytes, "temporaries")
             kept = [memory.new(step.kept_bytes, "activations" if keep else "temporaries")] if step.kept_bytes else []
-            memory.note(what, step.moment or run.block, workspace=step.workspace_bytes, part=step.workspace_part)
+            if memory.total + step.workspace_bytes > memory.most:  # hardly ever, and a call takes longer than this
+                memory.note(what, step.moment or run.block, workspace=step.workspace_bytes, part=step.workspace_part)
             if keep and step.recorded:
                 source = () if step.source is None or gathered.get(step.results[0]) != i else (step.source,)
                 for n in (*step.saved, *source):
                     if n not in gathered and (o := numbers[n]) in values:
                         kept.append(memory.move(memory.hold(values[o]), "activations"))
-                self.saved[s, i] = kept
+                if kept:
+                    saved[i] = kept
             elif kept:
                 self._drop(kept)
             if taping and replay[i] == KEPT:
@@ -186,10 +188,10 @@ class _Walk:
         self.awaited = dict(self.contributions)
         self.missing = {b: len(bucket.members) for b, bucket in enumerate(self.holdings.buckets)}
         runs = self.steps.runs
-        for (s, i), storages in list(self.saved.items()):
-            if not runs[s].script.steps[i].live:
-                self._drop(storages)
-                del self.saved[s, i]
+        for s, saved in self.saved.items():
+            steps = runs[s].script.steps
+            for i in [i for i in saved if not steps[i].live]:
+                self._drop(saved.pop(i))
         for n, num_bytes in self.steps.seeds:
             self.gradient[n] = self.memory.new(num_bytes, "temporaries")
         self._drop(self.handed)
@@ -207,14 +209,13 @@ class _Walk:
             self._run(s, values, "computing again", keep=True)
             self._drop(values.values())
         gathered = {} if self.again(s) else regathered(run.script, self.program.replays.get(s, ()))
-        there: Values = {}
-        for i in reversed(range(len(run.script.steps))):
-            step = run.script.steps[i]
+        there, saved = dict[int, int](), self.saved.get(s, {})
+        for i, step in reversed([*enumerate(run.script.steps)]):
             if step.live:
-                read = list(self.saved.pop((s, i), ()))
-                for gather in gathered.get(i, ()):
+                read = saved.pop(i, [])
+                for gather in gathered.get(i, ()) if gathered else ():
                     if gather.first:
-                        self._drop(self.saved.pop((s, gather.gather), ()))
+                        self._drop(saved.pop(gather.gather, ()))
                         there[gather.owner] = self.memory.new(gather.num_bytes, "temporaries")
                         self.memory.note("backward", step.moment or run.block, workspace=gather.workspace_bytes, part="communication")
                     read += [there.pop(gather.owner)] if gather.last else []
@@ -230,13 +231,12 @@ class _Walk:
 
     def _differentiate(self, step: Step, run: Run, saved: Iterable[int], last: bool) -> None:
         memory, numbers, gradient, moment = self.memory, run.numbers, self.gradient, step.moment or run.block
-        arrived = [gradient.pop(numbers[n]) for n in step.results if numbers[n] in gradient]
+        arrived = [gradient.pop(n) for here in step.results if (n := numbers[here]) in gradient]
         if arrived:
             found = [memory.hold(arrived[0]) if new is None else memory.new(new, "temporaries") for _, _, new in step.gradients]
-        memory.note("backward", moment, workspace=step.backward_workspace_bytes, part=step.workspace_part)
-        for storage in arrived:
-            memory.drop(storage)
-        for storage in saved:
+        if memory.total + step.backward_workspace_bytes > memory.most:
+            memory.note("backward", moment, workspace=step.backward_workspace_bytes, part=step.workspace_part)
+        for storage in (*arrived, *saved):
             memory.drop(storage)
         for (here, num_bytes, _), storage in zip(step.gradients, found) if arrived else ():
             n = numbers[here]

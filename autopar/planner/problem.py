@@ -44,10 +44,12 @@ Hub = tuple[States | None, list[tuple[int | None, int | None, int]]]
 
 
 class Copied(NamedTuple):
-    """What copies of a segment share: the ops that are searched and their states, and a name for each value that stays inside, by local number."""
+    """What copies of a segment share: the ops that are searched, their states and the numbers of their tables, and a name for each value that stays inside,
+    by local number."""
 
     ops: list[int]
     states: list[States]
+    numbers: list[int]
     inside: list[tuple[int, tuple[int, int]]]
 
 
@@ -66,8 +68,9 @@ class ProblemBuilder:
         self.mesh: Mesh = self.pricing.mesh
         self.names: list[str] = []
         self.states: list[States] = []
+        self.numbers: list[int] = []
         self.edges: list[tuple[int, int, int]] = []
-        self._edge_tables = Numbering()
+        self._node_tables, self._edge_tables = Numbering(), Numbering()
         self._op_cache: dict[tuple, States] = {}
         self._edge_cache: dict[tuple, int] = {}
         self._mode_cache: dict[tuple, tuple[np.ndarray, np.ndarray] | None] = {}
@@ -86,8 +89,8 @@ class ProblemBuilder:
         self.uses = uses(self.graph)
         names = self.mesh.names
         self.sharding = Sharding(self.pricing, self.keeping, tuple(a for a, name in enumerate(names) if name in STATE_AXES) if self.constraints.strict else None)
-        blocks = {i: segment.block for segment in self.graph.segments for i in segment.ops if segment.block}
-        self.block_of = blocks if self.keeping.recompute != ("none",) else {}
+        repeatable = self.graph.segments if self.keeping.recompute != ("none",) else ()
+        self.block_of = {i: segment.block for segment in repeatable for i in segment.ops if segment.block}
         self.again = computed_again(self.graph, self.rules) if self.block_of else {}
 
     def build(self, memory_limit_bytes: float | None) -> tuple[SearchProblem, Ports]:
@@ -112,10 +115,9 @@ class ProblemBuilder:
             else:
                 self._join_alike(v, hub, first, relays)
         blocks = self._add_modes()
-        tables = Numbering()
-        number = np.array([tables.of(states.seconds, states.memory_bytes) for states in self.states], dtype=int)
+        nodes = Nodes(self.names, np.array(self.numbers, dtype=int), self._node_tables.tables)
         edges = Edges(*np.array(self.edges, dtype=int).reshape(-1, 3).T, self._edge_tables.tables)
-        problem = SearchProblem(Nodes(self.names, number, tables.tables), edges, memory_limit_bytes, copies=self._repeated(params, relays))
+        problem = SearchProblem(nodes, edges, memory_limit_bytes, copies=self._repeated(params, relays))
         return problem, Ports(ops, params, relays, outputs, blocks, tuple(self.states), self.once_s)
 
     def _join(self, v: int, param: int | None, ends: Sequence[tuple[int, int]], relays: dict[int, int]) -> None:
@@ -159,7 +161,8 @@ class ProblemBuilder:
             mine = [i for i in segment.ops if not searched.isdisjoint(graph.ops[i].operands)]
             local = (n for n in range(len(wiring.entries), len(flags)) if n not in wiring.crossing)
             inside = [(n, (len(self._copies), n)) for n in local]
-            self._copies[key] = Copied([i - segment.ops.start for i in mine], [self._op_states(i) for i in mine], inside)
+            states = [self._op_states(i) for i in mine]
+            self._copies[key] = Copied([i - segment.ops.start for i in mine], states, [self._number(s) for s in states], inside)
         copied, values = self._copies[key], wiring.values
         self._copy_of.append(copied)
         ops, nodes = [segment.ops.start + offset for offset in copied.ops], range(first, first + len(copied.ops))
@@ -167,6 +170,7 @@ class ProblemBuilder:
         self.op_of.update(zip(nodes, ops))
         self.names += [graph.ops[i].name for i in ops]
         self.states += copied.states
+        self.numbers += copied.numbers
         self._inside.update([(values[n], (name, first)) for n, name in copied.inside])
 
     def _repeated(self, params: Mapping[int, int], relays: Mapping[int, int]) -> tuple[tuple[tuple[int, ...], ...], ...]:
@@ -185,7 +189,11 @@ class ProblemBuilder:
     def _add(self, name: str, states: States) -> int:
         self.names.append(name)
         self.states.append(states)
+        self.numbers.append(self._number(states))
         return len(self.states) - 1
+
+    def _number(self, states: States) -> int:
+        return self._node_tables.of(states.seconds, states.memory_bytes)
 
     def _op_states(self, i: int) -> States:
         op, rule = self.graph.ops[i], self.rules[i]
@@ -275,7 +283,7 @@ class ProblemBuilder:
 
     def _saves(self, node: int, k: int) -> bool:
         i = self.op_of.get(node)
-        return i is not None and self.rules[i].keeps_operand(k, wanting(self.graph, i))
+        return i is not None and k in self.rules[i].saved_operands and self.rules[i].keeps_operand(k, wanting(self.graph, i))
 
     def _edge(self, meta: TensorMeta, src: Sequence[Layout], dst: Sequence[Layout]) -> np.ndarray:
         red = self.pricing.redistribution(meta, (*src, *dst), grad=meta.requires_grad)

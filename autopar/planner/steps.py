@@ -128,11 +128,12 @@ class _Builder:
     given: dict[int, int] = field(default_factory=dict)
     given_as: list[tuple[int, Route, bool]] = field(default_factory=list)
     local_value: dict[int, int] = field(default_factory=dict)
+    made: dict[tuple, Node] = field(default_factory=dict)
 
     def build(self) -> Steps:
         program, graph = self.program, self.program.graph
-        for v, value in enumerate(graph.values):
-            if value.role not in ("op", "elsewhere"):
+        for v in graph.given:
+            if graph.values[v].role != "elsewhere":
                 layout = program.produced[v]
                 self._add(v, layout, (layout,), held=True)
         known: dict[Any, Script] = {}
@@ -141,8 +142,9 @@ class _Builder:
         for s in range(len(graph.segments)):
             bases.append(len(self.nodes))
             key = self._key(s)
-            if key in known:
-                scripts.append((known[key], self._copy(s, known[key])))
+            script = known.get(key)
+            if script is not None:
+                scripts.append((script, self._copy(s, script)))
             else:
                 scripts.append(self._script(s))
                 known[key] = scripts[-1][0]
@@ -186,8 +188,9 @@ class _Builder:
         for v in wiring.entries:
             known = [(route, self.nodes[n], aliases.setdefault(self.owners[n], len(aliases))) for route, n in self.found[v].items()]
             entries.append((program.relay.get(v), tuple(known)))
-        made = tuple([(program.produced[v], program.relay.get(v), v in graph.differentiated) for v in wiring.results])
-        routes = tuple([program.routes[i, k] for i in segment.ops for k in range(len(graph.ops[i].operands))])
+        produced, relay, live = program.produced, program.relay, graph.differentiated
+        made = tuple([(produced[v], relay.get(v), v in live) for v in wiring.results])
+        routes = tuple(map(program.routes.__getitem__, graph.places[s]))
         return (-1 if segment.block else s, wiring.form, program.strategies[segment.ops.start : segment.ops.stop], tuple(entries), made, routes)
 
     def _start(self, local_value: dict[int, int]) -> None:
@@ -265,10 +268,13 @@ class _Builder:
 
     def _add(self, v: int, layout: Layout, route: Route, *, strides: Strides | None = None, source: int | None = None, held: bool = False) -> int:
         """A node; with `source` in its memory."""
-        shape = self.program.local_shape(v, layout)
-        n = len(self.nodes)
-        size = math.prod(shape) * DTYPE_BYTES[self.program.graph.values[v].meta.dtype]
-        self.nodes.append(Node(size, shape, strides or row_major(shape), v in self.program.graph.differentiated))
+        graph, n = self.program.graph, len(self.nodes)
+        look = graph.metas[v], layout, strides, v in graph.differentiated
+        if look not in self.made:
+            shape = self.program.local_shape(v, layout)
+            size = math.prod(shape) * DTYPE_BYTES[graph.values[v].meta.dtype]
+            self.made[look] = Node(size, shape, strides or row_major(shape), v in graph.differentiated)
+        self.nodes.append(self.made[look])
         self.owners.append(None if held else n if source is None else self.owners[source])
         self.names.append((v, route))
         self.found.setdefault(v, {})[route] = n

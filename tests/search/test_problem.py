@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from autopar.core.columns import Edges, Nodes, first_seen
 from autopar.core.problem import Assignment, Edge, Node, SearchProblem, evaluate
 from autopar.errors import UsageError
 
@@ -67,3 +68,24 @@ def test_gap_is_a_fraction_of_the_cost() -> None:
     assert replace(plan, cost_s=0.0, bound_s=0.0).gap == 0.0
     with pytest.raises(UsageError, match="proof"):
         replace(plan, proof="sure")
+
+
+def test_nodes_and_edges_are_columns_that_read_as_rows() -> None:
+    shared, moved = np.array([1.0, 2.0]), np.ones((2, 2))
+    nodes = (Node("a", shared, shared), Node("b", np.ones(2), shared), Node("c", shared, shared))
+    edges = (Edge(2, 0, moved), Edge(0, 1, moved, moved), Edge(1, 2, moved))
+    problem = SearchProblem(nodes, edges)
+    assert problem.node_columns.number.tolist() == [0, 1, 0] and problem.edge_columns.number.tolist() == [0, 1, 0]
+    assert tuple(problem.nodes) == nodes and tuple(problem.edges) == edges, "who gave rows gets them back"
+    u, v, number = np.array([2, 0, 1]), np.array([0, 1, 2]), np.array([0, 1, 0])
+    columns = SearchProblem(Nodes("abc", number, problem.node_columns.tables), Edges(u, v, number, problem.edge_columns.tables))
+    assert [n.name for n in columns.nodes] == ["a", "b", "c"] and [(e.u, e.v) for e in columns.edges] == [(2, 0), (0, 1), (1, 2)]
+    assert all(x.cost_s is y.cost_s and x.memory_bytes is y.memory_bytes for x, y in zip((*columns.nodes, *columns.edges), (*nodes, *edges), strict=True))
+    assert evaluate(columns, (0, 1, 1)) == evaluate(problem, (0, 1, 1))
+    assert replace(columns, memory_limit_bytes=1.0).nodes is columns.nodes
+
+
+def test_numbers_are_renamed_as_they_first_appear() -> None:
+    numbers, where = first_seen(np.array([7, 3, 7, 5, 3]))
+    assert numbers.tolist() == [0, 1, 0, 2, 1] and where.tolist() == [0, 1, 3]
+    assert [len(x) for x in first_seen(np.array([], dtype=int))] == [0, 0]
