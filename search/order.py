@@ -50,7 +50,7 @@ class Repeated:
 
 @dataclass(frozen=True)
 class Order:
-    """Steps that eliminate every node but the `fixed` ones: first what `repeats` itself in copies, then the `rest`. `max_table_entries` of the largest table among
+    """Steps that eliminate every node but the `fixed` ones: first what repeats in copies, then the `rest`. `max_table_entries`: of the largest table among
     them."""
 
     repeats: tuple[Repeated, ...]
