@@ -134,6 +134,15 @@ class Request:
                 raise UsageError(f"no joint search: {error}; leave --joint out") from None
             return None
 
+    def searches_jointly(self, **given: Any) -> bool:
+        """Whether the joint search takes the model and what is fixed of the plan."""
+        options = self.options(**given)
+        try:
+            check_in_space(options, parse_pins(options.pins))
+            return self.family is not None
+        except NoFamilyError:
+            return False
+
     @property
     def family(self) -> Family:
         """The model's graphs, of short traces. Raises NoFamilyError."""

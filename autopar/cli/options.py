@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from autopar.core.cluster import Cluster
+from autopar.core.parts import part_of
 from autopar.core.plan import Plan
 from autopar.errors import PlanMismatchError, UsageError
 from autopar.planner.meshes import forced_mesh
@@ -93,11 +94,11 @@ def global_batch(batch: int | None, cluster: Cluster, micro_batches: int | None 
 
 
 def read_plan(path: Path, cluster: Cluster, asked: Asked) -> Plan:
-    """The plan of a file, if it is one for as many devices as the cluster has."""
+    """The plan of a file, if it is one for as many devices as the cluster has, or a part of it."""
     for option in asked.options():
         raise UsageError(f"{option} and --plan {path}: a plan is complete; leave one of them out")
     plan = Plan.load(path)
-    if plan.num_ranks != cluster.num_devices:
+    if part_of(cluster, plan.num_ranks) is None:
         raise PlanMismatchError(
             f"{path}: made for {plan.num_ranks} devices ({plan.mesh}), {cluster.name} has {cluster.num_devices}; "
             "give the cluster it was made for, or plan again"
