@@ -44,7 +44,7 @@ PinTexts = Annotated[
 MicroBatches = Annotated[
     int | None, typer.Option("--micro-batches", min=1, max=LARGEST_COUNT, help="Passes that make one step; they share the batch. [default: 1, or what suits a pipeline]")
 ]
-Joint = Annotated[bool | None, typer.Option("--joint/--no-joint", help="Search pipelines, meshes, microbatches, sharding, ZeRO and recomputation together. [default: where a deep model is planned for several nodes]")]
+Joint = Annotated[bool | None, typer.Option("--joint/--no-joint", help="Search pipelines, meshes, microbatches, sharding, ZeRO and recomputation together. [default: where a deep model is planned for several nodes, or for one on which memory is short]")]
 Pipelines = Annotated[bool, typer.Option("--pipelines", help="Look at pipelines too; without it only where a pin asks for one or nothing else fits.")]
 Offload = Annotated[bool, typer.Option("--offload", help="Keep the optimizer's state on the host.")]
 PlanFile = Annotated[Path | None, typer.Option("--plan", help="A plan written by `autopar plan -o`, instead of a new one.")]

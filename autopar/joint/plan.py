@@ -71,9 +71,14 @@ def check_in_space(options: Options, pins: Pins) -> None:
         raise NoFamilyError(f"schedule {pins.schedule} is not among {', '.join(SCHEDULES)}")
 
 
+def is_row(family: Family) -> bool:
+    """Whether a model is one row of blocks, and long enough."""
+    return len(family.runs) == 1 and family.depth >= SHOWN
+
+
 def joint_search(family: Family, batch: int, cluster: Cluster, options: Options, pins: Pins, progress: Callable[[str], None], known: Known) -> JointSearch:
     """The search over plans of `batch` samples a step; `known`: of this family. Raises NoFamilyError where the model has no single run of blocks."""
-    if len(family.runs) != 1 or family.depth < SHOWN:
+    if not is_row(family):
         raise NoFamilyError(f"{len(family.runs)} rows of blocks, and {SHOWN} or more blocks in one row are needed")
     graphs, run = partial(family.graph, depth=SHOWN), family.runs[0]
     if missing := set(shown(run)) - {segment.block for segment in graphs(2).segments}:
