@@ -56,13 +56,14 @@ Debug = Annotated[bool, typer.Option("--debug", callback=_note_debug, is_eager=T
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What the command line fixes of a plan; `dtype` None: the command's default."""
+    """What the command line fixes of a plan; `dtype` None: the command's default; `joint` None: as suits model and cluster."""
 
     pins: tuple[str, ...] = ()
     micro_batches: int | None = None
     offload: bool = False
     pipelines: bool = False
     dtype: str | None = None
+    joint: bool | None = None
 
     def options(self) -> list[str]:
         """As they are typed; the dtype is no decision of the plan."""

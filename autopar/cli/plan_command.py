@@ -60,7 +60,7 @@ def plan(
     """Find the best layout of MODEL on a cluster. Needs no device, no weights and no network."""
     machines = Cluster.parse(cluster)
     check_name(model)
-    asked = Asked(pins=checked_pins(pin, machines), micro_batches=micro_batches, offload=offload, pipelines=pipelines, dtype=dtype or default_dtype(machines))
+    asked = Asked(pins=checked_pins(pin, machines), micro_batches=micro_batches, offload=offload, pipelines=pipelines, dtype=dtype or default_dtype(machines), joint=joint)
     checked_share("--budget", budget, LONGEST_BUDGET_S)
     checked_share("--max-memory", max_memory, 1.0)
     _check_writable(out)
@@ -70,7 +70,7 @@ def plan(
 
         size = global_batch(batch, machines, micro_batches)
         loaded = load_model(model, batch=size, seq=seq, device="meta", dtype=asked.dtype)
-        chosen, seconds = search(loaded, machines, asked, goal, budget_s=budget, max_memory=max_memory, joint=joint, progress=progress)
+        chosen, seconds = search(loaded, machines, asked, goal, budget_s=budget, max_memory=max_memory, progress=progress)
     found, part = chosen.plan, chosen.best.cluster
     if out is not None:
         _save(found, out)
@@ -94,15 +94,14 @@ def default_dtype(cluster: Cluster) -> str:
 
 
 def search(
-    loaded: "LoadedModel", cluster: Cluster, asked: Asked, objective: Objective = Objective(), *, budget_s: float = 30.0, max_memory: float = 0.9, joint: bool | None = None,
-    progress: Any
+    loaded: "LoadedModel", cluster: Cluster, asked: Asked, objective: Objective = Objective(), *, budget_s: float = 30.0, max_memory: float = 0.9, progress: Any
 ) -> tuple["Chosen", dict[str, float]]:
     """The plan with what it was chosen from, and the seconds of tracing and searching."""
     from autopar.api import plan_timed
 
     found, seconds = plan_timed(
         loaded.module, cluster, loaded.kwargs, pins=asked.pins, micro_batches=asked.micro_batches, offload=asked.offload, pipelines=asked.pipelines, tokens=loaded.tokens_per_batch,
-        objective=objective, time_limit_s=budget_s, max_memory=max_memory, joint=joint, progress=progress,
+        objective=objective, time_limit_s=budget_s, max_memory=max_memory, joint=asked.joint, progress=progress,
     )  # fmt: skip
     return found.named(loaded.name), seconds
 

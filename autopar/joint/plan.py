@@ -99,7 +99,7 @@ def planned_jointly(search: JointSearch, graph: Callable[[int], OpGraph], tokens
         left.remove(found)
         whole = on_whole_graph(found.deep, graph(found.point.samples))
         if whole.memory.high_bytes <= search.limit_bytes:
-            return Planned(_plan(joint, found, whole, search.cluster, tokens), whole.program)
+            return Planned(_plan(joint, found, whole, search.cluster, tokens), whole.program, others=partial(_others, joint, found, graph, search))
         less = min(0.99, search.limit_bytes / whole.memory.high_bytes) * found.limit_bytes
         again = found.search.plan(less) if less > LEAST * search.limit_bytes else None
         left += [again] if again is not None else []
@@ -107,6 +107,17 @@ def planned_jointly(search: JointSearch, graph: Callable[[int], OpGraph], tokens
         f"every plan found for {whole.program.graph.name} holds more than {size(search.limit_bytes)} of a device's memory, the last "
         f"{size(whole.memory.high_bytes)}; pin zero=3 or recompute=full+gather, or use more nodes"
     )
+
+
+def _others(joint: Joint, taken: Found, graph: Callable[[int], OpGraph], search: JointSearch, number: int) -> tuple[Plan, ...]:
+    """The best plans that the search found at other points on its way."""
+    plans: list[Plan] = []
+    for found in sorted(joint.found, key=lambda f: f.step_s):
+        if found.point != taken.point and len(plans) < number:
+            whole = on_whole_graph(found.deep, graph(found.point.samples))
+            if whole.memory.high_bytes <= search.limit_bytes:
+                plans.append(_plan(joint, found, whole, search.cluster, 0))
+    return tuple(plans)
 
 
 def _plan(joint: Joint, found: Found, whole: Whole, cluster: Cluster, tokens: int) -> Plan:
