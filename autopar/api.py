@@ -1,5 +1,6 @@
 """The public verbs: plan, verify, parallelize."""
 
+import math
 import time
 from typing import Any
 
@@ -7,7 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from autopar.choice import Chosen, choose
 from autopar.core.cluster import Cluster
+from autopar.core.objective import Objective
 from autopar.core.plan import Plan
 from autopar.core.schedule import Schedule
 from autopar.errors import UsageError
@@ -28,24 +31,28 @@ from autopar.verification import VerifyReport, verify
 __all__ = ["VerifyReport", "parallelize", "plan", "plan_timed", "verify"]
 
 
-def plan_timed(model: nn.Module, cluster: Cluster, example_inputs: Any = None, *, progress: Progress = quiet, **given: Any) -> tuple[Plan, dict[str, float]]:
-    """`plan`, and the wall seconds of its two parts: {"trace", "search"}."""
+def plan_timed(
+    model: nn.Module, cluster: Cluster, example_inputs: Any = None, *, objective: Objective = Objective(), progress: Progress = quiet, **given: Any
+) -> tuple[Chosen, dict[str, float]]:
+    """The plan that is best by an objective with what it was chosen from, and the wall seconds of its two parts: {"trace", "search"}."""
     start = time.perf_counter()
     request = Request(model, example_inputs)
-    found = request.planned(cluster, progress=progress, **given).plan
+    found = choose(request, cluster, objective, progress=progress, **given)
     return found, {"trace": request.trace_s, "search": time.perf_counter() - start - request.trace_s}
 
 
-def plan(model: nn.Module, cluster: Cluster, example_inputs: Any = None, **options: Any) -> Plan:
+def plan(model: nn.Module, cluster: Cluster, example_inputs: Any = None, *, objective: str = "time", within_s: float = math.inf, fewer_devices: bool = False, **options: Any) -> Plan:
     """The best plan found for a model on a cluster. Needs no device and no weights: meta tensors do.
 
-    `example_inputs` are one global batch. Options: `pins` constrain the search (`"tp=2"`, `"zero=3"`, `"*.mlp.*=tp:o"`); `mesh` fixes
+    `example_inputs` are one global batch. `objective`: "time" (the fastest step), "memory" (the fewest bytes on the fullest device), "devices" (the
+    fewest) or "cost" (the fewest device-seconds a step), of the plans whose step takes at most `within_s`; the last two use part of the cluster where
+    that is better, the first does with `fewer_devices`. Options: `pins` constrain the search (`"tp=2"`, `"zero=3"`, `"*.mlp.*=tp:o"`); `mesh` fixes
     the mesh (of one stage, where `pp` is pinned), else all of one and two axes are searched; `pipelines` looks at pipelines of them too (it is
     done without asking where nothing else fits); `max_memory` is the share of a device's memory a plan may use; `micro_batches` the number of
     passes that make a step, else one, or as many as suit a pipeline; `precision` the dtypes beside the model's own; `offload` keeps the
     optimizer's state on the host. Raises TraceError, UsageError, InfeasibleError.
     """
-    return plan_timed(model, cluster, example_inputs, **options)[0]
+    return plan_timed(model, cluster, example_inputs, objective=Objective(objective, within_s, fewer_devices), **options)[0].plan
 
 
 def parallelize(

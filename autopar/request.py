@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from autopar.core.plan import Plan
 from autopar.core.residency import Precision
 from autopar.errors import InfeasibleError, NoFamilyError, UsageError
 from autopar.joint.known import Known
-from autopar.joint.plan import check_in_space, joint_search, planned_jointly
+from autopar.joint.plan import check_in_space, is_row, joint_search, planned_jointly
 from autopar.joint.search import JointSearch
 from autopar.planner.appraisal import Appraisal, appraise
 from autopar.planner.pins import parse_pins
@@ -24,7 +24,7 @@ from autopar.planner.plan import Planned, plan_graph
 from autopar.planner.search import MEMORY_SHARE, Options
 from autopar.runtime.microbatches import batch_size, resized, split_batch
 from autopar.trace.capture import Traced, trace
-from autopar.trace.family import find_family
+from autopar.trace.family import find_family, num_rows
 from autopar.verification import as_call
 
 Progress = Callable[[str], None]
@@ -104,13 +104,45 @@ class Request:
         joint = self._joint(cluster, options, progress)
         if joint is not None:
             return planned_jointly(joint, self.family.graph, options.tokens)
+        if self._weighs_both(cluster, options):
+            return self._fitting(cluster, options, progress)
+        return self._of_meshes(cluster, options, progress)
+
+    def _of_meshes(self, cluster: Cluster, options: Options, progress: Progress) -> Planned:
         progress("tracing")
         return plan_graph(self.traced(options.micro_batches).graph, cluster, options, progress, self.graph)
+
+    def _weighs_both(self, cluster: Cluster, options: Options) -> bool:
+        """Whether memory decides which search is better: for accelerators of one node, where neither is asked for and both can answer."""
+        free = options.joint is None and not parse_pins(options.pins).wants_pipeline and self.batch_size % options.micro_batches == 0
+        return free and not cluster.is_local and self._may_join(options)
+
+    def _fitting(self, cluster: Cluster, options: Options, progress: Progress) -> Planned:
+        """The best of the meshes where it fits as it is. Where memory is short, or pipelines are asked for, the joint search weighs those, microbatches and
+        what is kept against each other, and the better plan of both is taken."""
+        graph = self.family.graph(self.batch_size // options.micro_batches)
+        try:
+            whole = plan_graph(graph, cluster, replace(options, pins=(*options.pins, "pp=1")), progress)
+        except InfeasibleError:
+            whole = None
+        if whole is not None and whole.candidates[0].problem.memory_limit_bytes is None and not options.pipelines:
+            return whole
+        joint = self._joint(cluster, replace(options, joint=True), progress)
+        assert joint is not None, "the model was found to be one row of blocks"
+        try:
+            found = planned_jointly(joint, self.family.graph, options.tokens)
+        except InfeasibleError:
+            if whole is None:
+                raise
+            return whole
+        return min(found, whole or found, key=lambda p: p.plan.predicted.step_time_s)
 
     def front(self, cluster: Cluster, **given: Any) -> Iterator[Planned]:
         """The front of time against memory: the fastest plan of all the memory, then the fastest that holds so much less than the one before it, until none
         does. `given`: of `planned`, `max_memory` where the front begins."""
         share = given.pop("max_memory", MEMORY_SHARE)
+        if given.get("joint") is None and cluster.num_nodes == 1:
+            given["joint"] = False  # dozens of plans, nearly all of which are short of memory
         while True:
             try:
                 found = self.planned(cluster, max_memory=share, **given)
@@ -133,6 +165,17 @@ class Request:
             if options.joint:
                 raise UsageError(f"no joint search: {error}; leave --joint out") from None
             return None
+
+    def searches_jointly(self, **given: Any) -> bool:
+        """Whether the joint search takes the model and what is fixed of the plan."""
+        return self._may_join(self.options(**given))
+
+    def _may_join(self, options: Options) -> bool:
+        try:
+            check_in_space(options, parse_pins(options.pins))
+            return num_rows(self.model) == 1 and is_row(self.family)
+        except NoFamilyError:
+            return False
 
     @property
     def family(self) -> Family:

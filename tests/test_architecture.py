@@ -30,9 +30,11 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
     "autopar.models": ({"torch", "transformers"}, CORE),
     "autopar.verification": ({"torch"}, PLANNING | {"autopar.schedules", "autopar.planner", "autopar.trace", "autopar.rewrite", "autopar.runtime"}),
     "autopar.request": ({"torch"}, PLANNING | {"autopar.schedules", "autopar.planner", "autopar.joint", "autopar.trace", "autopar.runtime", "autopar.verification"}),
-    "autopar.api": ({"torch"}, PLANNING | {"autopar.schedules", "autopar.planner", "autopar.trace", "autopar.rewrite", "autopar.runtime", "autopar.verification", "autopar.request"}),
+    "autopar.choice": (set(), CORE | {"autopar.request"}),
+    "autopar.alternatives": (set(), CORE | {"autopar.planner", "autopar.request"}),
+    "autopar.api": ({"torch"}, PLANNING | {"autopar.schedules", "autopar.choice", "autopar.planner", "autopar.trace", "autopar.rewrite", "autopar.runtime", "autopar.verification", "autopar.request"}),
     "autopar.profiler": ({"numpy", "torch"}, PLANNING | {"autopar.cost_models", "autopar.planner", "autopar.trace", "autopar.runtime", "autopar.models", "autopar.api"}),
-    "autopar.cli": ({"typer", "rich", "torch"}, PLANNING | {"autopar", "autopar.planner", "autopar.api", "autopar.request", "autopar.verification", "autopar.models", "autopar.runtime", "autopar.profiler"}),
+    "autopar.cli": ({"typer", "rich", "torch"}, PLANNING | {"autopar", "autopar.planner", "autopar.api", "autopar.request", "autopar.verification", "autopar.models", "autopar.runtime", "autopar.profiler", "autopar.choice", "autopar.alternatives"}),
     "autopar.__main__": (set(), {"autopar.cli"}),
     "autopar": (set(), CORE | {"autopar.api", "autopar.verification", "autopar.checkpoint"}),
 }

@@ -5,7 +5,22 @@ from typing import Annotated
 import typer
 
 from autopar.cli.console import output, print_json, working
-from autopar.cli.options import Asked, Batch, ClusterName, Debug, Json, MicroBatches, ModelName, Offload, PinTexts, Pipelines, Seq, checked_pins, global_batch
+from autopar.cli.options import (
+    Asked,
+    Batch,
+    ClusterName,
+    Debug,
+    Joint,
+    Json,
+    MicroBatches,
+    ModelName,
+    Offload,
+    PinTexts,
+    Pipelines,
+    Seq,
+    checked_pins,
+    global_batch,
+)
 from autopar.cli.plan_command import DType, default_dtype
 from autopar.cli.points import SEARCHED, pins_of, point, print_points
 from autopar.core.cluster import Cluster
@@ -21,7 +36,7 @@ DEFAULT = (SEARCHED, "ddp", "fsdp", "tp")
 
 def compare(
     model: ModelName, cluster: ClusterName, names: Names = None, batch: Batch = None, seq: Seq = None, dtype: DType = None, pin: PinTexts = None,
-    micro_batches: MicroBatches = None, offload: Offload = False, pipelines: Pipelines = False, json: Json = False, debug: Debug = False,
+    micro_batches: MicroBatches = None, offload: Offload = False, pipelines: Pipelines = False, joint: Joint = None, json: Json = False, debug: Debug = False,
 ) -> int:  # fmt: skip
     """Price plans of MODEL side by side: the searched one, named baselines, pins, plan files. All by the same costs."""
     machines = Cluster.parse(cluster)
@@ -32,7 +47,7 @@ def compare(
             Plan.load(name)
         else:
             checked_pins((*(pin or ()), *pins_of(name, machines)), machines)
-    asked = Asked(pins=tuple(pin or ()), micro_batches=micro_batches, offload=offload, pipelines=pipelines, dtype=dtype or default_dtype(machines))
+    asked = Asked(pins=tuple(pin or ()), micro_batches=micro_batches, offload=offload, pipelines=pipelines, dtype=dtype or default_dtype(machines), joint=joint)
     with working("loading torch") as progress:
         from autopar.models.load import load_model
         from autopar.request import Request

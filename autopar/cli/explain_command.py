@@ -1,5 +1,6 @@
 """`autopar explain`: why this plan, what each decision saves, and why not another one."""
 
+import math
 from collections import defaultdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -7,7 +8,22 @@ import typer
 
 from autopar.cli.console import output, print_json, working
 from autopar.cli.layout import LAYER_NUMBER
-from autopar.cli.options import Asked, Batch, ClusterName, Debug, Json, MicroBatches, ModelName, Offload, PinTexts, Pipelines, Seq, checked_pins, global_batch
+from autopar.cli.options import (
+    Asked,
+    Batch,
+    ClusterName,
+    Debug,
+    Joint,
+    Json,
+    MicroBatches,
+    ModelName,
+    Offload,
+    PinTexts,
+    Pipelines,
+    Seq,
+    checked_pins,
+    global_batch,
+)
 from autopar.cli.plan_command import DType, default_dtype
 from autopar.cli.points import Point, difference, given, pins_of, point, print_points
 from autopar.cli.units import duration
@@ -19,7 +35,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from autopar.planner.explain import Decision
-    from autopar.planner.plan import Planned
     from autopar.request import Request
 
 MAX_DECISIONS = 16
@@ -27,51 +42,42 @@ NOTHING_S = 1e-7
 """Alternatives that cost less than this more are as good."""
 
 WhyNot = Annotated[list[str] | None, typer.Option("--why-not", help="Pins such as tp=4,pp=2, or a baseline: infeasible by how much, or slower because of what.")]
-Top = Annotated[int, typer.Option("--top", min=1, max=100, help="How many other meshes to show.")]
+Top = Annotated[int, typer.Option("--top", min=1, max=100, help="How many other plans to show.")]
 
 
 def explain(
     model: ModelName, cluster: ClusterName, batch: Batch = None, seq: Seq = None, dtype: DType = None, pin: PinTexts = None, micro_batches: MicroBatches = None,
-    offload: Offload = False, pipelines: Pipelines = False, why_not: WhyNot = None, top: Top = 3, json: Json = False, debug: Debug = False,
+    offload: Offload = False, pipelines: Pipelines = False, joint: Joint = None, why_not: WhyNot = None, top: Top = 3, json: Json = False, debug: Debug = False,
 ) -> int:  # fmt: skip
-    """Say why the best plan of MODEL is the best: its terms, the best of other meshes, what every decision saves."""
+    """Say why the best plan of MODEL is the best: its terms, the best of other meshes or pipelines, what every decision saves."""
     machines = Cluster.parse(cluster)
     check_name(model)
     for text in why_not or ():
         pins_of(text, machines)
-    asked = Asked(pins=checked_pins(pin, machines), micro_batches=micro_batches, offload=offload, pipelines=pipelines, dtype=dtype or default_dtype(machines))
+    asked = Asked(pins=checked_pins(pin, machines), micro_batches=micro_batches, offload=offload, pipelines=pipelines, dtype=dtype or default_dtype(machines), joint=joint)
     with working("loading torch") as progress:
+        from autopar.alternatives import alternatives
         from autopar.models.load import load_model
         from autopar.planner.explain import decisions_of
         from autopar.request import Request
 
         loaded = load_model(model, batch=global_batch(batch, machines, micro_batches), seq=seq, device="meta", dtype=asked.dtype)
         request = Request(loaded.module, loaded.kwargs)
-        planned = request.planned(machines, **given(asked), tokens=loaded.tokens_per_batch, progress=progress)
+        options = {**given(asked), "tokens": loaded.tokens_per_batch}
+        planned = request.planned(machines, progress=progress, **options)
         first = Point("searched", planned.plan, request.appraised(planned.plan, machines))
         progress("pricing the alternatives of every decision")
-        decisions = _alike(decisions_of(planned))
-        others = _meshes(request, planned, machines, top)
+        decisions = _alike(decisions_of(planned) if planned.candidates else alternatives(request, machines, planned.plan, progress=progress, **options))
+        others = [Point(p.summary(), p, request.appraised(p, machines)) for p in planned.others(top)]
         asked_for = [_why_not(request, text, machines, asked) for text in why_not or ()]
     if json:
         print_json({
-            "model": loaded.name, "cluster": machines.name, "plan": first.content(), "other_meshes": [p.content() for p in others], "why_not": [p.content() for p in asked_for],
-            "decisions": [{"what": d.what, "count": n, "chosen": d.chosen, "alternative": d.alternative, "extra_s": d.extra_s} for d, n in decisions],
+            "model": loaded.name, "cluster": machines.name, "plan": first.content(), "others": [p.content() for p in others], "why_not": [p.content() for p in asked_for],
+            "decisions": [{"what": d.what, "count": n, "chosen": d.chosen, "alternative": d.alternative, "extra_s": None if d.extra_s == math.inf else d.extra_s} for d, n in decisions],
         })  # fmt: skip
     else:
         _print(output(), first, decisions, others, asked_for, machines)
     return 0
-
-
-def _meshes(request: "Request", planned: "Planned", cluster: Cluster, top: int) -> list[Point]:
-    """The best plans of other meshes, as they were found, the fastest first."""
-    from autopar.planner.plan import plan_of
-
-    found = []
-    for candidate in planned.candidates[1 : 1 + top]:
-        plan = plan_of(candidate, cluster)
-        found.append(Point(plan.summary(), plan, request.appraised(plan, cluster)))
-    return found
 
 
 def _why_not(request: "Request", text: str, cluster: Cluster, asked: Asked) -> Point:
@@ -92,6 +98,12 @@ def _alike(decisions: "tuple[Decision, ...]") -> "list[tuple[Decision, int]]":
     return sorted(found, key=lambda item: (-item[0].extra_s, item[0].what))
 
 
+def _extra(seconds: float) -> str:
+    if seconds == math.inf:
+        return "does not fit"
+    return "nothing" if abs(seconds) < NOTHING_S else f"{'+' if seconds > 0 else '-'}{duration(abs(seconds))}"
+
+
 def _print(page: "Console", first: Point, decisions: "list[tuple[Decision, int]]", others: list[Point], asked_for: list[Point], cluster: Cluster) -> None:
     from rich.table import Table
 
@@ -100,7 +112,7 @@ def _print(page: "Console", first: Point, decisions: "list[tuple[Decision, int]]
     page.print()
     table = Table("DECISION", "COUNT", "CHOSEN", "BEST OTHER", "WHICH COSTS, EACH", box=None, pad_edge=False)
     for d, number in decisions[:MAX_DECISIONS]:
-        table.add_row(d.what, f"x{number}", d.chosen, d.alternative, "nothing" if abs(d.extra_s) < NOTHING_S else f"{'+' if d.extra_s > 0 else '-'}{duration(abs(d.extra_s))}")
+        table.add_row(d.what, f"x{number}", d.chosen, d.alternative, _extra(d.extra_s))
     if decisions:
         page.print(table)
     if len(decisions) > MAX_DECISIONS:

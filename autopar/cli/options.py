@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from autopar.core.cluster import Cluster
+from autopar.core.parts import part_of
 from autopar.core.plan import Plan
 from autopar.errors import PlanMismatchError, UsageError
 from autopar.planner.meshes import forced_mesh
@@ -43,7 +44,7 @@ PinTexts = Annotated[
 MicroBatches = Annotated[
     int | None, typer.Option("--micro-batches", min=1, max=LARGEST_COUNT, help="Passes that make one step; they share the batch. [default: 1, or what suits a pipeline]")
 ]
-Joint = Annotated[bool | None, typer.Option("--joint/--no-joint", help="Search pipelines, meshes, microbatches, sharding, ZeRO and recomputation together. [default: where a deep model is planned for several nodes]")]
+Joint = Annotated[bool | None, typer.Option("--joint/--no-joint", help="Search pipelines, meshes, microbatches, sharding, ZeRO and recomputation together. [default: where a deep model is planned for several nodes, or for one on which memory is short]")]
 Pipelines = Annotated[bool, typer.Option("--pipelines", help="Look at pipelines too; without it only where a pin asks for one or nothing else fits.")]
 Offload = Annotated[bool, typer.Option("--offload", help="Keep the optimizer's state on the host.")]
 PlanFile = Annotated[Path | None, typer.Option("--plan", help="A plan written by `autopar plan -o`, instead of a new one.")]
@@ -55,13 +56,14 @@ Debug = Annotated[bool, typer.Option("--debug", callback=_note_debug, is_eager=T
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What the command line fixes of a plan; `dtype` None: the command's default."""
+    """What the command line fixes of a plan; `dtype` None: the command's default; `joint` None: as suits model and cluster."""
 
     pins: tuple[str, ...] = ()
     micro_batches: int | None = None
     offload: bool = False
     pipelines: bool = False
     dtype: str | None = None
+    joint: bool | None = None
 
     def options(self) -> list[str]:
         """As they are typed; the dtype is no decision of the plan."""
@@ -93,11 +95,11 @@ def global_batch(batch: int | None, cluster: Cluster, micro_batches: int | None 
 
 
 def read_plan(path: Path, cluster: Cluster, asked: Asked) -> Plan:
-    """The plan of a file, if it is one for as many devices as the cluster has."""
+    """The plan of a file, if it is one for as many devices as the cluster has, or a part of it."""
     for option in asked.options():
         raise UsageError(f"{option} and --plan {path}: a plan is complete; leave one of them out")
     plan = Plan.load(path)
-    if plan.num_ranks != cluster.num_devices:
+    if part_of(cluster, plan.num_ranks) is None:
         raise PlanMismatchError(
             f"{path}: made for {plan.num_ranks} devices ({plan.mesh}), {cluster.name} has {cluster.num_devices}; "
             "give the cluster it was made for, or plan again"

@@ -1,7 +1,8 @@
 """`autopar plan`: the best layout found, why it can be believed, and what to type next."""
 
 import json as json_text
-from dataclasses import asdict, replace
+import math
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,11 +27,15 @@ from autopar.cli.options import (
     global_batch,
 )
 from autopar.core.cluster import Cluster
+from autopar.core.objective import Objective
+from autopar.core.parts import NAMED
 from autopar.core.plan import Plan
+from autopar.core.units import DURATION, parse_quantity
 from autopar.errors import UsageError
 from autopar.models.load import check_name
 
 if TYPE_CHECKING:
+    from autopar.choice import Chosen
     from autopar.models.load import LoadedModel
 
 BUDGET_ENDED = 4
@@ -41,34 +46,45 @@ DType = Annotated[str | None, typer.Option("--dtype", help="Of weights and compu
 Budget = Annotated[float, typer.Option("--budget", help="Seconds that the search of one mesh may take, or the joint search behind its first plan.")]
 MaxMemory = Annotated[float, typer.Option("--max-memory", help="Share of a device's memory that the plan may use.")]
 OutFile = Annotated[Path | None, typer.Option("--out", "-o", help="Write the plan to this file.")]
+Best = Annotated[str, typer.Option("--objective", help="time, memory (of the fullest device), devices (the fewest) or cost (device-seconds a step).")]
+Within = Annotated[str | None, typer.Option("--within", metavar="DURATION", help="The longest a step may take, such as '2 s' or '300 ms'.")]
+FewerDevices = Annotated[bool, typer.Option("--fewer-devices", help="Look at parts of the cluster too, as objectives devices and cost always do.")]
 AllowGap = Annotated[bool, typer.Option("--allow-gap", help="Exit 0, not 4, when the time was over before the search was.")]
 
 
 def plan(
     model: ModelName, cluster: ClusterName, batch: Batch = None, seq: Seq = None, dtype: DType = None, pin: PinTexts = None,
-    micro_batches: MicroBatches = None, offload: Offload = False, pipelines: Pipelines = False, joint: Joint = None, budget: Budget = 30.0, max_memory: MaxMemory = 0.9, out: OutFile = None, allow_gap: AllowGap = False, json: Json = False, debug: Debug = False,
+    micro_batches: MicroBatches = None, offload: Offload = False, pipelines: Pipelines = False, joint: Joint = None, objective: Best = "time", within: Within = None,
+    fewer_devices: FewerDevices = False, budget: Budget = 30.0, max_memory: MaxMemory = 0.9, out: OutFile = None, allow_gap: AllowGap = False, json: Json = False, debug: Debug = False,
 ) -> int:  # fmt: skip
     """Find the best layout of MODEL on a cluster. Needs no device, no weights and no network."""
     machines = Cluster.parse(cluster)
     check_name(model)
-    asked = Asked(pins=checked_pins(pin, machines), micro_batches=micro_batches, offload=offload, pipelines=pipelines, dtype=dtype or default_dtype(machines))
+    asked = Asked(pins=checked_pins(pin, machines), micro_batches=micro_batches, offload=offload, pipelines=pipelines, dtype=dtype or default_dtype(machines), joint=joint)
     checked_share("--budget", budget, LONGEST_BUDGET_S)
     checked_share("--max-memory", max_memory, 1.0)
     _check_writable(out)
+    goal = Objective(objective, math.inf if within is None else _longest(within), fewer_devices)
     with working("loading torch") as progress:
         from autopar.models.load import load_model
 
-        loaded = load_model(model, batch=global_batch(batch, machines, micro_batches), seq=seq, device="meta", dtype=asked.dtype)
-        found, seconds = search(loaded, machines, asked, budget_s=budget, max_memory=max_memory, joint=joint, progress=progress)
+        size = global_batch(batch, machines, micro_batches)
+        loaded = load_model(model, batch=size, seq=seq, device="meta", dtype=asked.dtype)
+        chosen, seconds = search(loaded, machines, asked, goal, budget_s=budget, max_memory=max_memory, progress=progress)
+    found, part = chosen.plan, chosen.best.cluster
     if out is not None:
         _save(found, out)
     if json:
-        print_json(_content(found, seconds))
+        print_json(_content(chosen, goal, seconds))
     else:
-        from autopar.cli.plan_page import print_plan
+        from autopar.cli.plan_page import print_looked, print_plan
 
         given = _Given(model, cluster, batch, seq, asked, out)
-        print_plan(output(), found, machines, tokens=_counts_tokens(loaded), next_command=given.next_command(loaded))
+        if part is not machines and out is None:
+            given = given.on(part, size)
+        if len(chosen.looked) > 1:
+            print_looked(output(), chosen)
+        print_plan(output(), found, part, tokens=_counts_tokens(loaded), next_command=given.next_command(loaded))
     return BUDGET_ENDED if found.proof.status.startswith("budget") and not allow_gap else 0
 
 
@@ -78,42 +94,58 @@ def default_dtype(cluster: Cluster) -> str:
 
 
 def search(
-    loaded: "LoadedModel", cluster: Cluster, asked: Asked, *, budget_s: float = 30.0, max_memory: float = 0.9, joint: bool | None = None,
-    progress: Any
-) -> tuple[Plan, dict[str, float]]:
-    """The plan, under the name its model was given on the command line, and the seconds of tracing and searching."""
+    loaded: "LoadedModel", cluster: Cluster, asked: Asked, objective: Objective = Objective(), *, budget_s: float = 30.0, max_memory: float = 0.9, progress: Any
+) -> tuple["Chosen", dict[str, float]]:
+    """The plan with what it was chosen from, and the seconds of tracing and searching."""
     from autopar.api import plan_timed
 
     found, seconds = plan_timed(
         loaded.module, cluster, loaded.kwargs, pins=asked.pins, micro_batches=asked.micro_batches, offload=asked.offload, pipelines=asked.pipelines, tokens=loaded.tokens_per_batch,
-        time_limit_s=budget_s, max_memory=max_memory, joint=joint, progress=progress,
+        objective=objective, time_limit_s=budget_s, max_memory=max_memory, joint=asked.joint, progress=progress,
     )  # fmt: skip
-    return replace(found, model=loaded.name), seconds
+    return found.named(loaded.name), seconds
+
+
+def _longest(text: str) -> float:
+    """Seconds of `--within`."""
+    try:
+        return parse_quantity(text, DURATION)
+    except UsageError as error:
+        raise UsageError(f"--within: {error}") from None
 
 
 def _counts_tokens(loaded: "LoadedModel") -> bool:
     return loaded.labels_kind == "token" or "input_ids" in loaded.kwargs
 
 
+@dataclass(frozen=True)
 class _Given:
     """The command line as it was given, to say how it goes on."""
 
-    def __init__(self, model: str, cluster: str, batch: int | None, seq: int | None, asked: Asked, out: Path | None) -> None:
-        self._model, self._out, self._asked = model, out, asked
-        options: list[tuple[str, object]] = [("--cluster", cluster), ("--batch", batch), ("--seq", seq)]
-        self._shape = [f"{name} {value}" for name, value in options if value is not None]
+    model: str
+    cluster: str
+    batch: int | None
+    seq: int | None
+    asked: Asked
+    out: Path | None
+
+    def on(self, part: Cluster, batch: int) -> "_Given":
+        """The same for a part of the cluster, where that has a name of its own."""
+        return replace(self, cluster=part.name, batch=batch) if NAMED.fullmatch(part.name) else self
 
     def next_command(self, loaded: "LoadedModel") -> str:
         """Prove the plan where this machine can; else keep it, or prove the smallest model of its kind."""
         from autopar.cli.verify_command import too_large
 
+        options: list[tuple[str, object]] = [("--cluster", self.cluster), ("--batch", self.batch), ("--seq", self.seq)]
+        shape = [f"{name} {value}" for name, value in options if value is not None]
         elements = sum(p.numel() for p in loaded.module.parameters())
         if not too_large(elements, num_ranks=1):
-            plan = [f"--plan {self._out}"] if self._out and self._asked.dtype in VERIFIED_DTYPES else self._asked.options()
-            return " ".join(["autopar verify", self._model, *self._shape, *plan])
-        if self._out is None:
-            return " ".join(["autopar plan", self._model, *self._shape, *self._asked.options(), "-o plan.json"])
-        return f"autopar verify {_tiny_relative(self._model)} --cluster local:4"
+            plan = [f"--plan {self.out}"] if self.out and self.asked.dtype in VERIFIED_DTYPES else self.asked.options()
+            return " ".join(["autopar verify", self.model, *shape, *plan])
+        if self.out is None:
+            return " ".join(["autopar plan", self.model, *shape, *self.asked.options(), "-o plan.json"])
+        return f"autopar verify {_tiny_relative(self.model)} --cluster local:4"
 
 
 def _tiny_relative(model: str) -> str:
@@ -137,13 +169,15 @@ def _save(found: Plan, path: Path) -> None:
         raise UsageError(f"-o {path}: cannot be written ({error.strerror}); choose another path") from error
 
 
-def _content(found: Plan, seconds: dict[str, float]) -> dict[str, Any]:
+def _content(chosen: "Chosen", objective: Objective, seconds: dict[str, float]) -> dict[str, Any]:
+    found = chosen.plan
     return {
         "model": found.model,
         "cluster": found.cluster,
         "layout": found.summary(),
         "predicted": asdict(found.predicted),
         "proof": asdict(found.proof),
+        "objective": {"best": objective.best, "within_s": None if objective.within_s == math.inf else objective.within_s, "looked": [looked.content() for looked in chosen.looked]},
         "seconds": seconds,
         "notes": list(found.notes),
         "plan": json_text.loads(found.to_json()),

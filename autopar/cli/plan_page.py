@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -12,6 +13,9 @@ from autopar.core.cluster import Cluster
 from autopar.core.memory import MemoryUse
 from autopar.core.pipeline import StagePrediction
 from autopar.core.plan import Plan
+
+if TYPE_CHECKING:
+    from autopar.choice import Chosen
 
 MAX_ROWS = 40
 LEGEND = "S1 is cut along dimension 1, counted from 0; 'whole' is the same on every rank. Letters are loops: addmm is [m,k] x [k,n], linear [b,i] x [o,i]."
@@ -48,6 +52,19 @@ def print_plan(page: Console, plan: Plan, cluster: Cluster, *, tokens: bool, nex
         page.print(f"{name:<15}{text}")
     page.print()
     page.print(f"next: {next_command}")
+
+
+def print_looked(page: Console, chosen: "Chosen") -> None:
+    """What the plan was chosen from: parts of the cluster, or plans that hold less and less."""
+    table = Table("", "DEVICES", "PLAN", "STEP", "MEMORY", "DEVICE TIME A STEP", box=None, pad_edge=False)
+    for looked in chosen.looked:
+        mark, devices = ">" if looked.cluster is chosen.best.cluster and looked.plan is not None and looked.step_s == chosen.best.step_s else "", str(looked.cluster.num_devices)
+        if looked.plan is None:
+            table.add_row(mark, devices, looked.refusal.partition("; ")[0].partition(": ")[0], "", "", "")
+        else:
+            table.add_row(mark, devices, looked.plan.summary(), duration(looked.step_s), size(looked.plan.predicted.peak_memory_bytes), duration(looked.device_s))
+    page.print(table)
+    page.print()
 
 
 def _residency(plan: Plan) -> list[tuple[str, str]]:

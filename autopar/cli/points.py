@@ -71,7 +71,7 @@ def point(request: "Request", name: str, cluster: Cluster, asked: Asked, **optio
 
 def given(asked: Asked, pins: Sequence[str] = ()) -> dict[str, Any]:
     """The options of a request: those of the command line, with further pins."""
-    return {"pins": (*asked.pins, *pins), "micro_batches": asked.micro_batches, "offload": asked.offload, "pipelines": asked.pipelines, "joint": False}
+    return {"pins": (*asked.pins, *pins), "micro_batches": asked.micro_batches, "offload": asked.offload, "pipelines": asked.pipelines, "joint": asked.joint}
 
 
 def print_points(page: Console, points: Sequence[Point], cluster: Cluster) -> None:

@@ -77,7 +77,7 @@ def run(
             raise UsageError(f"--text {text}: {model} does not read text; leave it out to train on random numbers")
         dice_off = compare and draws_random_numbers(shapes.module)
         shapes.module.train(not dice_off)
-        found = given or search(shapes, machines, asked, progress=progress)[0]
+        found = given or search(shapes, machines, asked, progress=progress)[0].plan
         job = Job(
             model=model, cluster=cluster, plan=found.to_json(), batch=size, seq=seq, dtype=kind, steps=steps, lr=lr, seed=seed,
             train=not dice_off, text=None if not reads else _manual() if corpus is None else corpus,

@@ -66,7 +66,7 @@ def verify(
         shapes = load_model(model, batch=samples, seq=seq)
         _check_size(model, sum(p.numel() for p in shapes.module.parameters()), machines.num_devices)
         loaded = load_model(model, batch=samples, seq=seq, device="cpu", dtype=narrow, seed=seed)
-        found = given or search(loaded, machines, asked, progress=progress)[0]
+        found = given or search(loaded, machines, asked, progress=progress)[0].plan
         try:
             report = compare(loaded.module, found, loaded.kwargs, steps=steps, dtype=dtype or ("bfloat16" if narrow == "bfloat16" else "float64"), progress=progress)
         except PlanMismatchError as error:

@@ -59,7 +59,7 @@ def whatif(
     base = changed(machines, changes or ())
     texts = _swept(sweep) if sweep else []
     clusters = {text: changed(base, [text]) for text in texts} if sweep else {SAME: machines, ", ".join(changes or ()): base}
-    asked = Asked(pins=checked_pins(pin, machines), micro_batches=micro_batches, offload=offload, pipelines=pipelines, dtype=dtype or default_dtype(machines))
+    asked = Asked(pins=checked_pins(pin, machines), micro_batches=micro_batches, offload=offload, pipelines=pipelines, dtype=dtype or default_dtype(machines), joint=joint)
     with working("loading torch") as progress:
         from autopar.models.load import load_model
         from autopar.request import Request
@@ -67,7 +67,7 @@ def whatif(
         largest = max(clusters.values(), key=lambda c: c.num_devices)
         loaded = load_model(model, batch=global_batch(batch, largest, micro_batches), seq=seq, device="meta", dtype=asked.dtype)
         request = Request(loaded.module, loaded.kwargs)
-        points, options = [], {**given(asked), "joint": joint, "tokens": loaded.tokens_per_batch}
+        points, options = [], {**given(asked), "tokens": loaded.tokens_per_batch}
         for text, machine in clusters.items() if not front else ():
             progress(f"planning with {text}")
             points.append(_point(request, text, machine, options))

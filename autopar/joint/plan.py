@@ -71,9 +71,14 @@ def check_in_space(options: Options, pins: Pins) -> None:
         raise NoFamilyError(f"schedule {pins.schedule} is not among {', '.join(SCHEDULES)}")
 
 
+def is_row(family: Family) -> bool:
+    """Whether a model is one row of blocks, and long enough."""
+    return len(family.runs) == 1 and family.depth >= SHOWN
+
+
 def joint_search(family: Family, batch: int, cluster: Cluster, options: Options, pins: Pins, progress: Callable[[str], None], known: Known) -> JointSearch:
     """The search over plans of `batch` samples a step; `known`: of this family. Raises NoFamilyError where the model has no single run of blocks."""
-    if len(family.runs) != 1 or family.depth < SHOWN:
+    if not is_row(family):
         raise NoFamilyError(f"{len(family.runs)} rows of blocks, and {SHOWN} or more blocks in one row are needed")
     graphs, run = partial(family.graph, depth=SHOWN), family.runs[0]
     if missing := set(shown(run)) - {segment.block for segment in graphs(2).segments}:
@@ -94,7 +99,7 @@ def planned_jointly(search: JointSearch, graph: Callable[[int], OpGraph], tokens
         left.remove(found)
         whole = on_whole_graph(found.deep, graph(found.point.samples))
         if whole.memory.high_bytes <= search.limit_bytes:
-            return Planned(_plan(joint, found, whole, search.cluster, tokens), whole.program)
+            return Planned(_plan(joint, found, whole, search.cluster, tokens), whole.program, others=partial(_others, joint, found, graph, search))
         less = min(0.99, search.limit_bytes / whole.memory.high_bytes) * found.limit_bytes
         again = found.search.plan(less) if less > LEAST * search.limit_bytes else None
         left += [again] if again is not None else []
@@ -102,6 +107,17 @@ def planned_jointly(search: JointSearch, graph: Callable[[int], OpGraph], tokens
         f"every plan found for {whole.program.graph.name} holds more than {size(search.limit_bytes)} of a device's memory, the last "
         f"{size(whole.memory.high_bytes)}; pin zero=3 or recompute=full+gather, or use more nodes"
     )
+
+
+def _others(joint: Joint, taken: Found, graph: Callable[[int], OpGraph], search: JointSearch, number: int) -> tuple[Plan, ...]:
+    """The best plans that the search found at other points on its way."""
+    plans: list[Plan] = []
+    for found in sorted(joint.found, key=lambda f: f.step_s):
+        if found.point != taken.point and len(plans) < number:
+            whole = on_whole_graph(found.deep, graph(found.point.samples))
+            if whole.memory.high_bytes <= search.limit_bytes:
+                plans.append(_plan(joint, found, whole, search.cluster, 0))
+    return tuple(plans)
 
 
 def _plan(joint: Joint, found: Found, whole: Whole, cluster: Cluster, tokens: int) -> Plan:

@@ -121,6 +121,11 @@ class JointSearch:
             search = PointSearch(self, point)
             bound = search.ideal_s(ideal)
             heapq.heappush(heap, Waiting(bound, 0, n, bound, search))
+        if not heap:
+            raise InfeasibleError(
+                f"no pipeline of {self.run.depth} blocks, mesh and microbatches of {self.batch} samples go with these pins on {self.cluster.name}: degrees and microbatches must divide"
+                " devices and batch; leave one of the pins out"
+            )
         num_points, looked, found, closed = len(heap), [len(heap), 0, 0, 0], [], math.inf
         best = math.inf
         planned: list[tuple[float, PointSearch]] = []
@@ -166,8 +171,9 @@ class JointSearch:
 
     @property
     def about(self) -> Hashable:
-        """What tables depend on beside point and cluster."""
-        return self.options.precision, self.options.offload, self.pins, self.run
+        """What tables depend on beside point and cluster; pinned degrees and orders only say which points there are."""
+        pins = self.pins
+        return self.options.precision, self.options.offload, pins.zero, pins.recompute, bool(pins.mesh_axes), self.run
 
     def task(self, samples: int) -> Task:
         """A microbatch of the short graph."""

@@ -37,11 +37,13 @@ PIPELINE_GAIN = 1.05
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan with the program it stands for, and the best of each mesh and pipeline it was chosen from, the fastest first."""
+    """A plan with the program it stands for, and what it was chosen from: the best of each mesh and pipeline, the fastest first, where these were searched
+    one by one. `others`: the best so many plans that were not taken."""
 
     plan: Plan
     program: Program
     candidates: tuple[Candidate, ...] = ()
+    others: Callable[[int], tuple[Plan, ...]] = lambda number: ()
 
 
 def plan_graph(
@@ -93,11 +95,15 @@ def _plan_graph(graph: OpGraph, cluster: Cluster, options: Options, progress: Pr
     piped = pipelines.best() if _may_be_pipelined(pins, options, fits=best is not None) else None
     if piped is not None and piped.step_s < below_s:
         status = _pipeline_status(piped, pipelines.num_tried, len(found))
-        return replace(_finish(cluster, piped, min(bound, pipelines.bound_s), batch, status, options.tokens), candidates=(piped, *_by_time(found)))
+        return _among((piped, *_by_time(found)), cluster, _finish(cluster, piped, min(bound, pipelines.bound_s), batch, status, options.tokens))
     if best is None:
         raise infeasible([*failures, *pipelines.failures], retrace)
     planned = _finish(cluster, best, bound, batch, _status(best, len(found), pipelines.num_tried), options.tokens)
-    return replace(planned, candidates=_by_time(found))
+    return _among(_by_time(found), cluster, planned)
+
+
+def _among(candidates: tuple[Candidate, ...], cluster: Cluster, planned: Planned) -> Planned:
+    return replace(planned, candidates=candidates, others=lambda number: tuple(plan_of(c, cluster) for c in candidates[1 : 1 + number]))
 
 
 def _by_time(found: Sequence[Candidate]) -> tuple[Candidate, ...]:

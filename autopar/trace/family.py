@@ -37,6 +37,11 @@ def find_family(model: nn.Module, inputs: Batch) -> Family:
     return _Finder(model, inputs).family()
 
 
+def num_rows(model: nn.Module) -> int:
+    """How many rows of blocks of one make a model has, which is known before anything is traced."""
+    return len(runs_of(model))
+
+
 class _Finder:
     def __init__(self, model: nn.Module, inputs: Batch) -> None:
         self.model, self.inputs = model, inputs

@@ -31,17 +31,33 @@ def test_the_page_of_a_comparison(call: Call) -> None:
     assert lines[-1].startswith("tp against searched: ")
 
 
-def test_explain_gives_decisions_other_meshes_and_reasons(call: Call) -> None:
+def test_explain_gives_decisions_others_and_reasons(call: Call) -> None:
     asked = ("--why-not", "tp=4", "--why-not", "tp=3", "--top", "2")
     called = call("explain", *GIVEN, *asked, "--json")
     assert (called.code, called.err) == (0, "")
     found = json.loads(called.out)
     assert found["decisions"] and all(d["extra_s"] > -1e-9 and d["chosen"] != d["alternative"] for d in found["decisions"])
-    assert len(found["other_meshes"]) == 1 and found["other_meshes"][0]["step_time_s"] >= found["plan"]["step_time_s"]
+    assert len(found["others"]) == 1 and found["others"][0]["step_time_s"] >= found["plan"]["step_time_s"]
     slower, refused = found["why_not"]
     assert slower["step_time_s"] >= found["plan"]["step_time_s"] and "tp=3" in refused["refusal"]
     page = call("explain", *GIVEN, *asked).out
     assert "DECISION" in page and "why not tp=4: " in page and "why not tp=3: pins tp=3 make 3 devices" in page
+
+
+def test_explain_speaks_of_the_plan_that_plan_makes(call: Call, tmp_path: Path) -> None:
+    """On several nodes that is the joint search's, whose decisions are of the whole plan."""
+    config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_layer": 4, "n_embd": 256, "n_head": 4, "n_positions": 64, "vocab_size": 96}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    given = (tmp_path, "--cluster", "a100-sxm:2x2", "--batch", "32", "--seq", "64")
+    planned = json.loads(call("plan", *given, "--json").out)
+    called = call("explain", *given, "--why-not", "tp=4", "--json")
+    assert (called.code, called.err) == (0, "")
+    found = json.loads(called.out)
+    assert found["plan"]["step_time_s"] == pytest.approx(planned["predicted"]["step_time_s"], rel=1e-12) and found["plan"]["layout"] == planned["layout"]
+    assert {"pp", "tp", "zero", "recompute"} <= {d["what"] for d in found["decisions"]}
+    assert all(d["extra_s"] is None or d["extra_s"] > -0.01 * found["plan"]["step_time_s"] for d in found["decisions"])
+    compared = json.loads(call("compare", *given, "searched", "ddp", "megatron:tp2,pp2", "--json").out)["plans"]
+    assert compared[0]["step_time_s"] == pytest.approx(planned["predicted"]["step_time_s"], rel=1e-12)
 
 
 def test_whatif_plans_again(call: Call) -> None:

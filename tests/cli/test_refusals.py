@@ -37,6 +37,10 @@ ARGUMENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "budget NaN": ((*PLAN, "--budget", "nan"), ("--budget",)),
     "memory share of 2": ((*PLAN, "--max-memory", "2"), ("--max-memory",)),
     "memory share NaN": ((*PLAN, "--max-memory", "nan"), ("--max-memory",)),
+    "objective unknown": ((*PLAN, "--objective", "speed"), ("speed", "choose from")),
+    "within without a unit": ((*PLAN, "--within", "2"), ("--within", "unit")),
+    "within no time": ((*PLAN, "--within", "0 s"), ("above 0",)),
+    "least memory of fewer devices": ((*PLAN, "--objective", "memory", "--fewer-devices"), ("memory", "leave one")),
     "preset misspelt": (("plan", "gpt2-tyni", *LOCAL), ("gpt2-tyni", "did you mean gpt2-tiny")),
     "model is noise": (("plan", "?\x1b[31m\n?", *LOCAL), ("unknown",)),
     "model is empty": (("plan", "", *LOCAL), ("unknown",)),
@@ -201,6 +205,10 @@ def test_text_that_is_too_short(call: Call, tmp_path: Path) -> None:
 
 def test_model_that_does_not_fit(call: Call) -> None:
     assert_refused(call(*PLAN, "--max-memory", "1e-9"), 3, ("no plan fits",))
+
+
+def test_a_time_that_no_plan_keeps(call: Call) -> None:
+    assert_refused(call("plan", "mlp-tiny", *LOCAL, "--objective", "devices", "--within", "1 ns"), 3, ("within 1e-09 s", "the fastest takes"))
 
 
 def test_model_that_does_not_fit_a_small_device(call: Call, tmp_path: Path) -> None:

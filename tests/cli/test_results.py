@@ -1,12 +1,14 @@
 """What commands print when they succeed: JSON for programs, a page for people, and exit codes."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from autopar.choice import Chosen, Looked
 from autopar.cli import plan_command
 from autopar.cli.layout import axis_uses, parameter_groups
 from autopar.core.cluster import Cluster
@@ -25,6 +27,16 @@ def content(called: Called, code: int = 0) -> dict[str, Any]:
     return found
 
 
+def finding(plan: Plan) -> Callable[..., tuple[Chosen, dict[str, float]]]:
+    """A search whose only plan is this one, for the whole cluster."""
+
+    def search(_: object, cluster: Cluster, *__: object, **___: object) -> tuple[Chosen, dict[str, float]]:
+        looked = Looked(cluster, plan)
+        return Chosen(looked, (looked,)), {"trace": 0.0, "search": 0.0}
+
+    return search
+
+
 def test_plan_json(call: Call, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     found = content(call("plan", *PLANNED, "--json", "-o", path))
@@ -36,6 +48,21 @@ def test_plan_json(call: Call, tmp_path: Path) -> None:
     assert found["plan"] == json.loads(path.read_text())
     plan = Plan.from_json(json.dumps(found["plan"]))
     assert plan == Plan.load(path) and plan.predicted.step_time_s == found["predicted"]["step_time_s"] > 0
+
+
+def test_a_plan_for_part_of_the_cluster(call: Call, tmp_path: Path) -> None:
+    """The page lists the parts, the file is one for the part, and the next command takes it with the whole cluster's name."""
+    path = tmp_path / "part.json"
+    found = content(call("plan", "mlp-tiny", "--cluster", "local:4", "--objective", "cost", "--json", "-o", path))
+    looked = {part["devices"]: part for part in found["objective"]["looked"]}
+    assert found["objective"]["best"] == "cost" and set(looked) == {1, 2, 4}
+    best = min(looked.values(), key=lambda part: part["device_s"])
+    plan = Plan.load(path)
+    assert (plan.num_ranks, plan.cluster) == (best["devices"], best["cluster"]) and plan.num_ranks < 4
+    page = call("plan", "mlp-tiny", "--cluster", "local:4", "--objective", "cost")
+    rows = [line for line in page.out.splitlines() if line.startswith(">")]
+    assert len(rows) == 1 and rows[0].split()[1] == str(best["devices"]) and f"--cluster {best['cluster']} --batch 8" in page.out
+    assert content(call("verify", "mlp-tiny", "--cluster", "local:4", "--plan", path, "--steps", "1", "--json"))["equal"] is True
 
 
 def test_the_page_of_a_pipeline_lists_its_stages(call: Call, tmp_path: Path) -> None:
@@ -110,7 +137,7 @@ def test_next_command(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     found = Plan.from_json(plan_text)
-    monkeypatch.setattr(plan_command, "search", lambda *_, **__: (found, {"trace": 0.0, "search": 0.0}))
+    monkeypatch.setattr(plan_command, "search", finding(found))
     assert call("plan", *arguments).out.splitlines()[-1].endswith(following)
 
 
@@ -118,7 +145,7 @@ def test_next_command(
 def test_exit_code_when_the_time_was_over(option: tuple[str, ...], code: int, call: Call, monkeypatch: pytest.MonkeyPatch, plan_text: str) -> None:
     found = Plan.from_json(plan_text)
     proof = replace(found.proof, bound=found.proof.objective / 2, gap=0.5, status="budget over 1 mesh")
-    monkeypatch.setattr(plan_command, "search", lambda *_, **__: (replace(found, proof=proof), {"trace": 0.0, "search": 0.0}))
+    monkeypatch.setattr(plan_command, "search", finding(replace(found, proof=proof)))
     called = call("plan", "mlp-tiny", "-c", "local:4", *option)
     assert called.code == code and "50.00% more" in called.out
 

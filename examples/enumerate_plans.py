@@ -1,0 +1,246 @@
+"""Is the chosen plan the fastest there is? Every plan of a small model on four processes, built and run, not only those that the search visits.
+
+    autopar calibrate --processes 4 --out machine.toml
+    python examples/enumerate_plans.py --cluster machine.toml [--micro-batches 1,2,4] [--json]
+
+A plan: the mesh of a stage (one axis or two) and the pipeline over it with its schedule, the number of microbatches, what every product does on every
+axis (any factor cut, or whole with a whole or a partial gradient), the stage of ZeRO, recomputation or none. What lies between products follows them
+as the planner finds best; two axes over the same links are alike, so of two plans that differ in their names one is run. The plan that is picked with
+nothing pinned is measured among them.
+
+Thousands of plans cannot take turns for long, so they run in heats: all of them a few steps, the fastest of each heat more in the next, those of the last
+side by side. A plan leaves when its best step is well behind the median of the leading one.
+"""
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rank_plans import KEEP_MEMORY, Study, stepper
+from rich.progress import Progress
+
+import autopar
+from autopar.core.graph import OpGraph
+from autopar.core.mesh import Mesh, MeshAxis
+from autopar.core.plan import Plan
+from autopar.planner.plan import plan_graph
+from autopar.planner.rulebook import rules_of
+from autopar.planner.search import Options
+from autopar.runtime.launch import Worker, launch
+from autopar.runtime.microbatches import split_batch
+from autopar.trace.capture import Traced, trace
+
+MLP = Study("mlp", 64, 1, {"width": 768, "depth": 1, "classes": 768})
+SCHEDULES = ("gpipe", "1f1b", "zero-bubble")
+RECOMPUTE = ("none", "full")
+
+
+@dataclass(frozen=True)
+class Heat:
+    """Plans within `margin` of the leader, at most `most`, run `rounds` steps each; the first of them fills caches and is not counted."""
+
+    margin: float
+    most: int
+    rounds: int
+
+
+HEATS = (Heat(float("inf"), 1_000_000, 3), Heat(2.0, 600, 6), Heat(1.5, 40, 41))
+
+
+def shapes(num_devices: int, blocks: int) -> Iterator[tuple[Mesh, tuple[tuple[str, ...], ...]]]:
+    """Meshes of a stage, with the pins of every pipeline over it."""
+    for ranks in (d for d in range(1, blocks + 1) if num_devices % d == 0):
+        pipelines = tuple((f"pp={ranks}", f"schedule={name}") for name in SCHEDULES) if ranks > 1 else ((),)
+        n = num_devices // ranks
+        for inner in (d for d in range(1, n + 1) if n % d == 0 and (d <= n // d)):
+            yield Mesh(tuple(MeshAxis(name, size) for name, size in (("a", n // inner), ("b", inner)) if size > 1) or (MeshAxis("a", 1),)), pipelines
+
+
+def named(graph: OpGraph, mesh: Mesh) -> Iterator[tuple[str, ...]]:
+    """Pins that say what every product does on every axis."""
+    products = [(op.name, (*rule.factors, "I", "R")) for op, rule in zip(graph.ops, rules_of(graph)) if rule.cost == "contract"]
+    alike = len(set(mesh.sizes)) < len(mesh.sizes)
+    for words in product(*(product(offered, repeat=len(mesh.axes)) for _, offered in products)):
+        if not alike or words <= tuple(word[::-1] for word in words):
+            yield tuple(f"{name}={axis.name}:{word}" for (name, _), chosen in zip(products, words) for axis, word in zip(mesh.axes, chosen))
+
+
+def every_plan(graphs: dict[int, OpGraph], cluster: autopar.Cluster, blocks: int) -> Iterator[Plan]:
+    for number, graph in graphs.items():
+        for mesh, pipelines in shapes(cluster.num_devices, blocks):
+            for words, pipeline, zero, mode in product(named(graph, mesh), pipelines, range(4), RECOMPUTE):
+                if zero > 1 and "schedule=zero-bubble" in pipeline:
+                    continue  # refused: each half of a split backward would scatter
+                pins = (*words, *pipeline, f"zero={zero}", f"recompute={mode}")
+                yield plan_graph(graph, cluster, Options(pins=pins, mesh=mesh, micro_batches=number)).plan
+
+
+def identity(plan: Plan) -> str:
+    """What a plan does, without what is said of it."""
+    data = json.loads(plan.to_json())
+    return json.dumps({key: value for key, value in data.items() if key not in ("predicted", "proof", "notes", "mesh")} | {"sizes": plan.mesh.sizes})
+
+
+# --- on the ranks -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Wall seconds of a plan's steps until all ranks were done, or why it did not run."""
+
+    plan: int
+    heat: int
+    steps_s: tuple[float, ...] = ()
+    error: str = ""
+
+
+@dataclass
+class Runner:
+    """One rank of all plans."""
+
+    study: Study
+    plans: Sequence[Plan]
+    traces: dict[int, Traced] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        torch.set_num_threads(1)
+        torch.manual_seed(0)  # the same weights and the same batch on every rank
+        self.loaded = self.study.load("cpu")
+
+    def stepper(self, n: int) -> Any:
+        plan = self.plans[n]
+        number = plan.residency.micro_batches
+        if number not in self.traces:
+            self.traces[number] = trace(self.loaded.module, (), split_batch(self.loaded.kwargs, number)[0])
+        return stepper(plan, self.traces[number], self.loaded)
+
+    def timed(self, step: Any) -> float:
+        dist.barrier()
+        start = time.perf_counter()
+        step()
+        dist.barrier()
+        return time.perf_counter() - start
+
+    def one_by_one(self, n: int, rounds: int) -> tuple[float, ...]:
+        step = self.stepper(n)
+        return tuple(self.timed(step) for _ in range(rounds))[1:]
+
+    def side_by_side(self, chosen: Sequence[int], rounds: int) -> list[tuple[float, ...]]:
+        steps = [self.stepper(n) for n in chosen]
+        gc.collect()
+        gc.freeze()
+        turns = [[self.timed(step) for step in steps] for _ in range(rounds)]
+        return [tuple(times[1:]) for times in zip(*turns)]
+
+
+def measure(worker: Worker, study: Study, plans: list[Plan], searched: int, heats: Sequence[Heat]) -> None:
+    """One rank; rank 0 sends what every plan took. All ranks go by the times of rank 0."""
+    runner, left = Runner(study, plans), list(range(len(plans)))
+    for number, heat in enumerate(heats):
+        last = number + 1 == len(heats)
+        measured = runner.side_by_side(left, heat.rounds) if last else []
+        best: list[float] = []
+        leader = float("inf")
+        for k, n in enumerate(left):
+            times = measured[k] if last else runner.one_by_one(n, heat.rounds)
+            best.append(min(times))
+            leader = min(leader, statistics.median(times))
+            if worker.rank == 0:
+                worker.send(Timed(n, number, times))
+            if not last and k % 200 == 199:
+                gc.collect()
+        if not last:
+            following = heats[number + 1]
+            shared = torch.tensor([*best, leader], dtype=torch.float64)
+            dist.broadcast(shared, 0)
+            *seconds, leader = shared.tolist()
+            order = sorted(range(len(left)), key=seconds.__getitem__)
+            kept = {left[k] for k in order[: following.most] if seconds[k] <= following.margin * leader} | {searched}
+            left = sorted(kept)
+
+
+# --- the report ---------------------------------------------------------------------------------------------------------
+
+
+def summary(plans: Sequence[Plan], searched: int, found: Sequence[Timed], cluster: autopar.Cluster, study: Study) -> dict[str, Any]:
+    last = max(t.heat for t in found)
+    rows = sorted(({"plan": plans[t.plan].summary(), "ops": dict(plans[t.plan].ops), "searched": t.plan == searched, "predicted_s": plans[t.plan].predicted.step_time_s,
+                    "measured_s": statistics.median(t.steps_s), "least_s": min(t.steps_s)} for t in found if t.heat == last), key=lambda row: row["measured_s"])  # fmt: skip
+    mine = next(row for row in rows if row["searched"])
+    return {
+        "measured_on": {"machine": cluster.device.name, "processes": cluster.num_devices, "torch": torch.__version__},
+        "model": {"name": study.spec, "batch": study.batch, **study.overrides},
+        "plans": len(plans),
+        "heats": [sum(t.heat == n for t in found) for n in range(last + 1)],
+        "slowest_s": max(min(t.steps_s) for t in found),
+        "least_predicted_over_searched": min(p.predicted.step_time_s for p in plans) / mine["predicted_s"],
+        "place": rows.index(mine) + 1,
+        "searched_over_fastest": mine["measured_s"] / rows[0]["measured_s"],
+        "rows": rows,
+    }
+
+
+def show(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    on = found["measured_on"]
+    table = Table(title=f"Training step of {found['model']['name']}, {on['processes']} gloo processes on {on['machine']}, torch {on['torch']}: the fastest of {found['plans']} plans")
+    for column in ("#", "plan", "products", "predicted ms", "median ms", "least ms"):
+        table.add_column(column, justify="left" if column in ("plan", "products") else "right")
+    for n, row in enumerate(found["rows"], 1):
+        if n <= 20 or row["searched"]:
+            products = "; ".join(word for name, word in row["ops"].items() if "linear" in name)
+            table.add_row(str(n), row["plan"] + (" (searched)" if row["searched"] else ""), products, *(f"{1e3 * row[key]:.2f}" for key in ("predicted_s", "measured_s", "least_s")))
+    page = Console(width=170)
+    page.print(table)
+    page.print(f"{found['plans']} plans, {' > '.join(map(str, found['heats']))} in the heats, the slowest {1e3 * found['slowest_s']:.0f} ms. The searched plan is number {found['place']} and takes "
+               f"{found['searched_over_fastest']:.3f} of the fastest; no plan is predicted under {found['least_predicted_over_searched']:.3f} of it")  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cluster", default="local:4", help="a file that `autopar calibrate` wrote")
+    parser.add_argument("--micro-batches", default="1,2,4")
+    parser.add_argument("--limit", type=int, default=1_000_000, help="the first so many plans only, to try it out")
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    os.environ.update(KEEP_MEMORY)
+    cluster = autopar.Cluster.parse(given.cluster)
+    loaded = MLP.load("meta")
+    graphs = {n: trace(loaded.module, (), split_batch(loaded.kwargs, n)[0]).graph for n in map(int, given.micro_batches.split(","))}
+    picked = autopar.plan(loaded.module, cluster, loaded.kwargs, pipelines=True)
+    with Progress() as progress:
+        planning = progress.add_task("planning", total=None)
+        plans: dict[str, Plan] = {}
+        for plan in every_plan(graphs, cluster, MLP.overrides["depth"] + 1):
+            plans.setdefault(identity(plan), plan)
+            progress.update(planning, advance=1, description=f"{len(plans)} plans")
+            if len(plans) >= given.limit:
+                break
+        plans.setdefault(identity(picked), picked)
+        searched = list(plans).index(identity(picked))
+        progress.update(planning, total=len(plans), completed=len(plans))
+        running = progress.add_task("running", total=len(plans))
+        found: list[Timed] = []
+
+        def arrived(timed: Timed) -> None:
+            found.append(timed)
+            progress.update(running, advance=1)
+
+        launch(measure, cluster.num_devices, MLP, list(plans.values()), searched, HEATS, on_message=arrived)
+    result = summary(list(plans.values()), searched, found, cluster, MLP)
+    print(json.dumps(result, indent=1)) if given.json else show(result)
+
+
+if __name__ == "__main__":
+    main()
