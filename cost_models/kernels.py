@@ -14,6 +14,8 @@ Rows of operands that do not begin at multiples of ALIGNMENT cannot be loaded fo
 
 Attention. A fused kernel does the share of the scores that its mask leaves, at `attention_efficiency` of the peak; its backward is 2.5 times the
 work (five products for two), at a somewhat lower rate. Written out, attention is two batched products and SCORE_PASSES over the scores.
+
+What was measured of a kind of kernel on a device (`autopar/core/kernel_rate.py`) takes the place of all this.
 """
 
 import math
@@ -22,6 +24,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from autopar.core.device import Device
+from autopar.core.kernel_rate import KernelRate
 
 TILES = ((256, 128, 1.0), (128, 256, 1.0), (128, 128, 0.95), (128, 64, 0.8), (64, 128, 0.8), (64, 64, 0.6))
 """(rows, columns, share of a multiprocessor's rate): smaller tiles read more per product. Source: the order of CUTLASS's default tiles."""
@@ -48,7 +51,7 @@ ELEMENTARY_SCORE_PASSES = 14.0
 class Work(NamedTuple):
     """One operator on one device. `shape`: (batch, m, n, k) of a product, for attention (batch x heads, queries, keys, width of a head);
     `masked`: the share of an attention's scores that are needed; `reads_again`: its backward reads what it was computed from or has computed;
-    `functions`: exponentials and the like that its forward evaluates; `evaluates_again`: its backward does too."""
+    `functions`: exponentials and the like that its forward evaluates; `evaluates_again`: its backward does too; `kind`: which measured rate is its own."""
 
     kernel: str  # product | attention | scores | pointwise | view
     flops: float
@@ -60,6 +63,7 @@ class Work(NamedTuple):
     reads_again: bool = False
     functions: float = 0.0
     evaluates_again: bool = False
+    kind: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,8 +109,18 @@ def forward_seconds(device: Device, work: Work, kernels: Kernels = PLAIN) -> flo
     """Seconds of one operator's forward."""
     if work.kernel == "view":
         return 0.0
+    own = device.kernel(work.kind)
+    if own is not None:
+        return own.call_s + measured_seconds(device, own, work) + (_evaluating(device, work) if own.kind == "pointwise" else 0.0)
     casting = _casting(device, work, kernels, work.shape[0] * work.shape[1] * work.shape[3]) if work.kernel == "product" and work.shape is not None else 0.0
     return device.kernel_launch_s + _busy_seconds(device, work, kernels) + _evaluating(device, work) + casting
+
+
+def measured_seconds(device: Device, own: KernelRate, work: Work) -> float:
+    """Seconds of the flops and bytes of a kernel's forward at the rates that were measured of its kind."""
+    peak = device.peak("float32" if work.kernel == "pointwise" else work.dtype)
+    compute_s = work.flops * work.masked / (own.compute * peak) if own.compute else 0.0
+    return compute_s + (work.num_bytes / (own.memory * device.memory_bytes_per_s) if own.memory else 0.0)
 
 
 def _casting(device: Device, work: Work, kernels: Kernels, elements: int) -> float:
@@ -130,6 +144,10 @@ def backward_halves(device: Device, work: Work, kernels: Kernels = PLAIN) -> tup
     launch = device.kernel_launch_s + (_evaluating(device, work) if work.evaluates_again else 0.0)
     if work.kernel == "view":
         return 0.0, 0.0
+    own = device.kernel(work.kind)
+    if own is not None and own.backward:
+        busy = own.backward * measured_seconds(device, own, work)
+        return (device.kernel_launch_s + busy / 2,) * 2 if work.kernel == "product" else (device.kernel_launch_s + busy, 0.0)
     if work.kernel == "product" and work.shape is not None:
         batch, m, n, k = work.shape
         turned = (batch, m, k, n), (batch, n, k, m)

@@ -5,6 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from autopar.core.graph import DTYPE_BYTES
+from autopar.core.kernel_rate import KernelRate, kernel_values, read_kernels
 from autopar.core.toml_file import Table
 from autopar.core.units import BANDWIDTH, COMPUTE, DURATION, MEMORY, format_quantity, shown
 from autopar.errors import UsageError
@@ -34,9 +35,10 @@ OPTIONAL_NUMBERS = {
     "efficiency": "[device.efficiency] with float8_e4m3fn = 0.7",
     "function": 'function = "2 ns"',
     "loads_ahead": "loads_ahead = false",
+    "kernels": '[device.kernels.attention] with call = "20 us", compute = 0.5, memory = 0.8, backward = 2.5',
 }
 """Numbers that a file may leave out: products then reach their efficiency at any shape, attention that of products, every dtype the same,
-exponentials take no longer than the memory they are read from, and products go on while operands are loaded."""
+exponentials take no longer than the memory they are read from, products go on while operands are loaded, and no kind of kernel has rates of its own."""
 
 LINK_NUMBERS = {
     "latency": 'latency = "3 us"',
@@ -93,6 +95,7 @@ class Device:
     `previous_rate`: the share of its rate that kernels written for the generation before reach, whose instructions it still has.
     `function_s`: what evaluating an exponential, or its like, takes beside reading and writing.
     `loads_ahead`: products go on while the next operands come from memory; the core of a processor does one after the other.
+    `kernels`: what was measured of kinds of kernels, in place of the general numbers.
     """
 
     name: str
@@ -109,6 +112,7 @@ class Device:
     efficiencies: tuple[tuple[str, float], ...] = ()
     function_s: float = 0.0
     loads_ahead: bool = True
+    kernels: tuple[KernelRate, ...] = ()
     source: Sources = UNSOURCED
 
     def __post_init__(self) -> None:
@@ -134,6 +138,10 @@ class Device:
     def efficiency(self, dtype: str) -> float:
         """The share of the peak of a dtype that large matrix products reach."""
         return next((share for name, share in self.efficiencies if name == dtype), self.matmul_efficiency)
+
+    def kernel(self, kind: str) -> KernelRate | None:
+        """What was measured of this kind of kernel."""
+        return next((rate for rate in self.kernels if rate.kind == kind), None)
 
     def peak(self, dtype: str) -> float:
         """Dense peak in flops per second for matrix products of this dtype."""
@@ -230,6 +238,7 @@ def read_device(table: Table) -> Device:
         efficiencies=_efficiencies(table),
         function_s=table.quantity("function", DURATION, zero=True) if "function" in table.values else 0.0,
         loads_ahead=table.flag("loads_ahead") if "loads_ahead" in table.values else True,
+        kernels=read_kernels(table.table("kernels")) if "kernels" in table.values else (),
         source=read_sources(table, (*DEVICE_NUMBERS, *OPTIONAL_NUMBERS)),
     )
 
@@ -303,6 +312,7 @@ def device_values(device: Device) -> dict[str, object]:
         "peak": {dtype: format_quantity(value, COMPUTE) for dtype, value in device.peak_flops_per_s},
         **({"efficiency": dict(device.efficiencies)} if device.efficiencies else {}),
         **({"function": format_quantity(device.function_s, DURATION)} if device.function_s else {}),
+        **({"kernels": kernel_values(device.kernels)} if device.kernels else {}),
         "source": {name: str(source) for name, source in device.source},
     }
 

@@ -68,7 +68,7 @@ class OpRule:
     `saved_operands`/`saved_results`: what the backward reads again, `kept`: what it keeps beside that (see `keeps_operand`);
     `tail_flops`: those done after all of `kept` is there.
     `inner`: the collectives the operator issues itself when a factor is cut. `kernel`: "attention" or "scores" (written out) where a
-    contraction is more than one product; `masked`: the share of an attention's scores that its mask leaves. `functions`: exponentials that
+    contraction is more than one product; `kind`: of `KERNEL_KINDS`, where that is not what `cost` and `kernel` say; `masked`: the share of an attention's scores that its mask leaves. `functions`: exponentials that
     the forward evaluates, others in as many exponentials as they take.
     """
 
@@ -88,6 +88,7 @@ class OpRule:
     inner: tuple[InnerCollective, ...] = ()
     known: bool = True
     kernel: str = ""
+    kind: str = ""
     masked: float = 1.0
     functions: float = 0.0
 

@@ -10,6 +10,7 @@ from autopar.core.graph import DTYPE_BYTES, OpGraph
 from autopar.core.mesh import Mesh, MeshAxis
 from autopar.core.rule import OpRule
 from autopar.core.unroll import Run
+from autopar.cost_models.kernels import Work, measured_seconds
 from autopar.joint.bounds import Parts
 from autopar.joint.fold import places, sides
 from autopar.planner.blocks import Order
@@ -94,19 +95,25 @@ class Ideal:
         """Of one block, and of what is before and behind the run, on a mesh of `outer` x `inner` devices. An axis that divides no factor of an operator
         does not cut it."""
         found = [0.0, 0.0, 0.0]
-        for where, flops, moved, dtype, kernel, sizes in self._work(graph, tuple(rules)):
+        for where, work, backward, sizes in self._work(graph, tuple(rules)):
             devices = math.prod(axis for axis in (outer, inner) if any(size % axis == 0 for size in sizes))
-            found[where] += self._op(flops / devices, moved / devices, dtype, kernel)
+            found[where] += self._op(work._replace(flops=work.flops / devices, num_bytes=work.num_bytes / devices), backward)
         return Parts(*found)
 
-    def _op(self, flops: float, moved: float, dtype: str, kind: str) -> float:
+    def _op(self, work: Work, backward: int) -> float:
+        """Of the forward, and of a backward that is so many times its work unless another number was measured."""
         device = self.cluster.device
-        rate = device.peak(dtype) * max(device.efficiency(dtype), device.attention_efficiency or 0.0) * device.sustained_rate
-        return device.kernel_launch_s + max(flops / rate if kind == "contract" else 0.0, moved / (device.memory_bytes_per_s * device.memory_efficiency))
+        rate = device.peak(work.dtype) * max(device.efficiency(work.dtype), device.attention_efficiency or 0.0) * device.sustained_rate
+        once = device.kernel_launch_s + max(work.flops / rate if work.kernel == "product" else 0.0, work.num_bytes / (device.memory_bytes_per_s * device.memory_efficiency))
+        own = device.kernel(work.kind)
+        if own is None:
+            return (1 + backward) * once
+        busy = measured_seconds(device, own, work)
+        return own.call_s + busy + (backward * device.kernel_launch_s + min(backward, 1) * own.backward * busy if own.backward else backward * once)
 
     @lru_cache(maxsize=64)
-    def _work(self, graph: OpGraph, rules: tuple[OpRule, ...]) -> tuple[tuple[int, float, float, str, str, frozenset[int]], ...]:
-        """(where, flops, bytes, dtype, kind, sizes of its factors) of every operator's forward, and of its backward; where: in the middle block (0), before, behind the run."""
+    def _work(self, graph: OpGraph, rules: tuple[OpRule, ...]) -> tuple[tuple[int, Work, int, frozenset[int]], ...]:
+        """(where, work, how many times that its backward does, sizes of its factors) of every operator; where: in the middle block (0), before, behind the run."""
         found = []
         live, searched = graph.differentiated, graph.searched
         for op, rule, place, where in zip(graph.ops, rules, places(self.run, graph), sides(self.run, graph), strict=True):
@@ -116,6 +123,8 @@ class Ideal:
             dtype = graph.values[op.results[0]].meta.dtype if op.results else "float32"
             masked = rule.masked if rule.kernel else 1.0
             moved = float(sum(m.numel * DTYPE_BYTES[m.dtype] for m in metas))
-            work = (where, rule.flops * masked, moved, dtype if dtype in ("float16", "bfloat16") else "float32", rule.cost, frozenset(size for f, size in enumerate(rule.sizes) if f not in rule.whole))
-            found += [work] * (1 if live.isdisjoint(op.results) else 3 if rule.cost == "contract" and not rule.kernel else 2)
+            kernel = "product" if rule.cost == "contract" else "pointwise"
+            work = Work(kernel, rule.flops * masked, moved, dtype if dtype in ("float16", "bfloat16") else "float32", kind=rule.kind or rule.kernel or kernel)
+            backward = 0 if live.isdisjoint(op.results) else 2 if rule.cost == "contract" and not rule.kernel else 1
+            found.append((where, work, backward, frozenset(size for f, size in enumerate(rule.sizes) if f not in rule.whole)))
         return tuple(found)

@@ -174,13 +174,14 @@ def op_states(
 def work_of(rule: OpRule, strategy: Strategy, mesh: Mesh, flops: float, num_bytes: float, dtype: str, *, rows: float = 1.0, is_weight: bool = False) -> Work:
     """What one rank does of an operator; `rows`: the share of its rows, of a smaller microbatch."""
     kernel = rule.kernel or {"contract": "product"}.get(rule.cost, rule.cost)
+    kind = rule.kind or kernel
     shape = rule.product_shape(strategy, mesh)
     if shape is not None and rows != 1.0:
         batch, m, n, k = shape
         shape = (max(1, round(batch * rows)), m, n, k) if rule.kernel or batch > 1 else (batch, max(1, round(m * rows)), n, k)
     functions = rule.functions / rule.degree(strategy, mesh) * rows
     again = rule.kernel == "attention" or not (rule.kernel or rule.saved_results)  # the others differentiate by what they have evaluated
-    return Work(kernel, flops, num_bytes, dtype, shape, rule.masked, is_weight, bool(rule.saved_operands or rule.saved_results), functions, again)
+    return Work(kernel, flops, num_bytes, dtype, shape, rule.masked, is_weight, bool(rule.saved_operands or rule.saved_results), functions, again, kind)
 
 
 def written_beside(rule: OpRule, strategy: Strategy, mesh: Mesh) -> int:

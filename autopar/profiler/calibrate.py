@@ -1,30 +1,34 @@
 """The cluster file of this machine: what its processes are measured to do, as the numbers that the cost models compute with.
 
-    1. ceilings    matrix products of every dtype, elementwise passes: the peaks, the memory bandwidth, what an exponential takes
-    2. blocks      forward and backward of small transformers, with these passes: which share of the ceilings operators reach, and what a call costs
-    3. runtime     the optimizer's step; microbatches of a block, beside the block: what a forward or backward costs beside its operators
-    4. talk        every collective over sizes and group sizes: its start, its hop, its rate
+    1. ceilings    matrix products of every dtype, elementwise passes: the peaks and the memory bandwidth
+    2. kernels     single calls of every kind of kernel, in turns: what a call takes and which share of the ceilings it reaches, what an exponential takes
+    3. blocks      forward and backward of small transformers: with the kernels known, what is left to backwards, and to what lies between operators
+    4. runtime     the optimizer's step; microbatches of a block, beside the block: what a forward or backward costs beside its operators
+    5. talk        every collective over sizes and group sizes: its start, its hop, its rate
 
 Every count that a price is fitted to comes from the cost models themselves, asked with a price of one: there is no second formula. All ranks measure
 at once; a process alone on its core is faster by the crowding of the cluster, processes per core, which is also what processor seconds are multiplied
 with. What this leaves out: memory bandwidth that is free while others wait, and time in which a collective keeps no core busy.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 from autopar.core.cluster import Cluster, Device, Host, Link, sources
 from autopar.core.device import MEASURED_COLLECTIVES, Measured
+from autopar.core.kernel_rate import KERNEL_KINDS, KernelRate
 from autopar.core.mesh import Mesh
 from autopar.cost_models.collectives import collective_seconds
 from autopar.cost_models.memory import adam
 from autopar.errors import UsageError
 from autopar.planner.plan import plan_graph
 from autopar.planner.states import Pricing
-from autopar.planner.work import compute_seconds
+from autopar.planner.work import compute_seconds, pieces
 from autopar.profiler import fit
+from autopar.profiler.samples import SAMPLES, backward_of
+from autopar.profiler.samples import tasks as sample_tasks
 from autopar.profiler.tasks import Cache, Task
 from autopar.profiler.tasks import Measured as Seconds
 from autopar.program import Program
@@ -32,7 +36,6 @@ from autopar.program import Program
 MATMULS = ((64, 64, 64), (128, 256, 256), (256, 256, 1024), (512, 512, 512), (1024, 1024, 1024))
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 PASSES = (1 << 14, 1 << 16, 1 << 18, 1 << 20)
-FUNCTIONS = (1 << 16, 1 << 18)
 BLOCKS = ((1, 8, 64, 8), (1, 64, 64, 8), (4, 64, 128, 8), (1, 64, 256, 8), (2, 64, 256, 8), (4, 64, 256, 8), (8, 64, 256, 8), (1, 128, 512, 8), (4, 128, 512, 4))
 """(batch, sequence, width, layers). As deep as models are: two layers, over and over, stay in the caches, where an operator takes half as long."""
 
@@ -93,7 +96,7 @@ def tasks_for(num_processes: int) -> tuple[Task, ...]:
     """All that is measured, the quick things first."""
     found = [Task("matmul", shape, dtype) for dtype in DTYPES for shape in (MATMULS if dtype == "float32" else MATMULS[1:4])]
     found += [Task("stream", (elements,)) for elements in PASSES]
-    found += [Task("function", (elements,)) for elements in FUNCTIONS]
+    found += sample_tasks()
     found += [Task("block", shape) for shape in BLOCKS]
     found += [Task("update", UPDATE), Task("watched", (WATCHED,))]
     found += [Task(primitive, (n, size)) for primitive in MEASURED_COLLECTIVES for n in _group_sizes(num_processes) for size in SIZES]
@@ -132,37 +135,69 @@ def _device(base: Cluster, seconds: Seconds, fits: list[tuple[str, fit.Fit]]) ->
         rows = _of(seconds, "matmul", dtype)
         found = fit.linear([(1.0, 2.0 * task.shape[0] * task.shape[1] * task.shape[2]) for task, _ in rows], [value for _, value in rows])
         fits.append((f"matmul {dtype}", found))
-        peaks[dtype] = 1.0 / found.prices[1]
+        peaks[dtype] = _digits(1.0 / found.prices[1])
     rows = _of(seconds, "stream")
     passes = fit.linear([(1.0, 8.0 * task.shape[0]) for task, _ in rows], [value for _, value in rows])
     fits.append(("elementwise", passes))
-    blocks, functions = _of(seconds, "block"), _of(seconds, "function")
-    programs = [_program(task) for task, _ in blocks]
-    streams = [(0.0, 0.0, 8.0 * task.shape[0], float(task.op == "function") * task.shape[0]) for task, _ in (*rows, *functions)]
-    start = (passes.prices[0], 1.0 / peaks["float32"], passes.prices[1], passes.prices[1])
-    measured = [value for _, value in blocks] + [value - passes.prices[0] for _, value in (*rows, *functions)]
-    reached = fit.in_turn(lambda prices: [*(_counts(program, prices) for program in programs), *streams], measured, start)
-    fits.append(("blocks", reached))
-    call_s, flop_s, byte_s, function_s = reached.prices
-    bandwidth, peak = 1.0 / passes.prices[1], peaks["float32"]
     how = f"measured: {base.devices_per_node} processes at once on {base.host.cores:g} cores"
-    return Device(
-        name=f"process of {base.name}, {base.host.cores:g} cores",
-        memory_bytes=base.device.memory_bytes,
-        memory_bytes_per_s=_digits(bandwidth),
-        peak_flops_per_s=tuple((dtype, _digits(rate)) for dtype, rate in peaks.items()),
-        matmul_efficiency=_digits(min(1.0, 1.0 / (flop_s * peak))) if flop_s else 1.0,
-        memory_efficiency=_digits(min(1.0, 1.0 / (byte_s * bandwidth))) if byte_s else 1.0,
-        kernel_launch_s=_digits(call_s),
-        function_s=_digits(function_s),
-        loads_ahead=False,
+    ceilings = Device(
+        name=f"process of {base.name}, {base.host.cores:g} cores", memory_bytes=base.device.memory_bytes, memory_bytes_per_s=_digits(1.0 / passes.prices[1]),
+        peak_flops_per_s=tuple(peaks.items()), loads_ahead=False,
+    )  # fmt: skip
+    with_kernels = _with_kernels(ceilings, seconds, fits)
+    device, reached = _with_blocks(with_kernels, _of(seconds, "block"))
+    fits.append(("blocks", reached))
+    return replace(
+        device,
         source=sources(
             f"{how}; forward and backward of transformer blocks, {reached}",
             memory="measured: physical memory by processes",
             peak=f"{how}; matrix products, {dict(fits)['matmul float32']} in float32",
             memory_bandwidth=f"{how}; elementwise passes, {passes}",
+            kernels=f"{how}; single calls in turns, R^2 of " + ", ".join(f"{rate.kind} {dict(fits)[rate.kind].r2:.3f}" for rate in device.kernels),
         ),
     )
+
+
+def _with_kernels(device: Device, seconds: Seconds, fits: list[tuple[str, fit.Fit]]) -> Device:
+    """With the rates of every kind of kernel, and what an exponential takes."""
+    counts = _sample_counts(tuple(task for task in seconds if task.op in SAMPLES))
+    rates, function_s = [], 0.0
+    for kind in dict.fromkeys(sample.kind for sample in SAMPLES.values()):
+        rows = [(counts[task], seconds[task], task) for task in counts if SAMPLES[task.op].kind == kind]
+        found = fit.linear([count for count, _, _ in rows], [value for _, value, _ in rows])
+        fits.append((kind, found))
+        call_s, flop_s, byte_s, exponential_s = found.prices
+        function_s += exponential_s
+        busy = [sum(n * price for n, price in zip(count[1:], found.prices[1:])) for count, _, _ in rows]
+        pairs = [(forward_s, seconds[backward_of(task)]) for forward_s, (_, _, task) in zip(busy, rows) if backward_of(task) in seconds]
+        times = fit.linear([(1.0, b) for b, _ in pairs], [s for _, s in pairs]).prices[1] if pairs else 0.0
+        rates.append(KernelRate(kind, _digits(call_s), _share(flop_s, device.peak("float32")), _share(byte_s, device.memory_bytes_per_s), _digits(times)))
+    product = next(rate for rate in rates if rate.kind == "product")
+    return replace(device, kernels=tuple(rates), function_s=_digits(function_s), matmul_efficiency=min(1.0, product.compute or 1.0))
+
+
+def _share(price_s: float, ceiling: float) -> float:
+    """Of a ceiling, from the price of one; 0 where it costs nothing."""
+    return _digits(1.0 / (price_s * ceiling)) if price_s else 0.0
+
+
+def _with_blocks(device: Device, blocks: Sequence[tuple[Task, float]]) -> tuple[Device, fit.Fit]:
+    """With what whole blocks say beside their single kernels: what a call takes in a backward, with the views there and back, and what that of a product."""
+    programs = [_program(task) for task, _ in blocks]
+
+    def at(prices: tuple[float, ...]) -> Device:
+        call_s, products = prices
+        kernels = tuple(replace(rate, backward=products) if rate.kind == "product" else rate for rate in device.kernels)
+        return replace(device, kernel_launch_s=call_s, kernels=kernels)
+
+    def price(prices: tuple[float, ...]) -> list[float]:
+        cluster = replace(Cluster.local(1), device=at(prices))
+        return [compute_seconds(program, Pricing(cluster, program.mesh)) for program in programs]
+
+    product = next(rate for rate in device.kernels if rate.kind == "product")
+    found = fit.in_turn(price, [value for _, value in blocks], (product.call_s, product.backward))
+    return at(tuple(_digits(value) for value in found.prices)), found
 
 
 @lru_cache(maxsize=64)
@@ -175,22 +210,40 @@ def _program(task: Task) -> Program:
     return plan_graph(trace(loaded.module, (), loaded.kwargs).graph, Cluster.local(1)).program
 
 
-def _counts(program: Program, prices: tuple[float, ...]) -> tuple[float, float, float, float]:
-    """(calls, flops, bytes, functions) that the cost model prices of a block, each operator under the ceiling that these prices put it under."""
-    _, flop_s, byte_s, _ = prices
-    more = 1.001
+@lru_cache(maxsize=8)
+def _row(tasks: tuple[Task, ...]) -> tuple[Program, tuple[int, ...]]:
+    """The program of all these calls, and which of them each of its operators belongs to."""
+    from autopar.profiler.calls import Row
+    from autopar.trace.capture import trace
 
-    def at(calls: float, flops: float, num_bytes: float, functions: float = 0.0) -> float:
-        device = Device(
-            name="a ruler", memory_bytes=1, memory_bytes_per_s=1.0 / max(num_bytes, 1.0 / FREE), peak_flops_per_s=(("float32", 1.0 / max(flops, 1.0 / FREE)),),
-            kernel_launch_s=calls, function_s=functions, loads_ahead=False,
-        )  # fmt: skip
-        return compute_seconds(program, Pricing(replace(Cluster.local(1), device=device), program.mesh))
+    program = plan_graph(trace(Row(tasks, "meta"), (), {}).graph, Cluster.local(1)).program
+    graph, call = program.graph, dict[int, int]()
+    for v, value in enumerate(graph.values):  # a parameter says by its name whose it is; what is computed, by its operands
+        call[v] = int(value.source[0].split(".")[1]) if value.role == "param" else call[graph.ops[graph.producer[v][0]].operands[0]]
+    return program, tuple(call[op.results[0]] for op in graph.ops)
 
-    here = at(0.0, flop_s, byte_s)
-    flops = (at(0.0, flop_s * more, byte_s) - here) / (flop_s * (more - 1)) if flop_s else 0.0
-    num_bytes = (at(0.0, flop_s, byte_s * more) - here) / (byte_s * (more - 1)) if byte_s else 0.0
-    return at(1.0, 0.0, 0.0), flops, num_bytes, at(0.0, 0.0, 0.0, 1.0)
+
+def sample_seconds(tasks: tuple[Task, ...], device: Device) -> dict[Task, tuple[float, float]]:
+    """What the cost model prices of the forward and the backward of each of these single calls."""
+    program, call = _row(tasks)
+    found = [(0.0, 0.0)] * len(tasks)
+    for piece in pieces(program, Pricing(replace(Cluster.local(1), device=device), program.mesh)):
+        if isinstance(piece.key, tuple) and piece.key[0] == "op":
+            there, back = found[call[piece.op]]
+            found[call[piece.op]] = there + piece.seconds[0], back + sum(piece.seconds[1:])
+    return dict(zip(tasks, found))
+
+
+def _sample_counts(tasks: tuple[Task, ...]) -> dict[Task, tuple[float, ...]]:
+    """(calls, flops, bytes, functions) of the forward of each sample, of those that it depends on, as the cost model counts them."""
+    ruler = Device(name="a ruler", memory_bytes=1, memory_bytes_per_s=1.0, peak_flops_per_s=(("float32", 1.0),))
+
+    def priced(device: Device, **rate: float) -> list[float]:
+        rates = tuple(KernelRate(kind, **rate) for kind in KERNEL_KINDS)
+        return [there for there, _ in sample_seconds(tasks, replace(device, kernels=rates)).values()]
+
+    counts = {"flops": priced(ruler, compute=1.0), "bytes": priced(ruler, memory=1.0), "functions": priced(replace(ruler, function_s=1.0))}
+    return {task: (1.0, *(of[n] if name in SAMPLES[task.op].by else 0.0 for name, of in counts.items())) for n, task in enumerate(tasks)}
 
 
 # --- links -----------------------------------------------------------------------------------------------------------

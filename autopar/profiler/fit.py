@@ -8,6 +8,13 @@ import numpy as np
 ROUNDS = 8
 """How often prices and the counts that depend on them are found in turn."""
 
+STEP = 1e-3
+"""How far a price is moved to see its count, as a share of it."""
+
+
+EXACT = 1e-12
+"""Squared error of a logarithm: of one measurement alone all or nothing is explained."""
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -21,32 +28,37 @@ class Fit:
         return f"{self.num_points} points, R^2 {self.r2:.3f}"
 
 
-def linear(counts: Sequence[Sequence[float]], seconds: Sequence[float]) -> Fit:
-    """Prices p >= 0 for which counts @ p is near `seconds`, each error taken relative to its own seconds.
+def linear(counts: Sequence[Sequence[float]], seconds: Sequence[float], known: Sequence[float] | None = None) -> Fit:
+    """Prices p >= 0 for which counts @ p, and `known` seconds beside it, is near `seconds`, each error taken relative to its own seconds.
 
     Every price is tried as zero where the best solution makes it negative: the counts are few, so all such choices are looked at.
     """
     measured = np.asarray(seconds, dtype=float)
-    table = np.asarray(counts, dtype=float) / measured[:, None]
-    best, best_error = np.zeros(table.shape[1]), float(len(measured))
+    beside = np.zeros(len(measured)) if known is None else np.asarray(known, dtype=float)
+    table, left = np.asarray(counts, dtype=float) / measured[:, None], 1 - beside / measured
+    best, best_error = np.zeros(table.shape[1]), float((left**2).sum())
     for mask in range(1, 2 ** table.shape[1]):
         chosen = [c for c in range(table.shape[1]) if mask >> c & 1]
         scale = np.abs(table[:, chosen]).max(axis=0)
         if not scale.all():
             continue
-        found = np.linalg.lstsq(table[:, chosen] / scale, np.ones(len(measured)), rcond=None)[0] / scale
-        error = float(((table[:, chosen] @ found - 1) ** 2).sum())
+        found = np.linalg.lstsq(table[:, chosen] / scale, left, rcond=None)[0] / scale
+        error = float(((table[:, chosen] @ found - left) ** 2).sum())
         if (found >= 0).all() and error < best_error:
             best, best_error = np.zeros(table.shape[1]), error
             best[chosen] = found
-    return Fit(tuple(best.tolist()), r_squared(np.asarray(counts, dtype=float) @ best, measured), len(measured))
+    return Fit(tuple(best.tolist()), r_squared(beside + np.asarray(counts, dtype=float) @ best, measured), len(measured))
 
 
-def in_turn(counts: Callable[[tuple[float, ...]], Sequence[Sequence[float]]], seconds: Sequence[float], start: tuple[float, ...]) -> Fit:
-    """The same where the counts depend on the prices (a roofline: which ceiling an operator is under)."""
+def in_turn(price: Callable[[tuple[float, ...]], Sequence[float]], seconds: Sequence[float], start: tuple[float, ...]) -> Fit:
+    """The same where the counts depend on the prices (a roofline: which ceiling an operator is under). `price`: seconds of every row at such prices,
+    piecewise linear in them; the counts are its slopes, and what no price explains is known."""
     fit = Fit(start, 0.0, len(seconds))
     for _ in range(ROUNDS):
-        fit = linear(counts(fit.prices), seconds)
+        here = np.asarray(price(fit.prices), dtype=float)
+        steps = [max(abs(p) * STEP, s * STEP**2) for p, s in zip(fit.prices, start)]
+        counts = np.stack([(np.asarray(price((*fit.prices[:n], fit.prices[n] + step, *fit.prices[n + 1 :]))) - here) / step for n, step in enumerate(steps)], axis=1)
+        fit = linear(counts, seconds, here - counts @ np.asarray(fit.prices))
     return fit
 
 
@@ -54,4 +66,5 @@ def r_squared(predicted: np.ndarray, measured: np.ndarray) -> float:
     """Of the logarithms: seconds range over orders of magnitude, and the small ones count as well."""
     there, wanted = np.log(np.maximum(predicted, 1e-12)), np.log(measured)
     spread = float(((wanted - wanted.mean()) ** 2).sum())
-    return 1.0 - float(((there - wanted) ** 2).sum()) / spread if spread else 0.0
+    left = float(((there - wanted) ** 2).sum())
+    return 1.0 - left / spread if spread else float(left < EXACT)

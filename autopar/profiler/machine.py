@@ -7,6 +7,7 @@ A collective is timed between computations and these are subtracted: ranks that 
 caches on both sides, and that costs more than the message (4 ranks on 2 cores, an all-reduce of 1 KB: twice what it takes back to back).
 """
 
+import ctypes
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,8 @@ from autopar.core.cluster import Cluster
 from autopar.core.device import MEASURED_COLLECTIVES
 from autopar.core.mesh import Mesh
 from autopar.models.load import LoadedModel, load_model
+from autopar.profiler.calls import in_turns
+from autopar.profiler.samples import SAMPLES, forward_of
 from autopar.profiler.tasks import Task
 from autopar.runtime.distributed import GroupExchange
 from autopar.runtime.launch import Worker
@@ -43,6 +46,9 @@ BETWEEN = 512
 STREAMED_BYTES = 64 << 20
 """More than the caches of a processor hold."""
 
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+"""Of glibc's malloc.h."""
+
 Call = Callable[[], object]
 
 
@@ -50,11 +56,25 @@ def measure(worker: Worker, tasks: Sequence[Task]) -> None:
     """On every rank: time the tasks; rank 0 sends (task, processor seconds of a call, mean over ranks)."""
     groups: dict[int, GroupExchange] = {}
     between = _call(Task("matmul", (BETWEEN,) * 3), groups)
+    _keep_memory()
+    single = [task for task in tasks if forward_of(task).op in SAMPLES]
+    together = {task: _mean_over_ranks(seconds) for task, seconds in in_turns(single).items()}
     for task in tasks:
-        call = _call(task, groups)
-        seconds = _added_seconds(between, call) if task.op in MEASURED_COLLECTIVES else processor_seconds(call)
+        if task in together:
+            seconds = together[task]
+        else:
+            call = _call(task, groups)
+            seconds = _added_seconds(between, call) if task.op in MEASURED_COLLECTIVES else processor_seconds(call)
         if worker.rank == 0:
             worker.send((task, seconds))
+
+
+def _keep_memory() -> None:
+    """What is freed is what is allocated next, where the C library can be told: to fetch its pages from the system anew takes as long as what is measured."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(TRIM_THRESHOLD, 2**31 - 1)
+        library.mallopt(MMAP_THRESHOLD, 2**30)
 
 
 def processor_seconds(call: Call) -> float:
@@ -104,9 +124,7 @@ def _call(task: Task, groups: dict[int, GroupExchange]) -> Call:
             m, k, n = task.shape
             return partial(torch.mm, torch.randn(m, k, dtype=dtype), torch.randn(k, n, dtype=dtype))
         case "stream":  # (elements,)
-            return _passes(torch.neg, *task.shape, dtype)
-        case "function":  # (elements,)
-            return _passes(torch.exp, *task.shape, dtype)
+            return _passes(*task.shape, dtype)
         case "update":  # (parameters, elements of each)
             return _update(*task.shape)
         case "watched":  # (operators,)
@@ -119,14 +137,14 @@ def _call(task: Task, groups: dict[int, GroupExchange]) -> Call:
     return _collective(task.op, _group(size, groups), torch.zeros(num_bytes // 4))
 
 
-def _passes(function: Callable[..., torch.Tensor], elements: int, dtype: torch.dtype) -> Call:
+def _passes(elements: int, dtype: torch.dtype) -> Call:
     """One pass over tensors that take turns, so that each comes from memory as the activations of a model do, and not from a cache."""
     count = max(1, STREAMED_BYTES // (2 * elements * dtype.itemsize))
     turns = itertools.cycle([(torch.randn(elements, dtype=dtype), torch.ones(elements, dtype=dtype)) for _ in range(count)])
 
     def run() -> None:
         x, y = next(turns)
-        function(x, out=y)
+        torch.neg(x, out=y)
 
     return run
 

@@ -42,6 +42,7 @@ def attention(call: Call) -> OpRule:
         cost="contract",
         flops=2.0 * q[0] * heads * q[2] * k[2] * (q[3] + v[3]),
         kernel="attention" if fused else "scores",
+        kind="causal_attention" if fused and causal else "",
         masked=0.5 if causal else 1.0,
         functions=float(q[0] * heads * q[2] * k[2]),
         **saved,
@@ -75,7 +76,7 @@ def token_cross_entropy(call: Call) -> OpRule:
     numbers = 4 if call.args["label_smoothing"] else 3
     inner = [("v", "all_reduce", ["n"], numbers, 0)]
     return call.rule({"input": ["n", "v"], "target": ["n"]}, [["n"]], saves=["target"], keeps=[(["n", "v"], call.meta("input").dtype)], inner=inner,
-                     functions=float(call.meta("input").numel))  # fmt: skip
+                     functions=float(call.meta("input").numel), kind="loss")  # fmt: skip
 
 
 @rule("aten.mse_loss.default", "aten.l1_loss.default", "aten.smooth_l1_loss.default", "aten.huber_loss.default", "aten.kl_div.default",

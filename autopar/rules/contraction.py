@@ -132,7 +132,7 @@ def embedding(call: Call) -> OpRule:
     """
     index = [f"b{i}" if size > 1 else None for i, size in enumerate(call.shape("indices"))]
     whole = ["v", *(f for f in index if f)] if call.args.get("scale_grad_by_freq") else []
-    return call.rule({"weight": ["v", "h"], "indices": index}, [[*index, "h"]], linear=[["weight"]], saves=["indices"], whole=whole)
+    return call.rule({"weight": ["v", "h"], "indices": index}, [[*index, "h"]], linear=[["weight"]], saves=["indices"], whole=whole, kind="gather")
 
 
 @rule("aten.convolution.default", "aten.conv1d.default", "aten.conv2d.default", "aten.conv3d.default", "aten.conv2d.padding", "aten.conv1d.padding",
@@ -157,4 +157,5 @@ def convolution(call: Call) -> OpRule:
         saves=["input", "weight"],
         whole=[*inner, *around, *out, *(["o"] if grouped else [])],
         flops=2.0 * (call.meta("input") if transposed else call.outs[0]).numel * math.prod(weight[1:]),
+        kind="convolution",
     )

@@ -14,7 +14,7 @@ def gather(call: Call) -> OpRule:
     shared = [f"d{i}" if n == m and n > 1 and i != d else None for i, (n, m) in enumerate(zip(shape, index))]
     index_dims = list(shared)
     index_dims[d] = "picked" if index[d] > 1 else None
-    return call.rule({"self": shared, "index": index_dims}, [index_dims], linear=[["self"]], saves=["index"])
+    return call.rule({"self": shared, "index": index_dims}, [index_dims], linear=[["self"]], saves=["index"], kind="gather")
 
 
 @rule("aten.index_select.default")
@@ -24,14 +24,14 @@ def index_select(call: Call) -> OpRule:
     names = [f"d{i}" if n > 1 and i != d else None for i, n in enumerate(shape)]
     picked = "picked" if call.outs[0].shape[d] > 1 else None
     result = [*names[:d], picked, *names[d + 1 :]]
-    return call.rule({"self": names, "index": [picked] * len(call.shape("index"))}, [result], linear=[["self"]], saves=["index"])
+    return call.rule({"self": names, "index": [picked] * len(call.shape("index"))}, [result], linear=[["self"]], saves=["index"], kind="gather")
 
 
 @rule("aten.index.Tensor")
 def index(call: Call) -> OpRule:
     """The picked elements and the dimensions that no index walks may be cut."""
     names, indices, result = _indexed(call)
-    return call.rule({"self": names, "indices": indices}, [result], linear=[["self"]], saves=["indices"])
+    return call.rule({"self": names, "indices": indices}, [result], linear=[["self"]], saves=["indices"], kind="gather")
 
 
 @rule("aten.index_put.default")

@@ -7,7 +7,7 @@ from autopar.rules.registry import Call, rule
 
 
 def pointwise(call: Call, *, only: Sequence[str] = (), linear: Sequence[Sequence[str]] = (), saves: Sequence[str] = (),
-              saves_results: Sequence[int] = (), keeps: bool = False, cost: str = "pointwise") -> OpRule:  # fmt: skip
+              saves_results: Sequence[int] = (), keeps: bool = False, cost: str = "pointwise", kind: str = "") -> OpRule:  # fmt: skip
     """Broadcasting elementwise rule over all tensor operands, or those in `only`. `keeps`: the backward keeps a number an element."""
     out = call.outs[0].shape
     names = [f"d{i}" if size > 1 else None for i, size in enumerate(out)]
@@ -25,7 +25,8 @@ def pointwise(call: Call, *, only: Sequence[str] = (), linear: Sequence[Sequence
         elif call.has(name):
             operands[name] = dims(call.shape(name))
     kept = [(dims(out), call.outs[0].dtype)] if keeps else ()
-    return call.rule(operands, [dims(meta.shape) for meta in call.outs], linear=linear, saves=saves, saves_results=saves_results, keeps=kept, cost=cost)
+    return call.rule(operands, [dims(meta.shape) for meta in call.outs], linear=linear, saves=saves, saves_results=saves_results, keeps=kept, cost=cost,
+                     kind=kind or ("scalar" if cost == "pointwise" and call.outs[0].numel == 1 else ""))  # fmt: skip
 
 
 COPIES = ("clone", "alias", "contiguous", "detach", "lift_fresh_copy", "detach_copy", "alias_copy")
@@ -36,7 +37,7 @@ def copy(call: Call) -> OpRule:
     """The second operand of type_as lends its dtype alone."""
     is_view = call.op.kind in ("aten.alias.default", "aten.detach.default")
     floats = "float" in call.outs[0].dtype
-    return pointwise(call, only=["self"], linear=[["self"]] if floats else (), cost="view" if is_view else "pointwise")
+    return pointwise(call, only=["self"], linear=[["self"]] if floats else (), cost="view" if is_view else "pointwise", kind="copy")
 
 
 @rule("aten.neg.default")

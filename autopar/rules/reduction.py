@@ -1,5 +1,7 @@
 """Reductions, scans and normalisations: along what they work, and what passes through."""
 
+import math
+
 from autopar.core.rule import OpRule
 from autopar.rules.registry import Call, NoRule, rule
 
@@ -25,7 +27,7 @@ def _reduced(call: Call, name: str = "self") -> tuple[list[str | None], list[str
 def linear_reduction(call: Call) -> OpRule:
     """A cut reduced factor leaves a partial sum (the rewriter scales a mean's addends)."""
     names, result, _ = _reduced(call)
-    return call.rule({"self": names}, [result], linear=[["self"]])
+    return call.rule({"self": names}, [result], linear=[["self"]], kind="mean" if "mean" in call.op.kind else "reduction")
 
 
 @rule("aten.amax.default", "aten.amin.default", "aten.max.dim", "aten.min.dim", "aten.max.default", "aten.min.default", "aten.argmax.default",
@@ -35,7 +37,7 @@ def linear_reduction(call: Call) -> OpRule:
       "aten.std_mean.correction", "aten.median.dim", "aten.kthvalue.default", "aten.mode.default")  # fmt: skip
 def whole_reduction(call: Call) -> OpRule:
     names, result, along = _reduced(call)
-    return call.rule({"self": names}, [result] * len(call.outs), whole=along, saves=["self"], saves_results=[0])
+    return call.rule({"self": names}, [result] * len(call.outs), whole=along, saves=["self"], saves_results=[0], kind="reduction")
 
 
 @rule("aten.softmax.int", "aten._softmax.default", "aten.log_softmax.int", "aten._log_softmax.default", "aten.cumsum.default", "aten.cumprod.default",
@@ -48,7 +50,7 @@ def along_one_dim(call: Call) -> OpRule:
     is_softmax = "softmax" in call.op.kind
     linear = [["self"]] if call.op.kind == "aten.cumsum.default" else ()
     beside = {name: names for name in ("prepend", "append") if call.has(name)}
-    saved = {"saves_results": [0]} if is_softmax else {"saves": ["self"]}
+    saved = {"saves_results": [0], "kind": "softmax"} if is_softmax else {"saves": ["self"]}
     return call.rule({"self": names, **beside}, [names] * len(call.outs), linear=linear, **saved)
 
 
@@ -67,7 +69,7 @@ def layer_norm(call: Call) -> OpRule:
     lead = [f"b{i}" if size > 1 else None for i, size in enumerate(shape[:-n])]
     tail = [f"n{i}" for i in range(n)]
     return call.rule({"input": [*lead, *tail], "weight": tail, "bias": tail}, [[*lead, *tail]], whole=tail, saves=["input"],
-                     keeps=[(lead, "float32")] * (2 if "layer" in call.op.kind else 1))  # fmt: skip
+                     keeps=[(lead, "float32")] * (2 if "layer" in call.op.kind else 1), kind="normalisation")  # fmt: skip
 
 
 @rule("aten.group_norm.default")
@@ -82,6 +84,7 @@ def group_norm(call: Call) -> OpRule:
         sizes={"g": groups, "c": shape[1] // groups},
         whole=["c", *rest],
         saves=["input"],
+        kind="normalisation",
     )
 
 
@@ -91,7 +94,7 @@ def fixed_batch_norm(call: Call) -> OpRule:
     shape = call.shape("input")
     names = ["n", "c", *(f"x{i}" for i in range(len(shape) - 2))]
     per_channel = {name: ["c"] for name in ("weight", "bias", "running_mean", "running_var")}
-    return call.rule({"input": names, **per_channel}, [names, *([None] for _ in call.outs[1:])], saves=["input"])
+    return call.rule({"input": names, **per_channel}, [names, *([None] for _ in call.outs[1:])], saves=["input"], kind="normalisation")
 
 
 @rule("aten.instance_norm.default")
@@ -99,7 +102,7 @@ def instance_norm(call: Call) -> OpRule:
     if not call.args["use_input_stats"] or call.has("running_mean"):
         raise NoRule
     names = ["n", "c", *(f"x{i}" for i in range(len(call.shape("input")) - 2))]
-    return call.rule({"input": names, "weight": ["c"], "bias": ["c"]}, [names], whole=names[2:], saves=["input"])
+    return call.rule({"input": names, "weight": ["c"], "bias": ["c"]}, [names], whole=names[2:], saves=["input"], kind="normalisation")
 
 
 @rule("autopar.batch_norm.default")
@@ -114,6 +117,7 @@ def batch_norm(call: Call) -> OpRule:
         whole=rest,
         saves=["input"],
         inner=[("n", "all_reduce", ["c"], 2, 2)],
+        kind="normalisation",
     )
 
 
@@ -121,6 +125,7 @@ def batch_norm(call: Call) -> OpRule:
       "aten.max_pool1d.default", "aten.avg_pool1d.default", "aten.adaptive_avg_pool1d.default", "aten.adaptive_max_pool2d.default",
       "aten.max_pool3d.default")  # fmt: skip
 def pooling(call: Call) -> OpRule:
+    """flops: one for every element of every window."""
     name = "self" if call.has("self") else "input"
     shape = call.shape(name)
     if len(shape) < 3 or len(shape) != len(call.outs[0].shape):
@@ -128,5 +133,9 @@ def pooling(call: Call) -> OpRule:
     spatial = 1 if "1d" in call.op.kind else 3 if "3d" in call.op.kind else 2
     lead = [f"b{i}" if n > 1 else None for i, n in enumerate(shape[: len(shape) - spatial])]
     dims = [*lead, *[None] * spatial]
-    linear = [[name]] if "avg" in call.op.kind else ()
-    return call.rule({name: dims}, [dims] * len(call.outs), linear=linear, saves=[name])
+    average = "avg" in call.op.kind
+    size = call.args.get("kernel_size")
+    sides = size if isinstance(size, tuple) else (size,)
+    window = call.meta(name).numel / call.outs[0].numel if size is None else math.prod(sides) ** (spatial // len(sides))
+    return call.rule({name: dims}, [dims] * len(call.outs), linear=[[name]] if average else (), saves=[name], flops=window * call.outs[0].numel,
+                     kind="average_pooling" if average else "max_pooling")  # fmt: skip

@@ -224,7 +224,7 @@ def cat(call: Call) -> OpRule:
         raise NoRule
     d = call.dim("dim", len(shapes[0]))
     names = [f"d{i}" if n > 1 and i != d else None for i, n in enumerate(shapes[0])]
-    return call.rule({"tensors": [names] * len(shapes)}, [names], linear=[["tensors"]])
+    return call.rule({"tensors": [names] * len(shapes)}, [names], linear=[["tensors"]], kind="copy")
 
 
 @rule("aten.stack.default")
@@ -232,4 +232,4 @@ def stack(call: Call) -> OpRule:
     rank = len(call.outs[0].shape)
     d = call.dim("dim", rank)
     names = [f"d{i}" if n > 1 else None for i, n in enumerate(call.metas[0].shape)]
-    return call.rule({"tensors": [names] * len(call.metas)}, [[*names[:d], None, *names[d:]]], linear=[["tensors"]])
+    return call.rule({"tensors": [names] * len(call.metas)}, [[*names[:d], None, *names[d:]]], linear=[["tensors"]], kind="copy")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from autopar.core.cluster import Cluster, Device, Host, Link, Source, sources
 from autopar.core.device import Measured
+from autopar.core.kernel_rate import KernelRate
 from autopar.core.toml_file import MAX_BYTES
 from autopar.errors import AutoparError, FileFormatError, UsageError
 
@@ -322,7 +323,7 @@ def test_no_bytes_raise_anything_but_our_errors(tmp_path: Path, data: bytes) -> 
 
 MEASURED = Cluster(
     name="local:4",
-    device=Cluster.local(4).device,
+    device=replace(Cluster.local(4).device, kernels=(KernelRate("product", 1e-5, 1.02, 1.5, 2.25), KernelRate("gather", 4e-5, 0.05), KernelRate("mean", 0.0, 0.0, 1.3))),
     num_nodes=1,
     devices_per_node=4,
     intra_node=Link(name="l", latency_s=1e-4, bandwidth_bytes_per_s=1e9, collectives=(Measured("all_reduce", 0.0, 2e-4, 3e8), Measured("send", 1e-3, 0.0, 1e9))),
@@ -340,6 +341,7 @@ def test_a_measured_cluster_survives_its_file(tmp_path: Path) -> None:
 
 def test_a_file_without_a_host_shares_nothing() -> None:
     cluster = Cluster.preset("h100-sxm")
+    assert cluster.device.kernels == () and "[device.kernels" not in cluster.to_toml()
     assert cluster.crowding == 1.0 and "[host]" not in cluster.to_toml() and "collectives" not in cluster.to_toml()
 
 
@@ -352,6 +354,10 @@ def test_a_file_without_a_host_shares_nothing() -> None:
         ('action = "1 ms"', "action = 1", ("host.action", "unit")),
         ("collectives.all_reduce", "collectives.all_reduced", ("all_reduced", "all_reduce")),
         ('start = "0 s"', 'begin = "0 s"', ("begin",)),
+        ("kernels.product", "kernels.produce", ("device.kernels.produce", "product")),
+        ("compute = 1.02", "compute = 0", ("device.kernels.product.compute", "above 0")),
+        ("compute = 1.02", "computed = 1.02", ("device.kernels.product.computed", "compute")),
+        ('call = "40 us"', 'call = "40 B"', ("device.kernels.gather.call",)),
         ('bandwidth = "300 MB/s"', 'bandwidth = "0 MB/s"', ("all_reduce.bandwidth", "zero")),
     ],
 )

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autopar.core.cluster import Cluster, Device
+from autopar.core.kernel_rate import KernelRate
 from autopar.cost_models.kernels import FILL, Kernels, Work, backward_halves, backward_seconds, forward_seconds, product_seconds
 
 ROUND = Device(
@@ -102,6 +103,28 @@ def test_views_are_free_and_passes_over_memory_are_read_again_in_the_backward() 
     once = Work("pointwise", 0.0, 8e8, "bfloat16")
     assert forward_seconds(ROUND, once) == pytest.approx(1e-3)
     assert math.isclose(backward_seconds(ROUND, once._replace(reads_again=True)), 1.5e-3)
+
+
+def test_what_was_measured_of_a_kind_takes_the_place_of_the_general_numbers() -> None:
+    """By hand: 10 us, 1e9 flops at half of 10 TFLOP/s, 2e8 bytes at twice 1 TB/s; the backward three times that, and the launch of the device."""
+    rate = KernelRate("normalisation", 1e-5, compute=0.5, memory=2.0, backward=3.0)
+    device = replace(PLAIN_DEVICE, kernel_launch_s=1e-6, function_s=1e-9, kernels=(rate,))
+    work = Work("pointwise", 1e9, 2e8, "float32", functions=1e6, evaluates_again=True, kind="normalisation")
+    busy = 1e9 / 5e12 + 2e8 / 2e12
+    assert forward_seconds(device, work) == pytest.approx(1e-5 + busy)
+    assert backward_halves(device, work) == pytest.approx((1e-6 + 3 * busy, 0.0))
+    general = replace(device, kernels=(replace(rate, backward=0.0),))
+    assert backward_seconds(general, work) == backward_seconds(replace(device, kernels=()), work)
+    bare = replace(device, kernels=())
+    for other in (work._replace(kind="loss"), work._replace(kind="")):
+        assert (forward_seconds(device, other), *backward_halves(device, other)) == (forward_seconds(bare, work), *backward_halves(bare, work))
+
+
+def test_measured_products_have_two_backwards_and_pointwise_operators_their_exponentials() -> None:
+    device = replace(PLAIN_DEVICE, kernel_launch_s=1e-6, function_s=1e-9, kernels=(KernelRate("product", 1e-5, 0.5, 0.0, 2.5), KernelRate("pointwise", 1e-5, 0.0, 1.0)))
+    assert backward_halves(device, Work("product", 1e12, 1e6, "bfloat16", (1, 2, 3, 4), kind="product")) == pytest.approx((1e-6 + 1.25 * 1e12 / 50e12,) * 2)
+    assert forward_seconds(device, Work("pointwise", 1.0, 1e6, "float32", functions=1e6, kind="pointwise")) == pytest.approx(1e-5 + 1e-6 + 1e-3)
+    assert forward_seconds(device, Work("view", 0.0, 1e9, "float32", kind="copy")) == 0.0
 
 
 def test_heads_of_an_odd_width_have_no_matrix_units() -> None:

@@ -7,6 +7,7 @@ from random import Random
 import pytest
 
 from autopar.core.cluster import Cluster
+from autopar.core.kernel_rate import KernelRate
 from autopar.errors import InfeasibleError
 from autopar.joint.bounds import Line, Parts, least_ahead, least_step_s
 from autopar.joint.deep import Deep, Sharding, even_depths
@@ -132,9 +133,16 @@ def everything(joint: JointSearch) -> list[tuple[Point, float]]:
     return found
 
 
-@pytest.mark.parametrize("share", [0.9, 0.25], ids=["slack", "binding"])
-def test_the_best_of_all_points_is_found_and_the_bound_is_under_all(share: float) -> None:
-    cluster = replace(A100, devices_per_node=2)
+KERNELS = (
+    KernelRate("product", 1e-6, 1.2, 3.0, 1.6), KernelRate("causal_attention", 4e-6, 0.9, 0.0, 0.7), KernelRate("pointwise", 1e-6, 0.0, 2.0), KernelRate("gather", 2e-6, 0.1),
+    KernelRate("normalisation", 2e-6, 0.0, 1.5, 0.5), KernelRate("loss", 3e-6, 0.0, 4.0, 0.2),
+)  # fmt: skip
+"""Faster than the general numbers of the device, with backwards of less work than by the formulas."""
+
+
+@pytest.mark.parametrize(("share", "kernels"), [(0.9, ()), (0.25, ()), (0.9, KERNELS)], ids=["slack", "binding", "measured kernels"])
+def test_the_best_of_all_points_is_found_and_the_bound_is_under_all(share: float, kernels: tuple[KernelRate, ...]) -> None:
+    cluster = replace(A100, devices_per_node=2, device=replace(A100.device, kernels=kernels))
     joint = joint_search(LLAMA, cluster, 2, memory_share=share, gap=0.0)
     result, every = joint.search(), everything(joint)
     best = min(step for _, step in every)

@@ -10,6 +10,7 @@ import pytest
 
 from autopar.core.cluster import Cluster, Device, Host, Link, sources
 from autopar.core.device import MEASURED_COLLECTIVES, Measured
+from autopar.core.kernel_rate import KernelRate
 from autopar.core.mesh import Mesh
 from autopar.cost_models.collectives import collective_seconds
 from autopar.errors import FileFormatError
@@ -17,15 +18,25 @@ from autopar.planner.states import Pricing
 from autopar.planner.work import compute_seconds
 from autopar.profiler import calibrate
 from autopar.profiler.machine import measure
+from autopar.profiler.samples import SAMPLES, forward_of
+from autopar.profiler.samples import tasks as sample_tasks
 from autopar.profiler.tasks import Cache, Task
 from autopar.runtime.launch import launch
 
 RANKS = 4
+WEIGHED = {sample.kind: sample for sample in SAMPLES.values()}
+RATES = tuple(
+    KernelRate(kind, 1e-5 * (n + 1), 0.8 / (n + 1) if "flops" in sample.by else 0.0, 0.3 + 0.1 * n if "bytes" in sample.by else 0.0, 2.0 + 0.1 * n if sample.backward else 0.0)
+    for n, (kind, sample) in enumerate(WEIGHED.items())
+)
+"""Of every kind numbers of its own."""
+
+FORWARD = tuple(task for task in sample_tasks() if task == forward_of(task))
 TRUTH = replace(
     Cluster.local(RANKS),
     device=Device(
         name="d", memory_bytes=1 << 30, memory_bytes_per_s=8e9, peak_flops_per_s=(("float32", 40e9), ("float64", 20e9), ("bfloat16", 10e9), ("float16", 5e9)),
-        matmul_efficiency=0.8, kernel_launch_s=5e-5, function_s=3e-9, loads_ahead=False,
+        matmul_efficiency=0.8, kernel_launch_s=5e-5, function_s=3e-9, loads_ahead=False, kernels=RATES,
     ),
     intra_node=Link(
         name="l", latency_s=1e-3, bandwidth_bytes_per_s=1e9,
@@ -40,8 +51,10 @@ def seconds_of(task: Task) -> float:
     device, crowding = TRUTH.device, TRUTH.crowding
     if task.op == "matmul":
         return 2 * math.prod(task.shape) / device.peak(task.dtype) / crowding
-    if task.op in ("stream", "function"):
-        return (1e-5 + task.shape[0] * (8 / device.memory_bytes_per_s + (task.op == "function") * device.function_s)) / crowding
+    if task.op == "stream":
+        return (1e-5 + task.shape[0] * 8 / device.memory_bytes_per_s) / crowding
+    if forward_of(task).op in SAMPLES:
+        return sampled(forward_of(task), backward=task != forward_of(task)) / crowding
     if task.op == "watched":
         return task.shape[0] * 6e-5 / crowding
     if task.op == "update":
@@ -56,6 +69,12 @@ def seconds_of(task: Task) -> float:
     return collective_seconds(TRUTH, Mesh.of(a=RANKS // size, b=size), task.op, (1,), float(num_bytes)) / crowding
 
 
+def sampled(task: Task, *, backward: bool) -> float:
+    """Of a single call on a device that is just what `TRUTH` says; its backward with what starting one takes."""
+    there, back = calibrate.sample_seconds(FORWARD, TRUTH.device)[task]
+    return 7e-5 + back if backward else there
+
+
 @pytest.fixture
 def few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tracing is what a fit takes its time for."""
@@ -67,9 +86,13 @@ def test_the_cluster_of_synthetic_measurements_is_recovered(few_blocks: None, tm
     found = calibrate.fitted(replace(Cluster.local(RANKS), host=Host(cores=2.0)), {task: seconds_of(task) for task in calibrate.tasks_for(RANKS)})
     cluster, device = found.cluster, found.cluster.device
     assert device.kernel_launch_s == pytest.approx(5e-5, rel=1e-3)
-    assert device.peak("float32") * device.matmul_efficiency == pytest.approx(40e9 * 0.8, rel=1e-2)
+    assert device.peak("float32") == pytest.approx(40e9, rel=1e-3) and device.matmul_efficiency == pytest.approx(RATES[0].compute, rel=1e-2)
     assert device.memory_bytes_per_s * device.memory_efficiency == pytest.approx(8e9, rel=1e-2)
     assert device.function_s == pytest.approx(3e-9, rel=1e-2)
+    for rate in RATES:
+        own = device.kernel(rate.kind)
+        assert own is not None and own.call_s == pytest.approx(rate.call_s, rel=1e-2), rate.kind
+        assert (own.compute, own.memory, own.backward) == pytest.approx((rate.compute, rate.memory, rate.backward), rel=2e-2), rate.kind
     assert [device.peak(d) for d in ("float64", "bfloat16", "float16")] == pytest.approx([20e9, 10e9, 5e9], rel=1e-3)
     assert cluster.host.update_bytes_per_s == pytest.approx(6e9, rel=1e-3) and cluster.host.action_s == pytest.approx(3e-3, rel=2e-2)
     assert cluster.host.watch_s == pytest.approx(6e-5, rel=1e-3)
@@ -116,7 +139,7 @@ def test_a_file_that_is_no_cache_is_refused(text: str, tmp_path: Path) -> None:
 @pytest.mark.gloo
 def test_tasks_are_timed_on_real_ranks(long: bool) -> None:
     """Every kind of them in the long form: what is accumulated is traced on every rank."""
-    kinds = [Task("matmul", (64, 64, 64)), Task("stream", (1024,)), Task("function", (1024,)), Task("update", (2, 64)), Task("watched", (4,)), Task("all_reduce", (2, 1024)), Task("send", (2, 1024))]
+    kinds = [Task("matmul", (64, 64, 64)), Task("stream", (1024,)), Task("layer norm", (8, 16)), Task("layer norm backward", (8, 16)), Task("loss", (4, 8)), Task("update", (2, 64)), Task("watched", (4,)), Task("all_reduce", (2, 1024)), Task("send", (2, 1024))]
     kinds += [Task("block", (1, 8, 64, 1)), Task("accumulate", (2, 1, 8, 64, 1)), *(Task(name, (2, 1024)) for name in MEASURED_COLLECTIVES[1:4])] if long else []
     found: list[tuple[Task, float]] = []
     launch(measure, 2, kinds, on_message=found.append)

@@ -40,17 +40,23 @@ def test_no_price_is_negative() -> None:
 
 @pytest.mark.parametrize("truth", [(2e-5, 1e-11, 3e-10), (5e-6, 4e-11, 1e-10)])
 def test_a_roofline_is_recovered_though_counts_depend_on_prices(truth: tuple[float, float, float]) -> None:
-    """Each row has operators, each under one of two ceilings; which, only the prices tell."""
+    """Each row has operators, each under one of two ceilings; which, only the prices tell; and something that no price says."""
     rng = np.random.default_rng(3)
     flops, moved = np.exp(rng.uniform(8, 22, (10, 30))), np.exp(rng.uniform(8, 18, (10, 30)))
+    beside = rng.uniform(0, 1e-3, 10)
 
-    def counts(prices: tuple[float, ...]) -> np.ndarray:
-        bound = flops * prices[1] > moved * prices[2]
-        return np.stack([np.full(10, 30.0), (flops * bound).sum(axis=1), (moved * ~bound).sum(axis=1)], axis=1)
+    def price(prices: tuple[float, ...]) -> np.ndarray:
+        return beside + 30 * prices[0] + np.maximum(flops * prices[1], moved * prices[2]).sum(axis=1)
 
-    seconds = 30 * truth[0] + np.maximum(flops * truth[1], moved * truth[2]).sum(axis=1)
-    fit = in_turn(counts, seconds, (1e-4, 2 * truth[1], truth[2] / 3))
-    assert fit.prices == pytest.approx(truth, rel=1e-6)
+    fit = in_turn(price, price(truth), (1e-4, 2 * truth[1], truth[2] / 3))
+    assert fit.prices == pytest.approx(truth, rel=1e-6) and fit.r2 == pytest.approx(1.0)
+
+
+def test_what_is_known_beside_the_prices_is_left_to_it() -> None:
+    rng = np.random.default_rng(5)
+    counts, known = rng.uniform(1, 9, (12, 2)), rng.uniform(0, 20, 12)
+    assert linear(counts, counts @ [2.0, 3.0] + known, known).prices == pytest.approx((2.0, 3.0))
+    assert linear(counts, known / 2, known).prices == (0.0, 0.0)
 
 
 def test_r_squared_of_a_constant_prediction_is_no_better_than_the_mean() -> None:
