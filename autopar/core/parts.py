@@ -39,6 +39,7 @@ def _faster(device: Device, factor: float, memory: float) -> Device:
         device, memory_bytes=int(device.memory_bytes * memory), memory_bytes_per_s=device.memory_bytes_per_s * factor,
         peak_flops_per_s=tuple((dtype, rate * factor) for dtype, rate in device.peak_flops_per_s),
         kernel_launch_s=device.kernel_launch_s / factor, function_s=device.function_s / factor,
+        kernels=tuple(replace(rate, call_s=rate.call_s / factor) for rate in device.kernels),
     )  # fmt: skip
 
 

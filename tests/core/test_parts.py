@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from autopar.core.cluster import Cluster
+from autopar.core.kernel_rate import KernelRate
 from autopar.core.parts import part_of, parts
 
 
@@ -36,13 +37,15 @@ def test_a_cluster_of_a_file_lends_its_name() -> None:
 def test_fewer_processes_share_the_same_processors() -> None:
     """Of four processes on two cores two have twice the rate each, and one no more than two; all have the memory of the rest."""
     local = Cluster.local(4)
-    four = replace(local, host=replace(local.host, cores=2.0, action_s=4e-3))
+    measured = replace(local.device, kernels=(KernelRate("loss", call_s=1e-5, memory=0.5),))
+    four = replace(local, device=measured, host=replace(local.host, cores=2.0, action_s=4e-3))
     two, one = part_of(four, 2), part_of(four, 1)
     assert two is not None and one is not None
     for part in (two, one):
         assert part.device.peak("float32") == 2 * four.device.peak("float32")
         assert part.device.memory_bytes_per_s == 2 * four.device.memory_bytes_per_s
         assert part.device.kernel_launch_s == four.device.kernel_launch_s / 2
+        assert part.device.kernels == (KernelRate("loss", call_s=5e-6, memory=0.5),)
         assert part.host.action_s == 2e-3
         assert part.intra_node.seconds(1e6) == pytest.approx(four.intra_node.seconds(1e6) / 2)
         assert part.device.memory_bytes * part.num_devices == pytest.approx(4 * four.device.memory_bytes, rel=1e-6)
