@@ -16,11 +16,11 @@ import numpy as np
 
 from autopar.core.problem import Assignment, Edge, Node, SearchProblem, evaluate
 from autopar.errors import InfeasibleError, UsageError
-from autopar.search.bucket import CostGraph, Recipe, follow, write_recipe
+from autopar.search.bucket import CostGraph, Recipe, begin, follow, write_recipe
 from autopar.search.copies import alike
 from autopar.search.minibucket import bounded_minimum
 from autopar.search.order import Order, find_order
-from autopar.search.simplify import SECONDS, Price, PriceList, Shrunk, canonical, node_classes, shrink, whole
+from autopar.search.simplify import BYTES, SECONDS, Price, PriceList, Shrunk, canonical, costs_alone, node_classes, shrink, whole
 from autopar.search.tables import TableStore
 from autopar.search.terms import Terms
 
@@ -94,7 +94,7 @@ class Prepared:
     """A problem put in order once, to be minimised under several prices.
 
     Choices are in the states of `shrunk.problem`; `shrunk.restore` translates. `priced` holds one node or edge for each
-    distinct table, in the numbering of `recipe` (None: the tables would be too large).
+    distinct table, in the numbering of `recipe` (None: the tables would be too large). `begun`: what is eliminated whatever the price of a byte.
     """
 
     shrunk: Shrunk
@@ -103,11 +103,12 @@ class Prepared:
     order: Order
     priced: tuple[Node | Edge, ...]
     recipe: Recipe | None
+    begun: TableStore
     max_table_entries: int
 
     def minimise(self, price: Price) -> Minimum:
         """As the function of the same name, but for the numbering of states."""
-        store = TableStore()
+        store = self.begun.copy() if price.second == 1 else TableStore()
         if self.recipe is None:
             choices, bound = bounded_minimum(store, self.graph(price), self.order, self.max_table_entries)
         else:
@@ -123,6 +124,13 @@ class Prepared:
             num_steps=len(self.order.steps),
             num_distinct=store.num_eliminations,
         )
+
+    def with_bytes(self, problem: SearchProblem) -> "Prepared":
+        """For the problem in the states of `shrunk` with other bytes, and another limit, of what holds any."""
+        *numbers, priced = _numbered(problem)
+        if numbers != list(_numbered(self.shrunk.problem)[:2]):
+            return prepare(problem, (SECONDS, BYTES), max_table_entries=self.max_table_entries, shrunk=replace(self.shrunk, problem=problem))
+        return replace(self, shrunk=replace(self.shrunk, problem=problem), terms=Terms(problem), priced=priced)
 
     def tables(self, price: Price) -> list[np.ndarray]:
         """The distinct tables under one price."""
@@ -144,10 +152,7 @@ def prepare(problem: SearchProblem, prices: tuple[Price, ...], *, max_table_entr
     """
     part = shrunk or whole(canonical(problem))
     nodes, edges = part.problem.nodes, part.problem.edges
-    known: dict[tuple[int, int], int] = {}
-    unary, across = [[known.setdefault((id(item.cost_s), id(item.memory_bytes)), len(known)) for item in items] for items in (nodes, edges)]
-    first = dict(zip((*reversed(across), *reversed(unary)), (*reversed(edges), *reversed(nodes))))
-    priced = [first[number] for number in range(len(known))]
+    unary, across, priced = _numbered(part.problem)
     pairs = [(edge.u, edge.v, number) for edge, number in zip(edges, across)]
     classes = tuple(node_classes(part.problem))
     copies = alike(unary, pairs, problem.copies)
@@ -156,6 +161,16 @@ def prepare(problem: SearchProblem, prices: tuple[Price, ...], *, max_table_entr
     if not fits and shrunk is None:
         return prepare(problem, prices, max_table_entries=max_table_entries, shrunk=shrink(part.problem, prices))
     recipe = write_recipe(unary, pairs, order) if fits else None
+    begun = begin(recipe, [item.cost_s if costs_alone(item) else None for item in priced]) if recipe is not None and SECONDS in prices else TableStore()
     return Prepared(
-        shrunk=part, terms=Terms(part.problem), classes=classes, order=order, priced=tuple(priced), recipe=recipe, max_table_entries=max_table_entries
-    )
+        shrunk=part, terms=Terms(part.problem), classes=classes, order=order, priced=priced, recipe=recipe, begun=begun,
+        max_table_entries=max_table_entries,
+    )  # fmt: skip
+
+
+def _numbered(problem: SearchProblem) -> tuple[list[int], list[int], tuple[Node | Edge, ...]]:
+    """The number of the tables of every node, of every edge, and an item that has them."""
+    known: dict[tuple[int, int], int] = {}
+    unary, across = [[known.setdefault((id(item.cost_s), id(item.memory_bytes)), len(known)) for item in items] for items in (problem.nodes, problem.edges)]
+    first = dict(zip((*reversed(across), *reversed(unary)), (*reversed(problem.edges), *reversed(problem.nodes))))
+    return unary, across, tuple([first[number] for number in range(len(known))])

@@ -41,6 +41,11 @@ SECONDS = Price(1.0, 0.0)
 BYTES = Price(0.0, 1.0)
 
 
+def costs_alone(item: Node | Edge) -> bool:
+    """Whether nothing is held, so that the table is the same under every price of a byte."""
+    return item.memory_bytes is None or not item.memory_bytes.any()
+
+
 class PriceList:
     """Tables of nodes and edges under one price; tables that share arrays come out as one array."""
 
@@ -56,11 +61,13 @@ class PriceList:
         return self._made[key]
 
     def _priced(self, cost_s: np.ndarray, memory_bytes: np.ndarray | None) -> np.ndarray:
-        if self.price.second == 0:
+        if self.price.second == 1:
+            table = cost_s
+        elif self.price.second == 0:
             table = np.where(np.isinf(cost_s), np.inf, 0.0)  # 0 * inf would be nan
         else:
             table = cost_s * self.price.second
-        if memory_bytes is not None and self.price.byte != 0:
+        if memory_bytes is not None and self.price.byte != 0 and memory_bytes.any():
             table = table + memory_bytes * self.price.byte
         return table
 

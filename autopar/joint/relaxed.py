@@ -13,9 +13,12 @@ from autopar.joint.bounds import Line, Parts
 from autopar.joint.fold import Folded
 from autopar.search.elimination import Minimum, Prepared, prepare
 from autopar.search.lagrange import Dual, dual
-from autopar.search.simplify import BYTES, SECONDS
+from autopar.search.simplify import BYTES, SECONDS, Price
 from autopar.search.solve import solve
 from autopar.search.terms import Terms
+
+LEAN = 1e4
+"""A price of all bytes, in the seconds of the fastest plan, at which hardly anything but bytes counts."""
 
 
 @dataclass
@@ -30,8 +33,17 @@ class Relaxed:
     @cached_property
     def parts(self) -> Parts:
         """Seconds of a block, and of what is before and behind the run, each at its least."""
-        block, first, last = (solve(self.folded.part(side), use_ilp="never").bound_s for side in range(3))
+        block, first, last = self._cheapest.bound, *(solve(self.folded.part(side), use_ilp="never").bound_s for side in (1, 2))
         return Parts(block / self.depth, first, last)
+
+    @cached_property
+    def _block(self) -> Prepared:
+        """All blocks alone, with the activations of one microbatch."""
+        return prepare(self.folded.part(0), (SECONDS, BYTES))
+
+    @cached_property
+    def _cheapest(self) -> Minimum:
+        return self._block.minimise(SECONDS)
 
     def parts_of(self, choices: Sequence[int]) -> Parts:
         """The same of one sharding."""
@@ -70,15 +82,25 @@ class Relaxed:
     def _dual(self, flight: float, total_bytes: float) -> Dual:
         """Of the blocks within a limit for all ranks; what does not depend on the limit is kept."""
         if flight not in self._prepared:
-            prepared = prepare(self.in_flight(flight).part(0), (SECONDS, BYTES))
-            self._prepared[flight] = prepared, prepared.minimise(SECONDS)
-        prepared, cheapest = self._prepared[flight]
+            params = {n for n, node in enumerate(self.folded.nodes_of(0)) if node in self.params}
+            self._prepared[flight] = self._block.with_bytes(self._block.shrunk.problem.in_flight(flight, params))
+        prepared = self._prepared[flight]
         problem = replace(prepared.shrunk.problem, memory_limit_bytes=total_bytes)
         within = replace(prepared, shrunk=replace(prepared.shrunk, problem=problem))
-        return dual(problem, prepared=within, cheapest=cheapest)
+        met = self._met.setdefault(total_bytes, {})
+        if not met and not problem.fits(prepared.terms.of_plan(self._cheapest.choices)[1]):
+            met[within.minimise(Price(1.0, LEAN * self._cheapest.value / max(total_bytes, 1.0))).choices] = None
+        found = dual(problem, prepared=within, cheapest=self._cheapest, met=met)
+        met.update(dict.fromkeys(point.choices for point in (found.over, found.within) if point is not None))
+        return found
 
     @cached_property
-    def _prepared(self) -> dict[float, tuple[Prepared, Minimum]]:
+    def _prepared(self) -> dict[float, Prepared]:
+        return {}
+
+    @cached_property
+    def _met(self) -> dict[float, dict[tuple[int, ...], None]]:
+        """By limit, plans of the blocks between which the best prices were found; other numbers of microbatches have theirs near them."""
         return {}
 
     @cached_property

@@ -139,7 +139,7 @@ class JointSearch:
                 found.append(made)
                 best = min(best, made.step_s)
         in_time = not heap or heap[0].key >= best * (1 - self.gap)
-        while heap and heap[0].level < 2 and heap[0].key < best < math.inf and in_time:
+        while heap and heap[0].level < 2 and heap[0].key < min(best, closed) < math.inf and in_time:
             _tighten(heap, heapq.heappop(heap), looked)
         for bound, search in planned:
             if bound < best * (1 - FAR) and time.perf_counter() < end:
