@@ -198,7 +198,7 @@ class Waiting:
 def _tighten(heap: list[Waiting], waiting: Waiting, looked: list[int]) -> None:
     """By what other searches know, else by the next level. So the levels that a point goes through depend on those, but what it is planned by does not."""
     bound, level, search = waiting.bound, waiting.level, waiting.search
-    floor = 0.0 if waiting.floored else search.floor_s(solved=level > 0)
+    floor = 0.0 if waiting.floored else search.floor_s()
     if floor > waiting.key:
         heapq.heappush(heap, replace(waiting, key=floor, floored=True))
         return
@@ -215,6 +215,8 @@ class PointSearch:
     joint: JointSearch
     point: Point
     ideal: Parts = Parts(0.0)
+    solved: dict[str, Relaxed] = field(default_factory=dict)
+    """The sides that were asked for."""
 
     @cached_property
     def orders(self) -> tuple[Order, ...]:
@@ -243,23 +245,37 @@ class PointSearch:
 
     def fastest_s(self) -> float:
         """The bound from the solved problem, without a memory limit."""
-        found = min(map(self._fastest_s, self.orders), default=math.inf)
+        least = math.inf
+        for sooner, order in self._soonest():
+            if sooner < least:
+                least = min(least, self._fastest_s(order))
         self._tell()
-        return found
+        return least
+
+    def _soonest(self) -> list[tuple[float, Order]]:
+        """A bound on every order by the first of its sides, the lowest first."""
+        return sorted(((self._fastest_of(order, sides(order)[0], self._solved), order) for order in self.orders), key=lambda pair: pair[0])
 
     def _fastest_s(self, order: Order, parts: Callable[[str], Parts] | None = None) -> float:
         """`parts`: of one sharding rather than of all, by side."""
-        found = [(side, parts(side) if parts else self.side(side).parts) for side in sides(order)]
-        return max(self._step_s(order, p, [[Line(p.block)]] * order.num_ranks, self._waits(side, p)) for side, p in found)
+        return max(self._fastest_of(order, side, parts or self._solved) for side in sides(order))
+
+    def _fastest_of(self, order: Order, side: str, parts: Callable[[str], Parts]) -> float:
+        found = parts(side)
+        return self._step_s(order, found, [[Line(found.block)]] * order.num_ranks, self._waits(side, found))
+
+    def _solved(self, side: str) -> Parts:
+        return self.solved.setdefault(side, self.side(side)).parts
 
     def fitting_s(self) -> float:
         """The bound under the memory limit of every rank, by the linear model of memory; inf where not even that can be met."""
         least = math.inf
-        for fastest, order in sorted(((self._fastest_s(order), order) for order in self.orders), key=lambda pair: pair[0]):
-            if fastest < least:
-                side = sides(order)[0]
-                parts = self.side(side).parts
-                least = min(least, max(fastest, self._step_s(order, parts, self._lines(self.side(side), order), self._waits(side, parts))))
+        for sooner, order in self._soonest():
+            if sooner >= least or (fastest := self._fastest_s(order)) >= least:
+                continue
+            side = sides(order)[0]
+            parts = self.side(side).parts
+            least = min(least, max(fastest, self._step_s(order, parts, self._lines(self.side(side), order), self._waits(side, parts))))
         self._tell()
         return least
 
@@ -268,14 +284,14 @@ class PointSearch:
         most, free = max(order.in_flight), Line(relaxed.parts.block)
         return [[free, relaxed.line(flight, self.joint.limit_bytes)] if flight >= most / 2 else [free] for flight in order.in_flight]
 
-    def floor_s(self, *, solved: bool) -> float:
-        """What other searches leave of `fitting_s`, 0 where they know nothing; `solved`: the parts of a step are known."""
+    def floor_s(self) -> float:
+        """What other searches leave of `fitting_s`, 0 where they know nothing."""
         floors = self.joint.known.floors(self.joint.about, self.point, self.joint.cluster, self.ideal)
-        return SAFE * min((self._floor_s(order, floors, solved=solved) for order in self.orders), default=math.inf) if floors else 0.0
+        return SAFE * min((self._floor_s(order, floors) for order in self.orders), default=math.inf) if floors else 0.0
 
-    def _floor_s(self, order: Order, floors: Floors, *, solved: bool) -> float:
+    def _floor_s(self, order: Order, floors: Floors) -> float:
         def parts(side: str) -> Parts:
-            return self.side(side).parts if solved else floors.parts.get(side, self.ideal)
+            return self.solved[side].parts if side in self.solved else floors.parts.get(side, floors.parts.get("passes", self.ideal))
 
         side, most = sides(order)[0], max(order.in_flight)
         free, limit = Line(parts(side).block), self.joint.limit_bytes
@@ -284,12 +300,11 @@ class PointSearch:
 
     def _tell(self) -> None:
         """What is found out, to the searches that follow."""
-        asked = {side: self.side(side) for order in self.orders for side in sides(order)}
         lines = {
             side: tuple(Flat(flight, line.price, line.block_s) for flight, line in relaxed.lines(self.joint.limit_bytes).items() if 0 < line.block_s < math.inf)
-            for side, relaxed in asked.items()
+            for side, relaxed in self.solved.items()
         }
-        parts = {side: relaxed.parts for side, relaxed in asked.items()}
+        parts = {side: relaxed.parts for side, relaxed in self.solved.items()}
         self.joint.known.add(self.joint.about, Proved(self.joint.cluster, self.point, self.tables.operators, parts, lines))
 
     def side(self, side: str) -> Relaxed:
