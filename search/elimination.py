@@ -10,7 +10,9 @@ References: Bertele and Brioschi 1972 (nonserial dynamic programming); Dechter 1
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 
@@ -94,7 +96,8 @@ class Prepared:
     """A problem put in order once, to be minimised under several prices.
 
     Choices are in the states of `shrunk.problem`; `shrunk.restore` translates. `priced` holds one node or edge for each
-    distinct table, in the numbering of `recipe` (None: the tables would be too large). `begun`: what is eliminated whatever the price of a byte.
+    distinct table, in the numbering of `recipe` (None: the tables would be too large); `unary`: that of every node. `begun`: what is eliminated whatever
+    the price of a byte. Nodes `apart` have kept all states, and a table of their own: they may be minimised with fewer.
     """
 
     shrunk: Shrunk
@@ -104,15 +107,21 @@ class Prepared:
     priced: tuple[Node | Edge, ...]
     recipe: Recipe | None
     begun: TableStore
+    unary: tuple[int, ...]
+    apart: frozenset[int]
     max_table_entries: int
 
-    def minimise(self, price: Price) -> Minimum:
-        """As the function of the same name, but for the numbering of states."""
-        store = self.begun.copy() if price.second == 1 else TableStore()
+    def store(self, price: Price) -> TableStore:
+        """For minima at one price, which may share it."""
+        return self.begun.copy() if price.second == 1 else TableStore()
+
+    def minimise(self, price: Price, store: TableStore | None = None, allowed: Mapping[int, np.ndarray] = MappingProxyType({})) -> Minimum:
+        """As the function of the same name, but for the numbering of states. `allowed`: by node, whether each of its states may be taken."""
+        store = store or self.store(price)
         if self.recipe is None:
-            choices, bound = bounded_minimum(store, self.graph(price), self.order, self.max_table_entries)
+            choices, bound = bounded_minimum(store, self.graph(price, allowed), self.order, self.max_table_entries)
         else:
-            forward = follow(store, self.recipe, self.tables(price))
+            forward = follow(store, self.recipe, self.tables(price, allowed))
             if not math.isfinite(forward.value):
                 raise InfeasibleError("every combination of states contains a forbidden pair; allow more states or pairs")
             choices, bound = forward.choices(store), math.inf
@@ -127,50 +136,58 @@ class Prepared:
 
     def with_bytes(self, problem: SearchProblem) -> "Prepared":
         """For the problem in the states of `shrunk` with other bytes, and another limit, of what holds any."""
-        *numbers, priced = _numbered(problem)
-        if numbers != list(_numbered(self.shrunk.problem)[:2]):
-            return prepare(problem, (SECONDS, BYTES), max_table_entries=self.max_table_entries, shrunk=replace(self.shrunk, problem=problem))
+        *numbers, priced = _numbered(problem, self.apart)
+        if numbers != list(_numbered(self.shrunk.problem, self.apart)[:2]):
+            shrunk = replace(self.shrunk, problem=problem)
+            return prepare(problem, (SECONDS, BYTES), max_table_entries=self.max_table_entries, shrunk=shrunk, apart=self.apart)
         return replace(self, shrunk=replace(self.shrunk, problem=problem), terms=Terms(problem), priced=priced)
 
-    def tables(self, price: Price) -> list[np.ndarray]:
+    def tables(self, price: Price, allowed: Mapping[int, np.ndarray] = MappingProxyType({})) -> list[np.ndarray]:
         """The distinct tables under one price."""
         prices = PriceList(price)
-        return [prices.of(item) for item in self.priced]
+        found = [prices.of(item) for item in self.priced]
+        for node, states in allowed.items():
+            found[self.unary[node]] = np.where(states, found[self.unary[node]], np.inf)
+        return found
 
-    def graph(self, price: Price) -> CostGraph:
+    def graph(self, price: Price, allowed: Mapping[int, np.ndarray] = MappingProxyType({})) -> CostGraph:
         """All tables under one price, at their nodes and edges."""
-        prices = PriceList(price)
-        unary = tuple(prices.of(node) for node in self.shrunk.problem.nodes)
+        prices, tables = PriceList(price), self.tables(price, allowed)
+        unary = tuple(tables[number] for number in self.unary)
         pairs = tuple((edge.u, edge.v, prices.of(edge)) for edge in self.shrunk.problem.edges)
         return CostGraph(unary, pairs, self.classes)
 
 
-def prepare(problem: SearchProblem, prices: tuple[Price, ...], *, max_table_entries: int = MAX_TABLE_ENTRIES, shrunk: Shrunk | None = None) -> Prepared:
-    """Choose the order and write the recipe; minima under every price that is a mix of `prices` stay what they are.
+def prepare(
+    problem: SearchProblem, prices: tuple[Price, ...], *, max_table_entries: int = MAX_TABLE_ENTRIES, shrunk: Shrunk | None = None,
+    apart: frozenset[int] = frozenset(),
+) -> Prepared:  # fmt: skip
+    """Choose the order and write the recipe; minima under every price that is a mix of `prices` stay what they are, whatever states nodes `apart` may take.
 
     `shrunk` may be handed in where states were dropped already.
     """
     part = shrunk or whole(canonical(problem))
     nodes, edges = part.problem.nodes, part.problem.edges
-    unary, across, priced = _numbered(part.problem)
+    unary, across, priced = _numbered(part.problem, apart)
     pairs = [(edge.u, edge.v, number) for edge, number in zip(edges, across)]
     classes = tuple(node_classes(part.problem))
     copies = alike(unary, pairs, problem.copies)
     order = find_order([node.num_states for node in nodes], [(u, v) for u, v, _ in pairs], classes, copies=copies)
     fits = order.max_table_entries <= max_table_entries
     if not fits and shrunk is None:
-        return prepare(problem, prices, max_table_entries=max_table_entries, shrunk=shrink(part.problem, prices))
+        return prepare(problem, prices, max_table_entries=max_table_entries, shrunk=shrink(part.problem, prices, apart), apart=apart)
     recipe = write_recipe(unary, pairs, order) if fits else None
     begun = begin(recipe, [item.cost_s if costs_alone(item) else None for item in priced]) if recipe is not None and SECONDS in prices else TableStore()
     return Prepared(
         shrunk=part, terms=Terms(part.problem), classes=classes, order=order, priced=priced, recipe=recipe, begun=begun,
-        max_table_entries=max_table_entries,
+        unary=tuple(unary), apart=apart, max_table_entries=max_table_entries,
     )  # fmt: skip
 
 
-def _numbered(problem: SearchProblem) -> tuple[list[int], list[int], tuple[Node | Edge, ...]]:
+def _numbered(problem: SearchProblem, apart: frozenset[int]) -> tuple[list[int], list[int], tuple[Node | Edge, ...]]:
     """The number of the tables of every node, of every edge, and an item that has them."""
-    known: dict[tuple[int, int], int] = {}
-    unary, across = [[known.setdefault((id(item.cost_s), id(item.memory_bytes)), len(known)) for item in items] for items in (problem.nodes, problem.edges)]
+    known: dict[tuple[int, int, int], int] = {}
+    unary = [known.setdefault((id(node.cost_s), id(node.memory_bytes), n if n in apart else -1), len(known)) for n, node in enumerate(problem.nodes)]
+    across = [known.setdefault((id(edge.cost_s), id(edge.memory_bytes), -1), len(known)) for edge in problem.edges]
     first = dict(zip((*reversed(across), *reversed(unary)), (*reversed(problem.edges), *reversed(problem.nodes))))
     return unary, across, tuple([first[number] for number in range(len(known))])

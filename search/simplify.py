@@ -12,7 +12,7 @@ With several prices the test must hold for each of them, so that seconds *and* b
 Everything is memoised on the identity of the tables, so that a repeated block is looked at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -162,14 +162,14 @@ def node_classes(problem: SearchProblem) -> list[int]:
     ]
 
 
-def shrink(problem: SearchProblem, prices: tuple[Price, ...]) -> Shrunk:
-    """Drop states that some other state replaces at no loss under every one of `prices`; `problem` is canonical.
+def shrink(problem: SearchProblem, prices: tuple[Price, ...], spared: Set[int] = frozenset()) -> Shrunk:
+    """Drop states that some other state replaces at no loss under every one of `prices`, but of nodes that are `spared`; `problem` is canonical.
 
     Of states that replace each other the lowest number stays. Raises InfeasibleError where forbidden pairs leave a
     node without states.
     """
     masks = _Masks(problem, prices)
-    todo = list(range(len(problem.nodes)))
+    todo = [node for node in range(len(problem.nodes)) if node not in spared]
     for _ in range(NUM_ROUNDS):
         touched: set[int] = set()
         for node in todo:
@@ -177,7 +177,7 @@ def shrink(problem: SearchProblem, prices: tuple[Price, ...]) -> Shrunk:
                 touched.update(masks.others[node])
         if not touched:
             break
-        todo = sorted(touched)
+        todo = sorted(touched - spared)
     return masks.cut()
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import permutations
 
 import numpy as np
 
@@ -54,6 +55,34 @@ class Relaxed:
     def _terms(self) -> tuple[tuple[tuple[int, ...], Terms], ...]:
         """The nodes of every side, and what they cost."""
         return tuple((self.folded.nodes_of(side), Terms(self.folded.part(side))) for side in range(3))
+
+    def line_of(self, plans: Sequence[tuple[int, ...]], flight: float, limit_bytes: float) -> Line:
+        """The same as `line` where every block is as in one of these plans."""
+        total = self.num_ranks * limit_bytes
+        found = [(cost_s, once + (flight - 1) * more) for cost_s, once, more in map(self._figures_of, plans)]
+        if min(held for _, held in found) > total:
+            return Line(math.inf)
+        crossings = [(c - d) / (h - g) for (c, g), (d, h) in permutations(found, 2) if h > g and c > d]
+        bound_s, price = max((min(c + p * (held - total) for c, held in found), p) for p in (0.0, *crossings))
+        return Line((bound_s + price * total) / self.depth, price * limit_bytes, price)
+
+    def _figures_of(self, plan: tuple[int, ...]) -> tuple[float, float, float]:
+        """Seconds of all blocks, their bytes with one microbatch in flight, and what every other adds."""
+        if plan not in self._figures:
+            nodes, terms = self._terms[0]
+            states = [plan[n] for n in nodes]
+            (cost_s, once), (_, twice) = terms.of_plan(states), self._twice.of_plan(states)
+            self._figures[plan] = cost_s, once, twice - once
+        return self._figures[plan]
+
+    @cached_property
+    def _figures(self) -> dict[tuple[int, ...], tuple[float, float, float]]:
+        return {}
+
+    @cached_property
+    def _twice(self) -> Terms:
+        """As the first of `_terms`, with two microbatches in flight."""
+        return Terms(self.in_flight(2.0).part(0))
 
     def line(self, flight: float, limit_bytes: float) -> Line:
         """What a rank of so much memory with so many microbatches in flight can do of the step, by the price of a byte. A few fewer in flight make it a

@@ -30,7 +30,7 @@ from autopar.joint.deep import Deep, Sharding, mixed, roomy_depths, shifted
 from autopar.joint.known import SAFE, Flat, Floors, Known, Proved, without_memory
 from autopar.joint.relaxed import Relaxed
 from autopar.joint.space import Ideal, Point, orders, points
-from autopar.joint.tables import PointTables
+from autopar.joint.tables import Asked, PointTables
 from autopar.planner.blocks import Order
 from autopar.planner.keeping import Keeping
 from autopar.planner.lengths import Task
@@ -46,9 +46,6 @@ FAR = 0.2
 
 LEAN_POWERS = range(-6, 22)
 """Of 2: prices of a byte, in what all bytes of the fastest sharding must cost to be as dear as its seconds."""
-
-Asked = tuple[float, float, int | None, bool]
-"""For a sharding: microbatches in flight, price of a byte, stage of ZeRO, whether blocks are computed again."""
 
 Graphs = Callable[[int], OpGraph]
 """The short graph of so many samples."""
@@ -356,20 +353,32 @@ class PointSearch:
     def _asked_lean(self) -> list[Asked]:
         """At prices of memory from so low that the sharding is the fastest to so high that it holds least, with the most microbatches in flight."""
         flight, tables = max(max(order.in_flight) for order in self.orders), self.tables
-        fastest_s, num_bytes = evaluate(tables.whole.in_flight(flight).problem, tables.cheapest(flight, 0.0, None, again=False))
+        fastest_s, num_bytes = evaluate(tables.whole.in_flight(flight).problem, tables.cheapest([(flight, 0.0, None, False)])[0])
         prices = [fastest_s / max(num_bytes, 1.0) * 2.0**n for n in LEAN_POWERS]
         return [(flight, price, None, again) for price in prices for again in (False, True)]
 
     def shardings(self, asked: Sequence[Asked], below_s: Callable[[], float] = lambda: math.inf) -> Iterator[Sharding]:
-        """Each once; left out where no pipeline of it takes less than `below_s`."""
-        seen: set[tuple[int, ...]] = set()
-        for flight, price, zero, again in asked:
-            choices = self.tables.cheapest(flight, price, zero, again=again)
-            if choices in seen:
+        """Each once, best first by a bound on its plans; those left out that take no less than `below_s`."""
+        choices = dict.fromkeys(self.tables.cheapest(asked))
+        bounds = [self._least_of(chosen, below_s()) for chosen in choices]
+        for bound, chosen in sorted(zip(bounds, choices), key=lambda pair: pair[0]):
+            if bound < below_s():
+                yield self.tables.sharding(chosen)
+
+    def _least_of(self, choices: tuple[int, ...], below_s: float) -> float:
+        """No plan of one sharding takes less, where that is below `below_s`; its blocks may be computed again in any mode."""
+        parts = {side: self.side(side).parts_of(choices) for side in dict.fromkeys(side for order in self.orders for side in sides(order))}
+        modes, least = self.tables.in_modes(choices), math.inf
+        for order in self.orders:
+            fastest = self._fastest_s(order, parts.__getitem__)
+            if fastest >= min(least, below_s):
+                least = min(least, fastest)
                 continue
-            seen.add(choices)
-            if min(self._fastest_s(order, lambda side, chosen=choices: self.side(side).parts_of(chosen)) for order in self.orders) < below_s():
-                yield self.tables.sharding(choices)
+            side, most, free = sides(order)[0], max(order.in_flight), Line(parts[sides(order)[0]].block)
+            by_flight = {flight: self.side(side).line_of(modes, flight, self.joint.limit_bytes) for flight in set(order.in_flight) if flight >= most / 2}
+            lines = [[free, by_flight[flight]] if flight in by_flight else [free] for flight in order.in_flight]
+            least = min(least, max(fastest, self._step_s(order, parts[side], lines, self._waits(side, parts[side]))))
+        return least
 
 
 def sides(order: Order) -> tuple[str, ...]:
