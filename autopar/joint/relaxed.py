@@ -18,6 +18,9 @@ from autopar.search.simplify import BYTES, SECONDS, Price
 from autopar.search.solve import solve
 from autopar.search.terms import Terms
 
+TOLERANCE = 5e-5
+"""Of the seconds of the blocks: how much more a bound at another price could be."""
+
 LEAN = 1e4
 """A price of all bytes, in the seconds of the fastest plan, at which hardly anything but bytes counts."""
 
@@ -119,7 +122,7 @@ class Relaxed:
         met = self._met.setdefault(total_bytes, {})
         if not met and not problem.fits(prepared.terms.of_plan(self._cheapest.choices)[1]):
             met[within.minimise(Price(1.0, LEAN * self._cheapest.value / max(total_bytes, 1.0))).choices] = None
-        found = dual(problem, prepared=within, cheapest=self._cheapest, met=met)
+        found = dual(problem, prepared=within, cheapest=self._cheapest, met=met, tolerance=TOLERANCE)
         met.update(dict.fromkeys(point.choices for point in (found.over, found.within) if point is not None))
         return found
 
