@@ -153,6 +153,16 @@ class Forward:
         return tuple(choices)
 
 
+def begin(recipe: Recipe, tables: Sequence[np.ndarray | None]) -> TableStore:
+    """A store with the eliminations of a recipe in which only tables meet that are known."""
+    store = TableStore()
+    numbers = [None if table is None else store.add(table) for table in tables]
+    for inputs in recipe.eliminations:
+        key = tuple([(number, roles) for table, roles in inputs if (number := numbers[table]) is not None])
+        numbers.append(store.eliminate(tuple(sorted(key)))[0] if len(key) == len(inputs) else None)
+    return store
+
+
 def follow(store: TableStore, recipe: Recipe, tables: Sequence[np.ndarray]) -> Forward:
     """Do the eliminations of a recipe with these tables."""
     numbers = [store.add(table) for table in tables]

@@ -10,18 +10,21 @@ References: Bertele and Brioschi 1972 (nonserial dynamic programming); Dechter 1
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 
 from autopar.core.columns import first_seen
 from autopar.core.problem import Assignment, SearchProblem
 from autopar.errors import InfeasibleError, UsageError
-from autopar.search.bucket import CostGraph, Recipe, follow, write_recipe
+from autopar.search.bucket import CostGraph, Recipe, begin, follow, write_recipe
 from autopar.search.copies import alike
 from autopar.search.minibucket import bounded_minimum
 from autopar.search.order import Order, find_order_of_copies
-from autopar.search.simplify import SECONDS, Price, PriceList, Shrunk, canonical, node_classes, shrink, whole
+from autopar.search.simplify import BYTES, SECONDS, Price, PriceList, Shrunk, canonical, holds, node_classes, shrink, whole
 from autopar.search.tables import TableStore
 from autopar.search.terms import Terms
 
@@ -95,7 +98,8 @@ class Prepared:
     """A problem put in order once, to be minimised under several prices.
 
     Choices are in the states of `shrunk.problem`; `shrunk.restore` translates. `priced` holds the seconds and bytes of each
-    distinct table, in the numbering of `recipe` (None: the tables would be too large).
+    distinct table, in the numbering of `recipe` (None: the tables would be too large); `unary`: which that of a node is. `begun`: what is eliminated
+    whatever the price of a byte. Nodes `apart` have kept all states, and a table of their own: they may be minimised with fewer.
     """
 
     shrunk: Shrunk
@@ -104,15 +108,22 @@ class Prepared:
     order: Order
     priced: tuple[tuple[np.ndarray, np.ndarray | None], ...]
     recipe: Recipe | None
+    begun: TableStore
+    unary: tuple[int, ...]
+    apart: frozenset[int]
     max_table_entries: int
 
-    def minimise(self, price: Price) -> Minimum:
-        """As the function of the same name, but for the numbering of states."""
-        store = TableStore()
+    def store(self, price: Price) -> TableStore:
+        """For minima at one price, which may share it."""
+        return self.begun.copy() if price.second == 1 else TableStore()
+
+    def minimise(self, price: Price, store: TableStore | None = None, allowed: Mapping[int, np.ndarray] = MappingProxyType({})) -> Minimum:
+        """As the function of the same name, but for the numbering of states. `allowed`: by node, whether each of its states may be taken."""
+        store = store or self.store(price)
         if self.recipe is None:
-            choices, bound = bounded_minimum(store, self.graph(price), self.order, self.max_table_entries)
+            choices, bound = bounded_minimum(store, self.graph(price, allowed), self.order, self.max_table_entries)
         else:
-            forward = follow(store, self.recipe, self.tables(price))
+            forward = follow(store, self.recipe, self.tables(price, allowed))
             if not math.isfinite(forward.value):
                 raise InfeasibleError("every combination of states contains a forbidden pair; allow more states or pairs")
             choices, bound = forward.choices(store), math.inf
@@ -125,40 +136,75 @@ class Prepared:
             num_distinct=store.num_eliminations,
         )
 
-    def tables(self, price: Price) -> list[np.ndarray]:
+    def with_bytes(self, problem: SearchProblem) -> "Prepared":
+        """For the problem in the states of `shrunk` with other bytes, and another limit, of what holds any."""
+        numbers = _numbered(problem, self.apart)
+        if not numbers.numbers_like(_numbered(self.shrunk.problem, self.apart)):
+            shrunk = replace(self.shrunk, problem=problem)
+            return prepare(problem, (SECONDS, BYTES), max_table_entries=self.max_table_entries, shrunk=shrunk, apart=self.apart)
+        return replace(self, shrunk=replace(self.shrunk, problem=problem), terms=Terms(problem), priced=numbers.tables)
+
+    def tables(self, price: Price, allowed: Mapping[int, np.ndarray] = MappingProxyType({})) -> list[np.ndarray]:
         """The distinct tables under one price."""
         prices = PriceList(price)
-        return [prices.of_tables(*tables) for tables in self.priced]
+        found = [prices.of_tables(*tables) for tables in self.priced]
+        for node, states in allowed.items():
+            found[self.unary[node]] = np.where(states, found[self.unary[node]], np.inf)
+        return found
 
-    def graph(self, price: Price) -> CostGraph:
+    def graph(self, price: Price, allowed: Mapping[int, np.ndarray] = MappingProxyType({})) -> CostGraph:
         """All tables under one price, at their nodes and edges."""
+        tables, edges = self.tables(price, allowed), self.shrunk.problem.edge_columns
+        unary = tuple([tables[number] for number in self.unary])
         prices = PriceList(price)
-        nodes, edges = self.shrunk.problem.node_columns, self.shrunk.problem.edge_columns
-        at_nodes, at_edges = ([prices.of_tables(*found) for found in tables] for tables in (nodes.tables, edges.tables))
-        unary = tuple([at_nodes[number] for number in nodes.number.tolist()])
+        at_edges = [prices.of_tables(*found) for found in edges.tables]
         pairs = tuple([(u, v, at_edges[number]) for u, v, number in zip(edges.u.tolist(), edges.v.tolist(), edges.number.tolist())])
         return CostGraph(unary, pairs, self.classes)
 
 
-def prepare(problem: SearchProblem, prices: tuple[Price, ...], *, max_table_entries: int = MAX_TABLE_ENTRIES, shrunk: Shrunk | None = None) -> Prepared:
-    """Choose the order and write the recipe; minima under every price that is a mix of `prices` stay what they are.
+def prepare(
+    problem: SearchProblem, prices: tuple[Price, ...], *, max_table_entries: int = MAX_TABLE_ENTRIES, shrunk: Shrunk | None = None,
+    apart: frozenset[int] = frozenset(),
+) -> Prepared:  # fmt: skip
+    """Choose the order and write the recipe; minima under every price that is a mix of `prices` stay what they are, whatever states nodes `apart` may take.
 
     `shrunk` may be handed in where states were dropped already.
     """
     part = shrunk or whole(canonical(problem))
     nodes, edges = part.problem.node_columns, part.problem.edge_columns
-    (unary, of_node), (across, of_edge) = first_seen(nodes.number), first_seen(edges.number)
-    across += len(of_node)
-    priced = [*[nodes.tables[nodes.number[n]] for n in of_node], *[edges.tables[edges.number[n]] for n in of_edge]]
+    numbers = _numbered(part.problem, apart)
     classes, sizes = tuple(node_classes(part.problem)), nodes.sizes.tolist()
-    order = find_order_of_copies(sizes, edges, classes, alike(nodes.number, edges, problem.copies))
+    order = find_order_of_copies(sizes, edges, classes, alike(numbers.unary, edges, problem.copies))
     fits = order.max_table_entries <= max_table_entries
     if not fits and shrunk is None:
-        return prepare(problem, prices, max_table_entries=max_table_entries, shrunk=shrink(part.problem, prices))
+        return prepare(problem, prices, max_table_entries=max_table_entries, shrunk=shrink(part.problem, prices, apart), apart=apart)
     left = np.ones(len(nodes), dtype=bool)
     left[order.copied] = False
-    pairs = np.stack([edges.u, edges.v, across], axis=1)[left[edges.u] & left[edges.v]]
-    recipe = write_recipe(unary.tolist(), pairs.tolist(), order, len(priced)) if fits else None
+    pairs = np.stack([edges.u, edges.v, numbers.across], axis=1)[left[edges.u] & left[edges.v]]
+    recipe = write_recipe(numbers.unary.tolist(), pairs.tolist(), order, len(numbers.tables)) if fits else None
+    begun = begin(recipe, [None if holds(memory_bytes) else cost_s for cost_s, memory_bytes in numbers.tables]) if recipe is not None and SECONDS in prices else TableStore()
     return Prepared(
-        shrunk=part, terms=Terms(part.problem), classes=classes, order=order, priced=tuple(priced), recipe=recipe, max_table_entries=max_table_entries
-    )
+        shrunk=part, terms=Terms(part.problem), classes=classes, order=order, priced=numbers.tables, recipe=recipe, begun=begun,
+        unary=tuple(numbers.unary.tolist()), apart=apart, max_table_entries=max_table_entries,
+    )  # fmt: skip
+
+
+class Numbered(NamedTuple):
+    """The distinct tables of a problem, and which of them every node and every edge has."""
+
+    unary: np.ndarray
+    across: np.ndarray
+    tables: tuple[tuple[np.ndarray, np.ndarray | None], ...]
+
+    def numbers_like(self, other: "Numbered") -> bool:
+        return np.array_equal(self.unary, other.unary) and np.array_equal(self.across, other.across)
+
+
+def _numbered(problem: SearchProblem, apart: frozenset[int]) -> Numbered:
+    """Nodes `apart` share their table with no other."""
+    nodes, edges = problem.node_columns, problem.edge_columns
+    own = nodes.number.copy()
+    own[sorted(apart)] = len(nodes.tables) + np.arange(len(apart))
+    (unary, of_node), (across, of_edge) = first_seen(own), first_seen(edges.number)
+    tables = [*[nodes.tables[nodes.number[n]] for n in of_node], *[edges.tables[edges.number[n]] for n in of_edge]]
+    return Numbered(unary, across + len(of_node), tuple(tables))

@@ -10,6 +10,8 @@ where the best bound is close enough to it. Five eliminations are typical, those
 What is left is the duality gap: plans that fit come from repairing, mixing and improving the plans met on the way.
 """
 
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from autopar.core.problem import Assignment, SearchProblem, evaluate
@@ -65,8 +67,14 @@ def price_memory(
     return _assignment(problem, shrunk.restore(best.choices), found.bound_s, found.multiplier)
 
 
-def dual(problem: SearchProblem, *, max_table_entries: int = MAX_TABLE_ENTRIES, prepared: Prepared | None = None, cheapest: Minimum | None = None) -> Dual:
-    """The price of memory alone; as `price_memory`, which looks for plans that fit besides."""
+def dual(
+    problem: SearchProblem, *, max_table_entries: int = MAX_TABLE_ENTRIES, prepared: Prepared | None = None, cheapest: Minimum | None = None,
+    met: Iterable[tuple[int, ...]] = (), tolerance: float = BOUND_TOLERANCE,
+) -> Dual:  # fmt: skip
+    """The price of memory alone; as `price_memory`, which looks for plans that fit besides.
+
+    `met`: any plans, in the states of `prepared`. Where those next to the best price are among them, the search begins at that price, and ends there.
+    """
     prepared = prepared or prepare(problem, (SECONDS, BYTES), max_table_entries=max_table_entries)
     small = prepared.shrunk.problem  # choices below are in its states
     cheapest = cheapest or prepared.minimise(SECONDS)
@@ -76,6 +84,10 @@ def dual(problem: SearchProblem, *, max_table_entries: int = MAX_TABLE_ENTRIES, 
         return Dual(bound_s, multiplier, over, None, prepared)
     within = None
     price = over.cost_s / over.memory_bytes  # a first guess, likely too high: then its plan fits
+    points = [point for plan in met if math.isfinite((point := Point(plan, *prepared.terms.of_plan(plan))).cost_s)]
+    if any(small.fits(point.memory_bytes) for point in points):
+        over, within = _around(small, points, over)
+        price = _crossing(over, within)
     for _ in range(MAX_SOLVES):
         if price <= 0:  # the plan that fits is as cheap: it is optimal, or elimination was not exact
             break
@@ -91,10 +103,26 @@ def dual(problem: SearchProblem, *, max_table_entries: int = MAX_TABLE_ENTRIES, 
         else:
             over = point
             within = within or leanest(small, max_table_entries)
-        price = (within.cost_s - over.cost_s) / (over.memory_bytes - within.memory_bytes)
-        if over.at(price) - price * small.limit_bytes - bound_s <= BOUND_TOLERANCE * within.cost_s:
+        price = _crossing(over, within)
+        if over.at(price) - price * small.limit_bytes - bound_s <= tolerance * within.cost_s:
             break
     return Dual(bound_s, multiplier, over, within or leanest(small, max_table_entries), prepared)
+
+
+def _crossing(over: Point, within: Point) -> float:
+    """The price at which both cost the same."""
+    return (within.cost_s - over.cost_s) / (over.memory_bytes - within.memory_bytes)
+
+
+def _around(problem: SearchProblem, points: Sequence[Point], over: Point) -> tuple[Point, Point]:
+    """The points on both sides of the limit that the search would end with if there were no others; `over` is cheaper than all, and one of them fits."""
+    within = min((point for point in points if problem.fits(point.memory_bytes)), key=lambda point: (point.memory_bytes, point.cost_s, point.choices))
+    while True:
+        price = _crossing(over, within)
+        lowest = min(points, key=lambda point: (point.at(price), point.choices))
+        if price <= 0 or lowest.at(price) >= within.at(price) * (1 - 1e-12):
+            return over, within
+        over, within = (over, lowest) if problem.fits(lowest.memory_bytes) else (lowest, within)
 
 
 def leanest(problem: SearchProblem, max_table_entries: int = MAX_TABLE_ENTRIES) -> Point:

@@ -12,7 +12,7 @@ With several prices the test must hold for each of them, so that seconds *and* b
 Everything is memoised on the identity of the tables, so that a repeated block is looked at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -42,6 +42,11 @@ SECONDS = Price(1.0, 0.0)
 BYTES = Price(0.0, 1.0)
 
 
+def holds(memory_bytes: np.ndarray | None) -> bool:
+    """Whether anything is held, so that a table depends on the price of a byte."""
+    return memory_bytes is not None and bool(memory_bytes.any())
+
+
 class PriceList:
     """Tables of nodes and edges under one price; tables that share arrays come out as one array."""
 
@@ -61,11 +66,13 @@ class PriceList:
         return self._made[key]
 
     def _priced(self, cost_s: np.ndarray, memory_bytes: np.ndarray | None) -> np.ndarray:
-        if self.price.second == 0:
+        if self.price.second == 1:
+            table = cost_s
+        elif self.price.second == 0:
             table = np.where(np.isinf(cost_s), np.inf, 0.0)  # 0 * inf would be nan
         else:
             table = cost_s * self.price.second
-        if memory_bytes is not None and self.price.byte != 0:
+        if self.price.byte != 0 and memory_bytes is not None and holds(memory_bytes):
             table = table + memory_bytes * self.price.byte
         return table
 
@@ -154,14 +161,14 @@ def node_classes(problem: SearchProblem) -> list[int]:
     return [known.setdefault((number, text[a:b]), len(known)) for number, a, b in zip(nodes.number.tolist(), bounds, bounds[1:])]
 
 
-def shrink(problem: SearchProblem, prices: tuple[Price, ...]) -> Shrunk:
-    """Drop states that some other state replaces at no loss under every one of `prices`; `problem` is canonical.
+def shrink(problem: SearchProblem, prices: tuple[Price, ...], spared: Set[int] = frozenset()) -> Shrunk:
+    """Drop states that some other state replaces at no loss under every one of `prices`, but of nodes that are `spared`; `problem` is canonical.
 
     Of states that replace each other the lowest number stays. Raises InfeasibleError where forbidden pairs leave a
     node without states.
     """
     masks = _Masks(problem, prices)
-    todo = list(range(len(problem.nodes)))
+    todo = [node for node in range(len(problem.nodes)) if node not in spared]
     for _ in range(NUM_ROUNDS):
         touched: set[int] = set()
         for node in todo:
@@ -169,7 +176,7 @@ def shrink(problem: SearchProblem, prices: tuple[Price, ...]) -> Shrunk:
                 touched.update(masks.others[node])
         if not touched:
             break
-        todo = sorted(touched)
+        todo = sorted(touched - spared)
     return masks.cut()
 
 

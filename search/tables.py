@@ -31,6 +31,14 @@ class TableStore:
         self._reduced: dict[Key, tuple[int, float]] = {}
         self._best: dict[tuple[Key, tuple[int, ...]], int] = {}
 
+    def copy(self) -> "TableStore":
+        """Another that knows what this one does."""
+        other = TableStore()
+        other.arrays, other._sources = list(self.arrays), list(self._sources)
+        other._by_content = {content: list(numbers) for content, numbers in self._by_content.items()}
+        other._by_source, other._reduced, other._best = dict(self._by_source), dict(self._reduced), dict(self._best)
+        return other
+
     @property
     def num_eliminations(self) -> int:
         """How many eliminations were computed rather than looked up."""

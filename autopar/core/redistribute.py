@@ -77,6 +77,20 @@ def step_graph(layouts: tuple[Layout, ...]) -> StepGraph:
     return StepGraph(tuple(step for steps in found for _, step in steps), src, dst, after)
 
 
+@lru_cache(maxsize=256)
+def _sorts_of_steps(layouts: tuple[Layout, ...], sizes: tuple[int, ...]) -> tuple[tuple[tuple[Step, int], ...], np.ndarray]:
+    """(a step of every kind, in how many parts its layout cuts the tensor), and by step of the graph which of them it is: steps of the same kinds, axis and local
+    bytes have one price."""
+    parts = [math.prod([size for size, p in zip(sizes, layout) if p.kind == "S"]) for layout in layouts]
+    graph, known, found = step_graph(layouts), dict[tuple[int, str, str, int], int](), list[tuple[Step, int]]()
+    number = np.empty(len(graph.steps), dtype=int)
+    for s, (step, i) in enumerate(zip(graph.steps, graph.src.tolist())):
+        number[s] = known.setdefault((step.axis, step.src.kind, step.dst.kind, parts[i]), len(known))
+        if len(known) > len(found):
+            found.append((step, parts[i]))
+    return tuple(found), number
+
+
 @dataclass(frozen=True)
 class Redistribution:
     """All-pairs shortest paths between the layouts of one tensor. `seconds[i, j]` includes the backward if `grad`."""
@@ -94,18 +108,10 @@ class Redistribution:
 
     @cached_property
     def _step_seconds(self) -> np.ndarray:
-        """Seconds of every step of the graph: one price for all steps of the same kind, axis and local bytes."""
+        """Seconds of every step of the graph."""
         total = float(math.prod(self.shape) * self.item_bytes)
-        local = [total / math.prod(axis.size for axis, p in zip(self.mesh.axes, layout) if p.kind == "S") for layout in self.layouts]
-        graph = step_graph(self.layouts)
-        known: dict[tuple[int, str, str, float], float] = {}
-        seconds = np.empty(len(graph.steps))
-        for s, (step, i) in enumerate(zip(graph.steps, graph.src.tolist())):
-            key = step.axis, step.src.kind, step.dst.kind, local[i]
-            if key not in known:
-                known[key] = self._price(step, local[i])
-            seconds[s] = known[key]
-        return seconds
+        sorts, number = _sorts_of_steps(self.layouts, self.mesh.sizes)
+        return np.array([self._price(step, total / parts) for step, parts in sorts])[number]
 
     def _price(self, step: Step, src_bytes: float) -> float:
         seconds = self.price(step.forward, step.axis, src_bytes)

@@ -124,7 +124,8 @@ class OpRule:
         """The sizes of `product` on one rank."""
         if self.product is None:
             return None
-        batch, rows, columns, summed = (math.prod(self.sizes[f] // self.cut_by(f, strategy, mesh) for f in part) for part in self.product)
+        cut = _parts(strategy, mesh)
+        batch, rows, columns, summed = [math.prod([self.sizes[f] // cut.get(f, 1) for f in part]) for part in self.product]
         return batch, rows, columns, summed
 
     @property
@@ -183,7 +184,7 @@ class OpRule:
 
     def degree(self, strategy: Strategy, mesh: Mesh) -> int:
         """In how many parts the work is cut: ranks that choose I, R or carry repeat it."""
-        return math.prod(axis.size for axis, choice in zip(mesh.axes, strategy) if choice.kind == "cut")
+        return math.prod([size for size, choice in zip(mesh.sizes, strategy) if choice.kind == "cut"])
 
     def local_numel(self, dims: DimFactors, strategy: Strategy, mesh: Mesh) -> int:
         return math.prod(self.sizes[f] // self.cut_by(f, strategy, mesh) for dim in dims for f in dim)
@@ -193,13 +194,23 @@ class OpRule:
 
     def legal(self, strategy: Strategy, mesh: Mesh) -> bool:
         """Whether every cut divides and every cut digit can be reached."""
-        parts: dict[int, int] = {}
-        for axis, choice in zip(mesh.axes, strategy):
-            if choice.kind == "cut":
-                parts[choice.index] = parts.get(choice.index, 1) * axis.size
-        if any(n > 1 and (f in self.whole or self.sizes[f] % n) for f, n in parts.items()):
-            return False
-        return all(self._reachable(dim, parts) for dims in (*self.operands, *self.results) for dim in dims if len(dim) > 1)
+        parts = _parts(strategy, mesh)
+        for f, n in parts.items():
+            if n > 1 and (f in self.whole or self.sizes[f] % n):
+                return False
+        return all([self._reachable(dim, parts) for dim in self._merged])
+
+    def form(self, sizes: Sequence[int]) -> tuple:
+        """What its strategies on a mesh of these sizes and their layouts depend on: of most factors no more than what divides them."""
+        merged = {f for dim in self._merged for f in dim}
+        factors = tuple([(name, size if f in merged else _divisible(size, sizes)) for f, (name, size) in enumerate(zip(self.factors, self.sizes))])
+        inner = tuple([collective.factor for collective in self.inner])
+        return factors, self.operands, self.results, self.whole, self.additive, self.carries, self.cost == "contract", self.known, inner
+
+    @cached_property
+    def _merged(self) -> tuple[tuple[int, ...], ...]:
+        """Dimensions of several factors."""
+        return tuple(dict.fromkeys(dim for dims in (*self.operands, *self.results) for dim in dims if len(dim) > 1))
 
     def _reachable(self, dim: tuple[int, ...], parts: Mapping[int, int]) -> bool:
         outer = 1
@@ -243,6 +254,20 @@ class OpRule:
         elif word in self.factors:
             return Choice("cut", self.factors.index(word))
         raise LayoutError(f"{item!r} names no factor of this operator; it has {', '.join(self.factors) or 'none'}")
+
+
+def _divisible(size: int, sizes: Sequence[int]) -> tuple[bool, ...]:
+    """By which products of `sizes`."""
+    return tuple([size % math.prod(chosen) == 0 for n in range(1, len(sizes) + 1) for chosen in itertools.combinations(sizes, n)])
+
+
+def _parts(strategy: Strategy, mesh: Mesh) -> dict[int, int]:
+    """In how many parts every factor is cut."""
+    found: dict[int, int] = {}
+    for size, choice in zip(mesh.sizes, strategy):
+        if choice.kind == "cut":
+            found[choice.index] = found.get(choice.index, 1) * size
+    return found
 
 
 def nest(layout: Layout, mesh: Mesh) -> Layout:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import permutations
 
 import numpy as np
 
@@ -13,9 +14,15 @@ from autopar.joint.bounds import Line, Parts
 from autopar.joint.fold import Folded
 from autopar.search.elimination import Minimum, Prepared, prepare
 from autopar.search.lagrange import Dual, dual
-from autopar.search.simplify import BYTES, SECONDS
+from autopar.search.simplify import BYTES, SECONDS, Price
 from autopar.search.solve import solve
 from autopar.search.terms import Terms
+
+TOLERANCE = 5e-5
+"""Of the seconds of the blocks: how much more a bound at another price could be."""
+
+LEAN = 1e4
+"""A price of all bytes, in the seconds of the fastest plan, at which hardly anything but bytes counts."""
 
 
 @dataclass
@@ -30,8 +37,17 @@ class Relaxed:
     @cached_property
     def parts(self) -> Parts:
         """Seconds of a block, and of what is before and behind the run, each at its least."""
-        block, first, last = (solve(self.folded.part(side), use_ilp="never").bound_s for side in range(3))
+        block, first, last = self._cheapest.bound, *(solve(self.folded.part(side), use_ilp="never").bound_s for side in (1, 2))
         return Parts(block / self.depth, first, last)
+
+    @cached_property
+    def _block(self) -> Prepared:
+        """All blocks alone, with the activations of one microbatch."""
+        return prepare(self.folded.part(0), (SECONDS, BYTES))
+
+    @cached_property
+    def _cheapest(self) -> Minimum:
+        return self._block.minimise(SECONDS)
 
     def parts_of(self, choices: Sequence[int]) -> Parts:
         """The same of one sharding."""
@@ -42,6 +58,34 @@ class Relaxed:
     def _terms(self) -> tuple[tuple[tuple[int, ...], Terms], ...]:
         """The nodes of every side, and what they cost."""
         return tuple((self.folded.nodes_of(side), Terms(self.folded.part(side))) for side in range(3))
+
+    def line_of(self, plans: Sequence[tuple[int, ...]], flight: float, limit_bytes: float) -> Line:
+        """The same as `line` where every block is as in one of these plans."""
+        total = self.num_ranks * limit_bytes
+        found = [(cost_s, once + (flight - 1) * more) for cost_s, once, more in map(self._figures_of, plans)]
+        if min(held for _, held in found) > total:
+            return Line(math.inf)
+        crossings = [(c - d) / (h - g) for (c, g), (d, h) in permutations(found, 2) if h > g and c > d]
+        bound_s, price = max((min(c + p * (held - total) for c, held in found), p) for p in (0.0, *crossings))
+        return Line((bound_s + price * total) / self.depth, price * limit_bytes, price)
+
+    def _figures_of(self, plan: tuple[int, ...]) -> tuple[float, float, float]:
+        """Seconds of all blocks, their bytes with one microbatch in flight, and what every other adds."""
+        if plan not in self._figures:
+            nodes, terms = self._terms[0]
+            states = [plan[n] for n in nodes]
+            (cost_s, once), (_, twice) = terms.of_plan(states), self._twice.of_plan(states)
+            self._figures[plan] = cost_s, once, twice - once
+        return self._figures[plan]
+
+    @cached_property
+    def _figures(self) -> dict[tuple[int, ...], tuple[float, float, float]]:
+        return {}
+
+    @cached_property
+    def _twice(self) -> Terms:
+        """As the first of `_terms`, with two microbatches in flight."""
+        return Terms(self.in_flight(2.0).part(0))
 
     def line(self, flight: float, limit_bytes: float) -> Line:
         """What a rank of so much memory with so many microbatches in flight can do of the step, by the price of a byte. A few fewer in flight make it a
@@ -70,15 +114,25 @@ class Relaxed:
     def _dual(self, flight: float, total_bytes: float) -> Dual:
         """Of the blocks within a limit for all ranks; what does not depend on the limit is kept."""
         if flight not in self._prepared:
-            prepared = prepare(self.in_flight(flight).part(0), (SECONDS, BYTES))
-            self._prepared[flight] = prepared, prepared.minimise(SECONDS)
-        prepared, cheapest = self._prepared[flight]
+            params = {n for n, node in enumerate(self.folded.nodes_of(0)) if node in self.params}
+            self._prepared[flight] = self._block.with_bytes(self._block.shrunk.problem.in_flight(flight, params))
+        prepared = self._prepared[flight]
         problem = replace(prepared.shrunk.problem, memory_limit_bytes=total_bytes)
         within = replace(prepared, shrunk=replace(prepared.shrunk, problem=problem))
-        return dual(problem, prepared=within, cheapest=cheapest)
+        met = self._met.setdefault(total_bytes, {})
+        if not met and not problem.fits(prepared.terms.of_plan(self._cheapest.choices)[1]):
+            met[within.minimise(Price(1.0, LEAN * self._cheapest.value / max(total_bytes, 1.0))).choices] = None
+        found = dual(problem, prepared=within, cheapest=self._cheapest, met=met, tolerance=TOLERANCE)
+        met.update(dict.fromkeys(point.choices for point in (found.over, found.within) if point is not None))
+        return found
 
     @cached_property
-    def _prepared(self) -> dict[float, tuple[Prepared, Minimum]]:
+    def _prepared(self) -> dict[float, Prepared]:
+        return {}
+
+    @cached_property
+    def _met(self) -> dict[float, dict[tuple[int, ...], None]]:
+        """By limit, plans of the blocks between which the best prices were found; other numbers of microbatches have theirs near them."""
         return {}
 
     @cached_property

@@ -30,7 +30,7 @@ from autopar.joint.deep import Deep, Sharding, mixed, roomy_depths, shifted
 from autopar.joint.known import SAFE, Flat, Floors, Known, Proved, without_memory
 from autopar.joint.relaxed import Relaxed
 from autopar.joint.space import Ideal, Point, orders, points
-from autopar.joint.tables import PointTables
+from autopar.joint.tables import Asked, PointTables
 from autopar.planner.blocks import Order
 from autopar.planner.keeping import Keeping
 from autopar.planner.lengths import Task
@@ -46,9 +46,6 @@ FAR = 0.2
 
 LEAN_POWERS = range(-6, 22)
 """Of 2: prices of a byte, in what all bytes of the fastest sharding must cost to be as dear as its seconds."""
-
-Asked = tuple[float, float, int | None, bool]
-"""For a sharding: microbatches in flight, price of a byte, stage of ZeRO, whether blocks are computed again."""
 
 Graphs = Callable[[int], OpGraph]
 """The short graph of so many samples."""
@@ -144,7 +141,7 @@ class JointSearch:
                 found.append(made)
                 best = min(best, made.step_s)
         in_time = not heap or heap[0].key >= best * (1 - self.gap)
-        while heap and heap[0].level < 2 and heap[0].key < best < math.inf and in_time:
+        while heap and heap[0].level < 2 and heap[0].key < min(best, closed) < math.inf and in_time:
             _tighten(heap, heapq.heappop(heap), looked)
         for bound, search in planned:
             if bound < best * (1 - FAR) and time.perf_counter() < end:
@@ -204,7 +201,7 @@ class Waiting:
 def _tighten(heap: list[Waiting], waiting: Waiting, looked: list[int]) -> None:
     """By what other searches know, else by the next level. So the levels that a point goes through depend on those, but what it is planned by does not."""
     bound, level, search = waiting.bound, waiting.level, waiting.search
-    floor = 0.0 if waiting.floored else search.floor_s(solved=level > 0)
+    floor = 0.0 if waiting.floored else search.floor_s()
     if floor > waiting.key:
         heapq.heappush(heap, replace(waiting, key=floor, floored=True))
         return
@@ -221,6 +218,8 @@ class PointSearch:
     joint: JointSearch
     point: Point
     ideal: Parts = Parts(0.0)
+    solved: dict[str, Relaxed] = field(default_factory=dict)
+    """The sides that were asked for."""
 
     @cached_property
     def orders(self) -> tuple[Order, ...]:
@@ -249,23 +248,37 @@ class PointSearch:
 
     def fastest_s(self) -> float:
         """The bound from the solved problem, without a memory limit."""
-        found = min(map(self._fastest_s, self.orders), default=math.inf)
+        least = math.inf
+        for sooner, order in self._soonest():
+            if sooner < least:
+                least = min(least, self._fastest_s(order))
         self._tell()
-        return found
+        return least
+
+    def _soonest(self) -> list[tuple[float, Order]]:
+        """A bound on every order by the first of its sides, the lowest first."""
+        return sorted(((self._fastest_of(order, sides(order)[0], self._solved), order) for order in self.orders), key=lambda pair: pair[0])
 
     def _fastest_s(self, order: Order, parts: Callable[[str], Parts] | None = None) -> float:
         """`parts`: of one sharding rather than of all, by side."""
-        found = [(side, parts(side) if parts else self.side(side).parts) for side in sides(order)]
-        return max(self._step_s(order, p, [[Line(p.block)]] * order.num_ranks, self._waits(side, p)) for side, p in found)
+        return max(self._fastest_of(order, side, parts or self._solved) for side in sides(order))
+
+    def _fastest_of(self, order: Order, side: str, parts: Callable[[str], Parts]) -> float:
+        found = parts(side)
+        return self._step_s(order, found, [[Line(found.block)]] * order.num_ranks, self._waits(side, found))
+
+    def _solved(self, side: str) -> Parts:
+        return self.solved.setdefault(side, self.side(side)).parts
 
     def fitting_s(self) -> float:
         """The bound under the memory limit of every rank, by the linear model of memory; inf where not even that can be met."""
         least = math.inf
-        for fastest, order in sorted(((self._fastest_s(order), order) for order in self.orders), key=lambda pair: pair[0]):
-            if fastest < least:
-                side = sides(order)[0]
-                parts = self.side(side).parts
-                least = min(least, max(fastest, self._step_s(order, parts, self._lines(self.side(side), order), self._waits(side, parts))))
+        for sooner, order in self._soonest():
+            if sooner >= least or (fastest := self._fastest_s(order)) >= least:
+                continue
+            side = sides(order)[0]
+            parts = self.side(side).parts
+            least = min(least, max(fastest, self._step_s(order, parts, self._lines(self.side(side), order), self._waits(side, parts))))
         self._tell()
         return least
 
@@ -274,14 +287,14 @@ class PointSearch:
         most, free = max(order.in_flight), Line(relaxed.parts.block)
         return [[free, relaxed.line(flight, self.joint.limit_bytes)] if flight >= most / 2 else [free] for flight in order.in_flight]
 
-    def floor_s(self, *, solved: bool) -> float:
-        """What other searches leave of `fitting_s`, 0 where they know nothing; `solved`: the parts of a step are known."""
+    def floor_s(self) -> float:
+        """What other searches leave of `fitting_s`, 0 where they know nothing."""
         floors = self.joint.known.floors(self.joint.about, self.point, self.joint.cluster, self.ideal)
-        return SAFE * min((self._floor_s(order, floors, solved=solved) for order in self.orders), default=math.inf) if floors else 0.0
+        return SAFE * min((self._floor_s(order, floors) for order in self.orders), default=math.inf) if floors else 0.0
 
-    def _floor_s(self, order: Order, floors: Floors, *, solved: bool) -> float:
+    def _floor_s(self, order: Order, floors: Floors) -> float:
         def parts(side: str) -> Parts:
-            return self.side(side).parts if solved else floors.parts.get(side, self.ideal)
+            return self.solved[side].parts if side in self.solved else floors.parts.get(side, floors.parts.get("passes", self.ideal))
 
         side, most = sides(order)[0], max(order.in_flight)
         free, limit = Line(parts(side).block), self.joint.limit_bytes
@@ -290,12 +303,11 @@ class PointSearch:
 
     def _tell(self) -> None:
         """What is found out, to the searches that follow."""
-        asked = {side: self.side(side) for order in self.orders for side in sides(order)}
         lines = {
             side: tuple(Flat(flight, line.price, line.block_s) for flight, line in relaxed.lines(self.joint.limit_bytes).items() if 0 < line.block_s < math.inf)
-            for side, relaxed in asked.items()
+            for side, relaxed in self.solved.items()
         }
-        parts = {side: relaxed.parts for side, relaxed in asked.items()}
+        parts = {side: relaxed.parts for side, relaxed in self.solved.items()}
         self.joint.known.add(self.joint.about, Proved(self.joint.cluster, self.point, self.tables.operators, parts, lines))
 
     def side(self, side: str) -> Relaxed:
@@ -347,20 +359,32 @@ class PointSearch:
     def _asked_lean(self) -> list[Asked]:
         """At prices of memory from so low that the sharding is the fastest to so high that it holds least, with the most microbatches in flight."""
         flight, tables = max(max(order.in_flight) for order in self.orders), self.tables
-        fastest_s, num_bytes = evaluate(tables.whole.in_flight(flight).problem, tables.cheapest(flight, 0.0, None, again=False))
+        fastest_s, num_bytes = evaluate(tables.whole.in_flight(flight).problem, tables.cheapest([(flight, 0.0, None, False)])[0])
         prices = [fastest_s / max(num_bytes, 1.0) * 2.0**n for n in LEAN_POWERS]
         return [(flight, price, None, again) for price in prices for again in (False, True)]
 
     def shardings(self, asked: Sequence[Asked], below_s: Callable[[], float] = lambda: math.inf) -> Iterator[Sharding]:
-        """Each once; left out where no pipeline of it takes less than `below_s`."""
-        seen: set[tuple[int, ...]] = set()
-        for flight, price, zero, again in asked:
-            choices = self.tables.cheapest(flight, price, zero, again=again)
-            if choices in seen:
+        """Each once, best first by a bound on its plans; those left out that take no less than `below_s`."""
+        choices = dict.fromkeys(self.tables.cheapest(asked))
+        bounds = [self._least_of(chosen, below_s()) for chosen in choices]
+        for bound, chosen in sorted(zip(bounds, choices), key=lambda pair: pair[0]):
+            if bound < below_s():
+                yield self.tables.sharding(chosen)
+
+    def _least_of(self, choices: tuple[int, ...], below_s: float) -> float:
+        """No plan of one sharding takes less, where that is below `below_s`; its blocks may be computed again in any mode."""
+        parts = {side: self.side(side).parts_of(choices) for side in dict.fromkeys(side for order in self.orders for side in sides(order))}
+        modes, least = self.tables.in_modes(choices), math.inf
+        for order in self.orders:
+            fastest = self._fastest_s(order, parts.__getitem__)
+            if fastest >= min(least, below_s):
+                least = min(least, fastest)
                 continue
-            seen.add(choices)
-            if min(self._fastest_s(order, lambda side, chosen=choices: self.side(side).parts_of(chosen)) for order in self.orders) < below_s():
-                yield self.tables.sharding(choices)
+            side, most, free = sides(order)[0], max(order.in_flight), Line(parts[sides(order)[0]].block)
+            by_flight = {flight: self.side(side).line_of(modes, flight, self.joint.limit_bytes) for flight in set(order.in_flight) if flight >= most / 2}
+            lines = [[free, by_flight[flight]] if flight in by_flight else [free] for flight in order.in_flight]
+            least = min(least, max(fastest, self._step_s(order, parts[side], lines, self._waits(side, parts[side]))))
+        return least
 
 
 def sides(order: Order) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 
 from autopar.core.layout import Layout
-from autopar.core.problem import Edge, Node, SearchProblem
+from autopar.core.problem import Edge, SearchProblem
 from autopar.core.unroll import Run
 from autopar.joint.bounds import Parts
 from autopar.joint.deep import Sharding
@@ -22,8 +22,13 @@ from autopar.planner.pins import Pins
 from autopar.planner.problem import Ports, ProblemBuilder
 from autopar.planner.roles import Constraints
 from autopar.planner.states import Pricing, States
-from autopar.search.elimination import prepare
+from autopar.search.elimination import Prepared, prepare
 from autopar.search.simplify import BYTES, SECONDS, Price
+from autopar.search.tables import TableStore
+
+Asked = tuple[float, float, int | None, bool]
+"""For the choices that cost least: microbatches in flight, price of a byte, stage of ZeRO (as near as a parameter has it; None: any), whether blocks may be
+computed again."""
 
 
 @dataclass
@@ -78,44 +83,70 @@ class PointTables:
             self._shardings[choices] = Sharding.of(program, self.pricing, self.run, Engine.of(self.pricing.cluster), self.keeping.programs)
         return self._shardings[choices]
 
-    def cheapest(self, flight: float, price: float, zero: int | None, *, again: bool) -> tuple[int, ...]:
-        """The choices of the folded problem with so many microbatches in flight that cost least at this price of a byte, parameters with this stage of ZeRO
-        as near as they have it (None: any). Blocks may be computed `again` where that pays; what is returned has them kept, as recomputation is decided
-        later."""
-        key = flight, price, zero, again
-        if key not in self._cheapest:
-            self._cheapest[key] = self._least(self.whole.in_flight(flight).problem, price, zero, again=again)
-        return self._cheapest[key]
+    def cheapest(self, asked: Sequence[Asked]) -> list[tuple[int, ...]]:
+        """For each the choices of the folded problem that cost least. Blocks may be computed again where that is said and pays; what is returned has them
+        kept, as recomputation is decided later."""
+        store, shared = TableStore(), None
+        for one in asked:
+            flight, price, zero, again = one
+            if one not in self._cheapest:
+                prepared = self._prepared(flight, again=again)
+                if (flight, price, again) != shared:
+                    store, shared = prepared.store(Price(1.0, price)), (flight, price, again)
+                found = prepared.shrunk.restore(prepared.minimise(Price(1.0, price), store, self._of_stage(zero)).choices)
+                self._cheapest[one] = tuple([0 if n in self._block_nodes else c for n, c in enumerate(found)])
+        return [self._cheapest[one] for one in asked]
 
     @cached_property
-    def _cheapest(self) -> dict[tuple[float, float, int | None, bool], tuple[int, ...]]:
+    def _cheapest(self) -> dict[Asked, tuple[int, ...]]:
         return {}
 
-    def _least(self, problem: SearchProblem, price: float, zero: int | None, *, again: bool) -> tuple[int, ...]:
-        _, ports = self.built
-        kept = [np.arange(node.num_states) for node in problem.nodes]
-        for n in ports.param_node.values() if zero is not None else ():
-            kept[self.whole.folded.node[n]] = _of_stage(ports.states[n], zero)
-        blocks = {self.whole.folded.node[n] for n in ports.block_node.values()}
-        for n in blocks if not again else ():
-            kept[n] = np.array([0])
-        nodes = tuple([Node(node.name, node.cost_s[k], node.memory_bytes[k]) for node, k in zip(problem.nodes, kept, strict=True)])
-        part = replace(problem, nodes=nodes, edges=tuple([_between(edge, kept[edge.u], kept[edge.v]) for edge in problem.edges]))
-        found = prepare(part, (SECONDS, BYTES)).minimise(Price(1.0, price)).choices
-        return tuple([0 if n in blocks else int(k[c]) for n, (k, c) in enumerate(zip(kept, found, strict=True))])
+    def _prepared(self, flight: float, *, again: bool) -> Prepared:
+        """The folded problem with so many microbatches in flight."""
+        if again not in self._alone:
+            folded = self.whole.folded.problem
+            self._alone[again] = prepare(folded if again else _at_first(folded, self._block_nodes), (SECONDS, BYTES), apart=self.whole.params)
+        alone = self._alone[again]
+        return alone.with_bytes(alone.shrunk.problem.in_flight(flight, self.whole.params))
+
+    @cached_property
+    def _alone(self) -> dict[bool, Prepared]:
+        """By whether blocks may be computed again, with one microbatch in flight."""
+        return {}
+
+    def _of_stage(self, zero: int | None) -> dict[int, np.ndarray]:
+        """By parameter, for every layout the states whose stage of ZeRO is nearest to this one."""
+        ports = self.built[1]
+        return {} if zero is None else {self.whole.folded.node[n]: _nearest(ports.states[n], zero) for n in ports.param_node.values()}
+
+    def in_modes(self, choices: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """The same choices of the folded problem with blocks in every mode of recomputation."""
+        nodes, problem = self._block_nodes, self.whole.folded.problem
+        return tuple([tuple([mode if n in nodes else c for n, c in enumerate(choices)]) for mode in range(min([problem.nodes[n].num_states for n in nodes], default=1))])
+
+    @cached_property
+    def _block_nodes(self) -> frozenset[int]:
+        """In the folded problem."""
+        return frozenset(self.whole.folded.node[n] for n in self.built[1].block_node.values())
 
 
-def _of_stage(states: States, zero: int) -> np.ndarray:
-    """Of the states of a parameter, for every layout those whose stage of ZeRO is nearest to this one."""
+def _nearest(states: States, zero: int) -> np.ndarray:
     stages = [z.stage if z else 0 for z in states.zeros]
     off = [(abs(stage - zero), stage) for stage in stages]
     nearest: dict[Layout, tuple[int, int]] = {}
     for layout, distance in zip(states.result_layouts[0], off, strict=True):
         nearest[layout] = min(distance, nearest.get(layout, distance))
-    return np.array([n for n, layout in enumerate(states.result_layouts[0]) if off[n] == nearest[layout]])
+    return np.array([off[n] == nearest[layout] for n, layout in enumerate(states.result_layouts[0])])
 
 
-def _between(edge: Edge, rows: Sequence[int] | np.ndarray, columns: Sequence[int] | np.ndarray) -> Edge:
+def _at_first(problem: SearchProblem, decided: frozenset[int]) -> SearchProblem:
+    """With nodes that are `decided` in their first state."""
+    kept = [slice(0, 1) if n in decided else slice(None) for n in range(len(problem.nodes))]
+    nodes = tuple([replace(node, cost_s=node.cost_s[k], memory_bytes=node.memory_bytes[k]) if n in decided else node for n, (node, k) in enumerate(zip(problem.nodes, kept))])
+    edges = tuple([_between(edge, kept[edge.u], kept[edge.v]) if decided & {edge.u, edge.v} else edge for edge in problem.edges])
+    return replace(problem, nodes=nodes, edges=edges)
+
+
+def _between(edge: Edge, rows: slice, columns: slice) -> Edge:
     """An edge of these states alone."""
-    chosen = np.ix_(rows, columns)
-    return Edge(edge.u, edge.v, edge.cost_s[chosen], None if edge.memory_bytes is None else edge.memory_bytes[chosen])
+    return Edge(edge.u, edge.v, edge.cost_s[rows, columns], None if edge.memory_bytes is None else edge.memory_bytes[rows, columns])

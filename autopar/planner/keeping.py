@@ -147,11 +147,11 @@ class Sharding:
         return float(total)
 
     def seconds(self, meta: TensorMeta, layout: Layout, zero: Zero | None, deferred: tuple[int, ...], use: Use) -> tuple[float, float]:
-        """What gathering a parameter, summing its gradient (over `deferred`) and updating it costs in the passes of a step, and before and after all of
-        them, where a pipeline may hide it behind other stages of a rank."""
+        """What gathering a parameter, summing its gradient (over `deferred`) and updating it costs in the passes of a microbatch, and before and after all of
+        a step, where a pipeline may hide it behind other stages of a rank."""
         found = self.exchange(meta, layout, zero, deferred, use)
         once = found.gather_s + found.reduce_s + self.update_s(meta, layout, zero, use.live)
-        return self.keeping.micro_batches * (found.forward_s + found.backward_s), once
+        return found.forward_s + found.backward_s, once
 
     def update_s(self, meta: TensorMeta, layout: Layout, zero: Zero | None, live: bool) -> float:
         """Seconds of the optimizer's step, which reads the gradient, and reads and writes the parameter and its state; and of adding up the gradients

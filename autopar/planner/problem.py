@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from autopar.errors import PinConflictError
 from autopar.planner.keeping import Keeping, Sharding, Use, recompute_tables, uses
 from autopar.planner.roles import Constraints
 from autopar.planner.saved import moved_bytes, saved_values, wanting
-from autopar.planner.states import Pricing, States, layout_states, op_states, result_bytes
+from autopar.planner.states import Pricing, States, layout_states, op_states
 
 STATE_AXES = ("dp", "cp", "ep")
 """Axes of a forced mesh along which ZeRO may cut the state: those on which parameters are whole."""
@@ -203,7 +203,10 @@ class ProblemBuilder:
         key = (id(rule), saved, words, color, i in self.block_of)  # operators of one rule object are of one kind and size
         if key not in self._op_cache:
             operands, results = (tuple(self.graph.values[v].meta for v in values) for values in (op.operands, op.results))
-            self._op_cache[key] = op_states(rule, operands, results, self.pricing, allowed, prefer, saved=frozenset(saved), keeps=i not in self.block_of, times=self.keeping.micro_batches)
+            self._op_cache[key] = op_states(
+                rule, operands, results, self.pricing, allowed, prefer, named=(self.constraints.strict, words, color), saved=frozenset(saved),
+                keeps=i not in self.block_of, times=self.keeping.micro_batches,
+            )  # fmt: skip
         states = self._op_cache[key]
         if not states.strategies:
             pins = [p.text for _, found in self.constraints.for_op(op, rule, self.batch[i]).values() for p in found]
@@ -215,13 +218,17 @@ class ProblemBuilder:
         cuts, use = self._consumer_cuts(v), self.uses[v]
         key = ("param", self._meta[v], cuts, use, value.source if self.constraints.pins.named else ())
         if key not in self._layout_cache:
-            space = layout_space(value.meta.shape, self.mesh, sorted(cuts), grad=False, partial=False)
-            space = tuple(x for x in space if all(self._storage_allowed(a, p) for a, p in enumerate(x)))
-            chosen = self.constraints.for_param(value.source, space)
-            options = self.sharding.options(value.meta, chosen, use)
-            memory = np.array([self.sharding.memory_bytes(value.meta, x, zero, use.live) for x, zero in options])
-            self._layout_cache[key] = States((), (), (tuple(x for x, _ in options),), np.zeros(len(options)), memory, zeros=tuple(zero for _, zero in options))
+            about = ("param", *key[1:], self.constraints, replace(self.keeping, micro_batches=1))
+            self._layout_cache[key] = self.pricing.kept(about, lambda: self._param_states(v, cuts, use))
         return self._add(value.source[0], self._layout_cache[key])
+
+    def _param_states(self, v: int, cuts: frozenset[tuple[int, int]], use: Use) -> States:
+        value = self.graph.values[v]
+        space = layout_space(value.meta.shape, self.mesh, sorted(cuts), grad=False, partial=False)
+        space = tuple(x for x in space if all(self._storage_allowed(a, p) for a, p in enumerate(x)))
+        options = self.sharding.options(value.meta, self.constraints.for_param(value.source, space), use)
+        memory = np.array([self.sharding.memory_bytes(value.meta, x, zero, use.live) for x, zero in options])
+        return States((), (), (tuple(x for x, _ in options),), np.zeros(len(options)), memory, zeros=tuple(zero for _, zero in options))
 
     def _storage_allowed(self, axis: int, placement) -> bool:  # noqa: ANN001
         return not (self.constraints.strict and self.mesh.names[axis] in ("dp", "cp") and placement.kind == "S")
@@ -290,22 +297,29 @@ class ProblemBuilder:
         return self.keeping.micro_batches * red.seconds[np.ix_([red.index[x] for x in src], [red.index[x] for x in dst])]
 
     def _param_edge(self, meta: TensorMeta, source: States, dst: Sequence[Layout], use: Use) -> tuple[np.ndarray, np.ndarray]:
-        """Seconds, and the part of them that is once a step. A parameter's gradient over axes where it is stored whole and used as R is summed once a
-        step, in one go."""
+        """Seconds, and the part of them that is once a step."""
+        keeping, times = self.keeping, self.keeping.micro_batches
+        summed = times if self.pricing.cluster.host.update_bytes_per_s else 1  # where the optimizer's step is priced, it adds the gradients of all up
+        about = ("param edge", meta, source.result_layouts, source.zeros, dst, use, self.sharding.axes, replace(keeping, micro_batches=summed))
+        moves, passes, once = self.pricing.kept(about, lambda: self._param_seconds(meta, source, dst, use))
+        return times * moves + times * passes + once, once
+
+    def _param_seconds(self, meta: TensorMeta, source: States, dst: Sequence[Layout], use: Use) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of moves and of ZeRO's exchanges in the passes of one microbatch, and once a step. A parameter's gradient over axes where it is stored whole and used
+        as R is summed once a step, in one go."""
         src = source.result_layouts[0]
         lifted = [tuple(R if p == I and meta.requires_grad else p for p in x) for x in src]
         red = self.pricing.redistribution(meta, (*src, *dst, *lifted), grad=meta.requires_grad)
         end = np.array([red.index[used] for used in dst])
         partial = np.array([[p == R for p in used] for used in dst])
-        table, once = np.empty((len(src), len(dst))), np.empty((len(src), len(dst)))
+        moves, passes, once = (np.empty((len(src), len(dst))) for _ in range(3))
         for group in np.unique(partial, axis=0):  # of the layout a parameter is used in, only its R axes say what is deferred
             columns = np.flatnonzero((partial == group).all(axis=1))
             for s, (stored, zero) in enumerate(zip(src, source.zeros)):
                 axes = deferred_axes(stored, dst[columns[0]]) if meta.requires_grad else ()
-                moves = self.keeping.micro_batches * red.seconds[red.index[lift(stored, axes)], end[columns]]
-                passes, once[s, columns] = self.sharding.seconds(meta, stored, zero, axes, use)
-                table[s, columns] = moves + passes + once[s, columns]
-        return table, once
+                moves[s, columns] = red.seconds[red.index[lift(stored, axes)], end[columns]]
+                passes[s, columns], once[s, columns] = self.sharding.seconds(meta, stored, zero, axes, use)
+        return moves, passes, once
 
     def _leaves_block(self, i: int, v: int) -> bool:
         """Whether a result is used outside the block that makes it; then it is kept, whatever the block recomputes."""
@@ -341,9 +355,8 @@ class ProblemBuilder:
         kept = kept_by_selective(op, metas)
         key = (id(states), inner, saved, kept, self.again.get(i, 0.0))
         if key not in self._mode_cache:
-            assert states.forward_s is not None and states.kept_bytes is not None
-            results = [self.graph.values[v].meta for v in op.results]
-            read, made = (result_bytes(results, states.result_layouts, which, self.mesh) for which in (saved, inner if i in self.again else ()))
+            assert states.forward_s is not None and states.kept_bytes is not None and states.result_bytes is not None
+            read, made = (states.result_bytes[list(which)].sum(axis=0).astype(float) for which in (saved, inner if i in self.again else ()))
             times = self.keeping.micro_batches
             addends = self._addends(states)
             again = states.forward_s * self.again.get(i, 0.0) * (addends == 1 if kept else 1)

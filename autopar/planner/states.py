@@ -2,15 +2,16 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
+from typing import Any, TypeVar
 
 import numpy as np
 
 from autopar.core.cluster import Cluster
 from autopar.core.graph import DTYPE_BYTES, TensorMeta
-from autopar.core.layout import Layout, Placement, local_shape
+from autopar.core.layout import Layout, Placement
 from autopar.core.mesh import Mesh
 from autopar.core.moves import COLLECTIVES
 from autopar.core.pipeline import with_pipeline
@@ -32,6 +33,8 @@ LOCAL_COPIES = {"slice": 1.0, "embed": 1.0, "mask": 1.0, "identity": 0.0}
 TIE_BREAK_S = 1e-9
 """Every step costs at least this, so that of equal routes the shortest is taken."""
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, eq=False)
 class States:
@@ -39,7 +42,7 @@ class States:
 
     `operand_layouts[k][s]`, `result_layouts[j][s]`: layout under state s. `strategies` is empty for nodes that are no op;
     `forward_s` is their share of `seconds` that a second forward would cost; `kept_bytes`: what the backward keeps beside operands
-    and results; `zeros`: ZeRO of a parameter; `modes`: of a block.
+    and results; `result_bytes[j, s]`: of a rank; `zeros`: ZeRO of a parameter; `modes`: of a block.
     """
 
     strategies: tuple[Strategy, ...]
@@ -49,6 +52,7 @@ class States:
     memory_bytes: np.ndarray
     forward_s: np.ndarray | None = None
     kept_bytes: np.ndarray | None = None
+    result_bytes: np.ndarray | None = None
     zeros: tuple[Zero | None, ...] = ()
     modes: tuple[str, ...] = ()
 
@@ -68,6 +72,13 @@ class Pricing:
     _reductions: dict[tuple[tuple[int, ...], float], float] = field(default_factory=dict)
     _spaces: dict[tuple, Redistribution] = field(default_factory=dict)
     _computed: dict[Work, tuple[float, float, float]] = field(default_factory=dict)
+    _kept: dict[Hashable, Any] = field(default_factory=dict)
+
+    def kept(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Whatever else depends on nothing but the mesh, its cluster and the `key`."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]  # type: ignore[no-any-return]
 
     @cached_property
     def whole(self) -> Mesh:
@@ -132,42 +143,74 @@ class Pricing:
         return self._spaces[key]
 
 
+@dataclass(frozen=True, eq=False)
+class Ways:
+    """The legal strategies of operators of one form on a mesh, one for each set of layouts: `operand_layouts[k][s]` and `result_layouts[j][s]`; `degree[s]`, and
+    [k, s] and [j, s]: in how many parts the work, the operands and the results are cut."""
+
+    strategies: tuple[Strategy, ...]
+    operand_layouts: tuple[tuple[Layout, ...], ...]
+    result_layouts: tuple[tuple[Layout, ...], ...]
+    degree: np.ndarray
+    operand_parts: np.ndarray
+    result_parts: np.ndarray
+
+    @classmethod
+    def of(
+        cls, rule: OpRule, operands: Sequence[TensorMeta], results: Sequence[TensorMeta], mesh: Mesh, allowed: Allowed, prefer: Allowed, *, differentiable: bool
+    ) -> "Ways":
+        """Those that `allowed` admits (of these those that `prefer` does, if any)."""
+        layouts = [_layouts_of(partial(rule.operand_placement, k), m, mesh) for k, m in enumerate(operands)]
+        layouts += [_layouts_of(partial(rule.result_placement, j), m, mesh) for j, m in enumerate(results)]
+        chosen: dict[tuple, tuple[Strategy, list[Layout], int]] = {}
+        for strategy in strategies(rule, mesh, differentiable=differentiable):
+            if not allowed(strategy) or (rule.cost == "contract" and any(c.kind == "carry" for c in strategy)):
+                continue  # a partial sum through a contraction would only delay its reduction past more work
+            around, degree = [layout(strategy) for layout in layouts], rule.degree(strategy, mesh)
+            chosen.setdefault((*around, degree), (strategy, around, degree))
+        picked = [c for c in chosen.values() if prefer(c[0])] or list(chosen.values())
+        by_tensor = tuple([tuple([around[n] for _, around, _ in picked]) for n in range(len(layouts))])
+        parts = [[math.prod([size for size, p in zip(mesh.sizes, layout) if p.kind == "S"]) for layout in found] for found in by_tensor]
+        shaped = np.array(parts, dtype=np.int64).reshape(len(layouts), len(picked))
+        ins = len(operands)
+        degrees = np.array([degree for *_, degree in picked], dtype=np.int64)
+        return cls(tuple([s for s, *_ in picked]), by_tensor[:ins], by_tensor[ins:], degrees, shaped[:ins], shaped[ins:])
+
+
 def op_states(
-    rule: OpRule, operands: Sequence[TensorMeta], results: Sequence[TensorMeta], pricing: Pricing, allowed: Allowed, prefer: Allowed, *, saved: frozenset[int],
-    keeps: bool = True, times: int = 1,
+    rule: OpRule, operands: Sequence[TensorMeta], results: Sequence[TensorMeta], pricing: Pricing, allowed: Allowed, prefer: Allowed, *, named: Hashable,
+    saved: frozenset[int], keeps: bool = True, times: int = 1,
 ) -> States:  # fmt: skip
-    """States of one operator: legal strategies that `allowed` admits (those that `prefer` does, if any), one per set of layouts.
+    """States of one operator: the `Ways` that `allowed` admits (those that `prefer` does, if any), both of them `named`.
 
     Seconds: forward plus backward of `times` microbatches. Memory: results in `saved` that the backward keeps, and, where the
     operator `keeps` it, what it makes for its backward alone.
     """
     mesh = pricing.mesh
-    differentiable = any(m.requires_grad for m in operands) and any(m.requires_grad for m in results)
-    operand_layouts = [_layouts_of(partial(rule.operand_placement, k), m, mesh) for k, m in enumerate(operands)]
-    result_layouts = [_layouts_of(partial(rule.result_placement, j), m, mesh) for j, m in enumerate(results)]
-    chosen: dict[tuple, tuple[Strategy, list[Layout], list[Layout]]] = {}
-    for strategy in strategies(rule, mesh, differentiable=differentiable):
-        if not allowed(strategy) or (rule.cost == "contract" and any(c.kind == "carry" for c in strategy)):
-            continue  # a partial sum through a contraction would only delay its reduction past more work
-        ins, outs = [layout(strategy) for layout in operand_layouts], [layout(strategy) for layout in result_layouts]
-        chosen.setdefault((tuple(ins), tuple(outs), rule.degree(strategy, mesh)), (strategy, ins, outs))
-    picked = [c for c in chosen.values() if prefer(c[0])] or list(chosen.values())
-    flops = np.array([rule.flops / rule.degree(s, mesh) for s, _, _ in picked])
-    moved = np.array([_local_bytes(operands, ins, mesh) + _local_bytes(results, outs, mesh) + written_beside(rule, s, mesh) for s, ins, outs in picked])
+    trained = tuple([m.requires_grad for m in operands]), tuple([m.requires_grad for m in results])
+    differentiable = any(trained[0]) and any(trained[1])
+    ways = pricing.kept(
+        ("ways", rule.form(mesh.sizes), trained, named), lambda: Ways.of(rule, operands, results, mesh, allowed, prefer, differentiable=differentiable)
+    )
+    flops = rule.flops / ways.degree
+    beside = np.array([rule.kept_bytes(s, mesh) for s in ways.strategies] if rule.kept else np.zeros(len(ways.strategies)), dtype=float)
+    result_bytes = np.array([m.num_bytes for m in results], dtype=np.int64)[:, None] // ways.result_parts
+    moved = (np.array([m.num_bytes for m in operands], dtype=np.int64)[:, None] // ways.operand_parts).sum(axis=0) + result_bytes.sum(axis=0)
+    moved = moved + (beside if rule.cost == "pointwise" else 0.0)  # kernels of attention keep theirs on the chip
     dtype = results[0].dtype if results else "float32"
-    priced = [pricing.compute(work_of(rule, s, mesh, f, m, dtype)) for (s, _, _), f, m in zip(picked, flops.tolist(), moved.tolist(), strict=True)]
+    priced = [pricing.compute(work_of(rule, s, mesh, f, m, dtype)) for s, f, m in zip(ways.strategies, flops.tolist(), moved.tolist(), strict=True)]
     forward_s = np.array([there for there, *_ in priced])
-    seconds = forward_s + (np.array([inputs + weights for _, inputs, weights in priced]) if differentiable else 0.0) + _inner_seconds(rule, [s for s, _, _ in picked], pricing, dtype, differentiable=differentiable)
-    made = tuple(tuple(outs[j] for _, _, outs in picked) for j in range(len(results)))
-    kept_bytes = np.array([rule.kept_bytes(s, mesh) if differentiable else 0 for s, _, _ in picked], dtype=float)
+    seconds = forward_s + (np.array([inputs + weights for _, inputs, weights in priced]) if differentiable else 0.0) + _inner_seconds(rule, ways.strategies, pricing, dtype, differentiable=differentiable)
+    kept_bytes = beside if differentiable else np.zeros(len(beside))
     return States(
-        strategies=tuple(s for s, _, _ in picked),
-        operand_layouts=tuple(tuple(ins[k] for _, ins, _ in picked) for k in range(len(operands))),
-        result_layouts=made,
+        strategies=ways.strategies,
+        operand_layouts=ways.operand_layouts,
+        result_layouts=ways.result_layouts,
         seconds=times * seconds,
-        memory_bytes=result_bytes(results, made, saved, mesh) + (kept_bytes if keeps else 0.0) if picked else np.zeros(0),
+        memory_bytes=result_bytes[sorted(saved)].sum(axis=0).astype(float) + (kept_bytes if keeps else 0.0),
         forward_s=forward_s,
         kept_bytes=kept_bytes,
+        result_bytes=result_bytes,
     )
 
 
@@ -179,7 +222,7 @@ def work_of(rule: OpRule, strategy: Strategy, mesh: Mesh, flops: float, num_byte
     if shape is not None and rows != 1.0:
         batch, m, n, k = shape
         shape = (max(1, round(batch * rows)), m, n, k) if rule.kernel or batch > 1 else (batch, max(1, round(m * rows)), n, k)
-    functions = rule.functions / rule.degree(strategy, mesh) * rows
+    functions = rule.functions / rule.degree(strategy, mesh) * rows if rule.functions else 0.0
     again = rule.kernel == "attention" or not (rule.kernel or rule.saved_results)  # the others differentiate by what they have evaluated
     return Work(kernel, flops, num_bytes, dtype, shape, rule.masked, is_weight, bool(rule.saved_operands or rule.saved_results), functions, again, kind)
 
@@ -187,11 +230,6 @@ def work_of(rule: OpRule, strategy: Strategy, mesh: Mesh, flops: float, num_byte
 def written_beside(rule: OpRule, strategy: Strategy, mesh: Mesh) -> int:
     """Bytes that a pointwise operator writes for its backward beside its results; kernels of attention keep theirs on the chip."""
     return rule.kept_bytes(strategy, mesh) if rule.cost == "pointwise" else 0
-
-
-def result_bytes(results: Sequence[TensorMeta], layouts: Sequence[Sequence[Layout]], saved: Collection[int], mesh: Mesh) -> np.ndarray:
-    """Bytes of the results `saved` on one rank, by state."""
-    return np.array([sum(_local_bytes([results[j]], [row[j]], mesh) for j in saved) for row in zip(*layouts)], dtype=float)
 
 
 def _inner_seconds(rule: OpRule, chosen: Sequence[Strategy], pricing: Pricing, dtype: str, *, differentiable: bool) -> np.ndarray:
@@ -219,7 +257,3 @@ def _layouts_of(placement: Callable[[Choice], Placement], meta: TensorMeta, mesh
         return found if meta.requires_grad else without_r(found)
 
     return layout
-
-
-def _local_bytes(metas: Sequence[TensorMeta], layouts: Sequence[Layout], mesh: Mesh) -> float:
-    return float(sum(math.prod(local_shape(m.shape, layout, mesh)) * DTYPE_BYTES[m.dtype] for m, layout in zip(metas, layouts)))
