@@ -65,9 +65,15 @@ def price_memory(
     return _assignment(problem, shrunk.restore(best.choices), found.bound_s, found.multiplier)
 
 
-def dual(problem: SearchProblem, *, max_table_entries: int = MAX_TABLE_ENTRIES, prepared: Prepared | None = None, cheapest: Minimum | None = None) -> Dual:
-    """The price of memory alone; as `price_memory`, which looks for plans that fit besides."""
+def dual(
+    problem: SearchProblem, *, max_table_entries: int = MAX_TABLE_ENTRIES, prepared: Prepared | None = None, cheapest: Minimum | None = None, leaner: Prepared | None = None
+) -> Dual:
+    """The price of memory alone; as `price_memory`, which looks for plans that fit besides.
+
+    `leaner`: a form of the problem that may be solved in its place, in which no plan takes less time or holds more.
+    """
     prepared = prepared or prepare(problem, (SECONDS, BYTES), max_table_entries=max_table_entries)
+    forms = (prepared,) if leaner is None else (prepared, leaner)
     small = prepared.shrunk.problem  # choices below are in its states
     cheapest = cheapest or prepared.minimise(SECONDS)
     over = Point(cheapest.choices, *prepared.terms.of_plan(cheapest.choices))
@@ -79,22 +85,22 @@ def dual(problem: SearchProblem, *, max_table_entries: int = MAX_TABLE_ENTRIES, 
     for _ in range(MAX_SOLVES):
         if price <= 0:  # the plan that fits is as cheap: it is optimal, or elimination was not exact
             break
-        lowest = prepared.minimise(Price(1.0, price))
+        lowest, form = min([(made.minimise(Price(1.0, price)), made) for made in forms], key=lambda pair: pair[0].bound)
         bound_at_price_s = lowest.bound - price * (small.limit_bytes - small.base_memory_bytes)
         if bound_at_price_s > bound_s:
             bound_s, multiplier = bound_at_price_s, price
-        point = Point(lowest.choices, *prepared.terms.of_plan(lowest.choices))
+        point = Point(lowest.choices, *form.terms.of_plan(lowest.choices))
         if within is not None and point.at(price) >= within.at(price) * (1 - 1e-12):
             break
         if small.fits(point.memory_bytes):
             within = point
         else:
             over = point
-            within = within or leanest(small, max_table_entries)
+            within = within or leanest(forms[-1].shrunk.problem, max_table_entries)
         price = (within.cost_s - over.cost_s) / (over.memory_bytes - within.memory_bytes)
         if over.at(price) - price * small.limit_bytes - bound_s <= BOUND_TOLERANCE * within.cost_s:
             break
-    return Dual(bound_s, multiplier, over, within or leanest(small, max_table_entries), prepared)
+    return Dual(bound_s, multiplier, over, within or leanest(forms[-1].shrunk.problem, max_table_entries), prepared)
 
 
 def leanest(problem: SearchProblem, max_table_entries: int = MAX_TABLE_ENTRIES) -> Point:

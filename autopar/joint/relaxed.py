@@ -7,10 +7,11 @@ from functools import cached_property
 
 import numpy as np
 
-from autopar.core.problem import SearchProblem
+from autopar.core.problem import Edge, SearchProblem
 from autopar.errors import InfeasibleError
 from autopar.joint.bounds import Line, Parts
 from autopar.joint.fold import Folded
+from autopar.planner.problem import Gathers
 from autopar.search.elimination import Minimum, Prepared, prepare
 from autopar.search.lagrange import Dual, dual
 from autopar.search.simplify import BYTES, SECONDS
@@ -20,12 +21,16 @@ from autopar.search.terms import Terms
 
 @dataclass
 class Relaxed:
-    """Of a run of `depth` blocks on `num_ranks`; `params`: nodes of the folded problem. A cache, not a value."""
+    """Of a run of `depth` blocks on `num_ranks`; `params`: nodes of the folded problem. A cache, not a value.
+
+    `leaner`: the form of the problem in which blocks gather again what all-gathers bring, where they may do that and keep it.
+    """
 
     folded: Folded
     params: frozenset[int]
     depth: int
     num_ranks: int
+    leaner: "Relaxed | None" = None
 
     @cached_property
     def parts(self) -> Parts:
@@ -69,16 +74,23 @@ class Relaxed:
 
     def _dual(self, flight: float, total_bytes: float) -> Dual:
         """Of the blocks within a limit for all ranks; what does not depend on the limit is kept."""
+        if flight not in self._cheapest:
+            self._cheapest[flight] = self._prepare(flight).minimise(SECONDS)
+        within = _limited(self._prepare(flight), total_bytes)
+        leaner = None if self.leaner is None else _limited(self.leaner._prepare(flight), total_bytes)
+        return dual(within.shrunk.problem, prepared=within, cheapest=self._cheapest[flight], leaner=leaner)
+
+    def _prepare(self, flight: float) -> Prepared:
         if flight not in self._prepared:
-            prepared = prepare(self.in_flight(flight).part(0), (SECONDS, BYTES))
-            self._prepared[flight] = prepared, prepared.minimise(SECONDS)
-        prepared, cheapest = self._prepared[flight]
-        problem = replace(prepared.shrunk.problem, memory_limit_bytes=total_bytes)
-        within = replace(prepared, shrunk=replace(prepared.shrunk, problem=problem))
-        return dual(problem, prepared=within, cheapest=cheapest)
+            self._prepared[flight] = prepare(self.in_flight(flight).part(0), (SECONDS, BYTES))
+        return self._prepared[flight]
 
     @cached_property
-    def _prepared(self) -> dict[float, tuple[Prepared, Minimum]]:
+    def _prepared(self) -> dict[float, Prepared]:
+        return {}
+
+    @cached_property
+    def _cheapest(self) -> dict[float, Minimum]:
         return {}
 
     @cached_property
@@ -92,7 +104,33 @@ class Relaxed:
         return self._flights[times]
 
 
+def _limited(prepared: Prepared, limit_bytes: float) -> Prepared:
+    return replace(prepared, shrunk=replace(prepared.shrunk, problem=replace(prepared.shrunk.problem, memory_limit_bytes=limit_bytes)))
+
+
 def passes_alone(problem: SearchProblem, once_s: Mapping[int, np.ndarray]) -> SearchProblem:
     """A problem without the seconds that its edges cost `once_s` a step."""
-    less = {id(once): (problem.edges[e].cost_s - once).clip(min=0.0) for e, once in once_s.items()}
-    return replace(problem, edges=tuple(replace(e, cost_s=less[id(once_s[n])]) if n in once_s else e for n, e in enumerate(problem.edges)))
+    known: dict[tuple[int, int], np.ndarray] = {}
+
+    def less(edge: Edge, once: np.ndarray) -> Edge:
+        key = id(edge.cost_s), id(once)
+        if key not in known:
+            known[key] = (edge.cost_s - once).clip(min=0.0)
+        return replace(edge, cost_s=known[key])
+
+    return replace(problem, edges=tuple(less(e, once_s[n]) if n in once_s else e for n, e in enumerate(problem.edges)))
+
+
+def with_gathers(problem: SearchProblem, gathers: Mapping[int, Gathers], *, again: bool) -> SearchProblem:
+    """A problem in which what all-gathers bring is kept, or not kept but gathered again for the backward."""
+    known: dict[tuple[int, int], np.ndarray] = {}
+
+    def formed(edge: Edge, found: Gathers) -> Edge:
+        if not again:
+            return replace(edge, memory_bytes=found.kept_bytes)
+        key = id(edge.cost_s), id(found)
+        if key not in known:
+            known[key] = edge.cost_s + found.again_s
+        return replace(edge, cost_s=known[key], memory_bytes=found.again_bytes)
+
+    return replace(problem, edges=tuple(formed(e, gathers[n]) if n in gathers else e for n, e in enumerate(problem.edges)))

@@ -8,11 +8,12 @@ import numpy as np
 
 from autopar.core.layout import Layout
 from autopar.core.problem import Edge, Node, SearchProblem
+from autopar.core.residency import gathers_again
 from autopar.core.unroll import Run
 from autopar.joint.bounds import Parts
 from autopar.joint.deep import Sharding
 from autopar.joint.fold import fold, places, sides, times
-from autopar.joint.relaxed import Relaxed, passes_alone
+from autopar.joint.relaxed import Relaxed, passes_alone, with_gathers
 from autopar.joint.space import Point
 from autopar.planner.decode import decode
 from autopar.planner.keeping import Keeping
@@ -54,6 +55,11 @@ class PointTables:
         problem, ports = self.built
         return self._relaxed(passes_alone(problem, ports.once_s))
 
+    @property
+    def _forms(self) -> tuple[bool, ...]:
+        """Whether blocks gather again what all-gathers bring, of all that they may do."""
+        return tuple(sorted(set(map(gathers_again, self.keeping.programs))))
+
     @cached_property
     def operators(self) -> Parts:
         """What every operator takes of a step at least, whatever the links do: those with collectives inside are left out."""
@@ -65,10 +71,13 @@ class PointTables:
         return Parts(found[0] / self.run.depth, found[1], found[2])
 
     def _relaxed(self, problem: SearchProblem) -> Relaxed:
-        ports = self.built[1]
-        folded = fold(self.task.graph, self.run, problem, ports)
-        params = frozenset(folded.node[n] for n in ports.param_node.values())
-        return Relaxed(folded, params, self.run.depth, self.point.num_ranks)
+        ports, found = self.built[1], None
+        for again in reversed(self._forms):
+            folded = fold(self.task.graph, self.run, with_gathers(problem, ports.gathers, again=again), ports)
+            params = frozenset(folded.node[n] for n in ports.param_node.values())
+            found = Relaxed(folded, params, self.run.depth, self.point.num_ranks, found)
+        assert found is not None
+        return found
 
     def sharding(self, choices: tuple[int, ...]) -> Sharding:
         """Of these choices of the folded problem."""

@@ -27,7 +27,7 @@ STATE_AXES = ("dp", "cp", "ep")
 @dataclass(frozen=True)
 class Ports:
     """Where the search nodes of values and ops are: node number -> meaning. `once_s`: by edge of a parameter, the part of its seconds that is before or
-    after all microbatches of a step."""
+    after all microbatches of a step; `gathers`: by edge, of values that the backward of a block reads."""
 
     op_node: dict[int, int]
     param_node: dict[int, int]
@@ -36,10 +36,21 @@ class Ports:
     block_node: dict[str, int]
     states: tuple[States, ...]
     once_s: dict[int, np.ndarray]
+    gathers: dict[int, "Gathers"]
 
 
-Hub = tuple[States | None, list[tuple[int | None, int | None, np.ndarray, np.ndarray | None]]]
-"""What joins a value to its users within a segment: the states of its relay, and (node, node, seconds, bytes) of every edge."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Gathers:
+    """Of an edge in its two forms: bytes that its moves keep where nothing is gathered again; where what all-gathers bring is not kept, seconds of doing
+    them again, and the bytes that are kept then."""
+
+    kept_bytes: np.ndarray
+    again_s: np.ndarray
+    again_bytes: np.ndarray
+
+
+Hub = tuple[States | None, list[tuple[int | None, int | None, np.ndarray, np.ndarray | None, Gathers | None]]]
+"""What joins a value to its users within a segment: the states of its relay, and (node, node, seconds, bytes, what it gathers) of every edge."""
 
 
 class Copied(NamedTuple):
@@ -67,6 +78,8 @@ class ProblemBuilder:
         self.states: list[States] = []
         self._op_cache: dict[tuple, States] = {}
         self._edge_cache: dict[tuple, tuple[np.ndarray, np.ndarray | None]] = {}
+        self._gathers_cache: dict[tuple, Gathers] = {}
+        self.gathers: dict[int, Gathers] = {}
         self._once_cache: dict[tuple, np.ndarray] = {}
         self.once_s: dict[int, np.ndarray] = {}
         self._layout_cache: dict[tuple, States] = {}
@@ -104,12 +117,12 @@ class ProblemBuilder:
                 first_edge = len(self.edges)
                 self._join(v, params.get(v), ends.get(v, []), relays)
                 if name is not None:
-                    self._hubs[name] = self._hub(self.edges[first_edge:], relays.get(v), first)
+                    self._hubs[name] = self._hub(first_edge, relays.get(v), first)
             else:
                 self._join_alike(v, hub, first, relays)
         blocks = self._add_modes()
         problem = SearchProblem(tuple(self.nodes), tuple(self.edges), memory_limit_bytes, copies=self._repeated(params, relays))
-        return problem, Ports(ops, params, relays, outputs, blocks, tuple(self.states), self.once_s)
+        return problem, Ports(ops, params, relays, outputs, blocks, tuple(self.states), self.once_s, self.gathers)
 
     def _join(self, v: int, param: int | None, ends: Sequence[tuple[int, int]], relays: dict[int, int]) -> None:
         """A value with its users, through a relay where there are several."""
@@ -120,16 +133,17 @@ class ProblemBuilder:
         source, port = (param, 0) if param is not None else (self.ops[self.graph.producer[v][0]], self.graph.producer[v][1])
         if len(users) > 1:
             relays[v] = self._add_relay(v, users, source, port)
-            kept = not from_param and not self.keeping.gathers_again and v in self.graph.differentiated and any(self._saves(*user) for user in users)
-            self._connect(v, source, port, relays[v], 0, from_param=from_param, kept=kept)
+            kept = not from_param and v in self.graph.differentiated and any(self._saves(*user) for user in users)
+            self._connect(v, source, port, relays[v], 0, from_param=from_param, kept=kept, reader=self.op_of.get(users[0][0]))
             source, port, from_param = relays[v], 0, False
         for node, k in users:
-            self._connect(v, source, port, node, k, from_param=from_param)
+            self._connect(v, source, port, node, k, from_param=from_param, reader=self.op_of.get(node))
 
-    def _hub(self, edges: Sequence[Edge], relay: int | None, first: int) -> Hub:
-        """What was made around a value, with nodes as distances from the `first` of the segment, None for the relay."""
-        ends = [tuple(None if node == relay else node - first for node in (e.u, e.v)) for e in edges]
-        return (None if relay is None else self.states[relay]), [(u, w, e.cost_s, e.memory_bytes) for (u, w), e in zip(ends, edges)]
+    def _hub(self, first_edge: int, relay: int | None, first: int) -> Hub:
+        """What was made around a value from the `first_edge` on, with nodes as distances from the `first` of the segment, None for the relay."""
+        made = list(enumerate(self.edges[first_edge:], start=first_edge))
+        ends = [tuple(None if node == relay else node - first for node in (e.u, e.v)) for _, e in made]
+        return (None if relay is None else self.states[relay]), [(u, w, e.cost_s, e.memory_bytes, self.gathers.get(n)) for (u, w), (n, e) in zip(ends, made)]
 
     def _join_alike(self, v: int, hub: Hub, first: int, relays: dict[int, int]) -> None:
         """As a copy of a value that was joined before."""
@@ -137,7 +151,10 @@ class ProblemBuilder:
         relay = -1
         if states is not None:
             relay = relays[v] = self._add(f"{self.graph.values[v].name}.relay", states)
-        self.edges += [Edge(relay if u is None else first + u, relay if w is None else first + w, seconds, memory) for u, w, seconds, memory in edges]
+        for u, w, seconds, memory, gathers in edges:
+            if gathers is not None:
+                self.gathers[len(self.edges)] = gathers
+            self.edges.append(Edge(relay if u is None else first + u, relay if w is None else first + w, seconds, memory))
 
     def _add_segment(self, s: int) -> None:
         """Nodes of the searched operators. Copies of a segment have the same states, and the same edges between them."""
@@ -246,7 +263,8 @@ class ProblemBuilder:
             self._layout_cache[key] = self._layout_cache.setdefault(("layouts", found), layout_states(found))
         return self._add(f"{self.graph.values[v].name}.relay", self._layout_cache[key])
 
-    def _connect(self, v: int, u: int, port: int, w: int, k: int, *, from_param: bool, kept: bool = False) -> None:
+    def _connect(self, v: int, u: int, port: int, w: int, k: int, *, from_param: bool, kept: bool = False, reader: int | None = None) -> None:
+        """`kept`: the backward reads what users of a relay are given; `reader`: the operator that its moves are made for first."""
         src, dst = self.states[u].result_layouts[port], self.states[w].operand_layouts[k]
         grad = v in self.graph.differentiated
         saves = grad and self._saves(w, k)
@@ -258,11 +276,15 @@ class ProblemBuilder:
                 seconds, self._once_cache[key] = self._param_edge(meta, self.states[u], dst, use)
             else:
                 seconds = self._edge(meta, src, dst)
-            memory = moved_bytes(meta, src, dst, self.mesh, instead=kept) if saves or kept else None
-            self._edge_cache[key] = (seconds, memory)
+            held = moved_bytes(meta, src, dst, self.mesh, instead=kept) if saves or kept else None
+            self._edge_cache[key] = (seconds, None if kept and self.keeping.gathers_again else held)
+            if held is not None and self.keeping.gathers_again:
+                self._gathers_cache[key] = self._gathers(meta, src, dst, held, instead=kept)
         seconds, memory = self._edge_cache[key]
         if key in self._once_cache:
             self.once_s[len(self.edges)] = self._once_cache[key]
+        if key in self._gathers_cache and reader in self.block_of:
+            self.gathers[len(self.edges)] = self._gathers_cache[key]
         self.edges.append(Edge(u, w, seconds, memory))
 
     def _saves(self, node: int, k: int) -> bool:
@@ -272,6 +294,14 @@ class ProblemBuilder:
     def _edge(self, meta: TensorMeta, src: Sequence[Layout], dst: Sequence[Layout]) -> np.ndarray:
         red = self.pricing.redistribution(meta, (*src, *dst), grad=meta.requires_grad)
         return self.keeping.micro_batches * red.seconds[np.ix_([red.index[x] for x in src], [red.index[x] for x in dst])]
+
+    def _gathers(self, meta: TensorMeta, src: Sequence[Layout], dst: Sequence[Layout], held: np.ndarray, *, instead: bool) -> Gathers:
+        """Of an edge whose moves keep the bytes `held` where they gather nothing again; `instead` of what they are given."""
+        red = self.pricing.redistribution(meta, (*src, *dst), grad=meta.requires_grad)
+        ends = np.ix_([red.index[x] for x in src], [red.index[x] for x in dst])
+        again_s, again_bytes = (table[ends] for table in red.again)
+        before = np.array(red.local_bytes)[ends[0]] if instead else 0.0
+        return Gathers(held, self.keeping.micro_batches * again_s, np.minimum(held, (again_bytes - before).clip(min=0.0)))
 
     def _param_edge(self, meta: TensorMeta, source: States, dst: Sequence[Layout], use: Use) -> tuple[np.ndarray, np.ndarray]:
         """Seconds, and the part of them that is once a step. A parameter's gradient over axes where it is stored whole and used as R is summed once a
