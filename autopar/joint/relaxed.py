@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from autopar.core.problem import Edge, SearchProblem
 from autopar.errors import InfeasibleError
 from autopar.joint.bounds import Line, Parts
+from autopar.joint.figures import Block, Figures
 from autopar.joint.fold import Folded
 from autopar.planner.problem import Gathers
 from autopar.search.elimination import Minimum, Prepared, prepare
@@ -21,7 +22,8 @@ from autopar.search.terms import Terms
 
 @dataclass
 class Relaxed:
-    """Of a run of `depth` blocks on `num_ranks`; `params`: nodes of the folded problem. A cache, not a value.
+    """Of a run of `depth` blocks on `num_ranks`; `params`, `modes`: nodes of the folded problem, those of modes with the names of their states. A cache, not
+    a value.
 
     `leaner`: the form of the problem in which blocks gather again what all-gathers bring, where they may do that and keep it.
     """
@@ -30,6 +32,7 @@ class Relaxed:
     params: frozenset[int]
     depth: int
     num_ranks: int
+    modes: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     leaner: "Relaxed | None" = None
 
     @cached_property
@@ -42,6 +45,27 @@ class Relaxed:
         """The same of one sharding."""
         block, first, last = (terms.of_plan([choices[n] for n in nodes])[0] for nodes, terms in self._terms)
         return Parts(block / self.depth, first, last)
+
+    def figures(self, choices: tuple[int, ...]) -> Figures:
+        """Of one sharding, whatever modes its blocks are in."""
+        if choices not in self._figures:
+            self._figures[choices] = self._figures_of(choices)
+        return self._figures[choices]
+
+    @cached_property
+    def _figures(self) -> dict[tuple[int, ...], Figures]:
+        return {}
+
+    def _figures_of(self, choices: tuple[int, ...]) -> Figures:
+        found: dict[str, Block] = {}
+        for form in (self,) if self.leaner is None else (self, self.leaner):
+            nodes, terms = form._terms[0]
+            for k, mode in enumerate(next(iter(form.modes.values()), ("none",))):
+                states = np.array([k if node in form.modes else choices[node] for node in nodes])
+                seconds, held = terms.of_plan(states)
+                state = math.fsum(form.folded.problem.nodes[n].memory_bytes[s] for n, s in zip(nodes, states) if n in form.params)
+                found[mode] = Block(seconds / self.depth, state / self.depth, max(0.0, held - state) / self.depth)
+        return Figures(found)
 
     @cached_property
     def _terms(self) -> tuple[tuple[tuple[int, ...], Terms], ...]:

@@ -30,7 +30,7 @@ from autopar.joint.deep import Deep, Sharding, mixed, roomy_depths, shifted
 from autopar.joint.known import SAFE, Flat, Floors, Known, Proved, without_memory
 from autopar.joint.relaxed import Relaxed
 from autopar.joint.space import Ideal, Point, orders, points
-from autopar.joint.tables import PointTables
+from autopar.joint.tables import AGAIN, GATHERED, KEPT, PointTables
 from autopar.planner.blocks import Order
 from autopar.planner.keeping import Keeping
 from autopar.planner.lengths import Task
@@ -47,8 +47,8 @@ FAR = 0.2
 LEAN_POWERS = range(-6, 22)
 """Of 2: prices of a byte, in what all bytes of the fastest sharding must cost to be as dear as its seconds."""
 
-Asked = tuple[float, float, int | None, bool]
-"""For a sharding: microbatches in flight, price of a byte, stage of ZeRO, whether blocks are computed again."""
+Asked = tuple[float, float, int | None, str]
+"""For a sharding: microbatches in flight, price of a byte, stage of ZeRO, how blocks are computed again (see `tables.KEPT`)."""
 
 Graphs = Callable[[int], OpGraph]
 """The short graph of so many samples."""
@@ -308,11 +308,23 @@ class PointSearch:
     def plan(self, limit_bytes: float, below_s: float = math.inf, *, lean: bool = False) -> Found | None:
         """The best plan of the point within a limit that takes less than `below_s`: every sharding that may be best, every order, as little recomputation
         as fits. `lean`: of shardings that hold less and less, up to that which holds least, for where what is kept beside them is more than the linear
-        model of memory says."""
+        model of memory says.
+
+        The most promising sharding is planned first: what a rank holds beside what the linear model counts is about the same for all.
+        """
         best: Found | None = None
-        for sharding in self.shardings(self._asked_lean() if lean else self.asked(), lambda: best.step_s if best else below_s):
-            best = self._mixed(sharding, limit_bytes, best.step_s if best else below_s) or best
-        return best
+        left, unseen = self.chosen(self._asked_lean() if lean else self.asked()), 0.0
+        while True:
+            below_s = best.step_s if best else below_s
+            left = [choices for choices in left if self._least_s(choices, limit_bytes) < below_s]
+            if not left:
+                return best
+            choices = min(left, key=lambda c: self._least_s(c, limit_bytes - unseen))
+            left.remove(choices)
+            sharding = self.tables.sharding(choices)
+            made = self._mixed(sharding, limit_bytes, below_s)
+            best = made or best
+            unseen = max(0.0, self.tables.whole.figures(choices).unseen_bytes(made.deep if made else sharding.leanest(self.orders[0])))
 
     def _mixed(self, sharding: Sharding, limit_bytes: float, below_s: float) -> Found | None:
         """The best plan of a sharding within a limit that takes less than `below_s`."""
@@ -331,30 +343,45 @@ class PointSearch:
         """The fastest sharding under every stage of ZeRO, and for every price of memory that the bound found those for any stage and for each, with
         blocks computed again or not."""
         stages, limit = self.keeping.stages, self.joint.limit_bytes
-        asked: list[Asked] = [(1.0, 0.0, zero, False) for zero in stages]
+        asked: list[Asked] = [(1.0, 0.0, zero, KEPT) for zero in stages]
         asked_sides = {side: self.side(side) for order in self.orders for side in sides(order)}
         prices = {(flight, line.price) for relaxed in asked_sides.values() for flight, line in relaxed.lines(limit).items() if line.price}
         for flight, price in sorted(prices):
-            asked += [(flight, price, zero, again) for zero, again in ((None, False), (None, True), *((z, True) for z in stages))]
+            asked += [(flight, price, None, KEPT), *((flight, price, zero, how) for how in self._ways for zero in (None, *stages))]
         return asked
+
+    @property
+    def _ways(self) -> tuple[str, ...]:
+        return (AGAIN,) if self.tables.whole.leaner is None else (AGAIN, GATHERED)
 
     def _asked_lean(self) -> list[Asked]:
         """At prices of memory from so low that the sharding is the fastest to so high that it holds least, with the most microbatches in flight."""
         flight, tables = max(max(order.in_flight) for order in self.orders), self.tables
-        fastest_s, num_bytes = evaluate(tables.whole.in_flight(flight).problem, tables.cheapest(flight, 0.0, None, again=False))
+        fastest_s, num_bytes = evaluate(tables.whole.in_flight(flight).problem, tables.cheapest(flight, 0.0, None, KEPT))
         prices = [fastest_s / max(num_bytes, 1.0) * 2.0**n for n in LEAN_POWERS]
-        return [(flight, price, None, again) for price in prices for again in (False, True)]
+        return [(flight, price, None, how) for price in prices for how in (KEPT, *self._ways)]
 
-    def shardings(self, asked: Sequence[Asked], below_s: Callable[[], float] = lambda: math.inf) -> Iterator[Sharding]:
-        """Each once; left out where no pipeline of it takes less than `below_s`."""
-        seen: set[tuple[int, ...]] = set()
-        for flight, price, zero, again in asked:
-            choices = self.tables.cheapest(flight, price, zero, again=again)
-            if choices in seen:
-                continue
-            seen.add(choices)
-            if min(self._fastest_s(order, lambda side, chosen=choices: self.side(side).parts_of(chosen)) for order in self.orders) < below_s():
-                yield self.tables.sharding(choices)
+    def chosen(self, asked: Sequence[Asked]) -> list[tuple[int, ...]]:
+        """The choices of each sharding, once."""
+        return list(dict.fromkeys(self.tables.cheapest(*what) for what in asked))
+
+    def _least_s(self, choices: tuple[int, ...], limit_bytes: float) -> float:
+        """No plan of a sharding takes less, by the linear model of memory."""
+        key = choices, limit_bytes
+        if key not in self._known:
+            self._known[key] = min(self._sharding_s(order, choices, limit_bytes) for order in self.orders)
+        return self._known[key]
+
+    def _sharding_s(self, order: Order, choices: tuple[int, ...], limit_bytes: float) -> float:
+        fastest = self._fastest_s(order, lambda side: self.side(side).parts_of(choices))
+        side = sides(order)[0]
+        parts, figures = self.side(side).parts_of(choices), self.side(side).figures(choices)
+        by_flight = {flight: figures.lines(flight, limit_bytes) for flight in set(order.in_flight)}
+        return max(fastest, self._step_s(order, parts, [by_flight[flight] for flight in order.in_flight], self._waits(side, parts)))
+
+    @cached_property
+    def _known(self) -> dict[tuple[tuple[int, ...], float], float]:
+        return {}
 
 
 def sides(order: Order) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from autopar.core.layout import Layout
 from autopar.core.problem import Edge, Node, SearchProblem
-from autopar.core.residency import gathers_again
+from autopar.core.residency import GATHER, gathers_again
 from autopar.core.unroll import Run
 from autopar.joint.bounds import Parts
 from autopar.joint.deep import Sharding
@@ -25,6 +25,10 @@ from autopar.planner.roles import Constraints
 from autopar.planner.states import Pricing, States
 from autopar.search.elimination import prepare
 from autopar.search.simplify import BYTES, SECONDS, Price
+
+
+KEPT, AGAIN, GATHERED = "kept", "again", "gathered"
+"""How blocks are computed again: not at all, where that pays, or where that pays if they gather again."""
 
 
 @dataclass
@@ -75,7 +79,8 @@ class PointTables:
         for again in reversed(self._forms):
             folded = fold(self.task.graph, self.run, with_gathers(problem, ports.gathers, again=again), ports)
             params = frozenset(folded.node[n] for n in ports.param_node.values())
-            found = Relaxed(folded, params, self.run.depth, self.point.num_ranks, found)
+            modes = {folded.node[n]: tuple(_in_form(mode, again=again) for mode in ports.states[n].modes) for n in ports.block_node.values()}
+            found = Relaxed(folded, params, self.run.depth, self.point.num_ranks, modes, found)
         assert found is not None
         return found
 
@@ -87,17 +92,17 @@ class PointTables:
             self._shardings[choices] = Sharding.of(program, self.pricing, self.run, Engine.of(self.pricing.cluster), self.keeping.programs)
         return self._shardings[choices]
 
-    def cheapest(self, flight: float, price: float, zero: int | None, *, again: bool) -> tuple[int, ...]:
+    def cheapest(self, flight: float, price: float, zero: int | None, how: str) -> tuple[int, ...]:
         """The choices of the folded problem with so many microbatches in flight that cost least at this price of a byte, parameters with this stage of ZeRO
-        as near as they have it (None: any). Blocks may be computed `again` where that pays; what is returned has them kept, as recomputation is decided
-        later."""
-        key = flight, price, zero, again
+        as near as they have it (None: any), and blocks computed again as `how` says; what is returned has them kept, as recomputation is decided later."""
+        key = flight, price, zero, how
         if key not in self._cheapest:
-            self._cheapest[key] = self._least(self.whole.in_flight(flight).problem, price, zero, again=again)
+            form = self.whole.leaner if how == GATHERED and self.whole.leaner is not None else self.whole
+            self._cheapest[key] = self._least(form.in_flight(flight).problem, price, zero, again=how != KEPT)
         return self._cheapest[key]
 
     @cached_property
-    def _cheapest(self) -> dict[tuple[float, float, int | None, bool], tuple[int, ...]]:
+    def _cheapest(self) -> dict[tuple[float, float, int | None, str], tuple[int, ...]]:
         return {}
 
     def _least(self, problem: SearchProblem, price: float, zero: int | None, *, again: bool) -> tuple[int, ...]:
@@ -112,6 +117,10 @@ class PointTables:
         part = replace(problem, nodes=nodes, edges=tuple([_between(edge, kept[edge.u], kept[edge.v]) for edge in problem.edges]))
         found = prepare(part, (SECONDS, BYTES)).minimise(Price(1.0, price)).choices
         return tuple([0 if n in blocks else int(k[c]) for n, (k, c) in enumerate(zip(kept, found, strict=True))])
+
+
+def _in_form(mode: str, *, again: bool) -> str:
+    return mode + GATHER if again and not gathers_again(mode) else mode
 
 
 def _of_stage(states: States, zero: int) -> np.ndarray:

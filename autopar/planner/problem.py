@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from autopar.core.again import computed_again, kept_by_selective
+from autopar.core.again import computed_again, kept_by_selective, read_again
 from autopar.core.graph import OpGraph, TensorMeta
 from autopar.core.layout import I, Layout, R
 from autopar.core.mesh import Mesh
@@ -17,8 +17,9 @@ from autopar.core.rule import OpRule
 from autopar.errors import PinConflictError
 from autopar.planner.keeping import Keeping, Sharding, Use, recompute_tables, uses
 from autopar.planner.roles import Constraints
-from autopar.planner.saved import moved_bytes, saved_values, wanting
+from autopar.planner.saved import counted_bytes, moved_bytes, saved_values, wanting
 from autopar.planner.states import Pricing, States, layout_states, op_states, result_bytes
+from autopar.program import without_r
 
 STATE_AXES = ("dp", "cp", "ep")
 """Axes of a forced mesh along which ZeRO may cut the state: those on which parameters are whole."""
@@ -41,8 +42,8 @@ class Ports:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Gathers:
-    """Of an edge in its two forms: bytes that its moves keep where nothing is gathered again; where what all-gathers bring is not kept, seconds of doing
-    them again, and the bytes that are kept then."""
+    """Of an edge in its two forms: bytes that its moves keep at least where nothing is gathered again; where what all-gathers bring is not kept, seconds of
+    doing them again, and the bytes that are kept then."""
 
     kept_bytes: np.ndarray
     again_s: np.ndarray
@@ -98,6 +99,7 @@ class ProblemBuilder:
         blocks = {i: segment.block for segment in self.graph.segments for i in segment.ops if segment.block}
         self.block_of = blocks if self.keeping.recompute != ("none",) else {}
         self.again = computed_again(self.graph, self.rules) if self.block_of else {}
+        self.read_again = read_again(self.graph, self.rules) if self.block_of else frozenset()
 
     def build(self, memory_limit_bytes: float | None) -> tuple[SearchProblem, Ports]:
         searched, finals = self.graph.searched, self.graph.finals
@@ -278,12 +280,13 @@ class ProblemBuilder:
                 seconds = self._edge(meta, src, dst)
             held = moved_bytes(meta, src, dst, self.mesh, instead=kept) if saves or kept else None
             self._edge_cache[key] = (seconds, None if kept and self.keeping.gathers_again else held)
-            if held is not None and self.keeping.gathers_again:
-                self._gathers_cache[key] = self._gathers(meta, src, dst, held, instead=kept)
+            if held is not None:
+                # where a parameter is stored whole and used with partial gradients nothing moves in the passes
+                self._gathers_cache[key] = self._gathers(meta, src, dst if use is None else list(map(without_r, dst)), instead=use is None)
         seconds, memory = self._edge_cache[key]
         if key in self._once_cache:
             self.once_s[len(self.edges)] = self._once_cache[key]
-        if key in self._gathers_cache and reader in self.block_of:
+        if key in self._gathers_cache and (reader in self.block_of or not self.block_of):
             self.gathers[len(self.edges)] = self._gathers_cache[key]
         self.edges.append(Edge(u, w, seconds, memory))
 
@@ -295,12 +298,15 @@ class ProblemBuilder:
         red = self.pricing.redistribution(meta, (*src, *dst), grad=meta.requires_grad)
         return self.keeping.micro_batches * red.seconds[np.ix_([red.index[x] for x in src], [red.index[x] for x in dst])]
 
-    def _gathers(self, meta: TensorMeta, src: Sequence[Layout], dst: Sequence[Layout], held: np.ndarray, *, instead: bool) -> Gathers:
-        """Of an edge whose moves keep the bytes `held` where they gather nothing again; `instead` of what they are given."""
+    def _gathers(self, meta: TensorMeta, src: Sequence[Layout], dst: Sequence[Layout], *, instead: bool) -> Gathers:
+        """Of an edge whose moves keep what they make, `instead` of what they are given."""
+        held = moved_bytes(meta, src, dst, self.mesh, instead=instead)
+        if not self.keeping.gathers_again:
+            return Gathers(held, np.zeros_like(held), held)
         red = self.pricing.redistribution(meta, (*src, *dst), grad=meta.requires_grad)
         ends = np.ix_([red.index[x] for x in src], [red.index[x] for x in dst])
         again_s, again_bytes = (table[ends] for table in red.again)
-        before = np.array(red.local_bytes)[ends[0]] if instead else 0.0
+        before = counted_bytes(meta, src, self.mesh)[:, None] if instead else 0.0
         return Gathers(held, self.keeping.micro_batches * again_s, np.minimum(held, (again_bytes - before).clip(min=0.0)))
 
     def _param_edge(self, meta: TensorMeta, source: States, dst: Sequence[Layout], use: Use) -> tuple[np.ndarray, np.ndarray]:
@@ -352,15 +358,16 @@ class ProblemBuilder:
         inner = tuple(j for j, v in enumerate(op.results) if not self._leaves_block(i, v))
         saved = tuple(j for j in inner if op.results[j] in self.saved)
         kept = kept_by_selective(op, metas)
-        key = ("modes", id(states), inner, saved, kept, self.again.get(i, 0.0))
+        read = tuple(j for j in inner if op.results[j] in self.read_again)
+        key = ("modes", id(states), read, saved, kept, self.again.get(i, 0.0))
         if key not in self._edge_cache:
             assert states.forward_s is not None and states.kept_bytes is not None
             results = [self.graph.values[v].meta for v in op.results]
-            read, made = (result_bytes(results, states.result_layouts, which, self.mesh) for which in (saved, inner if i in self.again else ()))
+            held, made = (result_bytes(results, states.result_layouts, which, self.mesh) for which in (saved, read))
             times = self.keeping.micro_batches
             addends = self._addends(states)
             again = states.forward_s * self.again.get(i, 0.0) * (addends == 1 if kept else 1)
-            self._edge_cache[key] = recompute_tables(self.keeping.recompute, again, states.kept_bytes + read, made / addends, kept=kept, times=times, watch_s=self.pricing.cluster.host.watch_s)
+            self._edge_cache[key] = recompute_tables(self.keeping.recompute, again, states.kept_bytes + held / addends, made / addends, kept=kept, times=times, watch_s=self.pricing.cluster.host.watch_s)
         seconds, memory = self._edge_cache[key]
         assert memory is not None
         return seconds, memory
