@@ -14,7 +14,7 @@ pipelines are even, and memory is what the linear model says, which counts less 
 import heapq
 import math
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -30,7 +30,7 @@ from autopar.joint.deep import Deep, Sharding, mixed, roomy_depths, shifted
 from autopar.joint.known import SAFE, Flat, Floors, Known, Proved, without_memory
 from autopar.joint.relaxed import Relaxed
 from autopar.joint.space import Ideal, Point, orders, points
-from autopar.joint.tables import AGAIN, GATHERED, KEPT, PointTables
+from autopar.joint.tables import AGAIN, GATHERED, KEPT, Asked, PointTables
 from autopar.planner.blocks import Order
 from autopar.planner.keeping import Keeping
 from autopar.planner.lengths import Task
@@ -47,8 +47,17 @@ FAR = 0.2
 LEAN_POWERS = range(-6, 22)
 """Of 2: prices of a byte, in what all bytes of the fastest sharding must cost to be as dear as its seconds."""
 
-Asked = tuple[float, float, int | None, str]
-"""For a sharding: microbatches in flight, price of a byte, stage of ZeRO, how blocks are computed again (see `tables.KEPT`)."""
+STEP, STEPS = 1.25, 8
+"""Of prices of a byte: from one to the next, and how many."""
+
+NEAR = 1.02
+"""Plans that take so much longer than the best are looked at again, with more of the shardings of their points."""
+
+FINE = 3
+"""Points that are looked at again."""
+
+FEW = 200
+"""Where all decisions of a point have no more states together, a sharding is looked at for each."""
 
 Graphs = Callable[[int], OpGraph]
 """The short graph of so many samples."""
@@ -133,7 +142,7 @@ class JointSearch:
             looked[3] += 1
             closed = min(closed, waiting.bound)
             planned.append((waiting.bound, waiting.search))
-            made = waiting.search.plan(self.limit_bytes, best)
+            made = waiting.search.plan(self.limit_bytes, best * NEAR)
             if made is not None:
                 end = min(end, time.perf_counter() + self.options.time_limit_s)
                 found.append(made)
@@ -141,12 +150,13 @@ class JointSearch:
         in_time = not heap or heap[0].key >= best * (1 - self.gap)
         while heap and heap[0].level < 2 and heap[0].key < best < math.inf and in_time:
             _tighten(heap, heapq.heappop(heap), looked)
-        for bound, search in planned:
-            if bound < best * (1 - FAR) and time.perf_counter() < end:
-                made = search.plan(self.limit_bytes, best, lean=True)
-                if made is not None:
-                    found.append(made)
-                    best = made.step_s
+        near = [made.search for made in sorted(found, key=lambda made: made.step_s)[:FINE]]
+        further = [(search, search.fine) for search in near] + [(search, search.lean) for bound, search in planned if bound < best * (1 - FAR)]
+        for search, asked in further:
+            made = search.plan(self.limit_bytes, best, asked) if time.perf_counter() < end else None
+            if made is not None:
+                found.append(made)
+                best = made.step_s
         if not found:
             raise InfeasibleError(
                 f"none of {num_points} ways to lay {self.run.depth} blocks on {self.cluster.name} fits {size(self.limit_bytes)} of a device; "
@@ -266,7 +276,11 @@ class PointSearch:
     def _lines(self, relaxed: Relaxed, order: Order) -> list[list[Line]]:
         """By rank; of memory for those that hold most microbatches, which it binds first."""
         most, free = max(order.in_flight), Line(relaxed.parts.block)
-        return [[free, relaxed.line(flight, self.joint.limit_bytes)] if flight >= most / 2 else [free] for flight in order.in_flight]
+        return [[free, relaxed.line(flight, self._room_bytes(self.joint.limit_bytes))] if flight >= most / 2 else [free] for flight in order.in_flight]
+
+    def _room_bytes(self, limit_bytes: float) -> float:
+        """What a rank may hold by the linear model. The gradients of a step of one microbatch, no more than its parameters, grow as activations go."""
+        return limit_bytes * (2.0 if self.point.num_microbatches == 1 else 1.0)
 
     def floor_s(self, *, solved: bool) -> float:
         """What other searches leave of `fitting_s`, 0 where they know nothing; `solved`: the parts of a step are known."""
@@ -278,7 +292,7 @@ class PointSearch:
             return self.side(side).parts if solved else floors.parts.get(side, self.ideal)
 
         side, most = sides(order)[0], max(order.in_flight)
-        free, limit = Line(parts(side).block), self.joint.limit_bytes
+        free, limit = Line(parts(side).block), self._room_bytes(self.joint.limit_bytes)
         lines = [[free, *(floors.lines(side, flight, limit) if flight >= most / 2 else ())] for flight in order.in_flight]
         return max(self._fastest_s(order, parts), self._step_s(order, parts(side), lines, self._waits(side, parts(side))))
 
@@ -286,7 +300,7 @@ class PointSearch:
         """What is found out, to the searches that follow."""
         asked = {side: self.side(side) for order in self.orders for side in sides(order)}
         lines = {
-            side: tuple(Flat(flight, line.price, line.block_s) for flight, line in relaxed.lines(self.joint.limit_bytes).items() if 0 < line.block_s < math.inf)
+            side: tuple(Flat(flight, line.price, line.block_s) for flight, line in relaxed.lines(self._room_bytes(self.joint.limit_bytes)).items() if 0 < line.block_s < math.inf)
             for side, relaxed in asked.items()
         }
         parts = {side: relaxed.parts for side, relaxed in asked.items()}
@@ -305,15 +319,14 @@ class PointSearch:
 
     # --- plans -----------------------------------------------------------------------------------------------------------
 
-    def plan(self, limit_bytes: float, below_s: float = math.inf, *, lean: bool = False) -> Found | None:
-        """The best plan of the point within a limit that takes less than `below_s`: every sharding that may be best, every order, as little recomputation
-        as fits. `lean`: of shardings that hold less and less, up to that which holds least, for where what is kept beside them is more than the linear
-        model of memory says.
+    def plan(self, limit_bytes: float, below_s: float = math.inf, asked: Callable[[], Iterable[Asked]] | None = None) -> Found | None:
+        """The best plan of the point within a limit that takes less than `below_s`: every sharding that is asked for and may be best, every order, as little
+        recomputation as fits.
 
         The most promising sharding is planned first: what a rank holds beside what the linear model counts is about the same for all.
         """
         best: Found | None = None
-        left, unseen = self.chosen(self._asked_lean() if lean else self.asked()), 0.0
+        left, unseen = self.chosen((asked or self.asked)()), 0.0
         while True:
             below_s = best.step_s if best else below_s
             left = [choices for choices in left if self._least_s(choices, limit_bytes) < below_s]
@@ -339,31 +352,46 @@ class PointSearch:
                 best, below_s = made, made.step_s
         return Found(self, sharding, best, limit_bytes) if best is not None else None
 
-    def asked(self) -> list[Asked]:
+    def asked(self) -> Iterator[Asked]:
         """The fastest sharding under every stage of ZeRO, and for every price of memory that the bound found those for any stage and for each, with
         blocks computed again or not."""
-        stages, limit = self.keeping.stages, self.joint.limit_bytes
-        asked: list[Asked] = [(1.0, 0.0, zero, KEPT) for zero in stages]
+        yield from (Asked(1.0, 0.0, zero, KEPT) for zero in self.keeping.stages)
+        for flight, price in self._prices:
+            yield Asked(flight, price, None, KEPT)
+            yield from (Asked(flight, price, zero, how) for how in self._ways for zero in (None, *self.keeping.stages))
+
+    @property
+    def _prices(self) -> list[tuple[float, float]]:
+        """Microbatches in flight, and the price of a byte that goes with them."""
+        room = self._room_bytes(self.joint.limit_bytes)
         asked_sides = {side: self.side(side) for order in self.orders for side in sides(order)}
-        prices = {(flight, line.price) for relaxed in asked_sides.values() for flight, line in relaxed.lines(limit).items() if line.price}
-        for flight, price in sorted(prices):
-            asked += [(flight, price, None, KEPT), *((flight, price, zero, how) for how in self._ways for zero in (None, *stages))]
-        return asked
+        return sorted({(flight, line.price) for relaxed in asked_sides.values() for flight, line in relaxed.lines(room).items() if line.price})
 
     @property
     def _ways(self) -> tuple[str, ...]:
         return (AGAIN,) if self.tables.whole.leaner is None else (AGAIN, GATHERED)
 
-    def _asked_lean(self) -> list[Asked]:
-        """At prices of memory from so low that the sharding is the fastest to so high that it holds least, with the most microbatches in flight."""
-        flight, tables = max(max(order.in_flight) for order in self.orders), self.tables
-        fastest_s, num_bytes = evaluate(tables.whole.in_flight(flight).problem, tables.cheapest(flight, 0.0, None, KEPT))
-        prices = [fastest_s / max(num_bytes, 1.0) * 2.0**n for n in LEAN_POWERS]
-        return [(flight, price, None, how) for price in prices for how in (KEPT, *self._ways)]
+    def fine(self) -> Iterator[Asked]:
+        """At prices above those that the bound found, as the linear model counts too little memory."""
+        highest = dict(self._prices)
+        yield from (Asked(flight, price * STEP**n, None, how) for flight, price in highest.items() for n in range(1, STEPS + 1) for how in self._ways)
 
-    def chosen(self, asked: Sequence[Asked]) -> list[tuple[int, ...]]:
+    def lean(self) -> Iterator[Asked]:
+        """At prices of memory from so low that the sharding is the fastest to so high that it holds least, with the most microbatches in flight: for where
+        what is kept beside them is more than the linear model of memory says."""
+        flight, whole, fastest = max(max(order.in_flight) for order in self.orders), self.tables.whole, self.tables.cheapest(Asked(1.0, 0.0, None, KEPT))
+        if fastest is None:
+            return
+        fastest_s, num_bytes = evaluate(whole.in_flight(flight).problem, fastest)
+        prices = [fastest_s / max(num_bytes, 1.0) * 2.0**n for n in LEAN_POWERS]
+        yield from (Asked(flight, price, None, how) for price in prices for how in (KEPT, *self._ways))
+        sizes = [node.num_states for node in whole.folded.problem.nodes]
+        states = [(n, state) for n, size in enumerate(sizes) for state in range(size)] if sum(sizes) <= FEW else []
+        yield from (Asked(1.0, 0.0, zero, KEPT, fixed) for fixed in states for zero in (None, *self.keeping.stages))
+
+    def chosen(self, asked: Iterable[Asked]) -> list[tuple[int, ...]]:
         """The choices of each sharding, once."""
-        return list(dict.fromkeys(self.tables.cheapest(*what) for what in asked))
+        return [choices for choices in dict.fromkeys(map(self.tables.cheapest, asked)) if choices is not None]
 
     def _least_s(self, choices: tuple[int, ...], limit_bytes: float) -> float:
         """No plan of a sharding takes less, by the linear model of memory."""
@@ -376,7 +404,7 @@ class PointSearch:
         fastest = self._fastest_s(order, lambda side: self.side(side).parts_of(choices))
         side = sides(order)[0]
         parts, figures = self.side(side).parts_of(choices), self.side(side).figures(choices)
-        by_flight = {flight: figures.lines(flight, limit_bytes) for flight in set(order.in_flight)}
+        by_flight = {flight: figures.lines(flight, self._room_bytes(limit_bytes)) for flight in set(order.in_flight)}
         return max(fastest, self._step_s(order, parts, [by_flight[flight] for flight in order.in_flight], self._waits(side, parts)))
 
     @cached_property

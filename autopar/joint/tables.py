@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from autopar.core.layout import Layout
 from autopar.core.problem import Edge, Node, SearchProblem
 from autopar.core.residency import GATHER, gathers_again
 from autopar.core.unroll import Run
+from autopar.errors import InfeasibleError
 from autopar.joint.bounds import Parts
 from autopar.joint.deep import Sharding
 from autopar.joint.fold import fold, places, sides, times
@@ -29,6 +31,17 @@ from autopar.search.simplify import BYTES, SECONDS, Price
 
 KEPT, AGAIN, GATHERED = "kept", "again", "gathered"
 """How blocks are computed again: not at all, where that pays, or where that pays if they gather again."""
+
+
+class Asked(NamedTuple):
+    """For a sharding: the cheapest with so many microbatches in `flight` at this `price` of a byte, parameters with this stage of ZeRO as near as they have
+    it (None: any), blocks computed again as `how` says. `fixed`: a node of the folded problem and its state."""
+
+    flight: float
+    price: float
+    zero: int | None
+    how: str
+    fixed: tuple[int, int] | None = None
 
 
 @dataclass
@@ -92,30 +105,37 @@ class PointTables:
             self._shardings[choices] = Sharding.of(program, self.pricing, self.run, Engine.of(self.pricing.cluster), self.keeping.programs)
         return self._shardings[choices]
 
-    def cheapest(self, flight: float, price: float, zero: int | None, how: str) -> tuple[int, ...]:
-        """The choices of the folded problem with so many microbatches in flight that cost least at this price of a byte, parameters with this stage of ZeRO
-        as near as they have it (None: any), and blocks computed again as `how` says; what is returned has them kept, as recomputation is decided later."""
-        key = flight, price, zero, how
-        if key not in self._cheapest:
-            form = self.whole.leaner if how == GATHERED and self.whole.leaner is not None else self.whole
-            self._cheapest[key] = self._least(form.in_flight(flight).problem, price, zero, again=how != KEPT)
-        return self._cheapest[key]
+    def cheapest(self, asked: Asked) -> tuple[int, ...] | None:
+        """The choices of the folded problem that cost least; what is returned has blocks kept, as recomputation is decided later. None where none may be
+        joined to what is fixed."""
+        if asked not in self._cheapest:
+            form = self.whole.leaner if asked.how == GATHERED and self.whole.leaner is not None else self.whole
+            try:
+                self._cheapest[asked] = self._least(form.in_flight(asked.flight).problem, asked)
+            except InfeasibleError:
+                self._cheapest[asked] = None
+        return self._cheapest[asked]
 
     @cached_property
-    def _cheapest(self) -> dict[tuple[float, float, int | None, str], tuple[int, ...]]:
+    def _cheapest(self) -> dict[Asked, tuple[int, ...] | None]:
         return {}
 
-    def _least(self, problem: SearchProblem, price: float, zero: int | None, *, again: bool) -> tuple[int, ...]:
+    def _least(self, problem: SearchProblem, asked: Asked) -> tuple[int, ...]:
         _, ports = self.built
-        kept = [np.arange(node.num_states) for node in problem.nodes]
+        kept, zero = [np.arange(node.num_states) for node in problem.nodes], asked.zero
         for n in ports.param_node.values() if zero is not None else ():
             kept[self.whole.folded.node[n]] = _of_stage(ports.states[n], zero)
         blocks = {self.whole.folded.node[n] for n in ports.block_node.values()}
-        for n in blocks if not again else ():
+        for n in blocks if asked.how == KEPT else ():
             kept[n] = np.array([0])
+        if asked.fixed is not None:
+            node, state = asked.fixed
+            kept[node] = kept[node][kept[node] == state]
+            if not len(kept[node]):
+                raise InfeasibleError("the state is none of those that are left")
         nodes = tuple([Node(node.name, node.cost_s[k], node.memory_bytes[k]) for node, k in zip(problem.nodes, kept, strict=True)])
         part = replace(problem, nodes=nodes, edges=tuple([_between(edge, kept[edge.u], kept[edge.v]) for edge in problem.edges]))
-        found = prepare(part, (SECONDS, BYTES)).minimise(Price(1.0, price)).choices
+        found = prepare(part, (SECONDS, BYTES)).minimise(Price(1.0, asked.price)).choices
         return tuple([0 if n in blocks else int(k[c]) for n, (k, c) in enumerate(zip(kept, found, strict=True))])
 
 
