@@ -117,6 +117,16 @@ class Relaxed:
     def _cheapest(self) -> dict[float, Minimum]:
         return {}
 
+    def prepared(self, flight: float) -> Prepared:
+        """All of the problem with so many microbatches in flight, for any price."""
+        if flight not in self._whole:
+            self._whole[flight] = prepare(self.in_flight(flight).problem, (SECONDS, BYTES))
+        return self._whole[flight]
+
+    @cached_property
+    def _whole(self) -> dict[float, Prepared]:
+        return {}
+
     @cached_property
     def _flights(self) -> dict[float, Folded]:
         return {}

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 
 from autopar.core.cluster import Cluster
 from autopar.core.graph import OpGraph
@@ -25,12 +26,14 @@ from autopar.core.problem import evaluate
 from autopar.core.units import size
 from autopar.core.unroll import Run
 from autopar.errors import InfeasibleError
+from autopar.joint import asked
+from autopar.joint.asked import AGAIN, GATHERED, KEPT, Asked
 from autopar.joint.bounds import Line, Parts, least_step_s
 from autopar.joint.deep import Deep, Sharding, mixed, roomy_depths, shifted
 from autopar.joint.known import SAFE, Flat, Floors, Known, Proved, without_memory
 from autopar.joint.relaxed import Relaxed
 from autopar.joint.space import Ideal, Point, orders, points
-from autopar.joint.tables import AGAIN, GATHERED, KEPT, Asked, PointTables
+from autopar.joint.tables import PointTables
 from autopar.planner.blocks import Order
 from autopar.planner.keeping import Keeping
 from autopar.planner.lengths import Task
@@ -44,20 +47,11 @@ GAP = 0.01
 FAR = 0.2
 """Where a plan is so far above a point's bound, more of its shardings are looked at."""
 
-LEAN_POWERS = range(-6, 22)
-"""Of 2: prices of a byte, in what all bytes of the fastest sharding must cost to be as dear as its seconds."""
-
-STEP, STEPS = 1.25, 8
-"""Of prices of a byte: from one to the next, and how many."""
-
 NEAR = 1.02
 """Plans that take so much longer than the best are looked at again, with more of the shardings of their points."""
 
 FINE = 3
 """Points that are looked at again."""
-
-FEW = 200
-"""Where all decisions of a point have no more states together, a sharding is looked at for each."""
 
 Graphs = Callable[[int], OpGraph]
 """The short graph of so many samples."""
@@ -152,8 +146,8 @@ class JointSearch:
             _tighten(heap, heapq.heappop(heap), looked)
         near = [made.search for made in sorted(found, key=lambda made: made.step_s)[:FINE]]
         further = [(search, search.fine) for search in near] + [(search, search.lean) for bound, search in planned if bound < best * (1 - FAR)]
-        for search, asked in further:
-            made = search.plan(self.limit_bytes, best, asked) if time.perf_counter() < end else None
+        for search, asking in further:
+            made = search.plan(self.limit_bytes, best, asking) if time.perf_counter() < end else None
             if made is not None:
                 found.append(made)
                 best = made.step_s
@@ -279,7 +273,7 @@ class PointSearch:
         return [[free, relaxed.line(flight, self._room_bytes(self.joint.limit_bytes))] if flight >= most / 2 else [free] for flight in order.in_flight]
 
     def _room_bytes(self, limit_bytes: float) -> float:
-        """What a rank may hold by the linear model. The gradients of a step of one microbatch, no more than its parameters, grow as activations go."""
+        """What a rank may hold by the linear model. Gradients of a single microbatch, which are no more than parameters, grow as activations go."""
         return limit_bytes * (2.0 if self.point.num_microbatches == 1 else 1.0)
 
     def floor_s(self, *, solved: bool) -> float:
@@ -319,25 +313,22 @@ class PointSearch:
 
     # --- plans -----------------------------------------------------------------------------------------------------------
 
-    def plan(self, limit_bytes: float, below_s: float = math.inf, asked: Callable[[], Iterable[Asked]] | None = None) -> Found | None:
+    def plan(self, limit_bytes: float, below_s: float = math.inf, asking: Callable[[], Iterable[Asked]] | None = None) -> Found | None:
         """The best plan of the point within a limit that takes less than `below_s`: every sharding that is asked for and may be best, every order, as little
         recomputation as fits.
 
         The most promising sharding is planned first: what a rank holds beside what the linear model counts is about the same for all.
         """
         best: Found | None = None
-        left, unseen = self.chosen((asked or self.asked)()), 0.0
-        while True:
-            below_s = best.step_s if best else below_s
-            left = [choices for choices in left if self._least_s(choices, limit_bytes) < below_s]
-            if not left:
-                return best
+        left, unseen = self.chosen((asking or self.first)()), 0.0
+        while left := [choices for choices in left if self._least_s(choices, limit_bytes) < (best.step_s if best else below_s)]:
             choices = min(left, key=lambda c: self._least_s(c, limit_bytes - unseen))
             left.remove(choices)
             sharding = self.tables.sharding(choices)
-            made = self._mixed(sharding, limit_bytes, below_s)
+            made = self._mixed(sharding, limit_bytes, best.step_s if best else below_s)
             best = made or best
             unseen = max(0.0, self.tables.whole.figures(choices).unseen_bytes(made.deep if made else sharding.leanest(self.orders[0])))
+        return best
 
     def _mixed(self, sharding: Sharding, limit_bytes: float, below_s: float) -> Found | None:
         """The best plan of a sharding within a limit that takes less than `below_s`."""
@@ -352,13 +343,21 @@ class PointSearch:
                 best, below_s = made, made.step_s
         return Found(self, sharding, best, limit_bytes) if best is not None else None
 
-    def asked(self) -> Iterator[Asked]:
-        """The fastest sharding under every stage of ZeRO, and for every price of memory that the bound found those for any stage and for each, with
-        blocks computed again or not."""
-        yield from (Asked(1.0, 0.0, zero, KEPT) for zero in self.keeping.stages)
-        for flight, price in self._prices:
-            yield Asked(flight, price, None, KEPT)
-            yield from (Asked(flight, price, zero, how) for how in self._ways for zero in (None, *self.keeping.stages))
+    def first(self) -> Iterator[Asked]:
+        return asked.first(self.keeping.stages, self._prices, self._ways)
+
+    def fine(self) -> Iterator[Asked]:
+        return asked.finer(self._prices, self._ways)
+
+    def lean(self) -> Iterator[Asked]:
+        """With the most microbatches in flight."""
+        flight, whole = max(max(order.in_flight) for order in self.orders), self.tables.whole
+        fastest = self.tables.cheapest(Asked(1.0, 0.0, None, KEPT))
+        if fastest is None:
+            return iter(())
+        seconds, num_bytes = evaluate(whole.in_flight(flight).problem, fastest)
+        sizes = [node.num_states for node in whole.folded.problem.nodes]
+        return chain(asked.leaner(flight, seconds / max(num_bytes, 1.0), self._ways), asked.around(sizes, self.keeping.stages))
 
     @property
     def _prices(self) -> list[tuple[float, float]]:
@@ -371,27 +370,9 @@ class PointSearch:
     def _ways(self) -> tuple[str, ...]:
         return (AGAIN,) if self.tables.whole.leaner is None else (AGAIN, GATHERED)
 
-    def fine(self) -> Iterator[Asked]:
-        """At prices above those that the bound found, as the linear model counts too little memory."""
-        highest = dict(self._prices)
-        yield from (Asked(flight, price * STEP**n, None, how) for flight, price in highest.items() for n in range(1, STEPS + 1) for how in self._ways)
-
-    def lean(self) -> Iterator[Asked]:
-        """At prices of memory from so low that the sharding is the fastest to so high that it holds least, with the most microbatches in flight: for where
-        what is kept beside them is more than the linear model of memory says."""
-        flight, whole, fastest = max(max(order.in_flight) for order in self.orders), self.tables.whole, self.tables.cheapest(Asked(1.0, 0.0, None, KEPT))
-        if fastest is None:
-            return
-        fastest_s, num_bytes = evaluate(whole.in_flight(flight).problem, fastest)
-        prices = [fastest_s / max(num_bytes, 1.0) * 2.0**n for n in LEAN_POWERS]
-        yield from (Asked(flight, price, None, how) for price in prices for how in (KEPT, *self._ways))
-        sizes = [node.num_states for node in whole.folded.problem.nodes]
-        states = [(n, state) for n, size in enumerate(sizes) for state in range(size)] if sum(sizes) <= FEW else []
-        yield from (Asked(1.0, 0.0, zero, KEPT, fixed) for fixed in states for zero in (None, *self.keeping.stages))
-
-    def chosen(self, asked: Iterable[Asked]) -> list[tuple[int, ...]]:
+    def chosen(self, asking: Iterable[Asked]) -> list[tuple[int, ...]]:
         """The choices of each sharding, once."""
-        return [choices for choices in dict.fromkeys(map(self.tables.cheapest, asked)) if choices is not None]
+        return [choices for choices in dict.fromkeys(map(self.tables.cheapest, asking)) if choices is not None]
 
     def _least_s(self, choices: tuple[int, ...], limit_bytes: float) -> float:
         """No plan of a sharding takes less, by the linear model of memory."""
@@ -401,8 +382,7 @@ class PointSearch:
         return self._known[key]
 
     def _sharding_s(self, order: Order, choices: tuple[int, ...], limit_bytes: float) -> float:
-        fastest = self._fastest_s(order, lambda side: self.side(side).parts_of(choices))
-        side = sides(order)[0]
+        fastest, side = self._fastest_s(order, lambda side: self.side(side).parts_of(choices)), sides(order)[0]
         parts, figures = self.side(side).parts_of(choices), self.side(side).figures(choices)
         by_flight = {flight: figures.lines(flight, self._room_bytes(limit_bytes)) for flight in set(order.in_flight)}
         return max(fastest, self._step_s(order, parts, [by_flight[flight] for flight in order.in_flight], self._waits(side, parts)))

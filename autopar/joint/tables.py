@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from autopar.core.problem import Edge, Node, SearchProblem
 from autopar.core.residency import GATHER, gathers_again
 from autopar.core.unroll import Run
 from autopar.errors import InfeasibleError
+from autopar.joint.asked import GATHERED, KEPT, Asked
 from autopar.joint.bounds import Parts
 from autopar.joint.deep import Sharding
 from autopar.joint.fold import fold, places, sides, times
@@ -27,21 +27,6 @@ from autopar.planner.roles import Constraints
 from autopar.planner.states import Pricing, States
 from autopar.search.elimination import prepare
 from autopar.search.simplify import BYTES, SECONDS, Price
-
-
-KEPT, AGAIN, GATHERED = "kept", "again", "gathered"
-"""How blocks are computed again: not at all, where that pays, or where that pays if they gather again."""
-
-
-class Asked(NamedTuple):
-    """For a sharding: the cheapest with so many microbatches in `flight` at this `price` of a byte, parameters with this stage of ZeRO as near as they have
-    it (None: any), blocks computed again as `how` says. `fixed`: a node of the folded problem and its state."""
-
-    flight: float
-    price: float
-    zero: int | None
-    how: str
-    fixed: tuple[int, int] | None = None
 
 
 @dataclass
@@ -111,7 +96,7 @@ class PointTables:
         if asked not in self._cheapest:
             form = self.whole.leaner if asked.how == GATHERED and self.whole.leaner is not None else self.whole
             try:
-                self._cheapest[asked] = self._least(form.in_flight(asked.flight).problem, asked)
+                self._cheapest[asked] = self._free(form, asked) if asked.free else self._least(form.in_flight(asked.flight).problem, asked)
             except InfeasibleError:
                 self._cheapest[asked] = None
         return self._cheapest[asked]
@@ -119,6 +104,12 @@ class PointTables:
     @cached_property
     def _cheapest(self) -> dict[Asked, tuple[int, ...] | None]:
         return {}
+
+    def _free(self, form: Relaxed, asked: Asked) -> tuple[int, ...]:
+        """Where all may be chosen."""
+        prepared = form.prepared(asked.flight)
+        found = prepared.shrunk.restore(prepared.minimise(Price(1.0, asked.price)).choices)
+        return tuple([0 if n in form.modes else c for n, c in enumerate(found)])
 
     def _least(self, problem: SearchProblem, asked: Asked) -> tuple[int, ...]:
         _, ports = self.built
@@ -135,7 +126,8 @@ class PointTables:
                 raise InfeasibleError("the state is none of those that are left")
         nodes = tuple([Node(node.name, node.cost_s[k], node.memory_bytes[k]) for node, k in zip(problem.nodes, kept, strict=True)])
         part = replace(problem, nodes=nodes, edges=tuple([_between(edge, kept[edge.u], kept[edge.v]) for edge in problem.edges]))
-        found = prepare(part, (SECONDS, BYTES)).minimise(Price(1.0, asked.price)).choices
+        prepared = prepare(part, (SECONDS, BYTES))
+        found = prepared.shrunk.restore(prepared.minimise(Price(1.0, asked.price)).choices)
         return tuple([0 if n in blocks else int(k[c]) for n, (k, c) in enumerate(zip(kept, found, strict=True))])
 
 

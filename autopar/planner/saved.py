@@ -12,7 +12,6 @@ from autopar.core.mesh import Mesh
 from autopar.core.rule import OpRule
 from autopar.program import without_r
 
-
 VIEWS = (*RESHAPES, "aten.transpose", "aten.permute", "aten.t.")
 """Operators whose results lie in the memory of what they read, but for reshapes of what does not lie in order."""
 
