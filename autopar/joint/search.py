@@ -28,7 +28,7 @@ from autopar.core.unroll import Run
 from autopar.errors import InfeasibleError
 from autopar.joint import asked
 from autopar.joint.asked import AGAIN, GATHERED, KEPT, Asked
-from autopar.joint.bounds import Line, Parts, least_step_s
+from autopar.joint.bounds import Line, Parts, least_step_s, sides
 from autopar.joint.deep import Deep, Sharding, mixed, roomy_depths, shifted
 from autopar.joint.known import SAFE, Flat, Floors, Known, Proved, without_memory
 from autopar.joint.relaxed import Relaxed
@@ -49,6 +49,9 @@ FAR = 0.2
 
 NEAR = 1.02
 """Plans that take so much longer than the best are looked at again, with more of the shardings of their points."""
+
+AHEAD, SEEN = 8, 0.97
+"""Points from which the most promising is planned next; of the memory, what the linear model of a rank's blocks makes of it at most."""
 
 FINE = 3
 """Points that are looked at again."""
@@ -127,12 +130,17 @@ class JointSearch:
         num_points, looked, found, closed = len(heap), [len(heap), 0, 0, 0], [], math.inf
         best = math.inf
         planned: list[tuple[float, PointSearch]] = []
-        while heap and heap[0].key < best * (1 - self.gap) and time.perf_counter() < end:
-            waiting = heapq.heappop(heap)
-            self.progress(f"searching {waiting.search.point}: bound {waiting.bound:.4g} s, best {best:.4g} s")
-            if waiting.level < 2:
-                _tighten(heap, waiting, looked)
+        ready: list[Waiting] = []  # to be planned, by what they promise
+        while (ready or (heap and heap[0].key < best * (1 - self.gap))) and time.perf_counter() < end:
+            if heap and heap[0].key < best * (1 - self.gap) and len(ready) < AHEAD:
+                waiting = heapq.heappop(heap)
+                self.progress(f"searching {waiting.search.point}: bound {waiting.bound:.4g} s, best {best:.4g} s")
+                if waiting.level < 2:
+                    _tighten(heap, waiting, looked)
+                else:
+                    heapq.heappush(ready, replace(waiting, key=waiting.search.promised_s(self.limit_bytes)))
                 continue
+            waiting = heapq.heappop(ready)
             looked[3] += 1
             closed = min(closed, waiting.bound)
             planned.append((waiting.bound, waiting.search))
@@ -141,16 +149,11 @@ class JointSearch:
                 end = min(end, time.perf_counter() + self.options.time_limit_s)
                 found.append(made)
                 best = min(best, made.step_s)
-        in_time = not heap or heap[0].key >= best * (1 - self.gap)
+        closed = min([closed, *(waiting.bound for waiting in ready)])
+        in_time = not ready and (not heap or heap[0].key >= best * (1 - self.gap))
         while heap and heap[0].level < 2 and heap[0].key < best < math.inf and in_time:
             _tighten(heap, heapq.heappop(heap), looked)
-        near = [made.search for made in sorted(found, key=lambda made: made.step_s)[:FINE]]
-        further = [(search, search.fine) for search in near] + [(search, search.lean) for bound, search in planned if bound < best * (1 - FAR)]
-        for search, asking in further:
-            made = search.plan(self.limit_bytes, best, asking) if time.perf_counter() < end else None
-            if made is not None:
-                found.append(made)
-                best = made.step_s
+        self._look_further(found, planned, best, end)
         if not found:
             raise InfeasibleError(
                 f"none of {num_points} ways to lay {self.run.depth} blocks on {self.cluster.name} fits {size(self.limit_bytes)} of a device; "
@@ -163,6 +166,15 @@ class JointSearch:
             found.insert(0, replace(found[0], deep=uneven))  # beside the other, which may fit where this does not on the whole graph
         best = found[0].step_s
         return Joint(tuple(found), min(closed, left, best), num_points, tuple(looked), in_time)
+
+    def _look_further(self, found: list["Found"], planned: Sequence[tuple[float, "PointSearch"]], best: float, end: float) -> None:
+        """Adds what is better: at the points of the best plans, and at those that may be far better than what was found."""
+        near = [made.search for made in sorted(found, key=lambda made: made.step_s)[:FINE]]
+        for search, asking in [*((s, s.fine) for s in near), *((s, s.lean) for bound, s in planned if bound < best * (1 - FAR))]:
+            made = search.plan(self.limit_bytes, best, asking) if time.perf_counter() < end else None
+            if made is not None:
+                found.append(made)
+                best = made.step_s
 
     @property
     def limit_bytes(self) -> float:
@@ -219,6 +231,7 @@ class PointSearch:
     joint: JointSearch
     point: Point
     ideal: Parts = Parts(0.0)
+    _known: dict[tuple[tuple[int, ...], float], float] = field(default_factory=dict)
 
     @cached_property
     def orders(self) -> tuple[Order, ...]:
@@ -320,7 +333,7 @@ class PointSearch:
         The most promising sharding is planned first: what a rank holds beside what the linear model counts is about the same for all.
         """
         best: Found | None = None
-        left, unseen = self.chosen((asking or self.first)()), 0.0
+        left, unseen = self.tables.chosen((asking or self.first)()), 0.0
         while left := [choices for choices in left if self._least_s(choices, limit_bytes) < (best.step_s if best else below_s)]:
             choices = min(left, key=lambda c: self._least_s(c, limit_bytes - unseen))
             left.remove(choices)
@@ -329,6 +342,10 @@ class PointSearch:
             best = made or best
             unseen = max(0.0, self.tables.whole.figures(choices).unseen_bytes(made.deep if made else sharding.leanest(self.orders[0])))
         return best
+
+    def promised_s(self, limit_bytes: float) -> float:
+        """Of the sharding that is planned first: how soon the point is worth to be planned."""
+        return min((self._least_s(choices, limit_bytes * SEEN) for choices in self.tables.chosen(self.first())), default=math.inf)
 
     def _mixed(self, sharding: Sharding, limit_bytes: float, below_s: float) -> Found | None:
         """The best plan of a sharding within a limit that takes less than `below_s`."""
@@ -353,8 +370,7 @@ class PointSearch:
         """With the most microbatches in flight."""
         flight, whole = max(max(order.in_flight) for order in self.orders), self.tables.whole
         fastest = self.tables.cheapest(Asked(1.0, 0.0, None, KEPT))
-        if fastest is None:
-            return iter(())
+        assert fastest is not None, "nothing is fixed"
         seconds, num_bytes = evaluate(whole.in_flight(flight).problem, fastest)
         sizes = [node.num_states for node in whole.folded.problem.nodes]
         return chain(asked.leaner(flight, seconds / max(num_bytes, 1.0), self._ways), asked.around(sizes, self.keeping.stages))
@@ -370,10 +386,6 @@ class PointSearch:
     def _ways(self) -> tuple[str, ...]:
         return (AGAIN,) if self.tables.whole.leaner is None else (AGAIN, GATHERED)
 
-    def chosen(self, asking: Iterable[Asked]) -> list[tuple[int, ...]]:
-        """The choices of each sharding, once."""
-        return [choices for choices in dict.fromkeys(map(self.tables.cheapest, asking)) if choices is not None]
-
     def _least_s(self, choices: tuple[int, ...], limit_bytes: float) -> float:
         """No plan of a sharding takes less, by the linear model of memory."""
         key = choices, limit_bytes
@@ -386,13 +398,3 @@ class PointSearch:
         parts, figures = self.side(side).parts_of(choices), self.side(side).figures(choices)
         by_flight = {flight: figures.lines(flight, self._room_bytes(limit_bytes)) for flight in set(order.in_flight)}
         return max(fastest, self._step_s(order, parts, [by_flight[flight] for flight in order.in_flight], self._waits(side, parts)))
-
-    @cached_property
-    def _known(self) -> dict[tuple[tuple[int, ...], float], float]:
-        return {}
-
-
-def sides(order: Order) -> tuple[str, ...]:
-    """Which of a point's problems bound it. A rank of one stage exchanges parameters before and after its passes, but may do so while it would wait for
-    others. One of several stages may exchange those of one behind the passes of another."""
-    return ("whole",) if order.num_ranks == 1 else ("passes", "whole") if order.virtual == 1 else ("passes",)

@@ -1,6 +1,6 @@
 """What a point's plans may do and what that costs, whatever the limit of memory: the folded problem, its bounds, and the programs of its shardings."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -100,6 +100,10 @@ class PointTables:
             except InfeasibleError:
                 self._cheapest[asked] = None
         return self._cheapest[asked]
+
+    def chosen(self, asking: Iterable[Asked]) -> list[tuple[int, ...]]:
+        """The choices of each sharding, once."""
+        return [choices for choices in dict.fromkeys(map(self.cheapest, asking)) if choices is not None]
 
     @cached_property
     def _cheapest(self) -> dict[Asked, tuple[int, ...] | None]:

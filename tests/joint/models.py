@@ -29,4 +29,4 @@ def joint_search(dims: Dims, cluster: Cluster, batch: int, pins: tuple[str, ...]
 
 def programs(search: PointSearch) -> Iterator[Program]:
     """The shardings that a point's plans are made of."""
-    return (search.tables.sharding(choices).cut.program for choices in search.chosen(search.first()))
+    return (search.tables.sharding(choices).cut.program for choices in search.tables.chosen(search.first()))

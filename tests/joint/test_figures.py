@@ -21,7 +21,7 @@ def test_no_block_holds_less_than_its_figures_say_or_is_faster(dims: Dims, point
     joint = joint_search(dims, Cluster.preset("a100-sxm", 2), 32, (recompute,) if recompute else (), memory_share=SHARE[dims])
     search = PointSearch(joint, point)
     search.fitting_s()
-    for choices in search.chosen(search.first()):
+    for choices in search.tables.chosen(search.first()):
         figures, sharding = search.tables.whole.figures(choices), search.tables.sharding(choices)
         for kinds in sharding.modes:
             found = figures.blocks[kinds.mode]
