@@ -6,8 +6,8 @@ from typing import NamedTuple
 LEAN_POWERS = range(-6, 22)
 """Of 2: prices of a byte, in what all bytes of the fastest sharding must cost to be as dear as its seconds."""
 
-STEP, STEPS = 1.25, 8
-"""Of prices of a byte: from one to the next, and how many."""
+STEP, STEPS, FEWER = 1.25, 6, (0.5, 0.7)
+"""Of prices of a byte: from one to the next, and how many; shares of the fewest microbatches in flight that the bound has a price for."""
 
 FEW = 200
 """Where all decisions of a point have no more states together, a sharding is looked at for each."""
@@ -46,8 +46,10 @@ def first(stages: Sequence[int], prices: Prices, ways: Sequence[str]) -> Iterato
 
 
 def finer(prices: Prices, ways: Sequence[str]) -> Iterator[Asked]:
-    """At prices above those, as the linear model counts too little memory."""
-    for flight, price in dict(prices).items():
+    """At prices above those, as the linear model counts too little memory; also with fewer microbatches in flight, as later ranks have."""
+    least = min(prices, default=None)
+    fewer = [(least[0] * share, least[1]) for share in FEWER] if least is not None else []
+    for flight, price in (*fewer, *prices):
         yield from (Asked(flight, price * STEP**n, None, how) for n in range(1, STEPS + 1) for how in ways)
 
 

@@ -168,10 +168,10 @@ class JointSearch:
         return Joint(tuple(found), min(closed, left, best), num_points, tuple(looked), in_time)
 
     def _look_further(self, found: list["Found"], planned: Sequence[tuple[float, "PointSearch"]], best: float, end: float) -> None:
-        """Adds what is better: at the points of the best plans, and at those that may be far better than what was found."""
+        """Adds what is better: at the few points of the best plans, and, while there is time, at those that may be far better than what was found."""
         near = [made.search for made in sorted(found, key=lambda made: made.step_s)[:FINE]]
         for search, asking in [*((s, s.fine) for s in near), *((s, s.lean) for bound, s in planned if bound < best * (1 - FAR))]:
-            made = search.plan(self.limit_bytes, best, asking) if time.perf_counter() < end else None
+            made = search.plan(self.limit_bytes, best, asking) if search in near or time.perf_counter() < end else None
             if made is not None:
                 found.append(made)
                 best = made.step_s

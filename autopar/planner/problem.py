@@ -278,7 +278,7 @@ class ProblemBuilder:
                 seconds, self._once_cache[key] = self._param_edge(meta, self.states[u], dst, use)
             else:
                 seconds = self._edge(meta, src, dst)
-            held = moved_bytes(meta, src, dst, self.mesh, instead=kept) if saves or kept else None
+            held = moved_bytes(meta, src, dst, self.mesh, instead=kept, addends=bool(self.block_of)) if saves or kept else None
             self._edge_cache[key] = (seconds, None if kept and self.keeping.gathers_again else held)
             if held is not None:
                 # where a parameter is stored whole and used with partial gradients nothing moves in the passes
@@ -300,13 +300,13 @@ class ProblemBuilder:
 
     def _gathers(self, meta: TensorMeta, src: Sequence[Layout], dst: Sequence[Layout], *, instead: bool) -> Gathers:
         """Of an edge whose moves keep what they make, `instead` of what they are given."""
-        held = moved_bytes(meta, src, dst, self.mesh, instead=instead)
+        held = moved_bytes(meta, src, dst, self.mesh, instead=instead, addends=bool(self.block_of))
         if not self.keeping.gathers_again:
             return Gathers(held, np.zeros_like(held), held)
         red = self.pricing.redistribution(meta, (*src, *dst), grad=meta.requires_grad)
         ends = np.ix_([red.index[x] for x in src], [red.index[x] for x in dst])
         again_s, again_bytes = (table[ends] for table in red.again)
-        before = counted_bytes(meta, src, self.mesh)[:, None] if instead else 0.0
+        before = counted_bytes(meta, src, self.mesh, addends=True)[:, None] if instead else 0.0
         return Gathers(held, self.keeping.micro_batches * again_s, np.minimum(held, (again_bytes - before).clip(min=0.0)))
 
     def _param_edge(self, meta: TensorMeta, source: States, dst: Sequence[Layout], use: Use) -> tuple[np.ndarray, np.ndarray]:

@@ -16,17 +16,17 @@ VIEWS = (*RESHAPES, "aten.transpose", "aten.permute", "aten.t.")
 """Operators whose results lie in the memory of what they read, but for reshapes of what does not lie in order."""
 
 
-def moved_bytes(meta: TensorMeta, src: Sequence[Layout], dst: Sequence[Layout], mesh: Mesh, *, instead: bool = False) -> np.ndarray:
+def moved_bytes(meta: TensorMeta, src: Sequence[Layout], dst: Sequence[Layout], mesh: Mesh, *, instead: bool = False, addends: bool = False) -> np.ndarray:
     """Bytes of the copy that the backward keeps: none where the value lies as it was produced. Where the copy is kept `instead` of that, only
-    what it has more of, of addends more than the rank's part of their sum; so much was received, and is kept even of a block that is computed again, which
-    repeats no collective."""
+    what it has more of (of `addends`, more than the rank's part of their sum); so much was received, and is kept even of a block that is computed again,
+    which repeats no collective."""
     known: dict[Layout, int] = {}
     here, there = (np.array([known.setdefault(without_r(x), len(known)) for x in layouts]) for layouts in (src, dst))
-    before, size = counted_bytes(meta, src, mesh), counted_bytes(meta, dst, mesh, addends=False)
+    before, size = counted_bytes(meta, src, mesh, addends=addends), counted_bytes(meta, dst, mesh)
     return np.where(here[:, None] == there, 0.0, (size - instead * before[:, None]).clip(min=0.0))
 
 
-def counted_bytes(meta: TensorMeta, layouts: Sequence[Layout], mesh: Mesh, *, addends: bool = True) -> np.ndarray:
+def counted_bytes(meta: TensorMeta, layouts: Sequence[Layout], mesh: Mesh, *, addends: bool = False) -> np.ndarray:
     """Local bytes by layout; of `addends` those of a part of their sum."""
     cut = "SP" if addends else "S"
     return np.array([meta.num_bytes / math.prod(axis.size for axis, p in zip(mesh.axes, layout) if p.kind in cut) for layout in layouts])
