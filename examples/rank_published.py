@@ -42,7 +42,8 @@ from autopar.forecast.price import Result, price
 from autopar.forecast.runs import OWN_ROWS, Row, Unpriced, read_rows
 from autopar.forecast.step import StepPlan
 from autopar.forecast.transformer import Dims, transformer_graph
-from autopar.joint.search import Found, JointSearch
+from autopar.joint.at_point import Found
+from autopar.joint.search import JointSearch
 from autopar.planner.meshes import role_names
 from autopar.planner.pins import Pins
 from autopar.planner.roles import batch_factors

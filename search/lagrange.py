@@ -12,7 +12,7 @@ What is left is the duality gap: plans that fit come from repairing, mixing and 
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autopar.core.problem import Assignment, SearchProblem, evaluate
 from autopar.core.units import size
@@ -32,6 +32,8 @@ class Point:
     choices: tuple[int, ...]
     cost_s: float
     memory_bytes: float
+    leaner: bool = False
+    """Whether it is one of the leaner form of its problem."""
 
     @classmethod
     def of(cls, problem: SearchProblem, choices: tuple[int, ...]) -> "Point":
@@ -44,7 +46,7 @@ class Point:
 @dataclass(frozen=True, slots=True)
 class Dual:
     """No plan that fits costs less than `bound_s`, at a price of `multiplier` seconds a byte; the plans on both sides of the limit that cost least at
-    about that price, `within` None where the cheapest of all fits. Plans are in the states of `prepared`."""
+    about that price, `within` None where the cheapest of all fits. Plans are in the states of `prepared`, or of the leaner form."""
 
     bound_s: float
     multiplier: float
@@ -69,13 +71,15 @@ def price_memory(
 
 def dual(
     problem: SearchProblem, *, max_table_entries: int = MAX_TABLE_ENTRIES, prepared: Prepared | None = None, cheapest: Minimum | None = None,
-    met: Iterable[tuple[int, ...]] = (), tolerance: float = BOUND_TOLERANCE,
+    leaner: Prepared | None = None, met: Iterable[tuple[bool, tuple[int, ...]]] = (), tolerance: float = BOUND_TOLERANCE,
 ) -> Dual:  # fmt: skip
     """The price of memory alone; as `price_memory`, which looks for plans that fit besides.
 
-    `met`: any plans, in the states of `prepared`. Where those next to the best price are among them, the search begins at that price, and ends there.
+    `leaner`: a form of the problem that may be solved in its place, in which no plan takes less time or holds more.
+    `met`: any plans, each with whether it is of that form. Where those next to the best price are among them, the search begins at that price, and ends there.
     """
     prepared = prepared or prepare(problem, (SECONDS, BYTES), max_table_entries=max_table_entries)
+    forms = (prepared,) if leaner is None else (prepared, leaner)
     small = prepared.shrunk.problem  # choices below are in its states
     cheapest = cheapest or prepared.minimise(SECONDS)
     over = Point(cheapest.choices, *prepared.terms.of_plan(cheapest.choices))
@@ -84,29 +88,29 @@ def dual(
         return Dual(bound_s, multiplier, over, None, prepared)
     within = None
     price = over.cost_s / over.memory_bytes  # a first guess, likely too high: then its plan fits
-    points = [point for plan in met if math.isfinite((point := Point(plan, *prepared.terms.of_plan(plan))).cost_s)]
+    points = [point for lean, plan in met if math.isfinite((point := Point(plan, *forms[lean].terms.of_plan(plan), lean)).cost_s)]
     if any(small.fits(point.memory_bytes) for point in points):
         over, within = _around(small, points, over)
         price = _crossing(over, within)
     for _ in range(MAX_SOLVES):
         if price <= 0:  # the plan that fits is as cheap: it is optimal, or elimination was not exact
             break
-        lowest = prepared.minimise(Price(1.0, price))
+        lowest, lean = min([(form.minimise(Price(1.0, price)), n > 0) for n, form in enumerate(forms)], key=lambda pair: pair[0].bound)
         bound_at_price_s = lowest.bound - price * (small.limit_bytes - small.base_memory_bytes)
         if bound_at_price_s > bound_s:
             bound_s, multiplier = bound_at_price_s, price
-        point = Point(lowest.choices, *prepared.terms.of_plan(lowest.choices))
+        point = Point(lowest.choices, *forms[lean].terms.of_plan(lowest.choices), lean)
         if within is not None and point.at(price) >= within.at(price) * (1 - 1e-12):
             break
         if small.fits(point.memory_bytes):
             within = point
         else:
             over = point
-            within = within or leanest(small, max_table_entries)
+            within = within or _leanest_of(forms, max_table_entries)
         price = _crossing(over, within)
         if over.at(price) - price * small.limit_bytes - bound_s <= tolerance * within.cost_s:
             break
-    return Dual(bound_s, multiplier, over, within or leanest(small, max_table_entries), prepared)
+    return Dual(bound_s, multiplier, over, within or _leanest_of(forms, max_table_entries), prepared)
 
 
 def _crossing(over: Point, within: Point) -> float:
@@ -123,6 +127,10 @@ def _around(problem: SearchProblem, points: Sequence[Point], over: Point) -> tup
         if price <= 0 or lowest.at(price) >= within.at(price) * (1 - 1e-12):
             return over, within
         over, within = (over, lowest) if problem.fits(lowest.memory_bytes) else (lowest, within)
+
+
+def _leanest_of(forms: Sequence[Prepared], max_table_entries: int) -> Point:
+    return replace(leanest(forms[-1].shrunk.problem, max_table_entries), leaner=len(forms) > 1)
 
 
 def leanest(problem: SearchProblem, max_table_entries: int = MAX_TABLE_ENTRIES) -> Point:

@@ -36,6 +36,20 @@ def computed_again(graph: OpGraph, rules: Sequence[OpRule]) -> dict[int, float]:
     return found
 
 
+def read_again(graph: OpGraph, rules: Sequence[OpRule]) -> frozenset[int]:
+    """Values that the backward of the block that makes them reads, or what it does a second time takes."""
+    live, found = graph.differentiated, set[int]()
+    for segment in (segment for segment in graph.segments if segment.block):
+        for i in reversed(segment.ops):
+            op, rule = graph.ops[i], rules[i]
+            if live.isdisjoint(op.results):
+                continue
+            found.update(op.results[j] for j in rule.saved_results)
+            if rule.saved_operands or rule.kept or not rule.known or not found.isdisjoint(op.results):
+                found.update(op.operands)
+    return frozenset(found)
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """One operator or move of a block. Tensors have names of any kind: those that it `reads` and `makes`, and those that its backward reads (`saved`).

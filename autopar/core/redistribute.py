@@ -11,7 +11,7 @@ import numpy as np
 
 from autopar.core.layout import I, Layout, P, R, S
 from autopar.core.mesh import Mesh
-from autopar.core.moves import Step, legal_step, step_input_bytes
+from autopar.core.moves import COLLECTIVES, Step, legal_step, step_input_bytes
 from autopar.errors import LayoutError
 
 StepPrice = Callable[[str, int, float], float]
@@ -107,6 +107,12 @@ class Redistribution:
         return {layout: i for i, layout in enumerate(self.layouts)}
 
     @cached_property
+    def local_bytes(self) -> list[float]:
+        """Of every layout."""
+        total = float(math.prod(self.shape) * self.item_bytes)
+        return [total / math.prod(axis.size for axis, p in zip(self.mesh.axes, layout) if p.kind == "S") for layout in self.layouts]
+
+    @cached_property
     def _step_seconds(self) -> np.ndarray:
         """Seconds of every step of the graph."""
         total = float(math.prod(self.shape) * self.item_bytes)
@@ -140,6 +146,26 @@ class Redistribution:
                     np.minimum(best, best[there] + hop, out=best)
             table[:, first : first + TARGETS_AT_ONCE] = best
         return table
+
+    @cached_property
+    def again(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where what all-gathers bring is not kept but gathered again, [layouts, layouts]: seconds of those that the route from layout i to layout j ends in,
+        and the bytes that are kept for them beside layout i. A local step at the end counts for neither. Of equal routes the least of each."""
+        n, graph, table = len(self.layouts), step_graph(self.layouts), self.seconds
+        on_best = table[:, graph.src] + self._step_seconds <= table[:, graph.dst] * (1 + RELATIVE_TIE)
+        kinds = np.array([1 if step.forward == "all_gather" else 2 if step.forward in COLLECTIVES else 0 for step in graph.steps])
+        gathers, others, local = (np.flatnonzero(kinds == kind) for kind in (1, 2, 0))
+        forward_s = np.array([self.price("all_gather", graph.steps[s].axis, self.local_bytes[graph.src[s]]) for s in gathers.tolist()])
+        kept, found = np.array(self.local_bytes)[graph.dst[others]], np.zeros((2, n, n))
+        for _ in self.mesh.axes:  # one axis after the other is gathered
+            before = found[:, :, graph.src[gathers]]
+            least = np.full((2, n, n), np.inf)  # by target, then by source
+            for which, more in enumerate((forward_s, 0.0)):
+                for steps, end in ((gathers, before[which] + more), (others, (0.0, kept)[which]), (local, 0.0)):
+                    np.minimum.at(least[which], graph.dst[steps], np.where(on_best[:, steps], end, np.inf).T)
+            found = np.where(np.isinf(least), 0.0, least).transpose(0, 2, 1)
+            found[:, range(n), range(n)] = 0.0
+        return found[0], found[1]
 
     def path(self, src: Layout, dst: Layout) -> tuple[Step, ...]:
         """The steps of the cheapest route, the fewest of equals; raises LayoutError where there is none."""

@@ -16,7 +16,8 @@ all-gathers are not kept but gathered again, as Megatron-LM does under sequence 
 is repeated."""
 
 MODES = tuple(mode for mode in RECOMPUTE if not mode.endswith(GATHER))
-"""Those that a search over operators tells apart: what a mode that gathers again costs depends on both ends of every edge, and is known of a program."""
+"""Those that a table over operators tells apart: what a mode that gathers again costs depends on both ends of every edge (`planner/problem.py`, `Gathers`), and
+is known of a program."""
 
 
 def computes_again(mode: str) -> bool:

@@ -76,3 +76,9 @@ def least_ahead(depth: int, num_stages: int, stage: int) -> int:
     """
     most = -(-depth // num_stages)
     return max(stage, min(stage * most - (num_stages * most - depth), 1 + (stage - 1) * most)) if stage else 0
+
+
+def sides(order: Order) -> tuple[str, ...]:
+    """Which of a point's problems bound it. A rank of one stage exchanges parameters before and after its passes, but may do so while it would wait for
+    others. One of several stages may exchange those of one behind the passes of another."""
+    return ("whole",) if order.num_ranks == 1 else ("passes", "whole") if order.virtual == 1 else ("passes",)

@@ -56,6 +56,10 @@ class Sharding:
             self._even[num_stages] = even_depths(self.light, num_stages)
         return self._even[num_stages]
 
+    def leanest(self, order: Order) -> "Deep":
+        """All blocks in the slowest mode, cut evenly."""
+        return Deep(self.modes[-1], self.modes[-1], order, self.even(order.num_stages))
+
     @cached_property
     def _even(self) -> dict[int, tuple[Depth, ...]]:
         return {}

@@ -50,7 +50,7 @@ class Flat:
 
 @dataclass(frozen=True)
 class Proved:
-    """Of a point on a cluster: the least seconds of a step's parts, and under prices of memory, by side (`search.sides`); and of its operators alone."""
+    """Of a point on a cluster: the least seconds of a step's parts, and under prices of memory, by side (`bounds.sides`); and of its operators alone."""
 
     cluster: Cluster
     point: Point

@@ -14,10 +14,11 @@ from autopar.core.pipeline import Pipeline
 from autopar.core.plan import Plan, Proof
 from autopar.core.units import size
 from autopar.errors import InfeasibleError, NoFamilyError
+from autopar.joint.at_point import Found
 from autopar.joint.deep import Deep
 from autopar.joint.fold import SHOWN, shown
 from autopar.joint.known import Known
-from autopar.joint.search import Found, Joint, JointSearch
+from autopar.joint.search import Joint, JointSearch
 from autopar.joint.space import SCHEDULES
 from autopar.joint.unroll import modes_of, unrolled
 from autopar.planner.bind import decisions
@@ -83,7 +84,7 @@ def joint_search(family: Family, batch: int, cluster: Cluster, options: Options,
     graphs, run = partial(family.graph, depth=SHOWN), family.runs[0]
     if missing := set(shown(run)) - {segment.block for segment in graphs(2).segments}:
         raise NoFamilyError(f"no operator is in {min(missing)}")
-    return JointSearch(graphs, run, batch, cluster, options, pins, progress, known=known)
+    return JointSearch(graphs, run, batch, cluster, options, pins, known, progress)
 
 
 @collector_paused()

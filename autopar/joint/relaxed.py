@@ -2,16 +2,17 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import permutations
 
 import numpy as np
 
-from autopar.core.problem import SearchProblem
+from autopar.core.problem import Edge, SearchProblem
 from autopar.errors import InfeasibleError
 from autopar.joint.bounds import Line, Parts
+from autopar.joint.figures import Block, Figures
 from autopar.joint.fold import Folded
+from autopar.planner.saved import Gathers
 from autopar.search.elimination import Minimum, Prepared, prepare
 from autopar.search.lagrange import Dual, dual
 from autopar.search.simplify import BYTES, SECONDS, Price
@@ -27,12 +28,18 @@ LEAN = 1e4
 
 @dataclass
 class Relaxed:
-    """Of a run of `depth` blocks on `num_ranks`; `params`: nodes of the folded problem. A cache, not a value."""
+    """Of a run of `depth` blocks on `num_ranks`; `params`, `modes`: nodes of the folded problem, those of modes with the names of their states. A cache, not
+    a value.
+
+    `leaner`: the form of the problem in which blocks gather again what all-gathers bring, where they may do that and keep it.
+    """
 
     folded: Folded
     params: frozenset[int]
     depth: int
     num_ranks: int
+    modes: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    leaner: "Relaxed | None" = None
 
     @cached_property
     def parts(self) -> Parts:
@@ -54,38 +61,31 @@ class Relaxed:
         block, first, last = (terms.of_plan([choices[n] for n in nodes])[0] for nodes, terms in self._terms)
         return Parts(block / self.depth, first, last)
 
+    def figures(self, choices: tuple[int, ...]) -> Figures:
+        """Of one sharding, whatever modes its blocks are in."""
+        if choices not in self._figures:
+            self._figures[choices] = self._figures_of(choices)
+        return self._figures[choices]
+
+    @cached_property
+    def _figures(self) -> dict[tuple[int, ...], Figures]:
+        return {}
+
+    def _figures_of(self, choices: tuple[int, ...]) -> Figures:
+        found: dict[str, Block] = {}
+        for form in (self,) if self.leaner is None else (self, self.leaner):
+            nodes, terms = form._terms[0]
+            for k, mode in enumerate(next(iter(form.modes.values()), ("none",))):
+                states = np.array([k if node in form.modes else choices[node] for node in nodes])
+                seconds, held = terms.of_plan(states)
+                state = math.fsum(form.folded.problem.nodes[n].memory_bytes[s] for n, s in zip(nodes, states) if n in form.params)
+                found[mode] = Block(seconds / self.depth, state / self.depth, max(0.0, held - state) / self.depth)
+        return Figures(found)
+
     @cached_property
     def _terms(self) -> tuple[tuple[tuple[int, ...], Terms], ...]:
         """The nodes of every side, and what they cost."""
         return tuple((self.folded.nodes_of(side), Terms(self.folded.part(side))) for side in range(3))
-
-    def line_of(self, plans: Sequence[tuple[int, ...]], flight: float, limit_bytes: float) -> Line:
-        """The same as `line` where every block is as in one of these plans."""
-        total = self.num_ranks * limit_bytes
-        found = [(cost_s, once + (flight - 1) * more) for cost_s, once, more in map(self._figures_of, plans)]
-        if min(held for _, held in found) > total:
-            return Line(math.inf)
-        crossings = [(c - d) / (h - g) for (c, g), (d, h) in permutations(found, 2) if h > g and c > d]
-        bound_s, price = max((min(c + p * (held - total) for c, held in found), p) for p in (0.0, *crossings))
-        return Line((bound_s + price * total) / self.depth, price * limit_bytes, price)
-
-    def _figures_of(self, plan: tuple[int, ...]) -> tuple[float, float, float]:
-        """Seconds of all blocks, their bytes with one microbatch in flight, and what every other adds."""
-        if plan not in self._figures:
-            nodes, terms = self._terms[0]
-            states = [plan[n] for n in nodes]
-            (cost_s, once), (_, twice) = terms.of_plan(states), self._twice.of_plan(states)
-            self._figures[plan] = cost_s, once, twice - once
-        return self._figures[plan]
-
-    @cached_property
-    def _figures(self) -> dict[tuple[int, ...], tuple[float, float, float]]:
-        return {}
-
-    @cached_property
-    def _twice(self) -> Terms:
-        """As the first of `_terms`, with two microbatches in flight."""
-        return Terms(self.in_flight(2.0).part(0))
 
     def line(self, flight: float, limit_bytes: float) -> Line:
         """What a rank of so much memory with so many microbatches in flight can do of the step, by the price of a byte. A few fewer in flight make it a
@@ -113,26 +113,32 @@ class Relaxed:
 
     def _dual(self, flight: float, total_bytes: float) -> Dual:
         """Of the blocks within a limit for all ranks; what does not depend on the limit is kept."""
+        within = self._within(flight, total_bytes)
+        leaner = None if self.leaner is None else self.leaner._within(flight, total_bytes)
+        problem, met = within.shrunk.problem, self._met.setdefault(total_bytes, {})
+        if not met and not problem.fits(within.terms.of_plan(self._cheapest.choices)[1]):
+            high = Price(1.0, LEAN * self._cheapest.value / max(total_bytes, 1.0))
+            met[leaner is not None, (leaner or within).minimise(high).choices] = None
+        found = dual(problem, prepared=within, cheapest=self._cheapest, leaner=leaner, met=met, tolerance=TOLERANCE)
+        met.update(dict.fromkeys((point.leaner, point.choices) for point in (found.over, found.within) if point is not None))
+        return found
+
+    def _within(self, flight: float, limit_bytes: float) -> Prepared:
+        """The blocks with so many microbatches in flight."""
         if flight not in self._prepared:
             params = {n for n, node in enumerate(self.folded.nodes_of(0)) if node in self.params}
             self._prepared[flight] = self._block.with_bytes(self._block.shrunk.problem.in_flight(flight, params))
         prepared = self._prepared[flight]
-        problem = replace(prepared.shrunk.problem, memory_limit_bytes=total_bytes)
-        within = replace(prepared, shrunk=replace(prepared.shrunk, problem=problem))
-        met = self._met.setdefault(total_bytes, {})
-        if not met and not problem.fits(prepared.terms.of_plan(self._cheapest.choices)[1]):
-            met[within.minimise(Price(1.0, LEAN * self._cheapest.value / max(total_bytes, 1.0))).choices] = None
-        found = dual(problem, prepared=within, cheapest=self._cheapest, met=met, tolerance=TOLERANCE)
-        met.update(dict.fromkeys(point.choices for point in (found.over, found.within) if point is not None))
-        return found
+        return replace(prepared, shrunk=replace(prepared.shrunk, problem=replace(prepared.shrunk.problem, memory_limit_bytes=limit_bytes)))
 
     @cached_property
     def _prepared(self) -> dict[float, Prepared]:
         return {}
 
     @cached_property
-    def _met(self) -> dict[float, dict[tuple[int, ...], None]]:
-        """By limit, plans of the blocks between which the best prices were found; other numbers of microbatches have theirs near them."""
+    def _met(self) -> dict[float, dict[tuple[bool, tuple[int, ...]], None]]:
+        """By limit, plans of the blocks between which the best prices were found, and whether of the leaner form; other numbers of microbatches have theirs near
+        them."""
         return {}
 
     @cached_property
@@ -148,5 +154,27 @@ class Relaxed:
 
 def passes_alone(problem: SearchProblem, once_s: Mapping[int, np.ndarray]) -> SearchProblem:
     """A problem without the seconds that its edges cost `once_s` a step."""
-    less = {id(once): (problem.edges[e].cost_s - once).clip(min=0.0) for e, once in once_s.items()}
-    return replace(problem, edges=tuple(replace(e, cost_s=less[id(once_s[n])]) if n in once_s else e for n, e in enumerate(problem.edges)))
+    known: dict[tuple[int, int], np.ndarray] = {}
+
+    def less(edge: Edge, once: np.ndarray) -> Edge:
+        key = id(edge.cost_s), id(once)
+        if key not in known:
+            known[key] = (edge.cost_s - once).clip(min=0.0)
+        return replace(edge, cost_s=known[key])
+
+    return replace(problem, edges=tuple(less(e, once_s[n]) if n in once_s else e for n, e in enumerate(problem.edges)))
+
+
+def with_gathers(problem: SearchProblem, gathers: Mapping[int, Gathers], *, again: bool) -> SearchProblem:
+    """A problem in which what all-gathers bring is kept, or not kept but gathered again for the backward."""
+    known: dict[tuple[int, int], np.ndarray] = {}
+
+    def formed(edge: Edge, found: Gathers) -> Edge:
+        if not again:
+            return replace(edge, memory_bytes=found.kept_bytes)
+        key = id(edge.cost_s), id(found)
+        if key not in known:
+            known[key] = edge.cost_s + found.again_s
+        return replace(edge, cost_s=known[key], memory_bytes=found.again_bytes)
+
+    return replace(problem, edges=tuple(formed(e, gathers[n]) if n in gathers else e for n, e in enumerate(problem.edges)))

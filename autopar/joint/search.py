@@ -14,29 +14,15 @@ pipelines are even, and memory is what the linear model says, which counts less 
 import heapq
 import math
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
-from autopar.core.cluster import Cluster
-from autopar.core.graph import OpGraph
-from autopar.core.memory import MemoryUse
-from autopar.core.problem import evaluate
 from autopar.core.units import size
-from autopar.core.unroll import Run
 from autopar.errors import InfeasibleError
-from autopar.joint.bounds import Line, Parts, least_step_s
-from autopar.joint.deep import Deep, Sharding, mixed, roomy_depths, shifted
-from autopar.joint.known import SAFE, Flat, Floors, Known, Proved, without_memory
-from autopar.joint.relaxed import Relaxed
-from autopar.joint.space import Ideal, Point, orders, points
-from autopar.joint.tables import Asked, PointTables
-from autopar.planner.blocks import Order
-from autopar.planner.keeping import Keeping
-from autopar.planner.lengths import Task
-from autopar.planner.pins import Pins
-from autopar.planner.search import Options
-from autopar.planner.states import Pricing
+from autopar.joint.at_point import Found, PointSearch
+from autopar.joint.deep import shifted
+from autopar.joint.given import Given
+from autopar.joint.space import Ideal, points
 
 GAP = 0.01
 """A plan this near to the bound is near enough: the cost model is off by more."""
@@ -44,34 +30,14 @@ GAP = 0.01
 FAR = 0.2
 """Where a plan is so far above a point's bound, more of its shardings are looked at."""
 
-LEAN_POWERS = range(-6, 22)
-"""Of 2: prices of a byte, in what all bytes of the fastest sharding must cost to be as dear as its seconds."""
+NEAR = 1.02
+"""Plans that take so much longer than the best are looked at again, with more of the shardings of their points."""
 
-Graphs = Callable[[int], OpGraph]
-"""The short graph of so many samples."""
+AHEAD = 8
+"""Points from which the most promising is planned next."""
 
-
-@dataclass(frozen=True)
-class Found:
-    """A plan that fits `limit_bytes`, and the search of its point."""
-
-    search: "PointSearch"
-    sharding: Sharding
-    deep: Deep
-    limit_bytes: float
-
-    @property
-    def point(self) -> Point:
-        return self.search.point
-
-    @property
-    def step_s(self) -> float:
-        return self.deep.step_s
-
-    @property
-    def memory(self) -> MemoryUse:
-        return self.deep.memory
-
+FINE = 3
+"""Points that are looked at again."""
 
 @dataclass(frozen=True)
 class Joint:
@@ -94,18 +60,11 @@ class Joint:
 
 
 @dataclass
-class JointSearch:
-    """`graphs` of a model with one run of blocks, `batch` samples a step, on a cluster."""
+class JointSearch(Given):
+    """Of all points of what is given."""
 
-    graphs: Graphs
-    run: Run
-    batch: int
-    cluster: Cluster
-    options: Options
-    pins: Pins = field(default_factory=Pins)
     progress: Callable[[str], None] = lambda text: None
     gap: float = GAP
-    known: Known = field(default_factory=Known)
 
     def search(self) -> Joint:
         """Raises InfeasibleError where nothing fits. The time limit is for what comes after the first plan."""
@@ -126,29 +85,30 @@ class JointSearch:
         num_points, looked, found, closed = len(heap), [len(heap), 0, 0, 0], [], math.inf
         best = math.inf
         planned: list[tuple[float, PointSearch]] = []
-        while heap and heap[0].key < best * (1 - self.gap) and time.perf_counter() < end:
-            waiting = heapq.heappop(heap)
-            self.progress(f"searching {waiting.search.point}: bound {waiting.bound:.4g} s, best {best:.4g} s")
-            if waiting.level < 2:
-                _tighten(heap, waiting, looked)
+        ready: list[Waiting] = []  # to be planned, by what they promise
+        while (ready or (heap and heap[0].key < best * (1 - self.gap))) and time.perf_counter() < end:
+            if heap and heap[0].key < best * (1 - self.gap) and len(ready) < AHEAD:
+                waiting = heapq.heappop(heap)
+                self.progress(f"searching {waiting.search.point}: bound {waiting.bound:.4g} s, best {best:.4g} s")
+                if waiting.level < 2:
+                    _tighten(heap, waiting, looked)
+                else:
+                    heapq.heappush(ready, replace(waiting, key=waiting.search.promised_s(self.limit_bytes)))
                 continue
+            waiting = heapq.heappop(ready)
             looked[3] += 1
             closed = min(closed, waiting.bound)
             planned.append((waiting.bound, waiting.search))
-            made = waiting.search.plan(self.limit_bytes, best)
+            made = waiting.search.plan(self.limit_bytes, best * NEAR)
             if made is not None:
                 end = min(end, time.perf_counter() + self.options.time_limit_s)
                 found.append(made)
                 best = min(best, made.step_s)
-        in_time = not heap or heap[0].key >= best * (1 - self.gap)
+        closed = min([closed, *(waiting.bound for waiting in ready)])
+        in_time = not ready and (not heap or heap[0].key >= best * (1 - self.gap))
         while heap and heap[0].level < 2 and heap[0].key < min(best, closed) < math.inf and in_time:
             _tighten(heap, heapq.heappop(heap), looked)
-        for bound, search in planned:
-            if bound < best * (1 - FAR) and time.perf_counter() < end:
-                made = search.plan(self.limit_bytes, best, lean=True)
-                if made is not None:
-                    found.append(made)
-                    best = made.step_s
+        self._look_further(found, planned, best, end)
         if not found:
             raise InfeasibleError(
                 f"none of {num_points} ways to lay {self.run.depth} blocks on {self.cluster.name} fits {size(self.limit_bytes)} of a device; "
@@ -162,29 +122,14 @@ class JointSearch:
         best = found[0].step_s
         return Joint(tuple(found), min(closed, left, best), num_points, tuple(looked), in_time)
 
-    @property
-    def limit_bytes(self) -> float:
-        return self.cluster.device.memory_bytes * self.options.memory_share
-
-    @property
-    def about(self) -> Hashable:
-        """What tables depend on beside point and cluster; pinned degrees and orders only say which points there are."""
-        pins = self.pins
-        return self.options.precision, self.options.offload, pins.zero, pins.recompute, bool(pins.mesh_axes), self.run
-
-    def task(self, samples: int) -> Task:
-        """A microbatch of the short graph."""
-        return self.known.kept(("task", samples), lambda: Task.of(self.graphs(samples), self.options))
-
-    def tables(self, point: Point) -> PointTables:
-        cluster, options = without_memory(self.cluster), self.options
-        task = self.task(point.samples)
-        # microbatches of other sizes share the prices of a mesh: parameters move alike
-        pricing = self.known.kept((cluster, point.num_ranks, point.mesh), lambda: Pricing(cluster, point.mesh, (point.num_ranks, 0)))
-        given = Keeping(micro_batches=point.num_microbatches, precision=options.precision, offload=options.offload)
-        keeping = given.everything().narrowed(self.pins)
-        return self.known.kept((self.about, cluster, point), lambda: PointTables(point, self.run, task, pricing, keeping, self.pins))
-
+    def _look_further(self, found: list[Found], planned: Sequence[tuple[float, PointSearch]], best: float, end: float) -> None:
+        """Adds what is better: at the few points of the best plans, and, while there is time, at those that may be far better than what was found."""
+        near = [made.search for made in sorted(found, key=lambda made: made.step_s)[:FINE]]
+        for search, asking in [*((s, s.fine) for s in near), *((s, s.lean) for bound, s in planned if bound < best * (1 - FAR))]:
+            made = search.plan(self.limit_bytes, best, asking) if search in near or time.perf_counter() < end else None
+            if made is not None:
+                found.append(made)
+                best = made.step_s
 
 @dataclass(frozen=True, order=True, slots=True)
 class Waiting:
@@ -194,7 +139,7 @@ class Waiting:
     level: int
     number: int
     bound: float = field(compare=False)
-    search: "PointSearch" = field(compare=False)
+    search: PointSearch = field(compare=False)
     floored: bool = field(default=False, compare=False)
 
 
@@ -209,185 +154,3 @@ def _tighten(heap: list[Waiting], waiting: Waiting, looked: list[int]) -> None:
     bound = max(bound, (search.fastest_s if level == 0 else search.fitting_s)())
     if bound < math.inf:
         heapq.heappush(heap, Waiting(bound, level + 1, waiting.number, bound, search))
-
-
-@dataclass
-class PointSearch:
-    """All plans of one point."""
-
-    joint: JointSearch
-    point: Point
-    ideal: Parts = Parts(0.0)
-    solved: dict[str, Relaxed] = field(default_factory=dict)
-    """The sides that were asked for."""
-
-    @cached_property
-    def orders(self) -> tuple[Order, ...]:
-        return tuple(orders(self.point, self.joint.run.depth, self.joint.pins))
-
-    @cached_property
-    def tables(self) -> PointTables:
-        return self.joint.tables(self.point)
-
-    @property
-    def keeping(self) -> Keeping:
-        return self.tables.keeping
-
-    @property
-    def pricing(self) -> Pricing:
-        return self.tables.pricing
-
-    # --- bounds ----------------------------------------------------------------------------------------------------------
-
-    def ideal_s(self, ideal: Ideal) -> float:
-        """The bound from a roofline."""
-        task = self.joint.task(self.point.samples)
-        one = ideal.seconds(task.graph, task.rules, self.point.outer, self.point.inner)
-        step = self.ideal = one.times(self.point.num_microbatches)
-        return min((self._step_s(order, step, [[Line(step.block)]] * order.num_ranks, one) for order in self.orders), default=math.inf)
-
-    def fastest_s(self) -> float:
-        """The bound from the solved problem, without a memory limit."""
-        least = math.inf
-        for sooner, order in self._soonest():
-            if sooner < least:
-                least = min(least, self._fastest_s(order))
-        self._tell()
-        return least
-
-    def _soonest(self) -> list[tuple[float, Order]]:
-        """A bound on every order by the first of its sides, the lowest first."""
-        return sorted(((self._fastest_of(order, sides(order)[0], self._solved), order) for order in self.orders), key=lambda pair: pair[0])
-
-    def _fastest_s(self, order: Order, parts: Callable[[str], Parts] | None = None) -> float:
-        """`parts`: of one sharding rather than of all, by side."""
-        return max(self._fastest_of(order, side, parts or self._solved) for side in sides(order))
-
-    def _fastest_of(self, order: Order, side: str, parts: Callable[[str], Parts]) -> float:
-        found = parts(side)
-        return self._step_s(order, found, [[Line(found.block)]] * order.num_ranks, self._waits(side, found))
-
-    def _solved(self, side: str) -> Parts:
-        return self.solved.setdefault(side, self.side(side)).parts
-
-    def fitting_s(self) -> float:
-        """The bound under the memory limit of every rank, by the linear model of memory; inf where not even that can be met."""
-        least = math.inf
-        for sooner, order in self._soonest():
-            if sooner >= least or (fastest := self._fastest_s(order)) >= least:
-                continue
-            side = sides(order)[0]
-            parts = self.side(side).parts
-            least = min(least, max(fastest, self._step_s(order, parts, self._lines(self.side(side), order), self._waits(side, parts))))
-        self._tell()
-        return least
-
-    def _lines(self, relaxed: Relaxed, order: Order) -> list[list[Line]]:
-        """By rank; of memory for those that hold most microbatches, which it binds first."""
-        most, free = max(order.in_flight), Line(relaxed.parts.block)
-        return [[free, relaxed.line(flight, self.joint.limit_bytes)] if flight >= most / 2 else [free] for flight in order.in_flight]
-
-    def floor_s(self) -> float:
-        """What other searches leave of `fitting_s`, 0 where they know nothing."""
-        floors = self.joint.known.floors(self.joint.about, self.point, self.joint.cluster, self.ideal)
-        return SAFE * min((self._floor_s(order, floors) for order in self.orders), default=math.inf) if floors else 0.0
-
-    def _floor_s(self, order: Order, floors: Floors) -> float:
-        def parts(side: str) -> Parts:
-            return self.solved[side].parts if side in self.solved else floors.parts.get(side, floors.parts.get("passes", self.ideal))
-
-        side, most = sides(order)[0], max(order.in_flight)
-        free, limit = Line(parts(side).block), self.joint.limit_bytes
-        lines = [[free, *(floors.lines(side, flight, limit) if flight >= most / 2 else ())] for flight in order.in_flight]
-        return max(self._fastest_s(order, parts), self._step_s(order, parts(side), lines, self._waits(side, parts(side))))
-
-    def _tell(self) -> None:
-        """What is found out, to the searches that follow."""
-        lines = {
-            side: tuple(Flat(flight, line.price, line.block_s) for flight, line in relaxed.lines(self.joint.limit_bytes).items() if 0 < line.block_s < math.inf)
-            for side, relaxed in self.solved.items()
-        }
-        parts = {side: relaxed.parts for side, relaxed in self.solved.items()}
-        self.joint.known.add(self.joint.about, Proved(self.joint.cluster, self.point, self.tables.operators, parts, lines))
-
-    def side(self, side: str) -> Relaxed:
-        return self.tables.whole if side == "whole" else self.tables.passes
-
-    def _waits(self, side: str, parts: Parts) -> Parts:
-        """What a microbatch takes at least of others while a rank waits for it."""
-        return parts.times(1 / self.point.num_microbatches) if side == "passes" else Parts(0.0)
-
-    def _step_s(self, order: Order, ends: Parts, lines: Sequence[Sequence[Line]], one: Parts) -> float:
-        least = least_step_s(order, self.joint.run.depth, lines, ends, one)
-        return least / (self.joint.cluster.crowding if order.num_ranks > 1 else 1.0)  # ranks that share cores are faster while others wait
-
-    # --- plans -----------------------------------------------------------------------------------------------------------
-
-    def plan(self, limit_bytes: float, below_s: float = math.inf, *, lean: bool = False) -> Found | None:
-        """The best plan of the point within a limit that takes less than `below_s`: every sharding that may be best, every order, as little recomputation
-        as fits. `lean`: of shardings that hold less and less, up to that which holds least, for where what is kept beside them is more than the linear
-        model of memory says."""
-        best: Found | None = None
-        for sharding in self.shardings(self._asked_lean() if lean else self.asked(), lambda: best.step_s if best else below_s):
-            best = self._mixed(sharding, limit_bytes, best.step_s if best else below_s) or best
-        return best
-
-    def _mixed(self, sharding: Sharding, limit_bytes: float, below_s: float) -> Found | None:
-        """The best plan of a sharding within a limit that takes less than `below_s`."""
-        best: Deep | None = None
-        for order in self.orders:
-            even = sharding.even(order.num_stages)
-            made = mixed(sharding, order, even, limit_bytes, below_s)
-            if made is None and order.virtual == 1 < order.num_ranks and Deep(sharding.light, sharding.light, order, even).least_s < below_s:
-                roomy = roomy_depths(sharding, order, even, limit_bytes)
-                made = mixed(sharding, order, roomy, limit_bytes, below_s) if roomy is not None else None
-            if made is not None:
-                best, below_s = made, made.step_s
-        return Found(self, sharding, best, limit_bytes) if best is not None else None
-
-    def asked(self) -> list[Asked]:
-        """The fastest sharding under every stage of ZeRO, and for every price of memory that the bound found those for any stage and for each, with
-        blocks computed again or not."""
-        stages, limit = self.keeping.stages, self.joint.limit_bytes
-        asked: list[Asked] = [(1.0, 0.0, zero, False) for zero in stages]
-        asked_sides = {side: self.side(side) for order in self.orders for side in sides(order)}
-        prices = {(flight, line.price) for relaxed in asked_sides.values() for flight, line in relaxed.lines(limit).items() if line.price}
-        for flight, price in sorted(prices):
-            asked += [(flight, price, zero, again) for zero, again in ((None, False), (None, True), *((z, True) for z in stages))]
-        return asked
-
-    def _asked_lean(self) -> list[Asked]:
-        """At prices of memory from so low that the sharding is the fastest to so high that it holds least, with the most microbatches in flight."""
-        flight, tables = max(max(order.in_flight) for order in self.orders), self.tables
-        fastest_s, num_bytes = evaluate(tables.whole.in_flight(flight).problem, tables.cheapest([(flight, 0.0, None, False)])[0])
-        prices = [fastest_s / max(num_bytes, 1.0) * 2.0**n for n in LEAN_POWERS]
-        return [(flight, price, None, again) for price in prices for again in (False, True)]
-
-    def shardings(self, asked: Sequence[Asked], below_s: Callable[[], float] = lambda: math.inf) -> Iterator[Sharding]:
-        """Each once, best first by a bound on its plans; those left out that take no less than `below_s`."""
-        choices = dict.fromkeys(self.tables.cheapest(asked))
-        bounds = [self._least_of(chosen, below_s()) for chosen in choices]
-        for bound, chosen in sorted(zip(bounds, choices), key=lambda pair: pair[0]):
-            if bound < below_s():
-                yield self.tables.sharding(chosen)
-
-    def _least_of(self, choices: tuple[int, ...], below_s: float) -> float:
-        """No plan of one sharding takes less, where that is below `below_s`; its blocks may be computed again in any mode."""
-        parts = {side: self.side(side).parts_of(choices) for side in dict.fromkeys(side for order in self.orders for side in sides(order))}
-        modes, least = self.tables.in_modes(choices), math.inf
-        for order in self.orders:
-            fastest = self._fastest_s(order, parts.__getitem__)
-            if fastest >= min(least, below_s):
-                least = min(least, fastest)
-                continue
-            side, most, free = sides(order)[0], max(order.in_flight), Line(parts[sides(order)[0]].block)
-            by_flight = {flight: self.side(side).line_of(modes, flight, self.joint.limit_bytes) for flight in set(order.in_flight) if flight >= most / 2}
-            lines = [[free, by_flight[flight]] if flight in by_flight else [free] for flight in order.in_flight]
-            least = min(least, max(fastest, self._step_s(order, parts[side], lines, self._waits(side, parts[side]))))
-        return least
-
-
-def sides(order: Order) -> tuple[str, ...]:
-    """Which of a point's problems bound it. A rank of one stage exchanges parameters before and after its passes, but may do so while it would wait for
-    others. One of several stages may exchange those of one behind the passes of another."""
-    return ("whole",) if order.num_ranks == 1 else ("passes", "whole") if order.virtual == 1 else ("passes",)

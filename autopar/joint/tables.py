@@ -1,6 +1,6 @@
 """What a point's plans may do and what that costs, whatever the limit of memory: the folded problem, its bounds, and the programs of its shardings."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -8,11 +8,14 @@ import numpy as np
 
 from autopar.core.layout import Layout
 from autopar.core.problem import Edge, SearchProblem
+from autopar.core.residency import GATHER, gathers_again
 from autopar.core.unroll import Run
+from autopar.errors import InfeasibleError
+from autopar.joint.asked import FEW, GATHERED, KEPT, Asked
 from autopar.joint.bounds import Parts
 from autopar.joint.deep import Sharding
 from autopar.joint.fold import fold, places, sides, times
-from autopar.joint.relaxed import Relaxed, passes_alone
+from autopar.joint.relaxed import Relaxed, passes_alone, with_gathers
 from autopar.joint.space import Point
 from autopar.planner.decode import decode
 from autopar.planner.keeping import Keeping
@@ -25,10 +28,6 @@ from autopar.planner.states import Pricing, States
 from autopar.search.elimination import Prepared, prepare
 from autopar.search.simplify import BYTES, SECONDS, Price
 from autopar.search.tables import TableStore
-
-Asked = tuple[float, float, int | None, bool]
-"""For the choices that cost least: microbatches in flight, price of a byte, stage of ZeRO (as near as a parameter has it; None: any), whether blocks may be
-computed again."""
 
 
 @dataclass
@@ -59,6 +58,11 @@ class PointTables:
         problem, ports = self.built
         return self._relaxed(passes_alone(problem, ports.once_s))
 
+    @property
+    def _forms(self) -> tuple[bool, ...]:
+        """Whether blocks gather again what all-gathers bring, of all that they may do."""
+        return tuple(sorted(set(map(gathers_again, self.keeping.programs))))
+
     @cached_property
     def operators(self) -> Parts:
         """What every operator takes of a step at least, whatever the links do: those with collectives inside are left out."""
@@ -70,10 +74,14 @@ class PointTables:
         return Parts(found[0] / self.run.depth, found[1], found[2])
 
     def _relaxed(self, problem: SearchProblem) -> Relaxed:
-        ports = self.built[1]
-        folded = fold(self.task.graph, self.run, problem, ports)
-        params = frozenset(folded.node[n] for n in ports.param_node.values())
-        return Relaxed(folded, params, self.run.depth, self.point.num_ranks)
+        ports, found = self.built[1], None
+        for again in reversed(self._forms):
+            folded = fold(self.task.graph, self.run, with_gathers(problem, ports.gathers, again=again), ports)
+            params = frozenset(folded.node[n] for n in ports.param_node.values())
+            modes = {folded.node[n]: tuple(_in_form(mode, again=again) for mode in ports.states[n].modes) for n in ports.block_node.values()}
+            found = Relaxed(folded, params, self.run.depth, self.point.num_ranks, modes, found)
+        assert found is not None
+        return found
 
     def sharding(self, choices: tuple[int, ...]) -> Sharding:
         """Of these choices of the folded problem."""
@@ -83,51 +91,63 @@ class PointTables:
             self._shardings[choices] = Sharding.of(program, self.pricing, self.run, Engine.of(self.pricing.cluster), self.keeping.programs)
         return self._shardings[choices]
 
-    def cheapest(self, asked: Sequence[Asked]) -> list[tuple[int, ...]]:
-        """For each the choices of the folded problem that cost least. Blocks may be computed again where that is said and pays; what is returned has them
-        kept, as recomputation is decided later."""
-        store, shared = TableStore(), None
-        for one in asked:
-            flight, price, zero, again = one
-            if one not in self._cheapest:
-                prepared = self._prepared(flight, again=again)
-                if (flight, price, again) != shared:
-                    store, shared = prepared.store(Price(1.0, price)), (flight, price, again)
-                found = prepared.shrunk.restore(prepared.minimise(Price(1.0, price), store, self._of_stage(zero)).choices)
-                self._cheapest[one] = tuple([0 if n in self._block_nodes else c for n, c in enumerate(found)])
-        return [self._cheapest[one] for one in asked]
+    def chosen(self, asking: Iterable[Asked]) -> list[tuple[int, ...]]:
+        """The choices of each sharding, once."""
+        store, shared, asking = TableStore(), None, list(asking)
+        for asked in asking:
+            about = asked.flight, asked.price, asked.how
+            if asked not in self._cheapest:
+                prepared = self._prepared(asked.flight, asked.how)
+                if about != shared:
+                    store, shared = prepared.store(Price(1.0, asked.price)), about
+                self._cheapest[asked] = self._least(prepared, asked, store)
+        return list(dict.fromkeys(choices for asked in asking if (choices := self._cheapest[asked]) is not None))
 
     @cached_property
-    def _cheapest(self) -> dict[Asked, tuple[int, ...]]:
+    def _cheapest(self) -> dict[Asked, tuple[int, ...] | None]:
         return {}
 
-    def _prepared(self, flight: float, *, again: bool) -> Prepared:
+    def _least(self, prepared: Prepared, asked: Asked, store: TableStore) -> tuple[int, ...] | None:
+        """The choices of the folded problem that cost least; what is returned has blocks kept, as recomputation is decided later. None where none may be
+        joined to what is fixed."""
+        allowed = self._of_stage(asked.zero)
+        if asked.fixed is not None:
+            node, state = asked.fixed
+            allowed[node] = allowed.get(node, True) & (np.arange(prepared.shrunk.problem.nodes[node].num_states) == state)
+        try:
+            found = prepared.shrunk.restore(prepared.minimise(Price(1.0, asked.price), store, allowed).choices)
+        except InfeasibleError:
+            return None
+        return tuple([0 if n in self.whole.modes else c for n, c in enumerate(found)])
+
+    def _prepared(self, flight: float, how: str) -> Prepared:
         """The folded problem with so many microbatches in flight."""
-        if again not in self._alone:
-            folded = self.whole.folded.problem
-            self._alone[again] = prepare(folded if again else _at_first(folded, self._block_nodes), (SECONDS, BYTES), apart=self.whole.params)
-        alone = self._alone[again]
+        if how not in self._alone:
+            form = self.whole.leaner if how == GATHERED and self.whole.leaner is not None else self.whole
+            problem = form.folded.problem
+            apart = frozenset(range(len(problem.nodes))) if sum(self.sizes) <= FEW else form.params
+            self._alone[how] = prepare(_at_first(problem, frozenset(form.modes)) if how == KEPT else problem, (SECONDS, BYTES), apart=apart)
+        alone = self._alone[how]
         return alone.with_bytes(alone.shrunk.problem.in_flight(flight, self.whole.params))
 
     @cached_property
-    def _alone(self) -> dict[bool, Prepared]:
-        """By whether blocks may be computed again, with one microbatch in flight."""
+    def _alone(self) -> dict[str, Prepared]:
+        """By how blocks may be computed again, with one microbatch in flight."""
         return {}
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """How many states every node of the folded problem has."""
+        return self.whole.folded.problem.node_columns.sizes.tolist()
 
     def _of_stage(self, zero: int | None) -> dict[int, np.ndarray]:
         """By parameter, for every layout the states whose stage of ZeRO is nearest to this one."""
         ports = self.built[1]
         return {} if zero is None else {self.whole.folded.node[n]: _nearest(ports.states[n], zero) for n in ports.param_node.values()}
 
-    def in_modes(self, choices: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-        """The same choices of the folded problem with blocks in every mode of recomputation."""
-        nodes, problem = self._block_nodes, self.whole.folded.problem
-        return tuple([tuple([mode if n in nodes else c for n, c in enumerate(choices)]) for mode in range(min([problem.nodes[n].num_states for n in nodes], default=1))])
 
-    @cached_property
-    def _block_nodes(self) -> frozenset[int]:
-        """In the folded problem."""
-        return frozenset(self.whole.folded.node[n] for n in self.built[1].block_node.values())
+def _in_form(mode: str, *, again: bool) -> str:
+    return mode + GATHER if again and not gathers_again(mode) else mode
 
 
 def _nearest(states: States, zero: int) -> np.ndarray:

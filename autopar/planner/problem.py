@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from autopar.core.again import computed_again, kept_by_selective
+from autopar.core.again import computed_again, kept_by_selective, read_again
 from autopar.core.columns import Edges, Nodes, Numbering
 from autopar.core.graph import OpGraph, TensorMeta
 from autopar.core.layout import I, Layout, R
@@ -18,8 +18,9 @@ from autopar.core.rule import OpRule
 from autopar.errors import PinConflictError
 from autopar.planner.keeping import Keeping, Sharding, Use, recompute_tables, uses
 from autopar.planner.roles import Constraints
-from autopar.planner.saved import moved_bytes, saved_values, wanting
+from autopar.planner.saved import Gathers, counted_bytes, moved_bytes, saved_values, wanting
 from autopar.planner.states import Pricing, States, layout_states, op_states
+from autopar.program import without_r
 
 STATE_AXES = ("dp", "cp", "ep")
 """Axes of a forced mesh along which ZeRO may cut the state: those on which parameters are whole."""
@@ -28,7 +29,7 @@ STATE_AXES = ("dp", "cp", "ep")
 @dataclass(frozen=True)
 class Ports:
     """Where the search nodes of values and ops are: node number -> meaning. `once_s`: by edge of a parameter, the part of its seconds that is before or
-    after all microbatches of a step."""
+    after all microbatches of a step; `gathers`: by edge, of values that the backward of a block reads."""
 
     op_node: dict[int, int]
     param_node: dict[int, int]
@@ -37,10 +38,11 @@ class Ports:
     block_node: dict[str, int]
     states: tuple[States, ...]
     once_s: dict[int, np.ndarray]
+    gathers: dict[int, Gathers]
 
 
-Hub = tuple[States | None, list[tuple[int | None, int | None, int]]]
-"""What joins a value to its users within a segment: the states of its relay, and (node, node, number of the tables) of every edge."""
+Hub = tuple[States | None, list[tuple[int | None, int | None, int, Gathers | None]]]
+"""What joins a value to its users within a segment: the states of its relay, and (node, node, number of the tables, what it gathers) of every edge."""
 
 
 class Copied(NamedTuple):
@@ -74,6 +76,8 @@ class ProblemBuilder:
         self._op_cache: dict[tuple, States] = {}
         self._edge_cache: dict[tuple, int] = {}
         self._mode_cache: dict[tuple, tuple[np.ndarray, np.ndarray] | None] = {}
+        self._gathers_cache: dict[tuple, Gathers] = {}
+        self.gathers: dict[int, Gathers] = {}
         self._once_cache: dict[tuple, np.ndarray] = {}
         self.once_s: dict[int, np.ndarray] = {}
         self._layout_cache: dict[tuple, States] = {}
@@ -92,6 +96,7 @@ class ProblemBuilder:
         repeatable = self.graph.segments if self.keeping.recompute != ("none",) else ()
         self.block_of = {i: segment.block for segment in repeatable for i in segment.ops if segment.block}
         self.again = computed_again(self.graph, self.rules) if self.block_of else {}
+        self.read_again = read_again(self.graph, self.rules) if self.block_of else frozenset()
 
     def build(self, memory_limit_bytes: float | None) -> tuple[SearchProblem, Ports]:
         searched, finals = self.graph.searched, self.graph.finals
@@ -111,14 +116,14 @@ class ProblemBuilder:
                 first_edge = len(self.edges)
                 self._join(v, params.get(v), ends.get(v, []), relays)
                 if name is not None:
-                    self._hubs[name] = self._hub(self.edges[first_edge:], relays.get(v), first)
+                    self._hubs[name] = self._hub(first_edge, relays.get(v), first)
             else:
                 self._join_alike(v, hub, first, relays)
         blocks = self._add_modes()
         nodes = Nodes(self.names, np.array(self.numbers, dtype=int), self._node_tables.tables)
         edges = Edges(*np.array(self.edges, dtype=int).reshape(-1, 3).T, self._edge_tables.tables)
         problem = SearchProblem(nodes, edges, memory_limit_bytes, copies=self._repeated(params, relays))
-        return problem, Ports(ops, params, relays, outputs, blocks, tuple(self.states), self.once_s)
+        return problem, Ports(ops, params, relays, outputs, blocks, tuple(self.states), self.once_s, self.gathers)
 
     def _join(self, v: int, param: int | None, ends: Sequence[tuple[int, int]], relays: dict[int, int]) -> None:
         """A value with its users, through a relay where there are several."""
@@ -129,15 +134,16 @@ class ProblemBuilder:
         source, port = (param, 0) if param is not None else (self.ops[self.graph.producer[v][0]], self.graph.producer[v][1])
         if len(users) > 1:
             relays[v] = self._add_relay(v, users, source, port)
-            kept = not from_param and not self.keeping.gathers_again and v in self.graph.differentiated and any(self._saves(*user) for user in users)
-            self._connect(v, source, port, relays[v], 0, from_param=from_param, kept=kept)
+            kept = not from_param and v in self.graph.differentiated and any(self._saves(*user) for user in users)
+            self._connect(v, source, port, relays[v], 0, from_param=from_param, kept=kept, reader=self.op_of.get(users[0][0]))
             source, port, from_param = relays[v], 0, False
         for node, k in users:
-            self._connect(v, source, port, node, k, from_param=from_param)
+            self._connect(v, source, port, node, k, from_param=from_param, reader=self.op_of.get(node))
 
-    def _hub(self, edges: Sequence[tuple[int, int, int]], relay: int | None, first: int) -> Hub:
-        """What was made around a value, with nodes as distances from the `first` of the segment, None for the relay."""
-        near = [(None if u == relay else u - first, None if w == relay else w - first, tables) for u, w, tables in edges]
+    def _hub(self, first_edge: int, relay: int | None, first: int) -> Hub:
+        """What was made around a value from the `first_edge` on, with nodes as distances from the `first` of the segment, None for the relay."""
+        made = enumerate(self.edges[first_edge:], start=first_edge)
+        near = [(None if u == relay else u - first, None if w == relay else w - first, tables, self.gathers.get(n)) for n, (u, w, tables) in made]
         return (None if relay is None else self.states[relay]), near
 
     def _join_alike(self, v: int, hub: Hub, first: int, relays: dict[int, int]) -> None:
@@ -146,7 +152,8 @@ class ProblemBuilder:
         relay = -1
         if states is not None:
             relay = relays[v] = self._add(f"{self.graph.values[v].name}.relay", states)
-        self.edges += [(relay if u is None else first + u, relay if w is None else first + w, tables) for u, w, tables in edges]
+        self.gathers.update((n, gathers) for n, (*_, gathers) in enumerate(edges, start=len(self.edges)) if gathers is not None)
+        self.edges += [(relay if u is None else first + u, relay if w is None else first + w, tables) for u, w, tables, _ in edges]
 
     def _add_segment(self, s: int) -> None:
         """Nodes of the searched operators. Copies of a segment have the same states, and the same edges between them."""
@@ -270,7 +277,8 @@ class ProblemBuilder:
             self._layout_cache[key] = self._layout_cache.setdefault(("layouts", found), layout_states(found))
         return self._add(f"{self.graph.values[v].name}.relay", self._layout_cache[key])
 
-    def _connect(self, v: int, u: int, port: int, w: int, k: int, *, from_param: bool, kept: bool = False) -> None:
+    def _connect(self, v: int, u: int, port: int, w: int, k: int, *, from_param: bool, kept: bool = False, reader: int | None = None) -> None:
+        """`kept`: the backward reads what users of a relay are given; `reader`: the operator that its moves are made for first."""
         src, dst = self.states[u].result_layouts[port], self.states[w].operand_layouts[k]
         grad = v in self.graph.differentiated
         saves = grad and self._saves(w, k)
@@ -282,10 +290,15 @@ class ProblemBuilder:
                 seconds, self._once_cache[key] = self._param_edge(meta, self.states[u], dst, use)
             else:
                 seconds = self._edge(meta, src, dst)
-            memory = moved_bytes(meta, src, dst, self.mesh, instead=kept) if saves or kept else None
-            self._edge_cache[key] = self._edge_tables.of(seconds, memory)
+            held = moved_bytes(meta, src, dst, self.mesh, instead=kept, addends=bool(self.block_of)) if saves or kept else None
+            self._edge_cache[key] = self._edge_tables.of(seconds, None if kept and self.keeping.gathers_again else held)
+            if held is not None:
+                # where a parameter is stored whole and used with partial gradients nothing moves in the passes
+                self._gathers_cache[key] = self._gathers(meta, src, dst if use is None else list(map(without_r, dst)), instead=use is None)
         if key in self._once_cache:
             self.once_s[len(self.edges)] = self._once_cache[key]
+        if key in self._gathers_cache and (reader in self.block_of or not self.block_of):
+            self.gathers[len(self.edges)] = self._gathers_cache[key]
         self.edges.append((u, w, self._edge_cache[key]))
 
     def _saves(self, node: int, k: int) -> bool:
@@ -295,6 +308,17 @@ class ProblemBuilder:
     def _edge(self, meta: TensorMeta, src: Sequence[Layout], dst: Sequence[Layout]) -> np.ndarray:
         red = self.pricing.redistribution(meta, (*src, *dst), grad=meta.requires_grad)
         return self.keeping.micro_batches * red.seconds[np.ix_([red.index[x] for x in src], [red.index[x] for x in dst])]
+
+    def _gathers(self, meta: TensorMeta, src: Sequence[Layout], dst: Sequence[Layout], *, instead: bool) -> Gathers:
+        """Of an edge whose moves keep what they make, `instead` of what they are given."""
+        held = moved_bytes(meta, src, dst, self.mesh, instead=instead, addends=bool(self.block_of))
+        if not self.keeping.gathers_again:
+            return Gathers(held, np.zeros_like(held), held)
+        red = self.pricing.redistribution(meta, (*src, *dst), grad=meta.requires_grad)
+        ends = np.ix_([red.index[x] for x in src], [red.index[x] for x in dst])
+        again_s, again_bytes = (table[ends] for table in red.again)
+        before = counted_bytes(meta, src, self.mesh, addends=True)[:, None] if instead else 0.0
+        return Gathers(held, self.keeping.micro_batches * again_s, np.minimum(held, (again_bytes - before).clip(min=0.0)))
 
     def _param_edge(self, meta: TensorMeta, source: States, dst: Sequence[Layout], use: Use) -> tuple[np.ndarray, np.ndarray]:
         """Seconds, and the part of them that is once a step."""
@@ -353,14 +377,15 @@ class ProblemBuilder:
         inner = tuple(j for j, v in enumerate(op.results) if not self._leaves_block(i, v))
         saved = tuple(j for j in inner if op.results[j] in self.saved)
         kept = kept_by_selective(op, metas)
-        key = (id(states), inner, saved, kept, self.again.get(i, 0.0))
+        read = tuple(j for j in inner if op.results[j] in self.read_again)
+        key = (id(states), read, saved, kept, self.again.get(i, 0.0))
         if key not in self._mode_cache:
             assert states.forward_s is not None and states.kept_bytes is not None and states.result_bytes is not None
-            read, made = (states.result_bytes[list(which)].sum(axis=0).astype(float) for which in (saved, inner if i in self.again else ()))
-            times = self.keeping.micro_batches
+            held, made = (states.result_bytes[list(which)].sum(axis=0).astype(float) for which in (saved, read))
             addends = self._addends(states)
             again = states.forward_s * self.again.get(i, 0.0) * (addends == 1 if kept else 1)
-            seconds, memory = recompute_tables(self.keeping.recompute, again, states.kept_bytes + read, made / addends, kept=kept, times=times, watch_s=self.pricing.cluster.host.watch_s)
+            keeps, watch_s = states.kept_bytes + held / addends, self.pricing.cluster.host.watch_s
+            seconds, memory = recompute_tables(self.keeping.recompute, again, keeps, made / addends, kept=kept, times=self.keeping.micro_batches, watch_s=watch_s)
             self._mode_cache[key] = (seconds, memory) if seconds.any() or memory.any() else None
         return self._mode_cache[key]
 

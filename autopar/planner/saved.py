@@ -1,30 +1,46 @@
 """What the backward keeps of values: which, and how many bytes by the layouts that they are produced and used in."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
 
 import numpy as np
 
+from autopar.core.again import RESHAPES
 from autopar.core.graph import OpGraph, TensorMeta
 from autopar.core.layout import Layout
 from autopar.core.mesh import Mesh
 from autopar.core.rule import OpRule
 from autopar.program import without_r
 
+VIEWS = (*RESHAPES, "aten.transpose", "aten.permute", "aten.t.")
+"""Operators whose results lie in the memory of what they read, but for reshapes of what does not lie in order."""
 
-def moved_bytes(meta: TensorMeta, src: Sequence[Layout], dst: Sequence[Layout], mesh: Mesh, *, instead: bool = False) -> np.ndarray:
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gathers:
+    """Of an edge in its two forms: bytes that its moves keep at least where nothing is gathered again; where what all-gathers bring is not kept, seconds of
+    doing them again, and the bytes that are kept then."""
+
+    kept_bytes: np.ndarray
+    again_s: np.ndarray
+    again_bytes: np.ndarray
+
+
+def moved_bytes(meta: TensorMeta, src: Sequence[Layout], dst: Sequence[Layout], mesh: Mesh, *, instead: bool = False, addends: bool = False) -> np.ndarray:
     """Bytes of the copy that the backward keeps: none where the value lies as it was produced. Where the copy is kept `instead` of that, only
-    what it has more of; so much was received, and is kept even of a block that is computed again, which repeats no collective."""
+    what it has more of (of `addends`, more than the rank's part of their sum); so much was received, and is kept even of a block that is computed again,
+    which repeats no collective."""
     known: dict[Layout, int] = {}
     here, there = (np.array([known.setdefault(without_r(x), len(known)) for x in layouts]) for layouts in (src, dst))
-    before, size = (np.array([_local_bytes(meta, x, mesh) for x in layouts]) for layouts in (src, dst))
+    before, size = counted_bytes(meta, src, mesh, addends=addends), counted_bytes(meta, dst, mesh)
     return np.where(here[:, None] == there, 0.0, (size - instead * before[:, None]).clip(min=0.0))
 
 
-def _local_bytes(meta: TensorMeta, layout: Layout, mesh: Mesh) -> float:
-    parts = 1
-    for axis, p in zip(mesh.axes, layout):
-        parts *= axis.size if p.kind == "S" else 1
-    return meta.num_bytes / parts
+def counted_bytes(meta: TensorMeta, layouts: Sequence[Layout], mesh: Mesh, *, addends: bool = False) -> np.ndarray:
+    """Local bytes by layout; of `addends` those of a part of their sum."""
+    cut = "SP" if addends else "S"
+    return np.array([meta.num_bytes / math.prod(axis.size for axis, p in zip(mesh.axes, layout) if p.kind in cut) for layout in layouts])
 
 
 def wanting(graph: OpGraph, i: int) -> list[int]:
@@ -44,7 +60,16 @@ def saved_values(graph: OpGraph, rules: Sequence[OpRule]) -> frozenset[int]:
             local = {v: n for n, v in enumerate(values)}
             known[key] = [local[v] for i in segment.ops for v in _saved_by(graph, rules[i], i)]
         found.update([values[n] for n in known[key]])
-    return frozenset(found.difference(graph.params))
+    return frozenset(v for v in found.difference(graph.params) if not _seen(graph, v, found))
+
+
+def _seen(graph: OpGraph, v: int, saved: Set[int]) -> bool:
+    """Whether a value is a view of one that is saved."""
+    while v in graph.producer and graph.ops[graph.producer[v][0]].kind.startswith(VIEWS):
+        v = graph.ops[graph.producer[v][0]].operands[0]
+        if v in saved:
+            return True
+    return False
 
 
 def _saved_by(graph: OpGraph, rule: OpRule, i: int) -> list[int]:

@@ -14,7 +14,7 @@ import torch
 from autopar.core.graph import TensorMeta
 from autopar.core.layout import I, Layout, P, Placement, R, S
 from autopar.core.mesh import Mesh
-from autopar.core.moves import Step, legal_step, moved_bytes, step_input_bytes
+from autopar.core.moves import COLLECTIVES, Step, legal_step, moved_bytes, step_input_bytes
 from autopar.core.redistribute import Redistribution, layout_space
 from autopar.program import Route
 from tests.harness import check_route, mesh_of
@@ -298,3 +298,24 @@ def test_seconds_are_those_of_the_steps_of_the_path() -> None:
         steps = len(red.path(src, dst))
         expected = route_bytes(route, mesh, grad=True) + 2 * TIE * steps
         assert red.seconds[red.index[src], red.index[dst]] == pytest.approx(expected, rel=1e-9, abs=1e-9), (src, dst)
+
+
+def test_what_is_gathered_again_is_what_a_route_ends_in() -> None:
+    """Walked back from its end: all-gathers one after the other, up to what another collective made, or the value was. Of equal routes the least counts."""
+    red = redistribution(mesh_of(2, 3, 4), grad=True)
+    again_s, kept = red.again
+    some = 0
+    for src, dst in random.Random(5).sample(list(itertools.product(red.layouts, repeat=2)), 1500):
+        steps, made = red.path(src, dst), [src]
+        for step in steps:
+            made.append(step.apply(made[-1]))
+        seconds, end = 0.0, len(steps)
+        while end and steps[end - 1].forward == "all_gather":
+            end -= 1
+            seconds += red.price("all_gather", steps[end].axis, red.local_bytes[red.index[made[end]]])
+        of_others = end and steps[end - 1].forward in COLLECTIVES
+        i, j = red.index[src], red.index[dst]
+        assert again_s[i, j] <= seconds * (1 + 1e-12)
+        assert kept[i, j] <= (red.local_bytes[red.index[made[end]]] if of_others else 0.0)
+        some += 0 < seconds <= again_s[i, j] * (1 + 1e-12)
+    assert some > 100

@@ -15,9 +15,10 @@ from autopar.core.cluster import Cluster
 from autopar.core.problem import SearchProblem
 from autopar.core.residency import RECOMPUTE, Precision
 from autopar.core.unroll import Run
+from autopar.joint.at_point import PointSearch
 from autopar.joint.deep import Deep, Sharding, even_depths
 from autopar.joint.kinds import Depth
-from autopar.joint.search import JointSearch, PointSearch
+from autopar.joint.search import JointSearch
 from autopar.joint.space import points
 from autopar.planner.decode import decode
 from autopar.planner.liveness import Engine

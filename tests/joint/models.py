@@ -7,7 +7,8 @@ from autopar.core.graph import OpGraph
 from autopar.core.residency import Precision
 from autopar.core.unroll import Run
 from autopar.forecast.transformer import Dims, transformer_graph
-from autopar.joint.search import JointSearch, PointSearch
+from autopar.joint.at_point import PointSearch
+from autopar.joint.search import JointSearch
 from autopar.planner.pins import parse_pins
 from autopar.planner.search import Options
 from autopar.program import Program
@@ -29,4 +30,4 @@ def joint_search(dims: Dims, cluster: Cluster, batch: int, pins: tuple[str, ...]
 
 def programs(search: PointSearch) -> Iterator[Program]:
     """The shardings that a point's plans are made of."""
-    return (sharding.cut.program for sharding in search.shardings(search.asked()))
+    return (search.tables.sharding(choices).cut.program for choices in search.tables.chosen(search.first()))

@@ -1,5 +1,4 @@
-"""The joint search against all plans of small random instances: no plan is under its bound, it prices no plan that there is not, and finds the best one but where
-memory binds and the best sharding is cheapest at no price of a byte."""
+"""The joint search against all plans of small random instances: no plan is under its bound, it prices no plan that there is not, and it finds the best one."""
 
 from random import Random
 
@@ -11,10 +10,6 @@ from tests.joint.brute_force import BruteForce, drawn
 PROBLEMS, SOME = 250, 12
 """Each under four limits of memory: 1,000 instances, and those of a short run."""
 
-FOUND, FOUND_OF_SOME = 0.95, 0.9
-"""The share of instances whose best plan is found to 1e-9: 975 of the 1,000. Of the others all but two pin a mode that gathers again, which the tables do
-not price."""
-
 ROUNDING = 1e-9
 
 
@@ -25,7 +20,6 @@ def limits(forced: BruteForce, seed: int) -> list[int]:
 
 
 def test_all_plans_of_small_problems(long: bool) -> None:
-    found, total = 0, 0
     for seed in range(PROBLEMS if long else SOME):
         instance = drawn(seed)
         forced = BruteForce(instance)
@@ -35,9 +29,7 @@ def test_all_plans_of_small_problems(long: bool) -> None:
             assert joint.bound_s <= best_s * (1 + ROUNDING), f"the bound of {instance} within {limit} bytes is above a plan"
             assert joint.best.memory.high_bytes <= limit
             assert best_s <= joint.best.step_s * (1 + ROUNDING), f"{instance} within {limit} bytes: there is no such plan"
-            total += 1
-            found += joint.best.step_s <= best_s * (1 + ROUNDING)
-    assert found >= (FOUND if long else FOUND_OF_SOME) * total, f"the best plan of {found} of {total} instances"
+            assert joint.best.step_s <= best_s * (1 + ROUNDING), f"{instance} within {limit} bytes: there is a better plan"
 
 
 @pytest.mark.parametrize("seed", range(4))

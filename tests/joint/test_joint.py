@@ -9,11 +9,12 @@ import pytest
 from autopar.core.cluster import Cluster
 from autopar.core.kernel_rate import KernelRate
 from autopar.errors import InfeasibleError
+from autopar.joint.at_point import PointSearch
 from autopar.joint.bounds import Line, Parts, least_ahead, least_step_s
 from autopar.joint.deep import Deep, Sharding, even_depths
 from autopar.joint.kinds import Depth
 from autopar.joint.plan import on_whole_graph, planned_jointly
-from autopar.joint.search import JointSearch, PointSearch
+from autopar.joint.search import JointSearch
 from autopar.joint.space import Ideal, Point, points
 from autopar.planner.bind import bind
 from autopar.planner.blocks import Order

@@ -1,0 +1,241 @@
+"""Bounds on all plans of one point, and the best of them that is found."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
+
+from autopar.core.memory import MemoryUse
+from autopar.core.problem import evaluate
+from autopar.joint import asked
+from autopar.joint.asked import AGAIN, GATHERED, KEPT, Asked
+from autopar.joint.bounds import Line, Parts, least_step_s, sides
+from autopar.joint.deep import Deep, Sharding, mixed, roomy_depths
+from autopar.joint.given import Given
+from autopar.joint.known import SAFE, Flat, Floors, Proved
+from autopar.joint.relaxed import Relaxed
+from autopar.joint.space import Ideal, Point, orders
+from autopar.joint.tables import PointTables
+from autopar.planner.blocks import Order
+from autopar.planner.keeping import Keeping
+from autopar.planner.states import Pricing
+
+SEEN = 0.97
+"""Of the memory, what the linear model of a rank's blocks makes of it at most."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A plan that fits `limit_bytes`, and the search of its point."""
+
+    search: "PointSearch"
+    sharding: Sharding
+    deep: Deep
+    limit_bytes: float
+
+    @property
+    def point(self) -> Point:
+        return self.search.point
+
+    @property
+    def step_s(self) -> float:
+        return self.deep.step_s
+
+    @property
+    def memory(self) -> MemoryUse:
+        return self.deep.memory
+
+
+@dataclass
+class PointSearch:
+    """All plans of one point."""
+
+    joint: Given
+    point: Point
+    ideal: Parts = Parts(0.0)
+    solved: dict[str, Relaxed] = field(default_factory=dict)
+    """The sides that were asked for."""
+    _known: dict[tuple[tuple[int, ...], float], float] = field(default_factory=dict)
+
+    @cached_property
+    def orders(self) -> tuple[Order, ...]:
+        return tuple(orders(self.point, self.joint.run.depth, self.joint.pins))
+
+    @cached_property
+    def tables(self) -> PointTables:
+        return self.joint.tables(self.point)
+
+    @property
+    def keeping(self) -> Keeping:
+        return self.tables.keeping
+
+    @property
+    def pricing(self) -> Pricing:
+        return self.tables.pricing
+
+    # --- bounds ----------------------------------------------------------------------------------------------------------
+
+    def ideal_s(self, ideal: Ideal) -> float:
+        """The bound from a roofline."""
+        task = self.joint.task(self.point.samples)
+        one = ideal.seconds(task.graph, task.rules, self.point.outer, self.point.inner)
+        step = self.ideal = one.times(self.point.num_microbatches)
+        return min((self._step_s(order, step, [[Line(step.block)]] * order.num_ranks, one) for order in self.orders), default=math.inf)
+
+    def fastest_s(self) -> float:
+        """The bound from the solved problem, without a memory limit."""
+        least = math.inf
+        for sooner, order in self._soonest():
+            if sooner < least:
+                least = min(least, self._fastest_s(order))
+        self._tell()
+        return least
+
+    def _soonest(self) -> list[tuple[float, Order]]:
+        """A bound on every order by the first of its sides, the lowest first."""
+        return sorted(((self._fastest_of(order, sides(order)[0], self._solved), order) for order in self.orders), key=lambda pair: pair[0])
+
+    def _fastest_s(self, order: Order, parts: Callable[[str], Parts] | None = None) -> float:
+        """`parts`: of one sharding rather than of all, by side."""
+        return max(self._fastest_of(order, side, parts or self._solved) for side in sides(order))
+
+    def _fastest_of(self, order: Order, side: str, parts: Callable[[str], Parts]) -> float:
+        found = parts(side)
+        return self._step_s(order, found, [[Line(found.block)]] * order.num_ranks, self._waits(side, found))
+
+    def _solved(self, side: str) -> Parts:
+        return self.solved.setdefault(side, self.side(side)).parts
+
+    def fitting_s(self) -> float:
+        """The bound under the memory limit of every rank, by the linear model of memory; inf where not even that can be met."""
+        least = math.inf
+        for sooner, order in self._soonest():
+            if sooner >= least or (fastest := self._fastest_s(order)) >= least:
+                continue
+            side = sides(order)[0]
+            parts = self.side(side).parts
+            least = min(least, max(fastest, self._step_s(order, parts, self._lines(self.side(side), order), self._waits(side, parts))))
+        self._tell()
+        return least
+
+    def _lines(self, relaxed: Relaxed, order: Order) -> list[list[Line]]:
+        """By rank; of memory for those that hold most microbatches, which it binds first."""
+        most, free = max(order.in_flight), Line(relaxed.parts.block)
+        return [[free, relaxed.line(flight, self._room_bytes(self.joint.limit_bytes))] if flight >= most / 2 else [free] for flight in order.in_flight]
+
+    def _room_bytes(self, limit_bytes: float) -> float:
+        """What a rank may hold by the linear model. Gradients of a single microbatch, which are no more than parameters, grow as activations go."""
+        return limit_bytes * (2.0 if self.point.num_microbatches == 1 else 1.0)
+
+    def floor_s(self) -> float:
+        """What other searches leave of `fitting_s`, 0 where they know nothing."""
+        floors = self.joint.known.floors(self.joint.about, self.point, self.joint.cluster, self.ideal)
+        return SAFE * min((self._floor_s(order, floors) for order in self.orders), default=math.inf) if floors else 0.0
+
+    def _floor_s(self, order: Order, floors: Floors) -> float:
+        def parts(side: str) -> Parts:
+            return self.solved[side].parts if side in self.solved else floors.parts.get(side, floors.parts.get("passes", self.ideal))
+
+        side, most = sides(order)[0], max(order.in_flight)
+        free, limit = Line(parts(side).block), self._room_bytes(self.joint.limit_bytes)
+        lines = [[free, *(floors.lines(side, flight, limit) if flight >= most / 2 else ())] for flight in order.in_flight]
+        return max(self._fastest_s(order, parts), self._step_s(order, parts(side), lines, self._waits(side, parts(side))))
+
+    def _tell(self) -> None:
+        """What is found out, to the searches that follow."""
+        lines = {
+            side: tuple(Flat(flight, line.price, line.block_s) for flight, line in relaxed.lines(self._room_bytes(self.joint.limit_bytes)).items() if 0 < line.block_s < math.inf)
+            for side, relaxed in self.solved.items()
+        }
+        parts = {side: relaxed.parts for side, relaxed in self.solved.items()}
+        self.joint.known.add(self.joint.about, Proved(self.joint.cluster, self.point, self.tables.operators, parts, lines))
+
+    def side(self, side: str) -> Relaxed:
+        return self.tables.whole if side == "whole" else self.tables.passes
+
+    def _waits(self, side: str, parts: Parts) -> Parts:
+        """What a microbatch takes at least of others while a rank waits for it."""
+        return parts.times(1 / self.point.num_microbatches) if side == "passes" else Parts(0.0)
+
+    def _step_s(self, order: Order, ends: Parts, lines: Sequence[Sequence[Line]], one: Parts) -> float:
+        least = least_step_s(order, self.joint.run.depth, lines, ends, one)
+        return least / (self.joint.cluster.crowding if order.num_ranks > 1 else 1.0)  # ranks that share cores are faster while others wait
+
+    # --- plans -----------------------------------------------------------------------------------------------------------
+
+    def plan(self, limit_bytes: float, below_s: float = math.inf, asking: Callable[[], Iterable[Asked]] | None = None) -> Found | None:
+        """The best plan of the point within a limit that takes less than `below_s`: every sharding that is asked for and may be best, every order, as little
+        recomputation as fits.
+
+        The most promising sharding is planned first: what a rank holds beside what the linear model counts is about the same for all.
+        """
+        best: Found | None = None
+        left, unseen = self.tables.chosen((asking or self.first)()), 0.0
+        while left := [choices for choices in left if self._least_s(choices, limit_bytes) < (best.step_s if best else below_s)]:
+            choices = min(left, key=lambda c: self._least_s(c, limit_bytes - unseen))
+            left.remove(choices)
+            sharding = self.tables.sharding(choices)
+            made = self._mixed(sharding, limit_bytes, best.step_s if best else below_s)
+            best = made or best
+            unseen = max(0.0, self.tables.whole.figures(choices).unseen_bytes(made.deep if made else sharding.leanest(self.orders[0])))
+        return best
+
+    def promised_s(self, limit_bytes: float) -> float:
+        """Of the sharding that is planned first: how soon the point is worth to be planned."""
+        return min((self._least_s(choices, limit_bytes * SEEN) for choices in self.tables.chosen(self.first())), default=math.inf)
+
+    def _mixed(self, sharding: Sharding, limit_bytes: float, below_s: float) -> Found | None:
+        """The best plan of a sharding within a limit that takes less than `below_s`."""
+        best: Deep | None = None
+        for order in self.orders:
+            even = sharding.even(order.num_stages)
+            made = mixed(sharding, order, even, limit_bytes, below_s)
+            if made is None and order.virtual == 1 < order.num_ranks and Deep(sharding.light, sharding.light, order, even).least_s < below_s:
+                roomy = roomy_depths(sharding, order, even, limit_bytes)
+                made = mixed(sharding, order, roomy, limit_bytes, below_s) if roomy is not None else None
+            if made is not None:
+                best, below_s = made, made.step_s
+        return Found(self, sharding, best, limit_bytes) if best is not None else None
+
+    def first(self) -> Iterator[Asked]:
+        return asked.first(self.keeping.stages, self._prices, self._ways)
+
+    def fine(self) -> Iterator[Asked]:
+        return asked.finer(self._prices, self._ways)
+
+    def lean(self) -> Iterator[Asked]:
+        """With the most microbatches in flight."""
+        flight, whole = max(max(order.in_flight) for order in self.orders), self.tables.whole
+        (fastest,) = self.tables.chosen([Asked(1.0, 0.0, None, KEPT)])
+        seconds, num_bytes = evaluate(whole.in_flight(flight).problem, fastest)
+        return chain(asked.leaner(flight, seconds / max(num_bytes, 1.0), self._ways), asked.around(self.tables.sizes, self.keeping.stages))
+
+    @property
+    def _prices(self) -> list[tuple[float, float]]:
+        """Microbatches in flight, and the price of a byte that goes with them."""
+        room = self._room_bytes(self.joint.limit_bytes)
+        asked_sides = {side: self.side(side) for order in self.orders for side in sides(order)}
+        return sorted({(flight, line.price) for relaxed in asked_sides.values() for flight, line in relaxed.lines(room).items() if line.price})
+
+    @property
+    def _ways(self) -> tuple[str, ...]:
+        return (AGAIN,) if self.tables.whole.leaner is None else (AGAIN, GATHERED)
+
+    def _least_s(self, choices: tuple[int, ...], limit_bytes: float) -> float:
+        """No plan of a sharding takes less, by the linear model of memory."""
+        key = choices, limit_bytes
+        if key not in self._known:
+            self._known[key] = self._sharding_s(choices, self._room_bytes(limit_bytes))
+        return self._known[key]
+
+    def _sharding_s(self, choices: tuple[int, ...], room_bytes: float) -> float:
+        parts, least = {side: self.side(side).parts_of(choices) for order in self.orders for side in sides(order)}, math.inf
+        for order in self.orders:
+            fastest, side = self._fastest_s(order, parts.__getitem__), sides(order)[0]
+            if fastest < least:
+                figures = self.side(side).figures(choices)
+                by_flight = {flight: figures.lines(flight, room_bytes) for flight in set(order.in_flight)}
+                lines = [by_flight[flight] for flight in order.in_flight]
+                least = min(least, max(fastest, self._step_s(order, parts[side], lines, self._waits(side, parts[side]))))
+        return least

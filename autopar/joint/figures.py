@@ -1,0 +1,58 @@
+"""What one sharding costs in every mode of recomputation, by the linear model: which shardings are worth to be planned, and in which order.
+
+A rank whose blocks are each in one mode or another takes at least what the mixture of modes takes that just fits. That is the bound of `bounds.py` with one
+sharding in place of all, at the few prices of a byte at which two modes cost the same.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from autopar.joint.bounds import Line
+from autopar.joint.deep import Deep
+
+FULL = 1e3
+"""Of the seconds of a step: what all memory of a rank costs at a price at which bytes alone count."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A block of the run in one mode: seconds of a step, bytes that it holds always, and for every microbatch in flight."""
+
+    seconds: float
+    state_bytes: float
+    kept_bytes: float
+
+    def held_bytes(self, flight: float) -> float:
+        return self.state_bytes + flight * self.kept_bytes
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of one sharding, by mode of recomputation."""
+
+    blocks: Mapping[str, Block]
+
+    def lines(self, flight: float, limit_bytes: float) -> list[Line]:
+        """What a rank of so much memory with so many microbatches in flight can do of the step, whatever modes its blocks are in."""
+        hull: list[tuple[float, float]] = []
+        for seconds, held in sorted((block.seconds, block.held_bytes(flight)) for block in self.blocks.values()):
+            while len(hull) > 1 and _price(hull[-1], (seconds, held)) >= _price(hull[-2], hull[-1]):
+                hull.pop()
+            if not hull or held < hull[-1][1]:
+                hull.append((seconds, held))
+        prices = [_price(a, b) for a, b in zip(hull, hull[1:])]
+        prices.append(FULL * hull[-1][0] / max(hull[-1][1], 1.0))
+        least = [(price, min(seconds + price * held for seconds, held in hull)) for price in prices]
+        return [Line(hull[0][0]), *(Line(block_s, price * limit_bytes, price) for price, block_s in least)]
+
+    def unseen_bytes(self, deep: Deep) -> float:
+        """What the first rank of a plan of this sharding holds, at its fullest, beside what this counts of its blocks."""
+        light, heavy, flight = self.blocks[deep.light.mode], self.blocks[deep.heavy.mode], deep.order.in_flight[0]
+        depths = [deep.depths[s] for s in deep.held(0)]
+        counted = sum((d.blocks - d.heavy) * light.held_bytes(flight) + d.heavy * heavy.held_bytes(flight) for d in depths)
+        return deep.rank_memory(0).high_bytes - counted
+
+
+def _price(fast: tuple[float, float], lean: tuple[float, float]) -> float:
+    """Of a byte: at it the slower one, which holds less, costs as much as the other."""
+    return (lean[0] - fast[0]) / max(fast[1] - lean[1], 1e-9)

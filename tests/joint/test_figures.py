@@ -1,0 +1,30 @@
+"""What the linear model says of a sharding is no more than what the walk through its program finds: the bounds of the search rest on it."""
+
+import pytest
+
+from autopar.core.cluster import Cluster
+from autopar.forecast.transformer import Dims
+from autopar.joint.at_point import PointSearch
+from autopar.joint.space import Point
+from tests.joint.models import GPT, LLAMA, joint_search
+
+POINTS = (Point(2, 2, 4, 16, 2), Point(1, 4, 4, 4, 8), Point(2, 8, 1, 4, 8), Point(4, 2, 2, 32, 1))
+ROUNDING = 1e-9
+SHARE = {LLAMA: 0.25, GPT: 0.06}
+"""Of a device's memory, so that it binds."""
+
+
+@pytest.mark.parametrize("recompute", ["", "recompute=none", "recompute=full+gather"])
+@pytest.mark.parametrize("point", POINTS, ids=str)
+@pytest.mark.parametrize("dims", [LLAMA, GPT], ids=["llama", "gpt"])
+def test_no_block_holds_less_than_its_figures_say_or_is_faster(dims: Dims, point: Point, recompute: str) -> None:
+    joint = joint_search(dims, Cluster.preset("a100-sxm", 2), 32, (recompute,) if recompute else (), memory_share=SHARE[dims])
+    search = PointSearch(joint, point)
+    search.fitting_s()
+    for choices in search.tables.chosen(search.first()):
+        figures, sharding = search.tables.whole.figures(choices), search.tables.sharding(choices)
+        for kinds in sharding.modes:
+            found = figures.blocks[kinds.mode]
+            once_s = sum(kinds.seconds[1][3:])
+            assert found.seconds <= (point.num_microbatches * kinds.block_s + once_s) * (1 + ROUNDING)
+            assert found.kept_bytes <= kinds.kept_inside * (1 + ROUNDING), kinds.mode
