@@ -4,6 +4,7 @@ A rank whose blocks are each in one mode or another takes at least what the mixt
 sharding in place of all, at the few prices of a byte at which two modes cost the same.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -33,13 +34,15 @@ class Figures:
     blocks: Mapping[str, Block]
 
     def lines(self, flight: float, limit_bytes: float) -> list[Line]:
-        """What a rank of so much memory with so many microbatches in flight can do of the step, whatever modes its blocks are in."""
+        """What a rank of so much memory with so many microbatches in flight can do of the step, whatever modes its blocks are in; memory may have no limit."""
         hull: list[tuple[float, float]] = []
         for seconds, held in sorted((block.seconds, block.held_bytes(flight)) for block in self.blocks.values()):
             while len(hull) > 1 and _price(hull[-1], (seconds, held)) >= _price(hull[-2], hull[-1]):
                 hull.pop()
             if not hull or held < hull[-1][1]:
                 hull.append((seconds, held))
+        if limit_bytes == math.inf:
+            return [Line(hull[0][0])]
         prices = [_price(a, b) for a, b in zip(hull, hull[1:])]
         prices.append(FULL * hull[-1][0] / max(hull[-1][1], 1.0))
         least = [(price, min(seconds + price * held for seconds, held in hull)) for price in prices]

@@ -34,7 +34,7 @@ NEAR = 1.02
 """Plans that take so much longer than the best are looked at again, with more of the shardings of their points."""
 
 AHEAD = 8
-"""Points from which the most promising is planned next."""
+"""Points, at most, from which the most promising is planned next."""
 
 FINE = 3
 """Points that are looked at again."""
@@ -87,7 +87,8 @@ class JointSearch(Given):
         planned: list[tuple[float, PointSearch]] = []
         ready: list[Waiting] = []  # to be planned, by what they promise
         while (ready or (heap and heap[0].key < best * (1 - self.gap))) and time.perf_counter() < end:
-            if heap and heap[0].key < best * (1 - self.gap) and len(ready) < AHEAD:
+            promised = ready[0].key if ready else math.inf  # no point promises less than its bound
+            if heap and heap[0].key < min(promised, best * (1 - self.gap)) and len(ready) < AHEAD:
                 waiting = heapq.heappop(heap)
                 self.progress(f"searching {waiting.search.point}: bound {waiting.bound:.4g} s, best {best:.4g} s")
                 if waiting.level < 2:
