@@ -10,7 +10,7 @@ from autopar.core.memory import MemoryUse
 from autopar.core.problem import evaluate
 from autopar.joint import asked
 from autopar.joint.asked import AGAIN, GATHERED, KEPT, Asked
-from autopar.joint.bounds import Line, Parts, least_step_s, sides
+from autopar.joint.bounds import Line, Parts, least_shares, least_step_s, sides
 from autopar.joint.deep import Deep, Sharding, mixed, roomy_depths
 from autopar.joint.given import Given
 from autopar.joint.known import SAFE, Flat, Floors, Proved
@@ -121,8 +121,13 @@ class PointSearch:
 
     def _lines(self, relaxed: Relaxed, order: Order) -> list[list[Line]]:
         """By rank; of memory for those that hold most microbatches, which it binds first."""
-        most, free = max(order.in_flight), Line(relaxed.parts.block)
-        return [[free, relaxed.line(flight, self._room_bytes(self.joint.limit_bytes))] if flight >= most / 2 else [free] for flight in order.in_flight]
+        most, free, room = max(order.in_flight), Line(relaxed.parts.block), self._room_bytes(self.joint.limit_bytes)
+        by_rank = zip(order.in_flight, order.in_flight_by_stage, self._shares(order), strict=True)
+        return [[free, relaxed.line_of(by_stage, shares, room)] if flight >= most / 2 else [free] for flight, by_stage, shares in by_rank]
+
+    def _shares(self, order: Order) -> list[tuple[float, ...]]:
+        """By rank, see `bounds.least_shares`."""
+        return [least_shares(order, self.joint.run.depth, rank) for rank in range(order.num_ranks)]
 
     def _room_bytes(self, limit_bytes: float) -> float:
         """What a rank may hold by the linear model. Gradients of a single microbatch, which are no more than parameters, grow as activations go."""
@@ -139,7 +144,8 @@ class PointSearch:
 
         side, most = sides(order)[0], max(order.in_flight)
         free, limit = Line(parts(side).block), self._room_bytes(self.joint.limit_bytes)
-        lines = [[free, *(floors.lines(side, flight, limit) if flight >= most / 2 else ())] for flight in order.in_flight]
+        by_rank = zip(order.in_flight, order.in_flight_by_stage, strict=True)
+        lines = [[free, *(floors.lines(side, min(by_stage), limit) if flight >= most / 2 else ())] for flight, by_stage in by_rank]
         return max(self._fastest_s(order, parts), self._step_s(order, parts(side), lines, self._waits(side, parts(side))))
 
     def _tell(self) -> None:
@@ -235,7 +241,8 @@ class PointSearch:
             fastest, side = self._fastest_s(order, parts.__getitem__), sides(order)[0]
             if fastest < least:
                 figures = self.side(side).figures(choices)
-                by_flight = {flight: figures.lines(flight, room_bytes) for flight in set(order.in_flight)}
-                lines = [by_flight[flight] for flight in order.in_flight]
+                by_rank = list(zip(order.in_flight_by_stage, self._shares(order), strict=True))
+                known = {key: figures.lines(*key, room_bytes) for key in set(by_rank)}
+                lines = [known[key] for key in by_rank]
                 least = min(least, max(fastest, self._step_s(order, parts[side], lines, self._waits(side, parts[side]))))
         return least

@@ -5,10 +5,10 @@ sharding in place of all, at the few prices of a byte at which two modes cost th
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from autopar.joint.bounds import Line
+from autopar.joint.bounds import Line, least_mean
 from autopar.joint.deep import Deep
 
 FULL = 1e3
@@ -33,26 +33,34 @@ class Figures:
 
     blocks: Mapping[str, Block]
 
-    def lines(self, flight: float, limit_bytes: float) -> list[Line]:
-        """What a rank of so much memory with so many microbatches in flight can do of the step, whatever modes its blocks are in; memory may have no limit."""
+    def lines(self, flights: Sequence[int], shares: Sequence[float], limit_bytes: float) -> list[Line]:
+        """What a rank of so much memory with so many microbatches of each of its stages in flight can do of the step, whatever modes its blocks are in; the
+        stages have such shares of its blocks at least (`bounds.least_shares`). Memory may have no limit."""
+        free = Line(min(block.seconds for block in self.blocks.values()))
+        if limit_bytes == math.inf:
+            return [free]
+        prices = sorted({price for flight in {*flights, sum(flights) / len(flights)} for price in self._prices(flight)})
+        return [free, *(Line(self._mean_s(flights, shares, price), price * limit_bytes, price) for price in prices)]
+
+    def _mean_s(self, flights: Sequence[int], shares: Sequence[float], price: float) -> float:
+        """Of a block, its bytes included."""
+        return least_mean([min(block.seconds + price * block.held_bytes(flight) for block in self.blocks.values()) for flight in flights], shares)
+
+    def _prices(self, flight: float) -> list[float]:
+        """Those at which two modes next to each other cost the same, and one at which bytes alone count."""
         hull: list[tuple[float, float]] = []
         for seconds, held in sorted((block.seconds, block.held_bytes(flight)) for block in self.blocks.values()):
             while len(hull) > 1 and _price(hull[-1], (seconds, held)) >= _price(hull[-2], hull[-1]):
                 hull.pop()
             if not hull or held < hull[-1][1]:
                 hull.append((seconds, held))
-        if limit_bytes == math.inf:
-            return [Line(hull[0][0])]
-        prices = [_price(a, b) for a, b in zip(hull, hull[1:])]
-        prices.append(FULL * hull[-1][0] / max(hull[-1][1], 1.0))
-        least = [(price, min(seconds + price * held for seconds, held in hull)) for price in prices]
-        return [Line(hull[0][0]), *(Line(block_s, price * limit_bytes, price) for price, block_s in least)]
+        return [*(_price(a, b) for a, b in zip(hull, hull[1:])), FULL * hull[-1][0] / max(hull[-1][1], 1.0)]
 
     def unseen_bytes(self, deep: Deep) -> float:
         """What the first rank of a plan of this sharding holds, at its fullest, beside what this counts of its blocks."""
-        light, heavy, flight = self.blocks[deep.light.mode], self.blocks[deep.heavy.mode], deep.order.in_flight[0]
-        depths = [deep.depths[s] for s in deep.held(0)]
-        counted = sum((d.blocks - d.heavy) * light.held_bytes(flight) + d.heavy * heavy.held_bytes(flight) for d in depths)
+        light, heavy = self.blocks[deep.light.mode], self.blocks[deep.heavy.mode]
+        depths = zip([deep.depths[s] for s in deep.held(0)], deep.order.in_flight_by_stage[0], strict=True)
+        counted = sum((d.blocks - d.heavy) * light.held_bytes(flight) + d.heavy * heavy.held_bytes(flight) for d, flight in depths)
         return deep.rank_memory(0).high_bytes - counted
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from autopar.core.problem import Edge, SearchProblem
 from autopar.errors import InfeasibleError
-from autopar.joint.bounds import Line, Parts
+from autopar.joint.bounds import Line, Parts, least_mean
 from autopar.joint.figures import Block, Figures
 from autopar.joint.fold import Folded
 from autopar.planner.saved import Gathers
@@ -90,18 +90,38 @@ class Relaxed:
     def line(self, flight: float, limit_bytes: float) -> Line:
         """What a rank of so much memory with so many microbatches in flight can do of the step, by the price of a byte. A few fewer in flight make it a
         bound for all near."""
-        known = 2.0 ** (math.floor(2 * math.log2(flight)) / 2)
+        known = _below(flight)
         lines = self.lines(limit_bytes)
         if known not in lines:
             total = self.num_ranks * limit_bytes
             try:
                 found = self._dual(known, total)
             except InfeasibleError:
-                lines[known] = Line(math.inf)
+                price = LEAN * self._cheapest.value / max(total, 1.0)  # other ranks may have more blocks than this one
+                lines[known] = Line(self._block_s(known, price), price * limit_bytes, price)
             else:
                 price = found.multiplier
                 lines[known] = Line((found.bound_s + price * total) / self.depth, price * limit_bytes, price)
         return lines[known]
+
+    def line_of(self, flights: Sequence[int], shares: Sequence[float], limit_bytes: float) -> Line:
+        """The same of a rank that holds so many microbatches of each of its stages, which have such shares of its blocks at least."""
+        line = self.line(sum(flights) / len(flights), limit_bytes)
+        if len(set(flights)) == 1 or not line.price:
+            return line
+        return replace(line, block_s=least_mean([self._block_s(_below(flight), line.price) for flight in flights], shares))
+
+    def _block_s(self, flight: float, price: float) -> float:
+        """The least seconds of a block, its bytes included."""
+        key = flight, price
+        if key not in self._blocks_s:
+            forms = (self,) if self.leaner is None else (self, self.leaner)
+            self._blocks_s[key] = min(form._in_flight(flight).minimise(Price(1.0, price)).bound for form in forms) / self.depth
+        return self._blocks_s[key]
+
+    @cached_property
+    def _blocks_s(self) -> dict[tuple[float, float], float]:
+        return {}
 
     def lines(self, limit_bytes: float) -> dict[float, Line]:
         """Those that were asked for, by microbatches in flight."""
@@ -124,12 +144,15 @@ class Relaxed:
         return found
 
     def _within(self, flight: float, limit_bytes: float) -> Prepared:
-        """The blocks with so many microbatches in flight."""
+        """The blocks with so many microbatches in flight, and a limit."""
+        prepared = self._in_flight(flight)
+        return replace(prepared, shrunk=replace(prepared.shrunk, problem=replace(prepared.shrunk.problem, memory_limit_bytes=limit_bytes)))
+
+    def _in_flight(self, flight: float) -> Prepared:
         if flight not in self._prepared:
             params = {n for n, node in enumerate(self.folded.nodes_of(0)) if node in self.params}
             self._prepared[flight] = self._block.with_bytes(self._block.shrunk.problem.in_flight(flight, params))
-        prepared = self._prepared[flight]
-        return replace(prepared, shrunk=replace(prepared.shrunk, problem=replace(prepared.shrunk.problem, memory_limit_bytes=limit_bytes)))
+        return self._prepared[flight]
 
     @cached_property
     def _prepared(self) -> dict[float, Prepared]:
@@ -150,6 +173,11 @@ class Relaxed:
         if times not in self._flights:
             self._flights[times] = replace(self.folded, problem=self.folded.problem.in_flight(times, self.params))
         return self._flights[times]
+
+
+def _below(flight: float) -> float:
+    """A few fewer in flight."""
+    return 2.0 ** (math.floor(2 * math.log2(flight)) / 2) if flight >= 1 else 0.0
 
 
 def passes_alone(problem: SearchProblem, once_s: Mapping[int, np.ndarray]) -> SearchProblem:

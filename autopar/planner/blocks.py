@@ -50,8 +50,13 @@ class Order:
     @property
     def in_flight(self) -> tuple[float, ...]:
         """By rank, the most microbatches of all its stages whose activations it holds at once."""
+        return tuple([sum(of_rank) / self.virtual for of_rank in self.in_flight_by_stage])
+
+    @property
+    def in_flight_by_stage(self) -> tuple[tuple[int, ...], ...]:
+        """By rank, the microbatches that it holds then of each of its stages."""
         counts = held_counts(self.schedule, self.num_ranks, self.num_microbatches, self.virtual)
-        return tuple([max(map(sum, of_rank)) / self.virtual for of_rank in counts])
+        return tuple([tuple(max(of_rank, key=sum)) for of_rank in counts])
 
 
 @dataclass(frozen=True, slots=True)
