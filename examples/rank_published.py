@@ -44,6 +44,7 @@ from autopar.forecast.step import StepPlan
 from autopar.forecast.transformer import Dims, transformer_graph
 from autopar.joint.at_point import Found
 from autopar.joint.search import JointSearch
+from autopar.joint.space import Point
 from autopar.planner.meshes import role_names
 from autopar.planner.pins import Pins
 from autopar.planner.roles import batch_factors
@@ -166,26 +167,32 @@ def _priced(cases: Sequence[Case]) -> Priced | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """By the search's costs the step of its plan and of the best measured one; by the forecast that of the searched one as their software runs it."""
+    """By the search's costs the step of its plan and of the best measured one; by the forecast that of the searched one as their software runs it. What was found holds all tables of its search, so a few words of it are kept alone."""
 
-    searched: Found
+    point: Point
+    virtual: int
+    plan: StepPlan | None
+    searched_s: float
     forced_s: float
     by_them_s: float | None
 
     @property
     def ratio(self) -> float:
-        return self.searched.step_s / self.forced_s
+        return self.searched_s / self.forced_s
 
 
 def compare(group: Group, seconds: float) -> Comparison:
     """Raises AutoparError where the model, the cluster or the best measured plan is outside of what is searched."""
     best = group.best_measured
-    forced = search_of(group.case, pins_of_plan(best), LIFTED, seconds).search().best
+    forced_s = search_of(group.case, pins_of_plan(best), LIFTED, seconds).search().best.step_s
     usable = best.result.usable_bytes / best.case.cluster.device.memory_bytes
     found = search_of(group.case, FREE, usable, seconds).search().best
     plan = as_plan(found)
     by_them = price(replace(best.case, plan=with_software(plan, best.case), recompute=RECOMPUTE)) if plan is not None else None
-    return Comparison(searched=found, forced_s=forced.step_s, by_them_s=by_them.predicted_s if by_them and by_them.fits else None)
+    return Comparison(
+        point=found.point, virtual=found.deep.order.virtual, plan=plan, searched_s=found.step_s, forced_s=forced_s,
+        by_them_s=by_them.predicted_s if by_them and by_them.fits else None,
+    )  # fmt: skip
 
 
 def search_of(case: Case, pins: Pins, memory_share: float, seconds: float) -> JointSearch:
@@ -270,7 +277,7 @@ def table_of(found: Sequence[Group], compared: dict[int, Comparison]) -> Table:
     for n, group in enumerate(found):
         made = compared.get(n)
         cells = ("", "-", "-", "-", "-") if made is None else (
-            f"{made.searched.point}, v{made.searched.deep.order.virtual}", f"{made.searched.step_s:.4g} s", f"{made.forced_s:.4g} s", f"{made.ratio:.3f}",
+            f"{made.point}, v{made.virtual}", f"{made.searched_s:.4g} s", f"{made.forced_s:.4g} s", f"{made.ratio:.3f}",
             f"{made.by_them_s / group.best_measured.predicted_s:.3f}" if made.by_them_s else "-",
         )  # fmt: skip
         table.add_row(

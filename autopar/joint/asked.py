@@ -6,8 +6,8 @@ from typing import NamedTuple
 LEAN_POWERS = range(-6, 22)
 """Of 2: prices of a byte, in what all bytes of the fastest sharding must cost to be as dear as its seconds."""
 
-STEP, STEPS, FEWER = 1.25, 6, (0.5, 0.7)
-"""Of prices of a byte: from one to the next, and how many; shares of the fewest microbatches in flight that the bound has a price for."""
+DEARER, FEWER = 4.0, (0.5, 0.7)
+"""Up to so many times the price of a byte that the bound found; shares of the fewest microbatches in flight that it has a price for."""
 
 FEW = 200
 """Where all decisions of a point have no more states together, a sharding is looked at for each."""
@@ -45,12 +45,12 @@ def first(stages: Sequence[int], prices: Prices, ways: Sequence[str]) -> Iterato
         yield from (Asked(flight, price, zero, how) for how in ways for zero in stages)
 
 
-def finer(prices: Prices, ways: Sequence[str]) -> Iterator[Asked]:
-    """At prices above those, as the linear model counts too little memory; also with fewer microbatches in flight, as later ranks have."""
+def finer(prices: Prices) -> Iterator[tuple[float, float, float]]:
+    """Microbatches in flight, and between which prices all shardings are looked at that are the cheapest at any: above those, as the linear model counts too
+    little memory; also with fewer in flight, as later ranks and stages have."""
     least = min(prices, default=None)
     fewer = [(least[0] * share, least[1]) for share in FEWER] if least is not None else []
-    for flight, price in (*fewer, *prices):
-        yield from (Asked(flight, price * STEP**n, None, how) for n in range(1, STEPS + 1) for how in ways)
+    yield from ((flight, price, price * DEARER) for flight, price in (*fewer, *prices))
 
 
 def leaner(flight: float, price: float, ways: Sequence[str]) -> Iterator[Asked]:

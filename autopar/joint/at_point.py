@@ -178,8 +178,8 @@ class PointSearch:
         """
         best: Found | None = None
         left, unseen = self.tables.chosen((asking or self.first)()), 0.0
-        while left := [choices for choices in left if self._least_s(choices, limit_bytes) < (best.step_s if best else below_s)]:
-            choices = min(left, key=lambda c: self._least_s(c, limit_bytes - unseen))
+        while left := [choices for choices in left if self.least_s(choices, limit_bytes) < (best.step_s if best else below_s)]:
+            choices = min(left, key=lambda c: self.least_s(c, limit_bytes - unseen))
             left.remove(choices)
             sharding = self.tables.sharding(choices)
             made = self._mixed(sharding, limit_bytes, best.step_s if best else below_s)
@@ -189,7 +189,7 @@ class PointSearch:
 
     def promised_s(self, limit_bytes: float) -> float:
         """Of the sharding that is planned first: how soon the point is worth to be planned."""
-        return min((self._least_s(choices, limit_bytes * SEEN) for choices in self.tables.chosen(self.first())), default=math.inf)
+        return min((self.least_s(choices, limit_bytes * SEEN) for choices in self.tables.chosen(self.first())), default=math.inf)
 
     def _mixed(self, sharding: Sharding, limit_bytes: float, below_s: float) -> Found | None:
         """The best plan of a sharding within a limit that takes less than `below_s`."""
@@ -208,7 +208,9 @@ class PointSearch:
         return asked.first(self.keeping.stages, self._prices, self._ways)
 
     def fine(self) -> Iterator[Asked]:
-        return asked.finer(self._prices, self._ways)
+        for flight, low, high in asked.finer(self._prices):
+            for how in self._ways:
+                yield from (Asked(flight, price, None, how) for price in self.tables.between(flight, low, high, how))
 
     def lean(self) -> Iterator[Asked]:
         """With the most microbatches in flight."""
@@ -228,7 +230,7 @@ class PointSearch:
     def _ways(self) -> tuple[str, ...]:
         return (AGAIN,) if self.tables.whole.leaner is None else (AGAIN, GATHERED)
 
-    def _least_s(self, choices: tuple[int, ...], limit_bytes: float) -> float:
+    def least_s(self, choices: tuple[int, ...], limit_bytes: float) -> float:
         """No plan of a sharding takes less, by the linear model of memory."""
         key = choices, limit_bytes
         if key not in self._known:

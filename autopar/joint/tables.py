@@ -1,5 +1,6 @@
 """What a point's plans may do and what that costs, whatever the limit of memory: the folded problem, its bounds, and the programs of its shardings."""
 
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,8 +27,12 @@ from autopar.planner.problem import Ports, ProblemBuilder
 from autopar.planner.roles import Constraints
 from autopar.planner.states import Pricing, States
 from autopar.search.elimination import Prepared, prepare
+from autopar.search.lagrange import Point as Bought
 from autopar.search.simplify import BYTES, SECONDS, Price
 from autopar.search.tables import TableStore
+
+MOST_PRICES = 40
+"""That are looked at between two."""
 
 
 @dataclass
@@ -119,6 +124,26 @@ class PointTables:
         except InfeasibleError:
             return None
         return tuple([0 if n in self.whole.modes else c for n, c in enumerate(found)])
+
+    def between(self, flight: float, low: float, high: float, how: str) -> list[float]:
+        """Of two prices of a byte and those between them, one for every plan that is the cheapest at any (Eisner and Severance 1976): where two of them cost
+        the same, another costs less, or none between does."""
+        prepared, prices = self._prepared(flight, how), [low, high]
+
+        def cheapest(price: float) -> Bought:
+            choices = prepared.minimise(Price(1.0, price)).choices
+            return Bought(choices, *prepared.terms.of_plan(choices))
+
+        todo = deque([(cheapest(low), cheapest(high))])
+        while todo and len(prices) < MOST_PRICES:
+            fast, lean = todo.popleft()
+            if fast.memory_bytes > lean.memory_bytes:
+                price = (lean.cost_s - fast.cost_s) / (fast.memory_bytes - lean.memory_bytes)
+                found = cheapest(price)
+                if found.at(price) < fast.at(price) * (1 - 1e-9):
+                    prices.append(price)
+                    todo += [(fast, found), (found, lean)]
+        return prices
 
     def _prepared(self, flight: float, how: str) -> Prepared:
         """The folded problem with so many microbatches in flight."""

@@ -44,8 +44,8 @@ def test_plans_of_one_setting_compete_and_the_measured_best_is_held_against_the_
 def test_the_searched_plan_is_no_slower_than_what_was_measured_and_is_priced_as_they_would_run_it(ranking: ModuleType) -> None:
     (group,) = ranking.groups([row(n, 1.0 + n, tp=str(2**n)) for n in range(3)])
     found = ranking.compare(group, seconds=5.0)
-    assert found.ratio <= 1 + GAP and found.searched.point.num_devices == 4
-    plan = ranking.as_plan(found.searched)
+    assert found.ratio <= 1 + GAP and found.point.num_devices == 4
+    plan = found.plan
     assert plan is not None and plan.num_devices == 4 and plan.layout.dp * plan.layout.micro_batch * plan.num_microbatches == 4
     assert found.by_them_s == pytest.approx(group.best_measured.predicted_s, rel=0.5)
     cut = group.best_measured.case.plan

@@ -5,11 +5,13 @@ import pytest
 from autopar.core.cluster import Cluster
 from autopar.forecast.transformer import Dims
 from autopar.joint.at_point import PointSearch
+from autopar.joint.bounds import PRECISION
 from autopar.joint.space import Point
 from tests.joint.models import GPT, LLAMA, joint_search
 
 POINTS = (Point(2, 2, 4, 16, 2), Point(1, 4, 4, 4, 8), Point(2, 8, 1, 4, 8), Point(4, 2, 2, 32, 1))
 ROUNDING = 1e-9
+NEAR = 2 * PRECISION
 SHARE = {LLAMA: 0.25, GPT: 0.06}
 """Of a device's memory, so that it binds."""
 
@@ -28,3 +30,18 @@ def test_no_block_holds_less_than_its_figures_say_or_is_faster(dims: Dims, point
             once_s = sum(kinds.seconds[1][3:])
             assert found.seconds <= (point.num_microbatches * kinds.block_s + once_s) * (1 + ROUNDING)
             assert found.kept_bytes <= kinds.kept_inside * (1 + ROUNDING), kinds.mode
+
+
+@pytest.mark.parametrize("share", [0.02, 0.03, 0.05])
+def test_no_plan_of_ranks_with_several_stages_is_faster_than_its_sharding_may_be(share: float) -> None:
+    """The first stages of a rank hold more microbatches than the others, and it is their blocks that are computed again."""
+    joint = joint_search(GPT, Cluster.preset("a100-sxm", 2), 32, ("schedule=interleaved",), memory_share=share)
+    search = PointSearch(joint, Point(2, 2, 4, 16, 2))
+    least_s, planned = search.fitting_s(), 0
+    for asked in search.first():
+        made = search.plan(joint.limit_bytes, asking=lambda asked=asked: [asked])
+        if made is not None:
+            (choices,) = search.tables.chosen([asked])
+            planned += any(depth.heavy for depth in made.deep.depths)
+            assert least_s * (1 - NEAR) <= search.least_s(choices, joint.limit_bytes) <= made.step_s * (1 + NEAR)
+    assert planned
