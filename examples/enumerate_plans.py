@@ -1,7 +1,7 @@
 """Is the chosen plan the fastest there is? Every plan of a small model on four processes, built and run, not only those that the search visits.
 
     autopar calibrate --processes 4 --out machine.toml
-    python examples/enumerate_plans.py --cluster machine.toml [--micro-batches 1,2,4] [--json]
+    python examples/enumerate_plans.py --cluster machine.toml [--micro-batches 1,2,4] [--width 256] [--json]
 
 A plan: the mesh of a stage (one axis or two) and the pipeline over it with its schedule, the number of microbatches, what every product does on every
 axis (any factor cut, or whole with a whole or a partial gradient), the stage of ZeRO, recomputation or none. What lies between products follows them
@@ -102,12 +102,11 @@ def identity(plan: Plan) -> str:
 
 @dataclass(frozen=True)
 class Timed:
-    """Wall seconds of a plan's steps until all ranks were done, or why it did not run."""
+    """Wall seconds of a plan's steps until all ranks were done."""
 
     plan: int
     heat: int
-    steps_s: tuple[float, ...] = ()
-    error: str = ""
+    steps_s: tuple[float, ...]
 
 
 @dataclass
@@ -218,8 +217,8 @@ def show(found: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cluster", default="local:4", help="a file that `autopar calibrate` wrote")
-    parser.add_argument("--micro-batches", default="1,2,4")
-    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--micro-batches", default="1")
+    parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--limit", type=int, default=1_000_000, help="the first so many plans only, to try it out")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
