@@ -12,6 +12,9 @@ from autopar.core.plan import Plan
 from autopar.errors import InfeasibleError, UsageError
 from autopar.request import Progress, Request, quiet
 
+UNIT = "float32"
+"""Flops are counted as if all were of this dtype, which every device has: parts differ in all peaks alike."""
+
 
 @dataclass(frozen=True)
 class Looked:
@@ -85,9 +88,9 @@ def _parts(request: Request, cluster: Cluster, objective: Objective, *, progress
     offered = (cluster,) if alone else parts(cluster)
     if len(offered) > 1 and cluster.num_nodes > 1 and given.get("joint") is None:
         given["joint"] = request.searches_jointly(**given)  # by one search for all, or single nodes would be searched for less
-    best_s, work_s = math.inf, 0.0
+    best_s, flops = math.inf, 0.0
     for part in reversed(offered) if objective.best == "devices" else offered:
-        least_s = work_s / part.num_devices  # no plan computes faster than all devices at their peaks
+        least_s = flops / (part.num_devices * part.device.peak(UNIT))  # no plan computes faster than all devices at their peaks
         if least_s > objective.within_s or (objective.best == "time" and least_s >= best_s):
             continue
         if len(offered) > 1:
@@ -96,11 +99,11 @@ def _parts(request: Request, cluster: Cluster, objective: Objective, *, progress
         yield found
         best_s = min(best_s, found.step_s)
         if found.plan is not None:
-            work_s = found.plan.predicted.mfu * found.device_s
+            flops = found.plan.predicted.mfu * found.device_s * part.device.peak(UNIT)
         if objective.best == "devices" and found.plan is not None and found.step_s <= objective.within_s:
             return
-        if found.plan is None and part is cluster:
-            return  # what fits fewer devices fits more of them, as copies
+        if found.plan is None and part is cluster and cluster.host.cores is None:
+            return  # what fits fewer devices fits more of them, as copies; where they share memory fewer have more each
 
 
 def _planned(request: Request, part: Cluster, *, whole: bool, **given: Any) -> Looked:

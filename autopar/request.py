@@ -152,7 +152,7 @@ class Request:
             share = LEANER * found.plan.predicted.memory.high_bytes / cluster.device.memory_bytes
 
     def _joint(self, cluster: Cluster, options: Options, progress: Progress) -> JointSearch | None:
-        """The joint search, where it is asked for or the cluster has several nodes, and the model is one row of equal blocks."""
+        """The joint search, where it is asked for or the cluster has several nodes, and the model is one row of equal blocks. Of one node `_fitting` decides."""
         pins = parse_pins(options.pins)
         wanted = cluster.num_nodes > 1 if options.joint is None else options.joint
         if not wanted:

@@ -1,7 +1,7 @@
 """Is the chosen plan the fastest there is? Every plan of a small model on four processes, built and run, not only those that the search visits.
 
     autopar calibrate --processes 4 --out machine.toml
-    python examples/enumerate_plans.py --cluster machine.toml [--micro-batches 1,2,4] [--json]
+    python examples/enumerate_plans.py --cluster machine.toml [--micro-batches 1,2,4] [--width 256] [--json]
 
 A plan: the mesh of a stage (one axis or two) and the pipeline over it with its schedule, the number of microbatches, what every product does on every
 axis (any factor cut, or whole with a whole or a partial gradient), the stage of ZeRO, recomputation or none. What lies between products follows them
@@ -39,7 +39,6 @@ from autopar.runtime.launch import Worker, launch
 from autopar.runtime.microbatches import split_batch
 from autopar.trace.capture import Traced, trace
 
-MLP = Study("mlp", 64, 1, {"width": 768, "depth": 1, "classes": 768})
 SCHEDULES = ("gpipe", "1f1b", "zero-bubble")
 RECOMPUTE = ("none", "full")
 
@@ -53,7 +52,15 @@ class Heat:
     rounds: int
 
 
+COLLECTED = 8
+"""Modules hold themselves in cycles: after so many of them their memory is called in."""
+
 HEATS = (Heat(float("inf"), 1_000_000, 3), Heat(2.0, 600, 6), Heat(1.5, 40, 41))
+
+
+def mlp(width: int) -> Study:
+    """Two products with a ReLU between them, and a loss."""
+    return Study("mlp", 64, 1, {"width": width, "depth": 1, "classes": width})
 
 
 def shapes(num_devices: int, blocks: int) -> Iterator[tuple[Mesh, tuple[tuple[str, ...], ...]]]:
@@ -95,12 +102,11 @@ def identity(plan: Plan) -> str:
 
 @dataclass(frozen=True)
 class Timed:
-    """Wall seconds of a plan's steps until all ranks were done, or why it did not run."""
+    """Wall seconds of a plan's steps until all ranks were done."""
 
     plan: int
     heat: int
-    steps_s: tuple[float, ...] = ()
-    error: str = ""
+    steps_s: tuple[float, ...]
 
 
 @dataclass
@@ -145,6 +151,7 @@ class Runner:
 def measure(worker: Worker, study: Study, plans: list[Plan], searched: int, heats: Sequence[Heat]) -> None:
     """One rank; rank 0 sends what every plan took. All ranks go by the times of rank 0."""
     runner, left = Runner(study, plans), list(range(len(plans)))
+    gc.freeze()  # what stays is not to be looked through again and again
     for number, heat in enumerate(heats):
         last = number + 1 == len(heats)
         measured = runner.side_by_side(left, heat.rounds) if last else []
@@ -156,7 +163,7 @@ def measure(worker: Worker, study: Study, plans: list[Plan], searched: int, heat
             leader = min(leader, statistics.median(times))
             if worker.rank == 0:
                 worker.send(Timed(n, number, times))
-            if not last and k % 200 == 199:
+            if not last and k % COLLECTED == 0:
                 gc.collect()
         if not last:
             following = heats[number + 1]
@@ -210,19 +217,21 @@ def show(found: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cluster", default="local:4", help="a file that `autopar calibrate` wrote")
-    parser.add_argument("--micro-batches", default="1,2,4")
+    parser.add_argument("--micro-batches", default="1")
+    parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--limit", type=int, default=1_000_000, help="the first so many plans only, to try it out")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     os.environ.update(KEEP_MEMORY)
     cluster = autopar.Cluster.parse(given.cluster)
-    loaded = MLP.load("meta")
+    study = mlp(given.width)
+    loaded = study.load("meta")
     graphs = {n: trace(loaded.module, (), split_batch(loaded.kwargs, n)[0]).graph for n in map(int, given.micro_batches.split(","))}
     picked = autopar.plan(loaded.module, cluster, loaded.kwargs, pipelines=True)
     with Progress() as progress:
         planning = progress.add_task("planning", total=None)
         plans: dict[str, Plan] = {}
-        for plan in every_plan(graphs, cluster, MLP.overrides["depth"] + 1):
+        for plan in every_plan(graphs, cluster, study.overrides["depth"] + 1):
             plans.setdefault(identity(plan), plan)
             progress.update(planning, advance=1, description=f"{len(plans)} plans")
             if len(plans) >= given.limit:
@@ -237,8 +246,8 @@ def main() -> None:
             found.append(timed)
             progress.update(running, advance=1)
 
-        launch(measure, cluster.num_devices, MLP, list(plans.values()), searched, HEATS, on_message=arrived)
-    result = summary(list(plans.values()), searched, found, cluster, MLP)
+        launch(measure, cluster.num_devices, study, list(plans.values()), searched, HEATS, on_message=arrived)
+    result = summary(list(plans.values()), searched, found, cluster, study)
     print(json.dumps(result, indent=1)) if given.json else show(result)
 
 

@@ -1,12 +1,14 @@
 """What a plan is best at: of all parts of a cluster, each planned alone, no other is better; and a time that no plan keeps is refused."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from autopar import plan
 from autopar.choice import choose
 from autopar.core.cluster import Cluster
+from autopar.core.host import Host
 from autopar.core.objective import Objective
 from autopar.core.parts import parts
 from autopar.errors import InfeasibleError, UsageError
@@ -16,15 +18,19 @@ from autopar.request import Request
 CLUSTER = Cluster.preset("a100-sxm", nodes=2, devices_per_node=4)
 
 
+CROWDED = replace(Cluster.preset("a100-sxm"), host=Host(cores=2.0))
+"""Devices that share two cores: half as many are twice as fast."""
+
+
 @pytest.fixture(scope="module")
 def request_() -> Request:
     loaded = load_model("gpt2-tiny", batch=16, device="meta", dtype="bfloat16")
     return Request(loaded.module, loaded.kwargs)
 
 
-def alone(request: Request) -> dict[int, float]:
+def alone(request: Request, cluster: Cluster = CLUSTER) -> dict[int, float]:
     """Seconds of a step by number of devices, every part planned on its own."""
-    return {part.num_devices: request.planned(part).plan.predicted.step_time_s for part in parts(CLUSTER)}
+    return {part.num_devices: request.planned(part).plan.predicted.step_time_s for part in parts(cluster)}
 
 
 def test_the_best_of_all_parts(request_: Request) -> None:
@@ -59,13 +65,14 @@ def test_least_memory_is_the_end_of_the_front() -> None:
     assert lean.predicted.memory.high_bytes <= within.predicted.memory.high_bytes < fast.predicted.memory.high_bytes
 
 
-def test_parts_too_slow_for_the_flops_alone_are_left_out(request_: Request) -> None:
-    """What is skipped cannot have been better: the least time of the flops is a bound on every part."""
-    found = choose(request_, CLUSTER, Objective("time", fewer_devices=True))
-    work_s = max(looked.plan.predicted.mfu * looked.device_s for looked in found.looked if looked.plan is not None)
-    looked = {part.cluster.num_devices for part in found.looked}
-    for n, step_s in alone(request_).items():
-        assert n in looked or (work_s / n >= found.best.step_s and step_s >= found.best.step_s)
+@pytest.mark.parametrize("cluster", [CLUSTER, CROWDED], ids=["accelerators", "processes"])
+def test_parts_too_slow_for_the_flops_alone_are_left_out(cluster: Cluster) -> None:
+    """What is skipped cannot have been better. Of processes fewer are faster each, which the least time of the flops must know."""
+    loaded = load_model("mlp-tiny", batch=65536, device="meta", overrides={"width": 1024})
+    request = Request(loaded.module, loaded.kwargs)
+    found = choose(request, cluster, Objective("time", fewer_devices=True))
+    steps, looked = alone(request, cluster), {part.cluster.num_devices for part in found.looked}
+    assert found.best.step_s == min(steps.values()) and len(looked) < len(steps)
 
 
 def test_by_default_the_whole_cluster_is_used(request_: Request) -> None:

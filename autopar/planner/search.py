@@ -40,7 +40,7 @@ CLOSE = 0.02
 class Options:
     """What the user asks for beside model and cluster. `tokens` per step is for the report only; the graph is that of one of
     `micro_batches`, of which a pipeline may choose another number where they are free; `offload`: optimizer state lives on the host; `pipelines`: they are
-    looked at even where no pin asks for one and a plan without fits; `joint`: deep models are searched by `autopar/joint`, None: on several nodes."""
+    looked at even where no pin asks for one and a plan without fits; `joint`: deep models are searched by `autopar/joint`, None: on several nodes, and on one where memory is short."""
 
     pins: Sequence[str] = ()
     mesh: Mesh | None = None

@@ -32,6 +32,7 @@ FUNCTIONS = dict.fromkeys((
 a quarter; those of 1 were not."""
 
 TANH_GELU = 2.0
+"""The same of a GELU by a hyperbolic tangent."""
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ def test_explain_speaks_of_the_plan_that_plan_makes(call: Call, tmp_path: Path) 
     found = json.loads(called.out)
     assert found["plan"]["step_time_s"] == pytest.approx(planned["predicted"]["step_time_s"], rel=1e-12) and found["plan"]["layout"] == planned["layout"]
     assert {"pp", "tp", "zero", "recompute"} <= {d["what"] for d in found["decisions"]}
+    # the search stops within 1 % of its bound: an alternative may turn out that much better
     assert all(d["extra_s"] is None or d["extra_s"] > -0.01 * found["plan"]["step_time_s"] for d in found["decisions"])
     compared = json.loads(call("compare", *given, "searched", "ddp", "megatron:tp2,pp2", "--json").out)["plans"]
     assert compared[0]["step_time_s"] == pytest.approx(planned["predicted"]["step_time_s"], rel=1e-12)

@@ -20,6 +20,8 @@ pytestmark = pytest.mark.gloo
 ROOT = Path(__file__).parents[2]
 IMPORTS = "from autopar.runtime.launch import launch; from tests.cli import ranks"
 LAUNCHER = f"{IMPORTS}; launch(ranks.wait_for_ever, 3, on_message=lambda pid: print(pid, flush=True))"
+HEARING = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+"""What a shell starts in its background ignores interrupts, and so do its children."""
 TORN_DOWN_S = 10.0
 
 
@@ -67,7 +69,7 @@ def _alive(pid: int) -> bool:
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
 def test_no_process_outlives_the_parent(end: signal.Signals) -> None:
     options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True, "cwd": ROOT}
-    parent = subprocess.Popen([sys.executable, "-c", LAUNCHER], env=os.environ | {"PYTHONPATH": str(ROOT)}, **options)
+    parent = subprocess.Popen([sys.executable, "-c", f"{HEARING}; {LAUNCHER}"], env=os.environ | {"PYTHONPATH": str(ROOT)}, **options)
     assert parent.stdout is not None
     pids = [int(parent.stdout.readline()) for _ in range(3)]
     parent.send_signal(end)
