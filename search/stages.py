@@ -152,22 +152,28 @@ class _Search:
         self.num_devices = sum(devices.number for devices in row)
         self.passed = [sum(devices.number for devices in row[n + 1 :]) for n in range(len(row))]
         self.entry_of = [min((n for n, passed in enumerate(self.passed) if passed < taken), default=len(row) - 1) for taken in range(self.num_devices + 1)]
-        self.ways = lru_cache(maxsize=None)(lambda first, end, n: tuple(o for o in row[n].options(first, end) if o.num_devices <= row[n].number))
-        self.least_s = self._least(lambda option, behind_s: option.time_s + behind_s)
-        self.least_device_s = self._least(lambda option, behind_s: (option.time_s + behind_s) * option.num_devices)
+        alike = [next(m for m in range(n + 1) if row[m].options is row[n].options) for n in range(len(row))]
+        most = [max(row[m].number for m in range(len(row)) if alike[m] == alike[n]) for n in range(len(row))]
+        listed = lru_cache(maxsize=None)(lambda first, end, n: tuple(o for o in row[n].options(first, end) if o.num_devices <= most[n]))
+        self.ways: Callable[[int, int, int], tuple[StageOption, ...]] = lambda first, end, n: listed(first, end, alike[n])
+        self.kinds = [tuple(sorted(set(alike[: n + 1]))) for n in range(len(row))]
+        self.least_s = self._least(alike, lambda option, behind_s: option.time_s + behind_s)
+        self.least_device_s = self._least(alike, lambda option, behind_s: (option.time_s + behind_s) * option.num_devices)
 
-    def _least(self, weight: Callable[[StageOption, float], float]) -> list[list[float]]:
-        """[entry of the row][number of first blocks]: the least sum of weights over all cuts of them on devices up to that entry, memory and their number
-        ignored."""
-        found: list[list[float]] = []
-        for last in range(len(self.row)):
+    def _least(self, alike: Sequence[int], weight: Callable[[StageOption, float], float]) -> list[list[float]]:
+        """[entry of the row][number of first blocks]: the least sum of weights over all cuts of them on devices of the kinds up to that entry, memory and
+        their number ignored. `alike[n]`: the first entry of the same kind."""
+        found: dict[tuple[int, ...], list[float]] = {}
+        for kinds in self.kinds:
+            if kinds in found:
+                continue
             least = [0.0]
             for end in range(1, self.num_blocks + 1):
-                behind = {n: min((self._behind_s(end, n, after) for after in range(n, len(self.row))), default=0.0) for n in range(last + 1)}
-                weights = (least[first] + weight(option, behind[n]) for n in range(last + 1) for first in range(end) for option in self.ways(first, end, n))
+                behind = {k: min(self._behind_s(end, n, after) for n in range(len(self.row)) if alike[n] == k for after in range(n, len(self.row))) for k in kinds}
+                weights = (least[first] + weight(option, behind[k]) for k in kinds for first in range(end) for option in self.ways(first, end, k))
                 least.append(min(weights, default=float("inf")))
-            found.append(least)
-        return found
+            found[kinds] = least
+        return [found[kinds] for kinds in self.kinds]
 
     def _behind_s(self, end: int, n: int, after: int) -> float:
         """Seconds of the cut behind the blocks before `end`, from one entry of the row to another."""
@@ -200,6 +206,7 @@ class _Search:
     def _front(self, fronts: Fronts, start: int, stages: int, limit_s: float, width: int | None) -> dict[int, list[_Suffix]]:
         """The suffixes of so many stages from block `start` that can still lead to a plan below `limit_s`."""
         in_flight = min(self.num_microbatches, stages)
+        most = self.num_devices - max(0, (self.num_stages or 0) - stages)  # a device for each stage that is to come
         front: dict[int, list[_Suffix]] = {}
         for n, devices in enumerate(self.row):
             grown: dict[int, list[_Suffix]] = {}
@@ -209,7 +216,7 @@ class _Search:
                         continue
                     for taken, rests in fronts[end].items():
                         used = max(taken, self.passed[n]) + option.num_devices
-                        if used <= self.passed[n] + devices.number:
+                        if used <= min(self.passed[n] + devices.number, most):
                             behind_s = self._behind_s(end, n, self.entry_of[taken])
                             longer = (_before(option, start, behind_s, rest) for rest in rests)
                             grown.setdefault(used, []).extend(suffix for suffix in longer if self.bound_s(suffix, used) < limit_s)
