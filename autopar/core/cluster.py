@@ -65,6 +65,11 @@ class Cluster:
         return self.num_nodes * self.devices_per_node
 
     @property
+    def groups(self) -> "tuple[Cluster, ...]":
+        """One: what several are is a `MixedCluster`."""
+        return (self,)
+
+    @property
     def crowding(self) -> float:
         """How much faster a device computes while the others of its node wait; 1 where they share nothing."""
         return self.host.crowding(self.devices_per_node)

@@ -58,6 +58,11 @@ class MixedCluster:
         """The group of this name."""
         return next((group for group in self.groups if group.name == name), None)
 
+    def used_by(self, name: str) -> "Machines":
+        """What a plan uses that names its cluster so: one group, all as slow as the slowest, or the groups as they are."""
+        slowest = self.slowest
+        return self.group(name) or (slowest if name == slowest.name else self)
+
     @property
     def slowest(self) -> Cluster:
         """All devices as if each were as slow, and had as little memory, as the slowest; nodes of a size that divides all, links as slow as the slowest.

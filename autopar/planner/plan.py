@@ -11,6 +11,7 @@ import numpy as np
 from autopar.core.cluster import Cluster
 from autopar.core.graph import OpGraph
 from autopar.core.mesh import Mesh, MeshAxis
+from autopar.core.mixed import Machines
 from autopar.core.plan import Plan, Prediction, Proof
 from autopar.planner.advice import Retrace, infeasible
 from autopar.planner.bind import decisions
@@ -92,13 +93,13 @@ def _plan_graph(graph: OpGraph, cluster: Cluster, options: Options, progress: Pr
     bound = min((c.assignment.bound_s for c in found), default=math.inf)
     below_s = best.step_s / PIPELINE_GAIN if best is not None else math.inf
     pipelines = Pipelines(Task(graph, rules, batch, options), cluster, pins, retrace, below_s, progress)
-    piped = pipelines.best() if _may_be_pipelined(pins, options, fits=best is not None) else None
+    piped = pipelines.best() if may_be_pipelined(pins, options, fits=best is not None) else None
     if piped is not None and piped.step_s < below_s:
         status = _pipeline_status(piped, pipelines.num_tried, len(found))
-        return _among((piped, *_by_time(found)), cluster, _finish(cluster, piped, min(bound, pipelines.bound_s), batch, status, options.tokens))
+        return _among((piped, *_by_time(found)), cluster, finished(cluster, piped, min(bound, pipelines.bound_s), batch, status, options.tokens))
     if best is None:
         raise infeasible([*failures, *pipelines.failures], retrace)
-    planned = _finish(cluster, best, bound, batch, _status(best, len(found), pipelines.num_tried), options.tokens)
+    planned = finished(cluster, best, bound, batch, _status(best, len(found), pipelines.num_tried), options.tokens)
     return _among(_by_time(found), cluster, planned)
 
 
@@ -110,7 +111,7 @@ def _by_time(found: Sequence[Candidate]) -> tuple[Candidate, ...]:
     return tuple(sorted(found, key=lambda c: (c.step_s, len(c.program.mesh.axes))))
 
 
-def _may_be_pipelined(pins: Pins, options: Options, *, fits: bool) -> bool:
+def may_be_pipelined(pins: Pins, options: Options, *, fits: bool) -> bool:
     """Where it is asked for, or nothing else fits. Where degrees or the mesh are given, only if a pipeline is too. One microbatch in a
     pipeline is no faster than the devices of one stage, which the meshes include."""
     if pins.wants_pipeline:
@@ -124,10 +125,10 @@ def plan_of(candidate: Candidate, cluster: Cluster, tokens: int = 0) -> Plan:
     """A candidate that was not taken, as a plan of its own."""
     graph = candidate.program.graph
     batch = batch_factors(graph, rules_of(graph))
-    return _finish(cluster, candidate, candidate.assignment.bound_s, batch, "the best of its mesh", tokens).plan
+    return finished(cluster, candidate, candidate.assignment.bound_s, batch, "the best of its mesh", tokens).plan
 
 
-def _finish(cluster: Cluster, best: Candidate, bound_s: float, batch: Sequence[frozenset[int]], status: str, tokens: int) -> Planned:
+def finished(cluster: Machines, best: Candidate, bound_s: float, batch: Sequence[frozenset[int]], status: str, tokens: int) -> Planned:
     program, graph = best.program, best.program.graph
     if any(name in ("a", "b") for name in program.mesh.names):
         names = role_names(program, batch)
