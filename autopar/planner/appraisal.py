@@ -21,6 +21,7 @@ from autopar.stages import cut_into_stages
 
 COMPUTE, AGAIN, COPIES, PARAMETERS, WAITING = "operators", "computed again", "copies", "parameters and gradients", "waiting for other stages"
 UPDATE, STARTING, LEFT_FREE = "optimizer", "starting passes", "cores that waiting stages leave free"
+SUMS = "sums over copies"
 
 PER_MICROBATCH = PHASES.index("gather_s")
 """Phases before this one are of a microbatch, the others of a step."""
@@ -62,6 +63,8 @@ def _of_stages(staged: Staged) -> Appraisal:
         if placement[stage.number] == busiest:
             for name, seconds in _terms(stage.program, staged.pricing.on(busiest)).items():
                 terms[name] += seconds
+    if staged.order.shares:
+        terms[SUMS] = sum(staged.ties_s)
     waiting = timeline.step_time_s - sum(terms.values())
     terms[WAITING if waiting >= 0 else LEFT_FREE] = waiting  # the terms are those of a rank whose cores all the others want too
     return Appraisal(dict(terms), timeline.step_time_s, staged.worst_memory, staged.communicated_bytes)

@@ -149,12 +149,12 @@ class SharedSearch:
         prices = along(self.over.mixed, groups, mesh, task.options.memory_share)
         seconds = {n: total_seconds(found.program, prices.on(groups.index(n))).tolist() for n in sorted(set(groups))}
         start_s = 2 * prices.cluster.host.action_s
-        times, once = [sum(seconds[n][:3]) + start_s for n in groups], [sum(seconds[n][3:]) for n in groups]
+        times, once = [sum(seconds[n][:3]) + start_s for n in groups], [sum(seconds[n][3:5]) for n in groups]  # optimizers step behind the sum over all
         shares = share_out(times, once, number)
         ends = max(o + share * t for o, share, t in zip(once, shares, times, strict=True))
         stages = copies(found.program, Pipeline(len(groups), (), SHARED, shares=shares))
         tie_s = sum(prices.tie(tuple(range(len(groups))), stages.tied_bytes(v)) for v in stages.shared if v in task.graph.differentiated)
-        return Row(found, prices, variant, number, shares, ends + tie_s)
+        return Row(found, prices, variant, number, shares, ends + tie_s + max(seconds[n][5] for n in groups))
 
     def _built(self, rows: Sequence[Row]) -> StagedCandidate | None:
         best: StagedCandidate | None = None

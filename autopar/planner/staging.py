@@ -69,7 +69,12 @@ class Staged:
         stages, rank = self.stages, self.stages.placement
         sizes = [(stages.message_bytes(e.source, e.target), stages.message_bytes(e.source, e.target, back=True)) for e in stages.edges]
         messages = edge_costs(self.pricing, [(rank[e.source], rank[e.target]) for e in stages.edges], sizes)
-        return timed(self.order, self.pricing.cluster, self.costs, stages.edges, messages, stages.tied, tuple(map(self._tie_s, stages.tied)))
+        return timed(self.order, self.pricing.cluster, self.costs, stages.edges, messages, stages.tied, self.ties_s)
+
+    @cached_property
+    def ties_s(self) -> tuple[float, ...]:
+        """Of the sums of gradients over each group of stages that share weights."""
+        return tuple(map(self._tie_s, self.stages.tied))
 
     def _tie_s(self, group: tuple[int, ...]) -> float:
         stages = self.stages
@@ -172,6 +177,7 @@ def pipeline_prediction(cluster: Machines, staged: Staged, tokens: int) -> Predi
     here = [stage for stage in stages.stages if stages.placement[stage.number] == busiest]
     compute = staged.order.microbatches_of(busiest) * sum(compute_seconds(stage.program, staged.pricing.on(busiest)) for stage in here)
     once = sum(staged.costs[stage.number].gather_s + staged.costs[stage.number].reduce_s for stage in here)
+    once += sum(staged.ties_s) if staged.order.shares else 0.0  # nothing of a step of copies hides their sum
     by_rank = [[s.program for s in stages.stages if stages.placement[s.number] == rank] for rank in range(timeline.num_ranks)]
     return Prediction(
         step_time_s=step,
