@@ -154,6 +154,6 @@ def _places(plan: Plan) -> list[str]:
     shares = plan.pipeline.shares or (0,) * len(places) if plan.pipeline is not None else ()
     for (place, share), of_group in groupby(zip(places, shares)):
         count = len(list(of_group)) * plan.mesh.num_ranks
-        found.append(f"{first} to {first + count - 1} on {place}" + (f" with {share} microbatches a copy" if share else ""))
+        found.append(f"{first} to {first + count - 1} on {place}" + (f" with {share} microbatch{'es' * (share > 1)} a copy" if share else ""))
         first += count
     return [f"processes in this order: {', '.join(found)}"] if found else []

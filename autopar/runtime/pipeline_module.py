@@ -147,7 +147,8 @@ class PipelineModule(ParallelModule):
         """As of every plan; a weight that several stages share counts once."""
         mine = [p for p in self.parameters() if p.grad is not None]
         counted = [p.grad for name, p in self.named_parameters() if p.grad is not None and name not in self.duplicates]
-        norm: Any = get_total_norm(counted, norm_type) if counted else torch.zeros(())
+        like = next((p.grad.to_local() for p in mine if isinstance(p.grad, DTensor)), torch.zeros(()))  # a rank may count none, as all but one copy of a model do
+        norm: Any = get_total_norm(counted, norm_type) if counted else like.new_zeros(())
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         exchange = self._places.exchanges[PP]
         assert isinstance(exchange, GroupExchange)
