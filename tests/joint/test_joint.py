@@ -11,8 +11,8 @@ from autopar.core.kernel_rate import KernelRate
 from autopar.errors import InfeasibleError
 from autopar.joint.at_point import PointSearch
 from autopar.joint.bounds import Line, Parts, least_step_s
-from autopar.joint.even import even_cuts
 from autopar.joint.deep import Deep, Sharding, even_depths
+from autopar.joint.even import even_cuts
 from autopar.joint.kinds import Depth
 from autopar.joint.plan import on_whole_graph, planned_jointly
 from autopar.joint.search import JointSearch
