@@ -179,9 +179,9 @@ def _own_group(lines: Iterable[tuple[int, ...]], me: int, purpose: str = "") -> 
 def group_of(ranks: tuple[int, ...], purpose: str = "") -> dist.ProcessGroup:
     """A group of these processes, the same one for all modules: each group of gloo has threads that wake a hundred times a second (torch 2.13).
     Another `purpose` has another group. Every process must ask for the same groups in the same order."""
-    if len(ranks) == dist.get_world_size() and not purpose:
-        return dist.group.WORLD
-    return _group(ranks, purpose, dist.group.WORLD)
+    world = dist.group.WORLD
+    assert world is not None
+    return world if len(ranks) == world.size() and not purpose else _group(ranks, purpose, world)
 
 
 @cache
