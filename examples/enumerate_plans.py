@@ -1,7 +1,7 @@
 """Is the chosen plan the fastest there is? Every plan of a small model on four processes, built and run, not only those that the search visits.
 
     autopar calibrate --processes 4 --out machine.toml
-    python examples/enumerate_plans.py --cluster machine.toml [--micro-batches 1,2,4] [--width 256] [--json]
+    python examples/enumerate_plans.py --cluster machine.toml [--micro-batches 1,2,4] [--width 768] [--json]
 
 A plan: the mesh of a stage (one axis or two) and the pipeline over it with its schedule, the number of microbatches, what every product does on every
 axis (any factor cut, or whole with a whole or a partial gradient), the stage of ZeRO, recomputation or none. What lies between products follows them
@@ -9,16 +9,20 @@ as the planner finds best; two axes over the same links are alike, so of two pla
 nothing pinned is measured among them.
 
 Thousands of plans cannot take turns for long, so they run in heats: all of them a few steps, the fastest of each heat more in the next, those of the last
-side by side. A plan leaves when its best step is well behind the median of the leading one.
+two side by side, in another order every time. A plan leaves when its best turn is well behind the median of the leading one; most have near twins here, in
+other stages of ZeRO, so that bad luck in a few steps takes out no kind of plan. The picked one is measured as all others are, but stays to the end, so
+that its place is known. Two cores take twelve minutes for one number of microbatches.
 """
 
 import argparse
 import gc
 import json
 import os
+import random
+import resource
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -26,12 +30,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from rank_plans import KEEP_MEMORY, Study, stepper
-from rich.progress import Progress
+from rich.console import Console
+from rich.progress import Progress, TimeElapsedColumn
 
 import autopar
 from autopar.core.graph import OpGraph
 from autopar.core.mesh import Mesh, MeshAxis
 from autopar.core.plan import Plan
+from autopar.forecast.ranking import kendall
 from autopar.planner.plan import plan_graph
 from autopar.planner.rulebook import rules_of
 from autopar.planner.search import Options
@@ -39,23 +45,27 @@ from autopar.runtime.launch import Worker, launch
 from autopar.runtime.microbatches import split_batch
 from autopar.trace.capture import Traced, trace
 
+Step = Callable[[], torch.Tensor]
 SCHEDULES = ("gpipe", "1f1b", "zero-bubble")
 RECOMPUTE = ("none", "full")
 
 
 @dataclass(frozen=True)
 class Heat:
-    """Plans within `margin` of the leader, at most `most`, run `rounds` steps each; the first of them fills caches and is not counted."""
+    """Plans within `margin` of the leader, at most `most`, take `turns` of so many `steps` in a row; the first turn fills caches and is not counted.
+    `together`: they are built side by side and take their turns in random order, or else one plan after the other is built and run."""
 
     margin: float
     most: int
-    rounds: int
+    turns: int
+    steps: int
+    together: bool = False
 
 
 COLLECTED = 8
 """Modules hold themselves in cycles: after so many of them their memory is called in."""
 
-HEATS = (Heat(float("inf"), 1_000_000, 3), Heat(2.0, 600, 6), Heat(1.5, 40, 41))
+HEATS = (Heat(float("inf"), 1_000_000, 3, 1), Heat(2.0, 1000, 3, 2), Heat(1.6, 150, 4, 4), Heat(1.5, 24, 21, 4, True), Heat(1.25, 8, 151, 4, True))
 
 
 def mlp(width: int) -> Study:
@@ -102,11 +112,13 @@ def identity(plan: Plan) -> str:
 
 @dataclass(frozen=True)
 class Timed:
-    """Wall seconds of a plan's steps until all ranks were done."""
+    """Wall seconds a step of a plan's turns, until all ranks were done; `of`: plans in the heat, `peak_bytes`: the most that rank 0 ever held."""
 
     plan: int
     heat: int
+    of: int
     steps_s: tuple[float, ...]
+    peak_bytes: int
 
 
 @dataclass
@@ -122,30 +134,44 @@ class Runner:
         torch.manual_seed(0)  # the same weights and the same batch on every rank
         self.loaded = self.study.load("cpu")
 
-    def stepper(self, n: int) -> Any:
+    def stepper(self, n: int) -> Step:
         plan = self.plans[n]
         number = plan.residency.micro_batches
         if number not in self.traces:
             self.traces[number] = trace(self.loaded.module, (), split_batch(self.loaded.kwargs, number)[0])
         return stepper(plan, self.traces[number], self.loaded)
 
-    def timed(self, step: Any) -> float:
-        dist.barrier()
-        start = time.perf_counter()
-        step()
-        dist.barrier()
-        return time.perf_counter() - start
+    def run(self, chosen: Sequence[int], heat: Heat) -> Iterator[tuple[float, ...]]:
+        """What the turns of every plan took, in the order given."""
+        if heat.together:
+            yield from self._together(chosen, heat)
+            return
+        for k, n in enumerate(chosen):
+            step = self.stepper(n)
+            yield tuple(timed(step, heat.steps) for _ in range(heat.turns))[1:]
+            del step
+            if k % COLLECTED == 0:
+                gc.collect()
 
-    def one_by_one(self, n: int, rounds: int) -> tuple[float, ...]:
-        step = self.stepper(n)
-        return tuple(self.timed(step) for _ in range(rounds))[1:]
-
-    def side_by_side(self, chosen: Sequence[int], rounds: int) -> list[tuple[float, ...]]:
+    def _together(self, chosen: Sequence[int], heat: Heat) -> list[tuple[float, ...]]:
         steps = [self.stepper(n) for n in chosen]
         gc.collect()
-        gc.freeze()
-        turns = [[self.timed(step) for step in steps] for _ in range(rounds)]
-        return [tuple(times[1:]) for times in zip(*turns)]
+        draw = random.Random(len(chosen))  # the same on all ranks
+        found: list[list[float]] = [[] for _ in steps]
+        for _ in range(heat.turns):
+            for k in draw.sample(range(len(steps)), len(steps)):
+                found[k].append(timed(steps[k], heat.steps))
+        return [tuple(times[1:]) for times in found]
+
+
+def timed(step: Step, steps: int) -> float:
+    """Seconds of one of so many steps in a row."""
+    dist.barrier()
+    start = time.perf_counter()
+    for _ in range(steps):
+        step()
+    dist.barrier()
+    return (time.perf_counter() - start) / steps
 
 
 def measure(worker: Worker, study: Study, plans: list[Plan], searched: int, heats: Sequence[Heat]) -> None:
@@ -153,19 +179,14 @@ def measure(worker: Worker, study: Study, plans: list[Plan], searched: int, heat
     runner, left = Runner(study, plans), list(range(len(plans)))
     gc.freeze()  # what stays is not to be looked through again and again
     for number, heat in enumerate(heats):
-        last = number + 1 == len(heats)
-        measured = runner.side_by_side(left, heat.rounds) if last else []
         best: list[float] = []
         leader = float("inf")
-        for k, n in enumerate(left):
-            times = measured[k] if last else runner.one_by_one(n, heat.rounds)
+        for n, times in zip(left, runner.run(left, heat), strict=True):
             best.append(min(times))
             leader = min(leader, statistics.median(times))
             if worker.rank == 0:
-                worker.send(Timed(n, number, times))
-            if not last and k % COLLECTED == 0:
-                gc.collect()
-        if not last:
+                worker.send(Timed(n, number, len(left), times, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+        if number + 1 < len(heats):
             following = heats[number + 1]
             shared = torch.tensor([*best, leader], dtype=torch.float64)
             dist.broadcast(shared, 0)
@@ -180,45 +201,58 @@ def measure(worker: Worker, study: Study, plans: list[Plan], searched: int, heat
 
 def summary(plans: Sequence[Plan], searched: int, found: Sequence[Timed], cluster: autopar.Cluster, study: Study) -> dict[str, Any]:
     last = max(t.heat for t in found)
+    heats = [[t for t in found if t.heat == n] for n in range(last + 1)]
+    everyone = [{"predicted_s": plans[t.plan].predicted.step_time_s, "measured_s": statistics.median(t.steps_s)} for t in heats[0]]
     rows = sorted(({"plan": plans[t.plan].summary(), "ops": dict(plans[t.plan].ops), "searched": t.plan == searched, "predicted_s": plans[t.plan].predicted.step_time_s,
-                    "measured_s": statistics.median(t.steps_s), "least_s": min(t.steps_s)} for t in found if t.heat == last), key=lambda row: row["measured_s"])  # fmt: skip
+                    "measured_s": statistics.median(t.steps_s), "least_s": min(t.steps_s), "spread": spread(t.steps_s)} for t in heats[last]), key=lambda row: row["measured_s"])  # fmt: skip
     mine = next(row for row in rows if row["searched"])
     return {
         "measured_on": {"machine": cluster.device.name, "processes": cluster.num_devices, "torch": torch.__version__},
         "model": {"name": study.spec, "batch": study.batch, **study.overrides},
         "plans": len(plans),
-        "heats": [sum(t.heat == n for t in found) for n in range(last + 1)],
+        "heats": [len(heat) for heat in heats],
         "slowest_s": max(min(t.steps_s) for t in found),
         "least_predicted_over_searched": min(p.predicted.step_time_s for p in plans) / mine["predicted_s"],
+        "kendall_of_all": kendall([(row["predicted_s"], row["measured_s"]) for row in everyone]),
+        "error_of_all": statistics.median(abs(row["predicted_s"] / row["measured_s"] - 1) for row in everyone),
+        "peak_bytes": {f"after {n + 1} plans": heats[0][n].peak_bytes for n in (len(heats[0]) // 10, len(heats[0]) // 2, len(heats[0]) - 1)},
         "place": rows.index(mine) + 1,
         "searched_over_fastest": mine["measured_s"] / rows[0]["measured_s"],
         "rows": rows,
+        "all": [{"plan": plans[t.plan].summary(), "ops": dict(plans[t.plan].ops), **row, "least_s": min(t.steps_s)} for t, row in zip(heats[0], everyone)],
     }
 
 
+def spread(values: Sequence[float]) -> float:
+    """Half of them lie in a band of this width around the median, as a share of it."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return (high - low) / middle
+
+
 def show(found: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     on = found["measured_on"]
     table = Table(title=f"Training step of {found['model']['name']}, {on['processes']} gloo processes on {on['machine']}, torch {on['torch']}: the fastest of {found['plans']} plans")
-    for column in ("#", "plan", "products", "predicted ms", "median ms", "least ms"):
+    for column in ("#", "plan", "products", "predicted ms", "median ms", "spread", "least ms"):
         table.add_column(column, justify="left" if column in ("plan", "products") else "right")
     for n, row in enumerate(found["rows"], 1):
-        if n <= 20 or row["searched"]:
-            products = "; ".join(word for name, word in row["ops"].items() if "linear" in name)
-            table.add_row(str(n), row["plan"] + (" (searched)" if row["searched"] else ""), products, *(f"{1e3 * row[key]:.2f}" for key in ("predicted_s", "measured_s", "least_s")))
+        products = "; ".join(word for name, word in row["ops"].items() if "linear" in name)
+        times = [f"{1e3 * row[key]:.2f}" for key in ("predicted_s", "measured_s", "least_s")]
+        table.add_row(str(n), row["plan"] + (" (searched)" if row["searched"] else ""), products, *times[:2], f"{row['spread']:.0%}", times[2])
     page = Console(width=170)
     page.print(table)
     page.print(f"{found['plans']} plans, {' > '.join(map(str, found['heats']))} in the heats, the slowest {1e3 * found['slowest_s']:.0f} ms. The searched plan is number {found['place']} and takes "
-               f"{found['searched_over_fastest']:.3f} of the fastest; no plan is predicted under {found['least_predicted_over_searched']:.3f} of it")  # fmt: skip
+               f"{found['searched_over_fastest']:.3f} of the fastest; no plan is predicted under {found['least_predicted_over_searched']:.3f} of it. Of all plans Kendall's tau is "
+               f"{found['kendall_of_all']:.3f}, the median error {found['error_of_all']:.0%}. Rank 0 held at most "
+               + ", ".join(f"{size / 1e6:.0f} MB {when}" for when, size in found["peak_bytes"].items()))  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cluster", default="local:4", help="a file that `autopar calibrate` wrote")
     parser.add_argument("--micro-batches", default="1")
-    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--limit", type=int, default=1_000_000, help="the first so many plans only, to try it out")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
@@ -228,7 +262,7 @@ def main() -> None:
     loaded = study.load("meta")
     graphs = {n: trace(loaded.module, (), split_batch(loaded.kwargs, n)[0]).graph for n in map(int, given.micro_batches.split(","))}
     picked = autopar.plan(loaded.module, cluster, loaded.kwargs, pipelines=True)
-    with Progress() as progress:
+    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=Console(stderr=True)) as progress:
         planning = progress.add_task("planning", total=None)
         plans: dict[str, Plan] = {}
         for plan in every_plan(graphs, cluster, study.overrides["depth"] + 1):
@@ -239,10 +273,12 @@ def main() -> None:
         plans.setdefault(identity(picked), picked)
         searched = list(plans).index(identity(picked))
         progress.update(planning, total=len(plans), completed=len(plans))
-        running = progress.add_task("running", total=len(plans))
+        running = progress.add_task("heat 1", total=len(plans))
         found: list[Timed] = []
 
         def arrived(timed: Timed) -> None:
+            if found and timed.heat > found[-1].heat:
+                progress.reset(running, total=timed.of, description=f"heat {timed.heat + 1}")
             found.append(timed)
             progress.update(running, advance=1)
 

@@ -105,6 +105,9 @@ def connect_twice(worker: Worker) -> None:
     assert {name: x.group for name, x in first.exchanges.items()} == {name: x.group for name, x in second.exchanges.items()}
     assert group_of((0, 1), "up") is group_of((0, 1), "up") is not group_of((0, 1), "down")
     assert device_mesh(mesh, torch.device("cpu")) is device_mesh(mesh, torch.device("cpu"))
+    for names in (("dp", "tp"), ("pp", "idle")):
+        torch_mesh = device_mesh(Mesh.of(**dict(zip(names, mesh.sizes))), torch.device("cpu"))
+        assert [torch_mesh.get_group(name) for name in names] == [first.exchanges[name].group for name in mesh.names]
 
 
 @pytest.mark.gloo

@@ -151,6 +151,21 @@ def test_no_pipeline_for_a_tiny_model_on_a_slow_link() -> None:
     assert plan.pipeline is None and plan.proof.gap == 0 and "pipelines tried" in plan.proof.status
 
 
+@pytest.mark.parametrize("micro_batches", [None, 1])
+@pytest.mark.parametrize("action_s", [1e-3, 0.0])
+def test_a_pipeline_needs_no_margin_where_its_actions_are_priced(action_s: float, micro_batches: int | None) -> None:
+    """Where ranks share cores even one microbatch may run faster in stages: those that wait leave their cores to the others."""
+    loaded = load_model("mlp", batch=1024, device="meta", overrides={"width": 1024, "depth": 1, "classes": 1024})
+    local = Cluster.local(4)
+    cluster = replace(
+        local, host=replace(local.host, cores=2.0, action_s=action_s), intra_node=replace(local.intra_node, bandwidth_bytes_per_s=8 * local.intra_node.bandwidth_bytes_per_s)
+    )
+    whole, staged = (autopar.plan(loaded.module, cluster, loaded.kwargs, pins=pins, micro_batches=micro_batches) for pins in (("pp=1",), ("pp=2",)))
+    assert 1.0 < whole.predicted.step_time_s / staged.predicted.step_time_s < 1.05
+    found = autopar.plan(loaded.module, cluster, loaded.kwargs, pipelines=True, micro_batches=micro_batches)
+    assert (found.pipeline is not None) == (action_s > 0)
+
+
 def test_a_deep_model_over_slow_links_between_nodes_is_a_pipeline_of_nodes() -> None:
     cluster = nodes_of(2, 4, bandwidth_bytes_per_s=2e9)
     model, inputs = deep(hidden=2048, layers=4, batch=16, seq=512)

@@ -10,8 +10,10 @@ from autopar.core.memory import MemoryUse
 from autopar.core.problem import evaluate
 from autopar.joint import asked
 from autopar.joint.asked import AGAIN, GATHERED, KEPT, Asked
-from autopar.joint.bounds import Line, Parts, least_shares, least_step_s, sides
+from autopar.joint.bounds import Line, Parts, least_step_s, sides
 from autopar.joint.deep import Deep, Sharding, mixed, roomy_depths
+from autopar.joint.even import Held, even_cuts
+from autopar.joint.fold import border_bytes
 from autopar.joint.given import Given
 from autopar.joint.known import SAFE, Flat, Floors, Proved
 from autopar.joint.relaxed import Relaxed
@@ -81,7 +83,7 @@ class PointSearch:
         task = self.joint.task(self.point.samples)
         one = ideal.seconds(task.graph, task.rules, self.point.outer, self.point.inner)
         step = self.ideal = one.times(self.point.num_microbatches)
-        return min((self._step_s(order, step, [[Line(step.block)]] * order.num_ranks, one) for order in self.orders), default=math.inf)
+        return min((self._free_s(order, step, one) for order in self.orders), default=math.inf)
 
     def fastest_s(self) -> float:
         """The bound from the solved problem, without a memory limit."""
@@ -102,7 +104,7 @@ class PointSearch:
 
     def _fastest_of(self, order: Order, side: str, parts: Callable[[str], Parts]) -> float:
         found = parts(side)
-        return self._step_s(order, found, [[Line(found.block)]] * order.num_ranks, self._waits(side, found))
+        return self._free_s(order, found, self._waits(side, found))
 
     def _solved(self, side: str) -> Parts:
         return self.solved.setdefault(side, self.side(side)).parts
@@ -113,21 +115,16 @@ class PointSearch:
         for sooner, order in self._soonest():
             if sooner >= least or (fastest := self._fastest_s(order)) >= least:
                 continue
-            side = sides(order)[0]
-            parts = self.side(side).parts
-            least = min(least, max(fastest, self._step_s(order, parts, self._lines(self.side(side), order), self._waits(side, parts))))
+            side, room = sides(order)[0], self._room_bytes(self.joint.limit_bytes)
+            relaxed = self.side(side)
+            if order.virtual > 1:
+                least = min(least, self._even_s(order, relaxed.parts, relaxed.held(*_flights(order), room), room))
+            else:  # memory binds those first that hold most microbatches
+                most, free = max(order.in_flight), Line(relaxed.parts.block)
+                lines = [[free, relaxed.line(flight, room)] if flight >= most / 2 else [free] for flight in order.in_flight]
+                least = min(least, max(fastest, self._step_s(order, relaxed.parts, lines, self._waits(side, relaxed.parts))))
         self._tell()
         return least
-
-    def _lines(self, relaxed: Relaxed, order: Order) -> list[list[Line]]:
-        """By rank; of memory for those that hold most microbatches, which it binds first."""
-        most, free, room = max(order.in_flight), Line(relaxed.parts.block), self._room_bytes(self.joint.limit_bytes)
-        by_rank = zip(order.in_flight, order.in_flight_by_stage, self._shares(order), strict=True)
-        return [[free, relaxed.line_of(by_stage, shares, room)] if flight >= most / 2 else [free] for flight, by_stage, shares in by_rank]
-
-    def _shares(self, order: Order) -> list[tuple[float, ...]]:
-        """By rank, see `bounds.least_shares`."""
-        return [least_shares(order, self.joint.run.depth, rank) for rank in range(order.num_ranks)]
 
     def _room_bytes(self, limit_bytes: float) -> float:
         """What a rank may hold by the linear model. Gradients of a single microbatch, which are no more than parameters, grow as activations go."""
@@ -144,8 +141,9 @@ class PointSearch:
 
         side, most = sides(order)[0], max(order.in_flight)
         free, limit = Line(parts(side).block), self._room_bytes(self.joint.limit_bytes)
-        by_rank = zip(order.in_flight, order.in_flight_by_stage, strict=True)
-        lines = [[free, *(floors.lines(side, min(by_stage), limit) if flight >= most / 2 else ())] for flight, by_stage in by_rank]
+        if order.virtual > 1:
+            return self._even_s(order, parts(side), floors.held(side, _flights(order)[0], free.block_s), limit)
+        lines = [[free, *(floors.lines(side, flight, limit) if flight >= most / 2 else ())] for flight in order.in_flight]
         return max(self._fastest_s(order, parts), self._step_s(order, parts(side), lines, self._waits(side, parts(side))))
 
     def _tell(self) -> None:
@@ -164,9 +162,26 @@ class PointSearch:
         """What a microbatch takes at least of others while a rank waits for it."""
         return parts.times(1 / self.point.num_microbatches) if side == "passes" else Parts(0.0)
 
+    def _free_s(self, order: Order, step: Parts, one: Parts) -> float:
+        """Whatever memory there is. `one`: what is waited for, of a microbatch."""
+        return self._even_s(order, step) if order.virtual > 1 else self._step_s(order, step, [[Line(step.block)]] * order.num_ranks, one)
+
     def _step_s(self, order: Order, ends: Parts, lines: Sequence[Sequence[Line]], one: Parts) -> float:
-        least = least_step_s(order, self.joint.run.depth, lines, ends, one)
-        return least / (self.joint.cluster.crowding if order.num_ranks > 1 else 1.0)  # ranks that share cores are faster while others wait
+        return least_step_s(order, self.joint.run.depth, lines, ends, one) / self._faster(order)
+
+    def _even_s(self, order: Order, step: Parts, held: Sequence[Held] = (), room_bytes: float = 0.0) -> float:
+        return even_cuts(order, self.joint.run.depth).least_step_s(step, self._message_s, held, room_bytes) / self._faster(order)
+
+    def _faster(self, order: Order) -> float:
+        """Ranks that share cores are faster while others wait."""
+        return self.joint.cluster.crowding if order.num_ranks > 1 else 1.0
+
+    @cached_property
+    def _message_s(self) -> float:
+        """What blocks hand on, cut over all devices of a rank, takes at least; nothing where cores, which compute besides, do it."""
+        task = self.joint.task(self.point.samples)
+        size = border_bytes(task.graph, self.joint.run) / (self.point.outer * self.point.inner)
+        return self.joint.pricing(self.point).message(size) if self.joint.cluster.crowding == 1.0 else 0.0
 
     # --- plans -----------------------------------------------------------------------------------------------------------
 
@@ -243,8 +258,14 @@ class PointSearch:
             fastest, side = self._fastest_s(order, parts.__getitem__), sides(order)[0]
             if fastest < least:
                 figures = self.side(side).figures(choices)
-                by_rank = list(zip(order.in_flight_by_stage, self._shares(order), strict=True))
-                known = {key: figures.lines(*key, room_bytes) for key in set(by_rank)}
-                lines = [known[key] for key in by_rank]
+                if order.virtual > 1:
+                    least = min(least, self._even_s(order, parts[side], figures.held(*_flights(order), room_bytes), room_bytes))
+                    continue
+                lines = [figures.lines(flight, room_bytes) for flight in order.in_flight]
                 least = min(least, max(fastest, self._step_s(order, parts[side], lines, self._waits(side, parts[side]))))
         return least
+
+
+def _flights(order: Order) -> tuple[list[int], list[float]]:
+    """All numbers of microbatches in flight of its stages, and the most and the fewest that a rank has of its own in the mean."""
+    return sorted({flight for by_stage in order.in_flight_by_stage for flight in by_stage}), [max(order.in_flight), min(order.in_flight)]

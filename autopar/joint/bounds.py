@@ -5,10 +5,8 @@ any price p of a byte, with g(p) the least c + p b of all that could be chosen f
 
     n g(p) <= n c + p n b <= T + p L,     so     n <= floor((T + p L) / g(p))
 
-(the Lagrangian dual, with a price of its own for every rank; blocks are whole). Of a rank of several stages some hold more microbatches than others, and what
-is computed again may be blocks of those: g is then that of a stage, and a block's share of the rank at least the least mean of them (`least_mean`). The first and the last rank do what lies before and behind the run
-besides. A rank also waits: for the ranks before it to forward the first microbatch, and at the end for them to take the last gradient back. The least T
-for which all ranks together can do all blocks is a bound on every step: of every cut under 1F1B, of every even one where ranks have several stages.
+(the Lagrangian dual, with a price of its own for every rank; blocks are whole). The first and the last rank do what lies before and behind the run besides. A rank also waits: for the ranks before it to forward the first microbatch, and at the end for them to take the last gradient back. The least T
+for which all ranks together can do all blocks is a bound on every step under 1F1B, whatever the cut. Where ranks have several stages see `even.py`.
 """
 
 import math
@@ -58,42 +56,14 @@ def least_step_s(order: Order, depth: int, lines: Sequence[Sequence[Line]], ends
 
 
 def _blocks(order: Order, depth: int, lines: Sequence[Sequence[Line]], ends_s: Parts, pass_s: Parts, step_s: float) -> int:
-    """How many blocks all ranks can do. A block of a rank that has one stage keeps those behind it waiting a microbatch's work on it; that costs them
-    no more than one block, so the first ranks may take all they can. Of several stages a rank begins with the first."""
+    """How many blocks all ranks can do. A block of a rank keeps those behind it waiting a microbatch's work on it; that costs them no more than one block,
+    so the first ranks may take all they can."""
     found, last = 0, len(lines) - 1
     for rank, of_rank in enumerate(lines):
-        ahead = found if order.virtual == 1 else least_ahead(depth, order.num_stages, rank)
-        left = step_s - (pass_s.first + ahead * pass_s.block if rank else ends_s.first) - (ends_s.last if rank == last else 0.0)
+        left = step_s - (pass_s.first + found * pass_s.block if rank else ends_s.first) - (ends_s.last if rank == last else 0.0)
         number = min(math.floor((left + line.relief_s) / line.block_s * (1 + PRECISION)) for line in of_rank)
         found += max(0, min(number, depth))
     return found
-
-
-def least_ahead(depth: int, num_stages: int, stage: int) -> int:
-    """The fewest blocks that stages before this one have together, where those in the middle differ by one block at most and none at an end has more.
-
-    With at most m = ceil(depth / num_stages) blocks in any, all stages together lack num_stages m - depth of having as many; with more in some, all of the
-    middle have m or more.
-    """
-    most = -(-depth // num_stages)
-    return max(stage, min(stage * most - (num_stages * most - depth), 1 + (stage - 1) * most)) if stage else 0
-
-
-def least_shares(order: Order, depth: int, rank: int) -> tuple[float, ...]:
-    """For every stage of a rank, how many blocks it has at least of the most that any has. One in the middle lacks one at most, one at an end has one."""
-    few, most = depth // order.num_stages, -(-(depth - 2) // max(1, order.num_stages - 2))
-    stages, ends = range(rank, order.num_stages, order.num_ranks), (0, order.num_stages - 1)
-    return tuple([1 / max(1, few + 1, most) if stage in ends else few / (few + 1) for stage in stages]) if order.virtual > 1 else (1.0,)
-
-
-def least_mean(seconds: Sequence[float], shares: Sequence[float]) -> float:
-    """Of a block, where those of each stage take so long, and each has such a share or more of the blocks that any of them has."""
-    total, number = sum(seconds), float(len(seconds))
-    least = total / number
-    for block_s, share in sorted(zip(seconds, shares, strict=True), reverse=True):
-        total, number = total - (1 - share) * block_s, number - (1 - share)
-        least = min(least, total / number)
-    return least
 
 
 def sides(order: Order) -> tuple[str, ...]:

@@ -5,11 +5,12 @@ sharding in place of all, at the few prices of a byte at which two modes cost th
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from autopar.joint.bounds import Line, least_mean
+from autopar.joint.bounds import Line
 from autopar.joint.deep import Deep
+from autopar.joint.even import Held
 
 FULL = 1e3
 """Of the seconds of a step: what all memory of a rank costs at a price at which bytes alone count."""
@@ -33,24 +34,26 @@ class Figures:
 
     blocks: Mapping[str, Block]
 
-    def lines(self, flights: Sequence[int], shares: Sequence[float], limit_bytes: float) -> list[Line]:
-        """What a rank of so much memory with so many microbatches of each of its stages in flight can do of the step, whatever modes its blocks are in; the
-        stages have such shares of its blocks at least (`bounds.least_shares`). Memory may have no limit."""
+    def lines(self, flight: float, limit_bytes: float) -> list[Line]:
+        """What a rank of so much memory with so many microbatches in flight can do of the step, whatever modes its blocks are in. Memory may have no limit."""
         free = Line(min(block.seconds for block in self.blocks.values()))
         if limit_bytes == math.inf:
             return [free]
-        prices = sorted({price for flight in {*flights, sum(flights) / len(flights)} for price in self._prices(flight)})
-        return [free, *(Line(self._mean_s(flights, shares, price), price * limit_bytes, price) for price in prices)]
+        return [free, *(Line(self._block_s(flight, price), price * limit_bytes, price) for price in self._prices(flight))]
 
-    def _mean_s(self, flights: Sequence[int], shares: Sequence[float], price: float) -> float:
-        """Of a block, its bytes included."""
-        return least_mean([min(block.seconds + price * block.held_bytes(flight) for block in self.blocks.values()) for flight in flights], shares)
+    def held(self, flights: Iterable[int], means: Iterable[float], limit_bytes: float) -> list[Held]:
+        """What bytes cost a block with so many microbatches in flight, at the prices that go with these means of them."""
+        prices = sorted({price for mean in means for price in self._prices(mean)}) if limit_bytes < math.inf else ()
+        return [Held(price, {flight: self._block_s(flight, price) for flight in set(flights)}) for price in prices]
+
+    def _block_s(self, flight: float, price: float) -> float:
+        return min(block.seconds + price * block.held_bytes(flight) for block in self.blocks.values())
 
     def _prices(self, flight: float) -> list[float]:
         """Those at which two modes next to each other cost the same, and one at which bytes alone count."""
         hull: list[tuple[float, float]] = []
         for seconds, held in sorted((block.seconds, block.held_bytes(flight)) for block in self.blocks.values()):
-            while len(hull) > 1 and _price(hull[-1], (seconds, held)) >= _price(hull[-2], hull[-1]):
+            while len(hull) > 1 and _price(hull[-2], hull[-1]) >= _price(hull[-1], (seconds, held)):
                 hull.pop()
             if not hull or held < hull[-1][1]:
                 hull.append((seconds, held))

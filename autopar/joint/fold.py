@@ -12,7 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
-from autopar.core.graph import OpGraph
+from autopar.core.graph import DTYPE_BYTES, OpGraph
 from autopar.core.problem import Edge, Node, SearchProblem
 from autopar.core.unroll import Run
 from autopar.errors import UsageError
@@ -52,6 +52,13 @@ def sides(run: Run, graph: OpGraph) -> tuple[int, ...]:
     found = places(run, graph)
     first = next(i for i, place in enumerate(found) if place is not None)
     return tuple(0 if place is not None else 1 if i < first else 2 for i, place in enumerate(found))
+
+
+def border_bytes(graph: OpGraph, run: Run) -> int:
+    """What one block of the run makes for the next."""
+    place = places(run, graph)
+    crossing = {v for i, op in enumerate(graph.ops) if place[i] == 1 for v in op.operands if v in graph.producer and place[graph.producer[v][0]] == 0}
+    return sum(graph.values[v].meta.numel * DTYPE_BYTES[graph.values[v].meta.dtype] for v in crossing)
 
 
 @dataclass(frozen=True)

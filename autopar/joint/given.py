@@ -45,11 +45,14 @@ class Given:
         """A microbatch of the short graph."""
         return self.known.kept(("task", samples), lambda: Task.of(self.graphs(samples), self.options))
 
+    def pricing(self, point: Point) -> Pricing:
+        """Microbatches of all sizes share the prices of a mesh: parameters move alike."""
+        cluster = without_memory(self.cluster)
+        return self.known.kept((cluster, point.num_ranks, point.mesh), lambda: Pricing(cluster, point.mesh, (point.num_ranks, 0)))
+
     def tables(self, point: Point) -> PointTables:
         cluster, options = without_memory(self.cluster), self.options
-        task = self.task(point.samples)
-        # microbatches of other sizes share the prices of a mesh: parameters move alike
-        pricing = self.known.kept((cluster, point.num_ranks, point.mesh), lambda: Pricing(cluster, point.mesh, (point.num_ranks, 0)))
+        task, pricing = self.task(point.samples), self.pricing(point)
         given = Keeping(micro_batches=point.num_microbatches, precision=options.precision, offload=options.offload)
         keeping = given.everything().narrowed(self.pins)
         return self.known.kept((self.about, cluster, point), lambda: PointTables(point, self.run, task, pricing, keeping, self.pins))

@@ -15,13 +15,14 @@ computed yet.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from autopar.core.cluster import Cluster
 from autopar.core.device import Link
 from autopar.joint.bounds import Line, Parts
+from autopar.joint.even import Held
 from autopar.joint.space import Point
 
 LARGEST = 192
@@ -68,8 +69,14 @@ class Floors:
 
     def lines(self, side: str, flight: float, limit_bytes: float) -> list[Line]:
         """For a rank with so many microbatches in flight: those of fewer hold for it too."""
-        near = sorted((flat for flat in self.flats.get(side, ()) if flat.flight <= flight * (1 + 1e-9)), key=lambda flat: -flat.flight)[:LINES]
-        return [Line(flat.block_s, flat.price * limit_bytes, flat.price) for flat in near]
+        return [Line(flat.block_s, flat.price * limit_bytes, flat.price) for flat in self._near(side, flight)]
+
+    def held(self, side: str, flights: Sequence[int], free_s: float) -> list[Held]:
+        """The same by stage; blocks take `free_s` at least."""
+        return [Held(flat.price, {flight: flat.block_s if flat.flight <= flight else free_s for flight in flights}) for flat in self._near(side, max(flights))]
+
+    def _near(self, side: str, flight: float) -> list[Flat]:
+        return sorted((flat for flat in self.flats.get(side, ()) if flat.flight <= flight * (1 + 1e-9)), key=lambda flat: -flat.flight)[:LINES]
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """The folded problem in parts, at prices of memory: what no plan of a point pays less for."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -9,7 +9,8 @@ import numpy as np
 
 from autopar.core.problem import Edge, SearchProblem
 from autopar.errors import InfeasibleError
-from autopar.joint.bounds import Line, Parts, least_mean
+from autopar.joint.bounds import Line, Parts
+from autopar.joint.even import Held
 from autopar.joint.figures import Block, Figures
 from autopar.joint.fold import Folded
 from autopar.planner.saved import Gathers
@@ -21,6 +22,9 @@ from autopar.search.terms import Terms
 
 TOLERANCE = 5e-5
 """Of the seconds of the blocks: how much more a bound at another price could be."""
+
+CHORDS = (1, 3, 8, 20, 64, 256)
+"""Microbatches in flight between which what bytes cost a block is taken from chords."""
 
 LEAN = 1e4
 """A price of all bytes, in the seconds of the fastest plan, at which hardly anything but bytes counts."""
@@ -90,7 +94,7 @@ class Relaxed:
     def line(self, flight: float, limit_bytes: float) -> Line:
         """What a rank of so much memory with so many microbatches in flight can do of the step, by the price of a byte. A few fewer in flight make it a
         bound for all near."""
-        known = _below(flight)
+        known = _power(flight, 2)
         lines = self.lines(limit_bytes)
         if known not in lines:
             total = self.num_ranks * limit_bytes
@@ -104,12 +108,17 @@ class Relaxed:
                 lines[known] = Line((found.bound_s + price * total) / self.depth, price * limit_bytes, price)
         return lines[known]
 
-    def line_of(self, flights: Sequence[int], shares: Sequence[float], limit_bytes: float) -> Line:
-        """The same of a rank that holds so many microbatches of each of its stages, which have such shares of its blocks at least."""
-        line = self.line(sum(flights) / len(flights), limit_bytes)
-        if len(set(flights)) == 1 or not line.price:
-            return line
-        return replace(line, block_s=least_mean([self._block_s(_below(flight), line.price) for flight in flights], shares))
+    def held(self, flights: Iterable[int], means: Iterable[float], limit_bytes: float) -> list[Held]:
+        """What bytes cost a block with so many microbatches in flight, at the prices that go with these means of them."""
+        prices = sorted({line.price for mean in means if (line := self.line(mean, limit_bytes)).price})
+        return [Held(price, {flight: self._between_s(flight, price) for flight in set(flights)}) for price in prices]
+
+    def _between_s(self, flight: int, price: float) -> float:
+        """At least what a block takes, its bytes included: that is a concave function of the microbatches in flight, so it is above its chords."""
+        low = next((at for at in reversed(CHORDS) if at <= flight), 0)
+        high = CHORDS[CHORDS.index(low) + 1] if low in CHORDS[:-1] else 2 * flight
+        share = (flight - low) / (high - low)
+        return (1 - share) * self._block_s(low, price) + (share * self._block_s(high, price) if share else 0.0)
 
     def _block_s(self, flight: float, price: float) -> float:
         """The least seconds of a block, its bytes included."""
@@ -175,9 +184,9 @@ class Relaxed:
         return self._flights[times]
 
 
-def _below(flight: float) -> float:
-    """A few fewer in flight."""
-    return 2.0 ** (math.floor(2 * math.log2(flight)) / 2) if flight >= 1 else 0.0
+def _power(flight: float, steps: int) -> float:
+    """The next power of two that is no more, or one of so many `steps` between two of them."""
+    return 2.0 ** (math.floor(steps * math.log2(flight)) / steps) if flight >= 1 else 0.0
 
 
 def passes_alone(problem: SearchProblem, once_s: Mapping[int, np.ndarray]) -> SearchProblem:

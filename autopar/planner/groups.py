@@ -22,7 +22,7 @@ from autopar.planner.lengths import Task
 from autopar.planner.mixed import MixedPipelines
 from autopar.planner.pins import parse_pins
 from autopar.planner.pipelines import StagedCandidate
-from autopar.planner.plan import PIPELINE_GAIN, Planned, collector_paused, finished, may_be_pipelined
+from autopar.planner.plan import UNPRICED_GAIN, Planned, collector_paused, finished, may_be_pipelined
 from autopar.planner.search import Options
 from autopar.planner.shared import SharedSearch
 
@@ -44,7 +44,7 @@ def over_groups(graph: OpGraph, mixed: MixedCluster, options: Options, progress:
     @collector_paused()
     def piped(below_s: float) -> tuple[Planned | None, float]:
         over.below_s = below_s
-        best = over.best() if may_be_pipelined(over.pins, options, fits=False) else None
+        best = over.best() if may_be_pipelined(over.pins, options, over.cluster, fits=False) else None
         cut = "the best of this sharding, schedule and order of groups" if best is not None and best.exact else "the best found"
         return made(best, over.bound_s, below_s, f"the fastest of {over.num_tried} pipelines over the groups, its cut {cut}")
 
@@ -88,7 +88,8 @@ def best_on_groups(mixed: MixedCluster, on_one: OnOne, over_all: Mapping[str, Ov
     tried = [_tried(what, lambda part=part: on_one(part)) for what, part in parts]
     refusal = tried[-1].refusal
     bounds = [t.planned.plan.proof.bound for t in tried if t.planned is not None]
-    below_s = min(t.step_s / (PIPELINE_GAIN if t.planned is not None and t.planned.plan.pipeline is None else 1.0) for t in tried)
+    gain = 1.0 if parts[-1][1].host.action_s else UNPRICED_GAIN
+    below_s = min(t.step_s / (gain if t.planned is not None and t.planned.plan.pipeline is None else 1.0) for t in tried)
     for what, search in over_all.items():
         try:
             planned, bound_s = search(below_s)

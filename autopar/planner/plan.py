@@ -32,8 +32,9 @@ from autopar.search.terms import Terms
 Progress = Callable[[str], None]
 
 
-PIPELINE_GAIN = 1.05
-"""A pipeline is taken where it is so many times faster: what a rank spends on its actions between computations is not priced."""
+UNPRICED_GAIN = 1.05
+"""Where the machine's file does not say what the runtime takes for an action (`Host.action_s`), a pipeline, which has the most of them, is taken if it is so
+many times faster."""
 
 
 @dataclass(frozen=True)
@@ -91,15 +92,16 @@ def _plan_graph(graph: OpGraph, cluster: Cluster, options: Options, progress: Pr
             failures.append((search, error))
     best = next(iter(_by_time(found)), None)
     bound = min((c.assignment.bound_s for c in found), default=math.inf)
-    below_s = best.step_s / PIPELINE_GAIN if best is not None else math.inf
+    gain = 1.0 if cluster.host.action_s else UNPRICED_GAIN
+    below_s = best.step_s / gain if best is not None else math.inf
     pipelines = Pipelines(Task(graph, rules, batch, options), cluster, pins, retrace, below_s, progress)
-    piped = pipelines.best() if may_be_pipelined(pins, options, fits=best is not None) else None
+    piped = pipelines.best() if may_be_pipelined(pins, options, cluster, fits=best is not None) else None
     if piped is not None and piped.step_s < below_s:
         status = _pipeline_status(piped, pipelines.num_tried, len(found))
         return _among((piped, *_by_time(found)), cluster, finished(cluster, piped, min(bound, pipelines.bound_s), batch, status, options.tokens))
     if best is None:
         raise infeasible([*failures, *pipelines.failures], retrace)
-    planned = finished(cluster, best, bound, batch, _status(best, len(found), pipelines.num_tried), options.tokens)
+    planned = finished(cluster, best, bound, batch, _status(best, len(found), pipelines.num_tried, gain), options.tokens)
     return _among(_by_time(found), cluster, planned)
 
 
@@ -111,14 +113,14 @@ def _by_time(found: Sequence[Candidate]) -> tuple[Candidate, ...]:
     return tuple(sorted(found, key=lambda c: (c.step_s, len(c.program.mesh.axes))))
 
 
-def may_be_pipelined(pins: Pins, options: Options, *, fits: bool) -> bool:
+def may_be_pipelined(pins: Pins, options: Options, cluster: Cluster, *, fits: bool) -> bool:
     """Where it is asked for, or nothing else fits. Where degrees or the mesh are given, only if a pipeline is too. One microbatch in a
-    pipeline is no faster than the devices of one stage, which the meshes include."""
+    pipeline is no faster than the devices of one stage, which the meshes include, unless ranks that wait leave their cores to the others."""
     if pins.wants_pipeline:
         return True
     if pins.pp == 1 or pins.mesh_axes or options.mesh is not None:
         return False
-    return not fits or (options.pipelines and (options.free_micro_batches or options.micro_batches > 1))
+    return not fits or (options.pipelines and (options.free_micro_batches or options.micro_batches > 1 or cluster.crowding > 1))
 
 
 def plan_of(candidate: Candidate, cluster: Cluster, tokens: int = 0) -> Plan:
@@ -149,10 +151,11 @@ def finished(cluster: Machines, best: Candidate, bound_s: float, batch: Sequence
     return Planned(plan, program)
 
 
-def _status(best: Candidate, num_meshes: int, num_pipelines: int) -> str:
+def _status(best: Candidate, num_meshes: int, num_pipelines: int, gain: float) -> str:
     """Where memory binds, plans compete within a linear limit. Pipelines that were tried are no part of the bound."""
     binding = ", within a linear memory limit" if best.problem.memory_limit_bytes is not None else ""
-    tried = f", and none of {num_pipelines} pipelines tried is faster by {PIPELINE_GAIN - 1:.0%}" if num_pipelines else ""
+    by = f" by {gain - 1:.0%}" if gain > 1 else ""
+    tried = f", and none of {num_pipelines} pipelines tried is faster{by}" if num_pipelines else ""
     return f"{best.assignment.proof} over {num_meshes} mesh{'es' * (num_meshes > 1)}{binding}{tried}"
 
 

@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from autopar.core.mesh import Mesh
 from autopar.core.pipeline import PP, Pipeline
@@ -138,7 +138,7 @@ def connect(mesh: Mesh, axis_sets: Iterable[tuple[int, ...]], device: torch.devi
     sets = sorted({(a,) for a in range(len(mesh.axes))} | {tuple(s) for s in axis_sets if s})
     for axes in sets:
         for ranks in mesh.groups(axes):
-            group = dist.group.WORLD if len(ranks) == mesh.num_ranks else group_of(tuple(ranks))
+            group = group_of(ranks)
             if me in ranks:
                 exchanges["+".join(mesh.names[a] for a in axes)] = GroupExchange(group, len(ranks), dist.get_backend(group) == "gloo")
     return Rank(mesh, me, device, exchanges, Stream(seed))
@@ -171,15 +171,17 @@ class Places:
         return Rank(mesh, self.stage_rank, self.device, self.exchanges, self.stream, self.counter)
 
 
-def _own_group(lines: Iterable[Sequence[int]], me: int, purpose: str) -> dist.ProcessGroup:
+def _own_group(lines: Iterable[tuple[int, ...]], me: int, purpose: str = "") -> dist.ProcessGroup:
     """A group for every line of ranks; that of this process."""
-    return next(group for line, group in [(line, group_of(tuple(line), purpose)) for line in lines] if me in line)
+    return next(group for line, group in [(line, group_of(line, purpose)) for line in lines] if me in line)
 
 
 def group_of(ranks: tuple[int, ...], purpose: str = "") -> dist.ProcessGroup:
-    """A group of these processes, the same one for all modules: each group of gloo has a thread that wakes a hundred times a second (torch 2.13).
+    """A group of these processes, the same one for all modules: each group of gloo has threads that wake a hundred times a second (torch 2.13).
     Another `purpose` has another group. Every process must ask for the same groups in the same order."""
-    return _group(ranks, purpose, dist.group.WORLD)
+    world = dist.group.WORLD
+    assert world is not None
+    return world if len(ranks) == world.size() and not purpose else _group(ranks, purpose, world)
 
 
 @cache
@@ -213,10 +215,15 @@ def connect_stages(mesh: Mesh, pipeline: Pipeline, axis_sets: Iterable[tuple[int
 
 
 def device_mesh(mesh: Mesh, device: torch.device) -> DeviceMesh:
-    """The same mesh as torch's own type, for DTensors; one for all modules on it."""
-    return _device_mesh(device.type, mesh.sizes, mesh.names, dist.group.WORLD)
+    """The same mesh as torch's own type, for DTensors, over the groups that `connect` uses; one for all modules on it.
+
+    Every process must call this with the same arguments.
+    """
+    return _device_mesh(device.type, mesh, dist.group.WORLD)
 
 
 @cache
-def _device_mesh(device: str, sizes: tuple[int, ...], names: tuple[str, ...], world: dist.ProcessGroup) -> DeviceMesh:
-    return init_device_mesh(device, sizes, mesh_dim_names=names)
+def _device_mesh(device: str, mesh: Mesh, world: dist.ProcessGroup) -> DeviceMesh:
+    me = dist.get_rank()
+    groups = [_own_group(mesh.groups((axis,)), me) for axis in range(len(mesh.axes))]
+    return DeviceMesh.from_group(groups, device, torch.arange(mesh.num_ranks).view(mesh.sizes), mesh_dim_names=mesh.names)

@@ -6,7 +6,9 @@ their own part.
 
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
 
@@ -47,6 +49,13 @@ class Bucket:
     total: torch.Tensor | None = None
 
 
+def _arrived(reducer: "ref[Reducer]", v: int, leaf: torch.Tensor) -> None:
+    """A gradient lies in its leaf. Who holds a graph that leads there holds the reducer too (`Share.compute`)."""
+    found = reducer()
+    assert found is not None, f"the gradient of parameter {v} arrives after the reducer of its module is gone"
+    found.arrived(v)
+
+
 class Reducer:
     """Collects gradients of leaves as the backward makes them, sums full buckets while it goes on, delivers at its end.
 
@@ -61,7 +70,8 @@ class Reducer:
         self._scattered: list[Bucket] = []
         for v, leaf in leaves.items():
             if leaf.requires_grad:
-                leaf.register_post_accumulate_grad_hook(lambda _, v=v: self._arrived(v))
+                # The garbage collector does not see through such a hook (torch 2.13): one that held the reducer would keep its leaves for good.
+                leaf.register_post_accumulate_grad_hook(partial(_arrived, ref(self), v))
 
     def scatter(self, bucket: Bucket, grads: Sequence[torch.Tensor]) -> None:
         """Complete local gradients of a ZeRO-3 bucket."""
@@ -79,7 +89,8 @@ class Reducer:
         for bucket in self.buckets:
             bucket.missing = set(range(len(bucket.members)))
 
-    def _arrived(self, v: int) -> None:
+    def arrived(self, v: int) -> None:
+        """The gradient of a leaf is there."""
         bucket, i = self.place_of.get(v, (None, 0))
         make_dense(self.leaves[v])
         if not self.enabled and (bucket is None or bucket.stage < 2):

@@ -52,6 +52,9 @@ class Share:
         leaves, fixed = self.store.leaves, self._fixed
         values = [leaves[v] if v in leaves else fixed[v] if v in fixed else given[v] for v in self.inputs]
         outputs, updates = self.emitted(self.rank, *values)
+        for x in outputs:
+            if x.grad_fn is not None:
+                x.grad_fn.metadata[Share] = self  # a backward needs what the hooks of the leaves know only weakly
         with torch.no_grad():
             for (buffer, _), new in zip(self.program.graph.updates, updates):
                 fixed[buffer].copy_(new)

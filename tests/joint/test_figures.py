@@ -32,10 +32,10 @@ def test_no_block_holds_less_than_its_figures_say_or_is_faster(dims: Dims, point
             assert found.kept_bytes <= kinds.kept_inside * (1 + ROUNDING), kinds.mode
 
 
-@pytest.mark.parametrize("share", [0.02, 0.03, 0.05])
+@pytest.mark.parametrize("share", [0.05, 0.06, 0.1])
 def test_no_plan_of_ranks_with_several_stages_is_faster_than_its_sharding_may_be(share: float) -> None:
     """The first stages of a rank hold more microbatches than the others, and it is their blocks that are computed again."""
-    joint = joint_search(GPT, Cluster.preset("a100-sxm", 2), 32, ("schedule=interleaved",), memory_share=share)
+    joint = joint_search(LLAMA, Cluster.preset("a100-sxm", 2), 32, ("schedule=interleaved",), memory_share=share)
     search = PointSearch(joint, Point(2, 2, 4, 16, 2))
     least_s, planned = search.fitting_s(), 0
     for asked in search.first():

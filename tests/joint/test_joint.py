@@ -10,8 +10,9 @@ from autopar.core.cluster import Cluster
 from autopar.core.kernel_rate import KernelRate
 from autopar.errors import InfeasibleError
 from autopar.joint.at_point import PointSearch
-from autopar.joint.bounds import Line, Parts, least_ahead, least_step_s
+from autopar.joint.bounds import Line, Parts, least_step_s
 from autopar.joint.deep import Deep, Sharding, even_depths
+from autopar.joint.even import even_cuts
 from autopar.joint.kinds import Depth
 from autopar.joint.plan import on_whole_graph, planned_jointly
 from autopar.joint.search import JointSearch
@@ -85,21 +86,10 @@ def test_no_cut_beats_the_bound_where_sums_of_gradients_hide(virtual: int, zero:
         (order,) = search.orders
         light = Sharding.of(next(programs(search)), search.pricing, joint.run, Engine(), ("none",)).modes[0]
         cuts = combinations(range(1, short.layers), order.num_stages - 1)
-        depths = [[b - a for a, b in pairwise((0, *cut, short.layers))] for cut in cuts]
+        depths = [[b - a for a, b in pairwise((0, *cut, short.layers))] for cut in cuts] if virtual == 1 else even_cuts(order, short.layers).blocks.astype(int).tolist()
         steps = [Deep(light, light, order, tuple(map(Depth, each))).step_s for each in Random(2).sample(depths, min(len(depths), 24))]
         bound = search.fastest_s()
         assert 0.4 * min(steps) < bound <= min(steps) * (1 + 1e-6), point
-
-
-def test_no_even_cut_has_fewer_blocks_ahead() -> None:
-    """Against all cuts whose stages in the middle differ by one block at most, none at an end deeper than the deepest of these."""
-    for stages in range(4, 7):
-        for depth in range(stages, 14):
-            cuts = (cut for cut in product(range(1, depth), repeat=stages) if sum(cut) == depth)
-            even = [cut for cut in cuts if max(cut[1:-1]) - min(cut[1:-1]) <= 1 and max(cut[0], cut[-1]) <= max(cut[1:-1])]
-            for stage in range(stages):
-                least = min(sum(cut[:stage]) for cut in even)
-                assert 0.5 * least <= least_ahead(depth, stages, stage) <= least, (depth, stages, stage)
 
 
 def test_shardings_for_blocks_that_are_computed_again_are_tried() -> None:
