@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from autopar.choice import Chosen
 
 MAX_ROWS = 40
+ROUNDING = 1e-9
 LEGEND = "S1 is cut along dimension 1, counted from 0; 'whole' is the same on every rank. Letters are loops: addmm is [m,k] x [k,n], linear [b,i] x [o,i]."
 
 
@@ -39,7 +40,8 @@ def print_plan(page: Console, plan: Plan, cluster: Machines, *, tokens: bool, ne
     rate = f"; {count(p.tokens_per_s)} {'tokens' if tokens else 'samples'}/s" if p.tokens_per_s else ""
     time = f"{duration(p.step_time_s)} = {duration(p.compute_s)} compute + {duration(p.communication_s)} communication"
     if plan.pipeline is not None:
-        waiting = max(0.0, p.step_time_s - p.compute_s - p.communication_s)
+        waiting = p.step_time_s - p.compute_s - p.communication_s
+        waiting = waiting if waiting > ROUNDING * p.step_time_s else 0.0
         time += f" + {duration(waiting)} waiting on the busiest rank; bubble {p.bubble:.1%}"
     lines = [
         ("time", f"{time}{rate}; MFU {p.mfu:.1%}"),
