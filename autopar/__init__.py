@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from autopar.checkpoint.checkpoint import load_checkpoint, save_checkpoint
     from autopar.checkpoint.weights import load_weights, save_weights
     from autopar.core.cluster import Cluster
+    from autopar.core.mixed import MixedCluster
     from autopar.core.plan import Plan
     from autopar.core.residency import Precision
     from autopar.core.schedule import Schedule
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Cluster": "autopar.core.cluster",
+    "MixedCluster": "autopar.core.mixed",
     "Plan": "autopar.core.plan",
     "Precision": "autopar.core.residency",
     "Schedule": "autopar.core.schedule",
@@ -29,7 +31,7 @@ _HOME = {
     "load_weights": "autopar.checkpoint.weights",
 }
 
-__all__ = ["Cluster", "Plan", "Precision", "Schedule", "VerifyReport", "load_checkpoint", "load_weights", "parallelize", "plan", "save_checkpoint", "save_weights", "verify"]
+__all__ = ["Cluster", "MixedCluster", "Plan", "Precision", "Schedule", "VerifyReport", "load_checkpoint", "load_weights", "parallelize", "plan", "save_checkpoint", "save_weights", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from autopar.core.cluster import Cluster
+from autopar.core.mixed import Machines
 from autopar.core.plan import Plan
 from autopar.errors import AutoparError, InfeasibleError
 from autopar.planner.explain import Decision
@@ -28,7 +28,7 @@ class Choice:
     others: tuple[str, ...]
 
 
-def alternatives(request: Request, cluster: Cluster, plan: Plan, *, pins: Sequence[str] = (), progress: Progress = quiet, **given: Any) -> tuple[Decision, ...]:
+def alternatives(request: Request, cluster: Machines, plan: Plan, *, pins: Sequence[str] = (), progress: Progress = quiet, **given: Any) -> tuple[Decision, ...]:
     """Every decision that `pins` leave open, with its best alternative; infinite seconds where none of them fits."""
     step_s = plan.predicted.step_time_s
     found = []
@@ -75,7 +75,7 @@ def _is_pinned(what: str, pins: Sequence[str]) -> bool:
     return what in dict(given.degrees) or getattr(given, what, None) is not None
 
 
-def _step_s(request: Request, cluster: Cluster, **given: Any) -> float | None:
+def _step_s(request: Request, cluster: Machines, **given: Any) -> float | None:
     """Seconds of the best plan with such pins; infinite where none fits, None where they do not go with the cluster."""
     try:
         return request.planned(cluster, **given).plan.predicted.step_time_s

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from autopar.choice import Chosen, choose
-from autopar.core.cluster import Cluster
+from autopar.core.mixed import Machines
 from autopar.core.objective import Objective
 from autopar.core.plan import Plan
 from autopar.core.schedule import Schedule
@@ -32,7 +32,7 @@ __all__ = ["VerifyReport", "parallelize", "plan", "plan_timed", "verify"]
 
 
 def plan_timed(
-    model: nn.Module, cluster: Cluster, example_inputs: Any = None, *, objective: Objective = Objective(), progress: Progress = quiet, **given: Any
+    model: nn.Module, cluster: Machines, example_inputs: Any = None, *, objective: Objective = Objective(), progress: Progress = quiet, **given: Any
 ) -> tuple[Chosen, dict[str, float]]:
     """The plan that is best by an objective with what it was chosen from, and the wall seconds of its two parts: {"trace", "search"}."""
     start = time.perf_counter()
@@ -41,8 +41,8 @@ def plan_timed(
     return found, {"trace": request.trace_s, "search": time.perf_counter() - start - request.trace_s}
 
 
-def plan(model: nn.Module, cluster: Cluster, example_inputs: Any = None, *, objective: str = "time", within_s: float = math.inf, fewer_devices: bool = False, **options: Any) -> Plan:
-    """The best plan found for a model on a cluster. Needs no device and no weights: meta tensors do.
+def plan(model: nn.Module, cluster: Machines, example_inputs: Any = None, *, objective: str = "time", within_s: float = math.inf, fewer_devices: bool = False, **options: Any) -> Plan:
+    """The best plan found for a model on a cluster, or on groups of different machines (`MixedCluster`). Needs no device and no weights: meta tensors do.
 
     `example_inputs` are one global batch. `objective`: "time" (the fastest step), "memory" (the fewest bytes on the fullest device), "devices" (the
     fewest) or "cost" (the fewest device-seconds a step), of the plans whose step takes at most `within_s`; the last two use part of the cluster where
@@ -56,14 +56,15 @@ def plan(model: nn.Module, cluster: Cluster, example_inputs: Any = None, *, obje
 
 
 def parallelize(
-    model: nn.Module, cluster: Cluster, example_inputs: Any = None, *, plan: Plan | None = None, schedule: Schedule | None = None, seed: int = 0,
+    model: nn.Module, cluster: Machines, example_inputs: Any = None, *, plan: Plan | None = None, schedule: Schedule | None = None, seed: int = 0,
     device: torch.device | None = None, **options: Any,
 ) -> ParallelModule:
     """Plan (unless a plan is given), rewrite for this rank and return the module to train; call under torchrun. `options`: of `plan`.
 
     Weights come from the model, or, where it is on the meta device, are initialised module by module from `seed`, so that
     no rank holds the whole model. Every rank calls the module with the same global batch (one microbatch at a time where the plan has
-    several: `train_step` cuts the batch). `schedule`: lists of actions in place of those that a pipeline plan names.
+    several: `train_step` cuts the batch). `schedule`: lists of actions in place of those that a pipeline plan names. Of a plan over groups of different machines
+    the processes lie as its `pipeline.places` say, a mesh of the plan for each, in their order.
     """
     request = Request(model, example_inputs)
     if plan is None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from autopar.core.cluster import Cluster
+from autopar.core.mixed import Machines, MixedCluster
 from autopar.core.objective import Objective
 from autopar.core.parts import parts
 from autopar.core.plan import Plan
@@ -20,7 +21,7 @@ UNIT = "float32"
 class Looked:
     """A part of the cluster with its best plan, or why it has none."""
 
-    cluster: Cluster
+    cluster: Machines
     plan: Plan | None
     refusal: str = ""
 
@@ -59,9 +60,11 @@ class Chosen:
         return replace(self, best=replace(self.best, plan=replace(self.plan, model=model)))
 
 
-def choose(request: Request, cluster: Cluster, objective: Objective, *, progress: Progress = quiet, **given: Any) -> Chosen:
+def choose(request: Request, cluster: Machines, objective: Objective, *, progress: Progress = quiet, **given: Any) -> Chosen:
     """The best plan by an objective; `given`: the other keywords of `Request.planned`. Raises InfeasibleError where no plan fits in memory and time."""
     if objective.best == "memory":
+        if isinstance(cluster, MixedCluster):
+            raise UsageError(f"objective memory on {cluster.name}: devices of groups have memory of their own; ask for one group")
         looked = tuple(_leaner(request, cluster, objective, progress=progress, **given))
     else:
         looked = tuple(_parts(request, cluster, objective, progress=progress, **given))
@@ -82,15 +85,15 @@ def _leaner(request: Request, cluster: Cluster, objective: Objective, **given: A
             return
 
 
-def _parts(request: Request, cluster: Cluster, objective: Objective, *, progress: Progress, **given: Any) -> Iterator[Looked]:
+def _parts(request: Request, cluster: Machines, objective: Objective, *, progress: Progress, **given: Any) -> Iterator[Looked]:
     """Plans of the parts that may be best. Of the fewest devices the smallest comes first, and the first that will do is the last."""
     alone = objective.best == "time" and not objective.fewer_devices
     offered = (cluster,) if alone else parts(cluster)
-    if len(offered) > 1 and cluster.num_nodes > 1 and given.get("joint") is None:
+    if len(offered) > 1 and isinstance(cluster, Cluster) and cluster.num_nodes > 1 and given.get("joint") is None:
         given["joint"] = request.searches_jointly(**given)  # by one search for all, or single nodes would be searched for less
     best_s, flops = math.inf, 0.0
     for part in reversed(offered) if objective.best == "devices" else offered:
-        least_s = flops / (part.num_devices * part.device.peak(UNIT))  # no plan computes faster than all devices at their peaks
+        least_s = flops / _peak(part)  # no plan computes faster than all devices at their peaks
         if least_s > objective.within_s or (objective.best == "time" and least_s >= best_s):
             continue
         if len(offered) > 1:
@@ -99,17 +102,23 @@ def _parts(request: Request, cluster: Cluster, objective: Objective, *, progress
         yield found
         best_s = min(best_s, found.step_s)
         if found.plan is not None:
-            flops = found.plan.predicted.mfu * found.device_s * part.device.peak(UNIT)
+            flops = found.plan.predicted.mfu * found.step_s * _peak(found.cluster)
         if objective.best == "devices" and found.plan is not None and found.step_s <= objective.within_s:
             return
-        if found.plan is None and part is cluster and cluster.host.cores is None:
+        if found.plan is None and part is cluster and all(group.host.cores is None for group in cluster.groups):
             return  # what fits fewer devices fits more of them, as copies; where they share memory fewer have more each
 
 
-def _planned(request: Request, part: Cluster, *, whole: bool, **given: Any) -> Looked:
+def _peak(part: Machines) -> float:
+    """Flops per second of all devices of a part."""
+    return sum(group.num_devices * group.device.peak(UNIT) for group in part.groups)
+
+
+def _planned(request: Request, part: Machines, *, whole: bool, **given: Any) -> Looked:
     """Pins may ask for more devices than a part has."""
     try:
-        return Looked(part, request.planned(part, **given).plan)
+        plan = request.planned(part, **given).plan
+        return Looked(part.used_by(plan.cluster) if isinstance(part, MixedCluster) else part, plan)
     except InfeasibleError as error:
         return Looked(part, None, str(error))
     except UsageError as error:
@@ -118,7 +127,7 @@ def _planned(request: Request, part: Cluster, *, whole: bool, **given: Any) -> L
         return Looked(part, None, str(error))
 
 
-def _noted(best: Looked, looked: tuple[Looked, ...], objective: Objective, cluster: Cluster) -> Looked:
+def _noted(best: Looked, looked: tuple[Looked, ...], objective: Objective, cluster: Machines) -> Looked:
     """With what it was chosen from in the plan's notes."""
     if len(looked) == 1 and objective == Objective():
         return best

@@ -12,6 +12,7 @@ from autopar.core.cluster import Cluster
 from autopar.core.family import Family
 from autopar.core.graph import OpGraph
 from autopar.core.mesh import Mesh
+from autopar.core.mixed import Machines, MixedCluster
 from autopar.core.plan import Plan
 from autopar.core.residency import Precision
 from autopar.errors import InfeasibleError, NoFamilyError, UsageError
@@ -19,6 +20,7 @@ from autopar.joint.known import Known
 from autopar.joint.plan import check_in_space, is_row, joint_search, planned_jointly
 from autopar.joint.search import JointSearch
 from autopar.planner.appraisal import Appraisal, appraise
+from autopar.planner.groups import best_on_groups, over_groups
 from autopar.planner.pins import parse_pins
 from autopar.planner.plan import Planned, plan_graph
 from autopar.planner.search import MEMORY_SHARE, Options
@@ -98,15 +100,33 @@ class Request:
             raise UsageError(f"pin micro_batch={parsed.micro_batch}: {per_pass} samples a pass over all data-parallel ranks do not divide the batch of {self.batch_size}")
         return self.batch_size // per_pass
 
-    def planned(self, cluster: Cluster, *, progress: Progress = quiet, **given: Any) -> Planned:
+    def planned(self, cluster: Machines, *, progress: Progress = quiet, **given: Any) -> Planned:
         """The best plan on a cluster. Raises InfeasibleError where none fits."""
         options = self.options(**given)
+        if isinstance(cluster, MixedCluster):
+            return self._on_groups(cluster, options, progress, **given)
         joint = self._joint(cluster, options, progress)
         if joint is not None:
             return planned_jointly(joint, self.family.graph, options.tokens)
         if self._weighs_both(cluster, options):
             return self._fitting(cluster, options, progress)
         return self._of_meshes(cluster, options, progress)
+
+    def _on_groups(self, mixed: MixedCluster, options: Options, progress: Progress, **given: Any) -> Planned:
+        def on_one(part: Cluster) -> Planned:
+            return self.planned(part, progress=lambda text: progress(f"{part.name}: {text}"), **given)
+
+        short = not mixed.is_local and self._may_join(options)  # the graphs of a deep model follow from short traces
+
+        def graph(micro_batches: int) -> OpGraph | None:
+            if not short or self.batch_size % micro_batches:
+                return self.graph(micro_batches)
+            return self.family.graph(self.batch_size // micro_batches)
+
+        first = graph(options.micro_batches)
+        if first is None:
+            raise UsageError(f"a batch of {self.batch_size} does not divide into {options.micro_batches} microbatches; change the batch or micro_batches")
+        return best_on_groups(mixed, on_one, over_groups(first, mixed, options, progress, graph))
 
     def _of_meshes(self, cluster: Cluster, options: Options, progress: Progress) -> Planned:
         progress("tracing")
@@ -137,9 +157,11 @@ class Request:
             return whole
         return min(found, whole or found, key=lambda p: p.plan.predicted.step_time_s)
 
-    def front(self, cluster: Cluster, **given: Any) -> Iterator[Planned]:
+    def front(self, cluster: Machines, **given: Any) -> Iterator[Planned]:
         """The front of time against memory: the fastest plan of all the memory, then the fastest that holds so much less than the one before it, until none
         does. `given`: of `planned`, `max_memory` where the front begins."""
+        if isinstance(cluster, MixedCluster):
+            raise UsageError(f"the front of time against memory on {cluster.name}: devices of groups have memory of their own; ask for one group")
         share = given.pop("max_memory", MEMORY_SHARE)
         if given.get("joint") is None and cluster.num_nodes == 1:
             given["joint"] = False  # dozens of plans, nearly all of which are short of memory
@@ -188,7 +210,7 @@ class Request:
                 self.trace_s += time.perf_counter() - start
         return self._family
 
-    def appraised(self, plan: Plan, cluster: Cluster) -> Appraisal:
+    def appraised(self, plan: Plan, cluster: Machines) -> Appraisal:
         """What a plan costs on a cluster, term by term. Raises PlanMismatchError where it is for another model or batch."""
         number = plan.residency.micro_batches
         short = self._family is not None  # where the plan comes from short traces, so does its graph

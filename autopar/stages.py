@@ -137,8 +137,21 @@ def one_stage(program: Program) -> Stages:
     return Stages(program, Pipeline(1, ()), (Stage(0, program, {}, {}, tuple(range(len(program.graph.outputs)))),))
 
 
+def copies(program: Program, pipeline: Pipeline) -> Stages:
+    """The whole program on every rank, for its share of the microbatches. Raises UsageError for a model whose buffers every microbatch changes, which copies
+    would each change on their own."""
+    if program.graph.updates:
+        name = program.graph.values[program.graph.updates[0][0]].source[0]
+        raise UsageError(f"buffer {name} is updated by every microbatch; copies of the model that share them out would each have their own")
+    outputs = tuple(range(len(program.graph.outputs)))
+    alike = {share: replace(program, residency=replace(program.residency, micro_batches=share)) for share in sorted(set(pipeline.shares))}
+    return Stages(program, pipeline, tuple(Stage(s, alike[share], {}, {}, outputs) for s, share in enumerate(pipeline.shares)))
+
+
 def cut_into_stages(program: Program, pipeline: Pipeline | None) -> Stages:
     """The stages of a program, one without a pipeline; raises PlanMismatchError where a cut is not where the pipeline says, UsageError where it cannot be made."""
+    if pipeline is not None and pipeline.shares:
+        return copies(program, pipeline)
     return one_stage(program) if pipeline is None else _Cutter(program, _first_ops(program.graph, pipeline)).stages(pipeline)
 
 

@@ -1,7 +1,7 @@
 """Pipelines on real processes train like one process of plain PyTorch: losses, norms before clipping, parameters; every step communicates
 what was predicted, keeps as many microbatches as its schedule says, and goes on from a checkpoint of any other plan."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import autopar
+from autopar.core.pipeline import SHARED, Pipeline
 from autopar.core.plan import Plan
 from autopar.errors import UsageError
 from autopar.models.load import LoadedModel, load_model
@@ -50,6 +51,8 @@ class Case:
         graph = trace(loaded.module, (), split_batch(loaded.kwargs, self.micro_batches)[0]).graph
         options = Options(pins=self.pins, micro_batches=self.micro_batches, offload=self.offload)
         plan = plan_graph(graph, autopar.Cluster.local(num_devices // self.ranks), options).plan
+        if self.schedule == SHARED:
+            return replace(plan, pipeline=Pipeline(self.ranks, (), SHARED, shares=(1,) * (self.ranks - 1) + (self.micro_batches - self.ranks + 1,)))
         return cut(plan, graph, self.ranks, self.schedule, 2 if self.schedule == "interleaved" else 1, seed)
 
     def batches(self, loaded: LoadedModel) -> list[dict[str, Any]]:
@@ -63,6 +66,7 @@ CASES = {
         Case(model="llama-tiny", schedule="interleaved", ranks=2, micro_batches=4),
         Case(model="gpt2-tiny", schedule="zero-bubble", ranks=2, micro_batches=3, accumulate=2, in_flight=(2, 2)),
         Case(model="t5-tiny", schedule="1f1b", ranks=2, micro_batches=1, in_flight=(1, 1)),
+        Case(model="gpt2-tiny", schedule=SHARED, ranks=2, micro_batches=4, accumulate=2, in_flight=(1, 1)),
     ),
     4: (
         Case(model="gpt2-tiny", schedule="1f1b", ranks=4, micro_batches=6, in_flight=(4, 3, 2, 1)),
@@ -70,6 +74,8 @@ CASES = {
         Case(model="llama-tiny", schedule="zero-bubble", ranks=2, micro_batches=2, pins=("tp=2",)),
         Case(model="gpt2-tiny", schedule="interleaved", ranks=2, micro_batches=2, pins=("dp=2", "zero=1"), offload=True),
         Case(model="gpt2-tiny", schedule="gpipe", ranks=2, micro_batches=2, pins=("dp=2", "zero=2"), accumulate=2),
+        Case(model="llama-tiny", schedule=SHARED, ranks=2, micro_batches=3, pins=("dp=2", "zero=1"), offload=True),
+        Case(model="gpt2-tiny", schedule=SHARED, ranks=2, micro_batches=4, pins=("dp=2", "zero=3"), accumulate=2),
     ),
     8: (Case(model="gpt2-tiny", schedule="1f1b", ranks=2, micro_batches=2, pins=("dp=2", "tp=2")),),
 }
@@ -148,9 +154,10 @@ def test_trains_like_one_process(num_ranks: int) -> None:
 
 
 def save_and_reload(worker: Worker, folder: str) -> None:
-    """ZeRO-1 x pipeline -> ZeRO-3 -> deeper pipeline: parameters and optimizer state as saved, bit by bit, and the next loss the same."""
+    """ZeRO-1 x pipeline -> ZeRO-3 -> deeper pipeline -> copies that share the batch -> pipeline: parameters and optimizer state as saved, bit by bit, and the next loss the same."""
     first_case = Case(model="gpt2-tiny", schedule="1f1b", ranks=2, micro_batches=2, pins=("dp=2", "zero=1"))
-    others = (None, Case(model="gpt2-tiny", schedule="interleaved", ranks=4, micro_batches=4), first_case)
+    shared = Case(model="gpt2-tiny", schedule=SHARED, ranks=2, micro_batches=2, pins=("dp=2", "zero=1"))
+    others = (None, Case(model="gpt2-tiny", schedule="interleaved", ranks=4, micro_batches=4), shared, first_case)
     loaded = first_case.load()
     model = autopar.parallelize(loaded.module, autopar.Cluster.local(4), loaded.kwargs, plan=first_case.plan(loaded, 4))
     optimizer = optimizer_of(model)
@@ -199,7 +206,7 @@ def test_checkpoints_go_from_any_plan_to_any_other(tmp_path: Path) -> None:
     launch(save_and_reload, 4, str(tmp_path), on_message=received.append, preload=("autopar.api", "transformers.modeling_utils"))
     loaded = Case(model="gpt2-tiny", schedule="", ranks=1, micro_batches=2).load()
     optimizer = optimizer_of(loaded.module)
-    for _ in range(4):
+    for _ in range(5):
         optimizer.zero_grad()
         loss = loaded.module(**loaded.kwargs).loss
         loss.backward()

@@ -23,7 +23,7 @@ def clusters(json: Json = False, debug: Debug = False) -> None:
     table.add_row("local:N", "N processes on this machine", "its memory / N", "loopback", "-")
     page = output()
     page.print(table)
-    page.print("NAME:16 is 16 nodes, NAME:16x4 are 16 nodes of 4 devices, and FILE.toml describes a machine of your own", style="dim")
+    page.print("NAME:16 is 16 nodes, NAME:16x4 are 16 nodes of 4 devices, NAME:2+OTHER:2 are groups of different machines, and FILE.toml describes a machine of your own", style="dim")
 
 
 def _link(link: Link) -> str:

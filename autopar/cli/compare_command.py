@@ -23,7 +23,7 @@ from autopar.cli.options import (
 )
 from autopar.cli.plan_command import DType, default_dtype
 from autopar.cli.points import SEARCHED, pins_of, point, print_points
-from autopar.core.cluster import Cluster
+from autopar.core.mixed import parse_machines
 from autopar.core.plan import Plan
 from autopar.models.load import check_name
 
@@ -39,7 +39,7 @@ def compare(
     micro_batches: MicroBatches = None, offload: Offload = False, pipelines: Pipelines = False, joint: Joint = None, json: Json = False, debug: Debug = False,
 ) -> int:  # fmt: skip
     """Price plans of MODEL side by side: the searched one, named baselines, pins, plan files. All by the same costs."""
-    machines = Cluster.parse(cluster)
+    machines = parse_machines(cluster)
     check_name(model)
     wanted = tuple(names or DEFAULT)
     for name in wanted:

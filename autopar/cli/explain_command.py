@@ -27,7 +27,8 @@ from autopar.cli.options import (
 from autopar.cli.plan_command import DType, default_dtype
 from autopar.cli.points import Point, difference, given, pins_of, point, print_points
 from autopar.cli.units import duration
-from autopar.core.cluster import Cluster
+from autopar.core.mixed import Machines, MixedCluster, parse_machines
+from autopar.core.plan import Plan
 from autopar.errors import AutoparError
 from autopar.models.load import check_name
 
@@ -50,7 +51,7 @@ def explain(
     offload: Offload = False, pipelines: Pipelines = False, joint: Joint = None, why_not: WhyNot = None, top: Top = 3, json: Json = False, debug: Debug = False,
 ) -> int:  # fmt: skip
     """Say why the best plan of MODEL is the best: its terms, the best of other meshes or pipelines, what every decision saves."""
-    machines = Cluster.parse(cluster)
+    machines = parse_machines(cluster)
     check_name(model)
     for text in why_not or ():
         pins_of(text, machines)
@@ -67,8 +68,8 @@ def explain(
         planned = request.planned(machines, progress=progress, **options)
         first = Point("searched", planned.plan, request.appraised(planned.plan, machines))
         progress("pricing the alternatives of every decision")
-        decisions = _alike(decisions_of(planned) if planned.candidates else alternatives(request, machines, planned.plan, progress=progress, **options))
-        others = [Point(p.summary(), p, request.appraised(p, machines)) for p in planned.others(top)]
+        decisions = _alike(decisions_of(planned) if planned.candidates else alternatives(request, _used(machines, planned.plan), planned.plan, progress=progress, **options))
+        others = [Point(_named(p, planned.plan), p, request.appraised(p, machines)) for p in planned.others(top)]
         asked_for = [_why_not(request, text, machines, asked) for text in why_not or ()]
     if json:
         print_json({
@@ -80,7 +81,17 @@ def explain(
     return 0
 
 
-def _why_not(request: "Request", text: str, cluster: Cluster, asked: Asked) -> Point:
+def _named(other: Plan, plan: Plan) -> str:
+    """A plan that was not taken, by its layout, and where it lies if that is elsewhere."""
+    return other.summary() if other.cluster == plan.cluster else f"{other.summary()} on {other.cluster}"
+
+
+def _used(machines: Machines, plan: Plan) -> Machines:
+    """Other decisions on the devices that the plan uses."""
+    return machines.used_by(plan.cluster) if isinstance(machines, MixedCluster) else machines
+
+
+def _why_not(request: "Request", text: str, cluster: Machines, asked: Asked) -> Point:
     try:
         return point(request, text, cluster, asked)
     except AutoparError as error:  # pins that contradict each other or fit no mesh: that is the answer
@@ -104,7 +115,7 @@ def _extra(seconds: float) -> str:
     return "nothing" if abs(seconds) < NOTHING_S else f"{'+' if seconds > 0 else '-'}{duration(abs(seconds))}"
 
 
-def _print(page: "Console", first: Point, decisions: "list[tuple[Decision, int]]", others: list[Point], asked_for: list[Point], cluster: Cluster) -> None:
+def _print(page: "Console", first: Point, decisions: "list[tuple[Decision, int]]", others: list[Point], asked_for: list[Point], cluster: Machines) -> None:
     from rich.table import Table
 
     assert first.plan is not None, "an infeasible model raises"

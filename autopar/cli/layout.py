@@ -4,8 +4,8 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from autopar.core.cluster import Cluster
 from autopar.core.layout import format_layout
+from autopar.core.mixed import Machines, MixedCluster
 from autopar.core.pipeline import PP
 from autopar.core.plan import Plan
 
@@ -45,7 +45,7 @@ def parameter_groups(plan: Plan) -> tuple[Group, ...]:
     return tuple(Group(pattern, words, count, whole) for (pattern, words, whole), count in counted.items())
 
 
-def axis_uses(plan: Plan, cluster: Cluster) -> tuple[AxisUse, ...]:
+def axis_uses(plan: Plan, cluster: Machines) -> tuple[AxisUse, ...]:
     """Mesh axes, outermost first."""
     kinds = {name: OVERLOAD_AND_NUMBER.sub("", name) for name, _ in plan.ops}
     words = {name: dict(item.partition(":")[::2] for item in strategy.split(",") if item) for name, strategy in plan.ops}
@@ -53,17 +53,26 @@ def axis_uses(plan: Plan, cluster: Cluster) -> tuple[AxisUse, ...]:
     inner = plan.num_ranks
     for axis in plan.whole_mesh.axes:
         inner //= axis.size
-        link = cluster.intra_node if inner * axis.size <= cluster.devices_per_node else cluster.inter_node
+        link = _link(plan, cluster, axis.name, inner * axis.size)
         if plan.pipeline is not None and axis.name == PP:
-            uses.append(AxisUse(axis.name, axis.size, link.name, f"the model into {plan.pipeline.num_stages} stages, schedule {plan.pipeline.schedule}"))
+            what = "nothing: copies share out the microbatches" if plan.pipeline.shares else f"the model into {plan.pipeline.num_stages} stages, schedule {plan.pipeline.schedule}"
+            uses.append(AxisUse(axis.name, axis.size, link, what))
             continue
         cuts: dict[str, Counter[str]] = {}
         for name, kind in kinds.items():
             word = words[name].get(axis.name, "I")
             if WORKING.search(kind) and word not in ("I", "R"):
                 cuts.setdefault(kind, Counter())[word] += 1
-        uses.append(AxisUse(axis.name, axis.size, link.name, "; ".join(_words(kind, counts) for kind, counts in cuts.items()) or "nothing"))
+        uses.append(AxisUse(axis.name, axis.size, link, "; ".join(_words(kind, counts) for kind, counts in cuts.items()) or "nothing"))
     return tuple(uses)
+
+
+def _link(plan: Plan, cluster: Machines, axis: str, spanned: int) -> str:
+    """What the ranks of an axis, which spans so many devices, talk over: on groups of different devices the links of each."""
+    if plan.pipeline is not None and axis == PP and isinstance(cluster, MixedCluster):
+        return cluster.between.name
+    links = [group.intra_node if spanned <= group.devices_per_node else group.inter_node for group in cluster.groups]
+    return " / ".join(dict.fromkeys(link.name for link in links))
 
 
 def _words(kind: str, counts: Counter[str]) -> str:

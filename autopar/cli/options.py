@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from autopar.core.cluster import Cluster
+from autopar.core.mixed import Machines
 from autopar.core.parts import part_of
 from autopar.core.plan import Plan
 from autopar.errors import PlanMismatchError, UsageError
@@ -35,7 +35,7 @@ def _note_debug(context: typer.Context, wanted: bool) -> bool:
 ModelName = Annotated[
     str, typer.Argument(metavar="MODEL", help="A preset (see `autopar models`), a folder with config.json, or package.module:function.")
 ]
-ClusterName = Annotated[str, typer.Option("--cluster", "-c", help="local:4, h100-sxm:16 (16 nodes), h100-sxm:16x4 or a .toml file.")]
+ClusterName = Annotated[str, typer.Option("--cluster", "-c", help="local:4, h100-sxm:16 (16 nodes), h100-sxm:16x4, a100-sxm:2+h100-sxm:2 (groups) or a .toml file.")]
 Batch = Annotated[int | None, typer.Option("--batch", min=1, max=LARGEST_COUNT, help="Global batch. [default: 8, or one per device if more]")]
 Seq = Annotated[int | None, typer.Option("--seq", min=1, max=LARGEST_COUNT, help="Sequence length. [default: the model's own]")]
 PinTexts = Annotated[
@@ -81,20 +81,20 @@ def asked_for(plan: Plan | None, dtype: str | None, default: str) -> str:
     return found
 
 
-def checked_pins(texts: Sequence[str] | None, cluster: Cluster) -> tuple[str, ...]:
+def checked_pins(texts: Sequence[str] | None, cluster: Machines) -> tuple[str, ...]:
     """The pins, refused before any model is built if they make no sense or do not multiply to the cluster."""
     pins = tuple(texts or ())
     forced_mesh(parse_pins(pins), cluster)
     return pins
 
 
-def global_batch(batch: int | None, cluster: Cluster, micro_batches: int | None = None) -> int:
+def global_batch(batch: int | None, cluster: Machines, micro_batches: int | None = None) -> int:
     """The batch asked for, or the smallest one of at least 8 samples that all devices share evenly in every microbatch."""
     shares = cluster.num_devices * (micro_batches or 1)
     return batch or shares * math.ceil(SMALLEST_DEFAULT_BATCH / shares)
 
 
-def read_plan(path: Path, cluster: Cluster, asked: Asked) -> Plan:
+def read_plan(path: Path, cluster: Machines, asked: Asked) -> Plan:
     """The plan of a file, if it is one for as many devices as the cluster has, or a part of it."""
     for option in asked.options():
         raise UsageError(f"{option} and --plan {path}: a plan is complete; leave one of them out")

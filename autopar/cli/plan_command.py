@@ -26,7 +26,7 @@ from autopar.cli.options import (
     checked_share,
     global_batch,
 )
-from autopar.core.cluster import Cluster
+from autopar.core.mixed import Machines, parse_machines
 from autopar.core.objective import Objective
 from autopar.core.parts import NAMED
 from autopar.core.plan import Plan
@@ -58,7 +58,7 @@ def plan(
     fewer_devices: FewerDevices = False, budget: Budget = 30.0, max_memory: MaxMemory = 0.9, out: OutFile = None, allow_gap: AllowGap = False, json: Json = False, debug: Debug = False,
 ) -> int:  # fmt: skip
     """Find the best layout of MODEL on a cluster. Needs no device, no weights and no network."""
-    machines = Cluster.parse(cluster)
+    machines = parse_machines(cluster)
     check_name(model)
     asked = Asked(pins=checked_pins(pin, machines), micro_batches=micro_batches, offload=offload, pipelines=pipelines, dtype=dtype or default_dtype(machines), joint=joint)
     checked_share("--budget", budget, LONGEST_BUDGET_S)
@@ -88,13 +88,13 @@ def plan(
     return BUDGET_ENDED if found.proof.status.startswith("budget") and not allow_gap else 0
 
 
-def default_dtype(cluster: Cluster) -> str:
+def default_dtype(cluster: Machines) -> str:
     """What people train in: 16 bits on accelerators, 32 in processes of this machine."""
     return "float32" if cluster.name.startswith("local:") else "bfloat16"
 
 
 def search(
-    loaded: "LoadedModel", cluster: Cluster, asked: Asked, objective: Objective = Objective(), *, budget_s: float = 30.0, max_memory: float = 0.9, progress: Any
+    loaded: "LoadedModel", cluster: Machines, asked: Asked, objective: Objective = Objective(), *, budget_s: float = 30.0, max_memory: float = 0.9, progress: Any
 ) -> tuple["Chosen", dict[str, float]]:
     """The plan with what it was chosen from, and the seconds of tracing and searching."""
     from autopar.api import plan_timed
@@ -129,7 +129,7 @@ class _Given:
     asked: Asked
     out: Path | None
 
-    def on(self, part: Cluster, batch: int) -> "_Given":
+    def on(self, part: Machines, batch: int) -> "_Given":
         """The same for a part of the cluster, where that has a name of its own."""
         return replace(self, cluster=part.name, batch=batch) if NAMED.fullmatch(part.name) else self
 

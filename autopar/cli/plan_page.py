@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -9,8 +10,8 @@ from rich.table import Table
 
 from autopar.cli.layout import Group, axis_uses, parameter_groups
 from autopar.cli.units import count, duration, size
-from autopar.core.cluster import Cluster
 from autopar.core.memory import MemoryUse
+from autopar.core.mixed import Machines
 from autopar.core.pipeline import StagePrediction
 from autopar.core.plan import Plan
 
@@ -18,19 +19,20 @@ if TYPE_CHECKING:
     from autopar.choice import Chosen
 
 MAX_ROWS = 40
+ROUNDING = 1e-9
 LEGEND = "S1 is cut along dimension 1, counted from 0; 'whole' is the same on every rank. Letters are loops: addmm is [m,k] x [k,n], linear [b,i] x [o,i]."
 
 
-def print_plan(page: Console, plan: Plan, cluster: Cluster, *, tokens: bool, next_command: str) -> None:
+def print_plan(page: Console, plan: Plan, cluster: Machines, *, tokens: bool, next_command: str) -> None:
     """The answer, what is cut and where it lies, what it costs, how good it is, what comes next."""
     p = plan.predicted
-    memory = f"{size(p.peak_memory_bytes)} of {size(cluster.device.memory_bytes)} per device"
+    memory = f"{size(p.peak_memory_bytes)} of {_device_memory(plan, cluster)} per device"
     page.print(f"{plan.summary()}  for {plan.model} on {plan.cluster}: {duration(p.step_time_s)} per step, {memory} (predicted)", style="bold")
     page.print()
     page.print(_axes_table(plan, cluster))
     page.print()
     if p.stages:
-        page.print(_stage_table(p.stages))
+        page.print(_stage_table(p.stages, plan.pipeline.places if plan.pipeline is not None else ()))
         page.print()
     page.print(_parameter_table(parameter_groups(plan)))
     page.print(LEGEND, style="dim")
@@ -38,7 +40,8 @@ def print_plan(page: Console, plan: Plan, cluster: Cluster, *, tokens: bool, nex
     rate = f"; {count(p.tokens_per_s)} {'tokens' if tokens else 'samples'}/s" if p.tokens_per_s else ""
     time = f"{duration(p.step_time_s)} = {duration(p.compute_s)} compute + {duration(p.communication_s)} communication"
     if plan.pipeline is not None:
-        waiting = max(0.0, p.step_time_s - p.compute_s - p.communication_s)
+        waiting = p.step_time_s - p.compute_s - p.communication_s
+        waiting = waiting if waiting > ROUNDING * p.step_time_s else 0.0
         time += f" + {duration(waiting)} waiting on the busiest rank; bubble {p.bubble:.1%}"
     lines = [
         ("time", f"{time}{rate}; MFU {p.mfu:.1%}"),
@@ -91,17 +94,25 @@ def _memory(memory: MemoryUse) -> str:
     return f"{size(memory.high_bytes)} at the fullest moment ({memory.moment}) = {' + '.join(parts)}"
 
 
-def _stage_table(stages: Sequence[StagePrediction]) -> Table:
-    """Seconds per microbatch, bytes per device."""
-    table = Table("STAGE", "RANK", "BLOCKS", "PARAMETERS", "FORWARD", "BACKWARD", "IN FLIGHT", "PEAK MEMORY", "SENDS A STEP", box=None, pad_edge=False)
+def _device_memory(plan: Plan, cluster: Machines) -> str:
+    """Of the devices that the fullest stage lies on."""
+    fullest = max(plan.predicted.stages, key=lambda s: s.peak_memory_bytes == plan.predicted.peak_memory_bytes, default=None)
+    places = plan.pipeline.places if plan.pipeline is not None else ()
+    group = next((g for g in cluster.groups if fullest is not None and places and g.name == places[fullest.rank]), cluster.groups[0])
+    return size(group.device.memory_bytes)
+
+
+def _stage_table(stages: Sequence[StagePrediction], places: Sequence[str]) -> Table:
+    """Seconds per microbatch, bytes per device; of groups of different devices, on which of them a stage lies."""
+    table = Table("STAGE", "RANK", *(["ON"] if places else []), "BLOCKS", "PARAMETERS", "FORWARD", "BACKWARD", "IN FLIGHT", "PEAK MEMORY", "SENDS A STEP", box=None, pad_edge=False)
     for n, s in enumerate(stages):
         blocks = s.first if s.first == s.last else f"{s.first} - {s.last}"
         figures = count(s.num_params), duration(s.forward_s), duration(s.backward_s), str(s.in_flight), size(s.peak_memory_bytes), size(s.sent_bytes)
-        table.add_row(str(n), str(s.rank), blocks, *figures)
+        table.add_row(str(n), str(s.rank), *([places[s.rank]] if places else []), blocks, *figures)
     return table
 
 
-def _axes_table(plan: Plan, cluster: Cluster) -> Table:
+def _axes_table(plan: Plan, cluster: Machines) -> Table:
     table = Table("AXIS", "RANKS", "LINKS", "CUTS", box=None, pad_edge=False)
     for use in axis_uses(plan, cluster):
         table.add_row(use.name, str(use.size), use.link, use.cuts)
@@ -135,4 +146,16 @@ def _notes(plan: Plan) -> list[str]:
     idle = [axis for axis in plan.mesh.axes if axis.name.startswith("idle") and axis.size > 1]
     advice = "all compute the same, cutting costs more than it saves here; use"
     found = [f"the ranks of axis {axis.name} {advice} {plan.num_ranks // axis.size} devices, or more work per step" for axis in idle]
-    return [*found, *plan.notes]
+    return [*found, *_places(plan), *plan.notes]
+
+
+def _places(plan: Plan) -> list[str]:
+    """Which ranks are on which group of different devices, neighbours of one group together; of copies of the model, with how many microbatches each."""
+    found, first = [], 0
+    places = plan.pipeline.places if plan.pipeline is not None else ()
+    shares = plan.pipeline.shares or (0,) * len(places) if plan.pipeline is not None else ()
+    for (place, share), of_group in groupby(zip(places, shares)):
+        count = len(list(of_group)) * plan.mesh.num_ranks
+        found.append(f"{first} to {first + count - 1} on {place}" + (f" with {share} microbatch{'es' * (share > 1)} a copy" if share else ""))
+        first += count
+    return [f"processes in this order: {', '.join(found)}"] if found else []

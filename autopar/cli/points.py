@@ -10,7 +10,7 @@ from rich.table import Table
 
 from autopar.cli.options import Asked
 from autopar.cli.units import duration, size
-from autopar.core.cluster import Cluster
+from autopar.core.mixed import Machines
 from autopar.core.plan import Plan
 from autopar.errors import InfeasibleError, UsageError
 from autopar.planner.baselines import EXAMPLE, NAMED, baseline_pins
@@ -44,7 +44,7 @@ class Point:
         }  # fmt: skip
 
 
-def pins_of(name: str, cluster: Cluster) -> tuple[str, ...]:
+def pins_of(name: str, cluster: Machines) -> tuple[str, ...]:
     """The pins of a name that is no file: none of `searched`, those of a baseline, or the text itself."""
     if name == SEARCHED:
         return ()
@@ -57,7 +57,7 @@ def pins_of(name: str, cluster: Cluster) -> tuple[str, ...]:
     return pins
 
 
-def point(request: "Request", name: str, cluster: Cluster, asked: Asked, **options: Any) -> Point:
+def point(request: "Request", name: str, cluster: Machines, asked: Asked, **options: Any) -> Point:
     """The plan of a name and what it costs. What does not fit is a point too, with the reason."""
     if name.endswith(".json"):
         plan = Plan.load(Path(name))
@@ -74,7 +74,7 @@ def given(asked: Asked, pins: Sequence[str] = ()) -> dict[str, Any]:
     return {"pins": (*asked.pins, *pins), "micro_batches": asked.micro_batches, "offload": asked.offload, "pipelines": asked.pipelines, "joint": asked.joint}
 
 
-def print_points(page: Console, points: Sequence[Point], cluster: Cluster) -> None:
+def print_points(page: Console, points: Sequence[Point], cluster: Machines) -> None:
     """A column for each plan: where its time goes, what it holds; then in words what separates it from the first."""
     there = [p for p in points if p.appraisal is not None]
     if there:

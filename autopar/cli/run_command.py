@@ -29,7 +29,7 @@ from autopar.cli.options import (
     global_batch,
     read_plan,
 )
-from autopar.core.cluster import Cluster
+from autopar.core.mixed import parse_machines
 from autopar.core.plan import Plan
 from autopar.errors import PlanMismatchError, UsageError, VerificationError
 from autopar.models.load import check_name
@@ -52,7 +52,7 @@ def run(
     batch: Batch = None, seq: Seq = None, dtype: DType = None, steps: Steps = 10, lr: LearningRate = 1e-3, text: TextFile = None, compare: Compare = True, seed: Seed = 0, json: Json = False, debug: Debug = False,
 ) -> int:  # fmt: skip
     """Train MODEL on the processes of local:N, by a plan, with real gloo communication. Exit 5 if the losses are not those of one process."""
-    machines = Cluster.parse(cluster)
+    machines = parse_machines(cluster)
     if not machines.name.startswith("local:"):
         raise UsageError(f"--cluster {cluster}: run starts processes on this machine; use local:N, or torchrun with autopar.parallelize elsewhere")
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:

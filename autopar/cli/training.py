@@ -12,7 +12,7 @@ from torch import nn
 from torch.func import functional_call
 
 from autopar.api import parallelize
-from autopar.core.cluster import Cluster
+from autopar.core.mixed import parse_machines
 from autopar.core.plan import Plan
 from autopar.errors import UsageError
 from autopar.models.load import LoadedModel, load_model
@@ -129,7 +129,7 @@ def on_rank(worker: Worker, job: Job) -> None:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # as in the process that started it
     loaded = job.load()
-    module = parallelize(loaded.module, Cluster.parse(job.cluster), loaded.kwargs, plan=Plan.from_json(job.plan), seed=job.seed)
+    module = parallelize(loaded.module, parse_machines(job.cluster), loaded.kwargs, plan=Plan.from_json(job.plan), seed=job.seed)
     optimizer = job.optimizer(module.parameters())
     for batch in job.batches(loaded):
         optimizer.zero_grad()

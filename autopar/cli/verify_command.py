@@ -27,6 +27,7 @@ from autopar.cli.options import (
 )
 from autopar.cli.units import count, size
 from autopar.core.cluster import Cluster
+from autopar.core.mixed import parse_machines
 from autopar.core.plan import Plan
 from autopar.errors import PlanMismatchError, UsageError, VerificationError
 from autopar.models.load import check_name
@@ -50,7 +51,7 @@ def verify(
     batch: Batch = None, seq: Seq = None, dtype: Precision = None, steps: Steps = 10, seed: Seed = 0, json: Json = False, debug: Debug = False,
 ) -> int:  # fmt: skip
     """Train MODEL both ways, parallel and in one process, and compare loss, every gradient and every parameter. Exit 5 if they differ."""
-    machines = Cluster.parse(cluster)
+    machines = parse_machines(cluster)
     check_name(model)
     if dtype not in (None, *DTYPES):
         raise UsageError(f"--dtype {dtype}: the comparison is made in {', '.join(DTYPES)}")

@@ -27,7 +27,7 @@ from autopar.cli.plan_command import DType, default_dtype
 from autopar.cli.points import Point, given, print_points
 from autopar.cli.units import duration, size
 from autopar.core.change import changed
-from autopar.core.cluster import Cluster
+from autopar.core.mixed import Machines, parse_machines
 from autopar.core.units import shown
 from autopar.errors import InfeasibleError, UsageError
 from autopar.models.load import check_name
@@ -50,7 +50,7 @@ def whatif(
     pin: PinTexts = None, micro_batches: MicroBatches = None, offload: Offload = False, pipelines: Pipelines = False, joint: Joint = None, json: Json = False, debug: Debug = False,
 ) -> int:  # fmt: skip
     """Plan MODEL again where the machine has other numbers or a plan may hold less: what changes, and where the best plan becomes another one."""
-    machines = Cluster.parse(cluster)
+    machines = parse_machines(cluster)
     check_name(model)
     if not (changes or sweep or front):
         raise UsageError("whatif needs a change: --set inter_node.bandwidth*=2, --sweep inter_node.bandwidth*=0.25..4:9, or --front")
@@ -84,7 +84,7 @@ def whatif(
     return 0
 
 
-def _point(request: "Request", name: str, cluster: Cluster, options: dict[str, Any]) -> Point:
+def _point(request: "Request", name: str, cluster: Machines, options: dict[str, Any]) -> Point:
     """What one search knows is left to the next."""
     try:
         plan = request.planned(cluster, **options).plan

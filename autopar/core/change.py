@@ -7,15 +7,17 @@ from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
-from autopar.core.cluster import Cluster
+from autopar.core.mixed import Machines
 from autopar.core.units import QUANTITY, shown
 from autopar.errors import FileFormatError, UsageError
 
+NUMBERED = re.compile(r"^group\.[0-9]+\.")
 CHANGE = re.compile(r"\s*([A-Za-z0-9_.]+)\s*(\*?=)\s*(.+?)\s*")
 
 
-def changed(cluster: Cluster, changes: Sequence[str]) -> Cluster:
-    """The cluster with every change made, in their order. Keys are those of a cluster file; raises UsageError.
+def changed(cluster: Machines, changes: Sequence[str]) -> Machines:
+    """The cluster with every change made, in their order. Keys are those of a cluster file, those of a group behind its number: `group.0.num_nodes`;
+    raises UsageError.
 
     `KEY=VALUE` sets a number as it is written in a file; `KEY*=FACTOR` multiplies it.
     """
@@ -24,7 +26,7 @@ def changed(cluster: Cluster, changes: Sequence[str]) -> Cluster:
         _change(values, text)
     name = f"{cluster.name} with {', '.join(text.strip() for text in changes)}" if changes else cluster.name
     try:
-        return replace(Cluster.from_values(values, "--set"), name=name)
+        return replace(type(cluster).from_values(values, "--set"), name=name)
     except FileFormatError as error:
         raise UsageError(str(error)) from None
 
@@ -43,11 +45,13 @@ def _place(values: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
     known = _keys(values)
     if key not in known:
         close = get_close_matches(key[:40], known, n=1, cutoff=0.4)
-        raise UsageError(f"--set {shown(key)}: no number of a cluster; {f'did you mean {close[0]}? ' if close else ''}known are {', '.join(known)}")
+        listed = ", ".join(dict.fromkeys(NUMBERED.sub("group.N.", name) for name in known))  # of groups the keys of all of them once
+        raise UsageError(f"--set {shown(key)}: no number of a cluster; {f'did you mean {close[0]}?' if close else f'known are {listed}'}")
     *path, name = key.split(".")
+    table: Any = values
     for part in path:
-        values = values[part]
-    return values, name
+        table = table[int(part)] if isinstance(table, list) else table[part]
+    return table, name
 
 
 def _keys(values: dict[str, Any], prefix: str = "") -> list[str]:
@@ -55,6 +59,8 @@ def _keys(values: dict[str, Any], prefix: str = "") -> list[str]:
     for key, value in values.items():
         if isinstance(value, dict):
             found += _keys(value, f"{prefix}{key}.") if key != "source" else []
+        elif isinstance(value, list):
+            found += [name for n, table in enumerate(value) for name in _keys(table, f"{prefix}{key}.{n}.")]
         elif key != "name":
             found.append(prefix + key)
     return found

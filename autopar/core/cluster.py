@@ -65,6 +65,11 @@ class Cluster:
         return self.num_nodes * self.devices_per_node
 
     @property
+    def groups(self) -> "tuple[Cluster, ...]":
+        """One: what several are is a `MixedCluster`."""
+        return (self,)
+
+    @property
     def crowding(self) -> float:
         """How much faster a device computes while the others of its node wait; 1 where they share nothing."""
         return self.host.crowding(self.devices_per_node)
@@ -84,7 +89,7 @@ class Cluster:
             raise UsageError(
                 f"unknown cluster {shown(name)}; {'did you mean ' + ' or '.join(close) + '? ' if close else ''}known are {', '.join(names)}"
             )
-        one = _from_table(parse_toml((folder / f"{name}.toml").read_bytes(), f"{name}.toml"))
+        one = read_cluster(parse_toml((folder / f"{name}.toml").read_bytes(), f"{name}.toml"))
         if devices_per_node is None:
             return replace(one, name=f"{name}:{nodes}", num_nodes=nodes)
         return replace(one, name=f"{name}:{nodes}x{devices_per_node}", num_nodes=nodes, devices_per_node=devices_per_node)
@@ -97,7 +102,7 @@ class Cluster:
     @classmethod
     def load(cls, path: str | Path) -> "Cluster":
         """The cluster a TOML file describes; `cost_models/README.md` has the format."""
-        return _from_table(read_toml(path))
+        return read_cluster(read_toml(path))
 
     @classmethod
     def local(cls, num_processes: int) -> "Cluster":
@@ -150,6 +155,11 @@ class Cluster:
         """The cluster of a command line: `local:4`, `h100-sxm`, `h100-sxm:16` (nodes), `h100-sxm:16x4` (nodes x devices), `my.toml`."""
         if text.endswith(".toml") or "/" in text or os.sep in text:
             return cls.load(text)
+        return cls.named(text)
+
+    @classmethod
+    def named(cls, text: str) -> "Cluster":
+        """The cluster of such a name that is no file."""
         name, colon, size = text.partition(":")
         match = re.fullmatch(r"([0-9]{1,7})(?:x([0-9]{1,5}))?", size if colon else "1")
         if match is None or (name == "local" and (not colon or match[2])):
@@ -181,7 +191,7 @@ class Cluster:
     @classmethod
     def from_values(cls, values: Mapping[str, Any], where: str) -> "Cluster":
         """The cluster of such tables; raises FileFormatError with `where` in front."""
-        return _from_table(Table(where, (), values))
+        return read_cluster(Table(where, (), values))
 
     def __str__(self) -> str:
         def tier(link: Link) -> str:
@@ -191,7 +201,10 @@ class Cluster:
         return inside if self.num_nodes == 1 else f"{inside}, {tier(self.inter_node)} between nodes"
 
 
-def _from_table(table: Table) -> Cluster:
+def read_cluster(table: Table) -> Cluster:
+    """The cluster that the top table of a file, or one of its groups, describes."""
+    if "group" in table.values:
+        table.fail("group", "a cluster of several groups; load it with autopar.MixedCluster.load")
     table.check_keys(CLUSTER_KEYS, ("host",))
     return Cluster(
         name=table.text("name"),

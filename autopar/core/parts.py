@@ -5,20 +5,29 @@ from dataclasses import replace
 
 from autopar.core.cluster import Cluster
 from autopar.core.device import Device, Link
+from autopar.core.mixed import Machines, MixedCluster
 
 NAMED = re.compile(r"(?P<machine>[^:]+):\d+(x\d+)?")
 """Names that say how large a cluster is: `local:4`, `h100-sxm:16`, `h100-sxm:16x4`."""
 
 
-def parts(cluster: Cluster) -> tuple[Cluster, ...]:
-    """The cluster, then every smaller one that divides it: whole nodes, and behind them equal parts of one node. From most devices to fewest."""
+def parts(cluster: Machines) -> tuple[Machines, ...]:
+    """The cluster, then every smaller one that divides it: whole nodes, and behind them equal parts of one node. From most devices to fewest. Of groups:
+    all of them, then the parts of each."""
+    if isinstance(cluster, MixedCluster):
+        of_groups = [part for group in cluster.groups for part in _parts(group)]
+        return (cluster, *sorted(of_groups, key=lambda part: -part.num_devices))
+    return _parts(cluster)
+
+
+def _parts(cluster: Cluster) -> tuple[Cluster, ...]:
     nodes = [replace(cluster, num_nodes=n) for n in range(cluster.num_nodes, 0, -1) if cluster.num_nodes % n == 0]
     full = cluster.devices_per_node
     of_one = [_of_one_node(nodes[-1], n) for n in range(full - 1, 0, -1) if full % n == 0]
     return tuple(_named(part, cluster) for part in (*nodes, *of_one))
 
 
-def part_of(cluster: Cluster, num_devices: int) -> Cluster | None:
+def part_of(cluster: Machines, num_devices: int) -> Machines | None:
     """The part of so many devices; None where there is none."""
     return next((part for part in parts(cluster) if part.num_devices == num_devices), None)
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ class Plan:
             "proof": asdict(self.proof),
             "notes": list(self.notes),
             "residency": _residency_data(self.residency, self.mesh),
-            "pipeline": None if self.pipeline is None else asdict(self.pipeline),
+            "pipeline": None if self.pipeline is None else _pipeline_data(self.pipeline),
             "params": {name: _text(layout) for name, layout in self.params},
             "ops": dict(self.ops),
             "relays": {name: _route_text(route) for name, route in self.relays},
@@ -170,7 +171,7 @@ class Plan:
         axes = [f"{axis.name}{axis.size}" + (f"(zero{stages[a]})" if a in stages else "") for a, axis in enumerate(self.mesh.axes)]
         if self.pipeline is not None:
             axes = [text if axis.size > 1 else "" for text, axis in zip(axes, self.mesh.axes)]
-            axes.insert(self.pipeline.position, f"{PP}{self.pipeline.num_ranks}({self.pipeline.schedule}{_virtual(self.pipeline)})")
+            axes.insert(self.pipeline.position, _axis(self.pipeline))
         extras = [f"recompute {list(self.residency.recompute.values()).count(mode)} {mode}" for mode in sorted(set(self.residency.recompute.values()))]
         if self.residency.micro_batches > 1:
             extras.append(f"{self.residency.micro_batches} microbatches")
@@ -186,8 +187,17 @@ class Plan:
         )
 
 
-def _virtual(pipeline: Pipeline) -> str:
-    return f" v{pipeline.virtual_stages}" if pipeline.virtual_stages > 1 else ""
+def _axis(pipeline: Pipeline) -> str:
+    """`pp4(1f1b)`, `pp2(interleaved v2)`; of copies of the model their shares of the microbatches, `shares(5+11)`, `shares(2x5+2x11)`."""
+    if pipeline.shares:
+        runs = [(share, len(list(run))) for share, run in groupby(pipeline.shares)]
+        return f"shares({'+'.join(f'{count}x{share}' if count > 1 else str(share) for share, count in runs)})"
+    return f"{PP}{pipeline.num_ranks}({pipeline.schedule}{f' v{pipeline.virtual_stages}' if pipeline.virtual_stages > 1 else ''})"
+
+
+def _pipeline_data(pipeline: Pipeline) -> dict[str, Any]:
+    data = asdict(pipeline)
+    return {name: value for name, value in data.items() if name not in ("places", "shares") or value}
 
 
 def _pipeline(data: Any, num_axes: int) -> Pipeline | None:
@@ -196,7 +206,9 @@ def _pipeline(data: Any, num_axes: int) -> Pipeline | None:
     position = data["position"]
     if not isinstance(position, int) or isinstance(position, bool) or not 0 <= position <= num_axes:
         raise ValueError(f"position {str(position)[:60]!r} of the pipeline's axis")
-    return Pipeline(_count(data["num_ranks"]), tuple(_str(x) for x in data["starts"]), _str(data["schedule"]), position)
+    places = tuple(_str(x) for x in data.get("places", ()))
+    shares = tuple(_count(x) for x in data.get("shares", ()))
+    return Pipeline(_count(data["num_ranks"]), tuple(_str(x) for x in data["starts"]), _str(data["schedule"]), position, places, shares)
 
 
 def _residency_data(residency: Residency[str], mesh: Mesh) -> dict[str, Any]:

@@ -113,9 +113,16 @@ def chain(num_stages: int) -> tuple[Edge, ...]:
     return tuple(Edge(a, b) for a, b in pairwise(range(num_stages)))
 
 
+def microbatches_of(stage: int, num_microbatches: int, shares: Sequence[int] = ()) -> range:
+    """The microbatches that a stage runs: all, or its share of them where stages are copies of one model."""
+    first = sum(shares[:stage])
+    return range(first, first + shares[stage]) if shares else range(num_microbatches)
+
+
 @dataclass(frozen=True)
 class Schedule:
-    """What each rank does in one step. `tied`: groups of stages that share a weight. Checked by `schedules.check`."""
+    """What each rank does in one step. `tied`: groups of stages that share a weight. `shares`: where every stage is a copy of the whole model, how many of the
+    microbatches it runs, the first stage the first ones. Checked by `schedules.check`."""
 
     name: str
     num_microbatches: int
@@ -124,9 +131,15 @@ class Schedule:
     ranks: tuple[tuple[Action, ...], ...]
     tied: tuple[tuple[int, ...], ...] = ()
     training: bool = True
+    shares: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_shape(self.num_microbatches, self.placement, len(self.ranks), self.edges, self.tied)
+        check_shares(self.shares, self.num_microbatches, len(self.placement), self.edges)
+
+    def microbatches(self, stage: int) -> range:
+        """Those that a stage runs."""
+        return microbatches_of(stage, self.num_microbatches, self.shares)
 
     @property
     def num_stages(self) -> int:
@@ -149,6 +162,7 @@ class Schedule:
             "placement": list(self.placement),
             "edges": [f"{e.source}>{e.target}{'' if e.has_gradient else ' forward'}" for e in self.edges],
             "tied": [list(group) for group in self.tied],
+            **({"shares": list(self.shares)} if self.shares else {}),
             "ranks": [" ".join(map(str, actions)) for actions in self.ranks],
         }
         return json.dumps(data, indent=1)
@@ -185,6 +199,7 @@ class Schedule:
                 ranks=tuple(parse_actions(line) for line in _typed(data["ranks"], list)),
                 tied=tuple(tuple(_typed(stage, int) for stage in _typed(group, list)) for group in _typed(data["tied"], list)),
                 training=_typed(data["training"], bool),
+                shares=tuple(_typed(share, int) for share in _typed(data.get("shares", []), list)),
             )
         except (KeyError, UsageError) as error:
             what = f"missing {error}" if isinstance(error, KeyError) else str(error)
@@ -213,6 +228,15 @@ def check_shape(num_microbatches: int, placement: Sequence[int], num_ranks: int,
     members = [stage for group in tied for stage in group]
     if len(set(members)) != len(members) or not all(stage in stages for stage in members) or any(list(g) != sorted(g) or len(g) < 2 for g in tied):
         raise UsageError(f"tied {[list(group) for group in tied]}: a group is two or more stages, ascending, and no stage is in two; merge groups that meet")
+
+
+def check_shares(shares: Sequence[int], num_microbatches: int, num_stages: int, edges: Sequence[Edge]) -> None:
+    """Raise UsageError unless copies of a model share out the microbatches of a step."""
+    if shares and (len(shares) != num_stages or min(shares) < 1 or sum(shares) != num_microbatches or edges):
+        raise UsageError(
+            f"shares {list(shares)} of {num_microbatches} microbatches for {num_stages} stages and {len(edges)} edges; give every copy of the model at least one, "
+            "all of them together, and no edges"
+        )
 
 
 def _typed(value: Any, kind: type) -> Any:

@@ -4,11 +4,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from autopar.core.cluster import Cluster
 from autopar.core.graph import OpGraph
 from autopar.core.memory import MemoryUse
+from autopar.core.mixed import Machines, MixedCluster
 from autopar.core.moves import COLLECTIVES
 from autopar.core.plan import Plan
+from autopar.planner.along import along, groups_of
 from autopar.planner.bind import bind
 from autopar.planner.blocks import Order
 from autopar.planner.liveness import Engine, memory_use
@@ -20,6 +21,7 @@ from autopar.stages import cut_into_stages
 
 COMPUTE, AGAIN, COPIES, PARAMETERS, WAITING = "operators", "computed again", "copies", "parameters and gradients", "waiting for other stages"
 UPDATE, STARTING, LEFT_FREE = "optimizer", "starting passes", "cores that waiting stages leave free"
+SUMS = "sums over copies"
 
 PER_MICROBATCH = PHASES.index("gather_s")
 """Phases before this one are of a microbatch, the others of a step."""
@@ -35,16 +37,20 @@ class Appraisal:
     communicated_bytes: int
 
 
-def appraise(plan: Plan, graph: OpGraph, cluster: Cluster) -> Appraisal:
-    """Price a plan; `graph` is that of one of its microbatches. Raises PlanMismatchError where they do not belong together."""
+def appraise(plan: Plan, graph: OpGraph, machines: Machines) -> Appraisal:
+    """Price a plan; `graph` is that of one of its microbatches. Raises PlanMismatchError where they do not belong together. Of several groups a plan
+    lies on those that it names, or is priced on all as if they were as slow as the slowest."""
     program = bind(plan, graph)
+    places = plan.pipeline.places if plan.pipeline is not None else ()
+    groups = groups_of(machines, places)
+    cluster = (machines.group(plan.cluster) or machines.slowest) if isinstance(machines, MixedCluster) else machines
     if plan.pipeline is None:
         pricing = Pricing(cluster, program.mesh)
         terms = _terms(program, pricing)
         return Appraisal(terms, sum(terms.values()), memory_use(program, Engine.of(cluster)), program.ledger.total_bytes)
     pipeline = plan.pipeline
-    order = Order(pipeline.schedule, pipeline.num_ranks, plan.residency.micro_batches, pipeline.num_stages // pipeline.num_ranks)
-    pricing = Pricing(cluster, program.mesh, (pipeline.num_ranks, pipeline.position))
+    order = Order(pipeline.schedule, pipeline.num_ranks, plan.residency.micro_batches, pipeline.virtual_stages, pipeline.shares)
+    pricing = along(machines, groups, program.mesh) if isinstance(machines, MixedCluster) and groups else Pricing(cluster, program.mesh, (pipeline.num_ranks, pipeline.position))
     staged = Staged(cut_into_stages(program, pipeline), order, pricing, Engine.of(cluster))
     return _of_stages(staged)
 
@@ -55,8 +61,10 @@ def _of_stages(staged: Staged) -> Appraisal:
     terms: defaultdict[str, float] = defaultdict(float)
     for stage in staged.stages.stages:
         if placement[stage.number] == busiest:
-            for name, seconds in _terms(stage.program, staged.pricing).items():
+            for name, seconds in _terms(stage.program, staged.pricing.on(busiest)).items():
                 terms[name] += seconds
+    if staged.order.shares:
+        terms[SUMS] = sum(staged.ties_s)
     waiting = timeline.step_time_s - sum(terms.values())
     terms[WAITING if waiting >= 0 else LEFT_FREE] = waiting  # the terms are those of a rank whose cores all the others want too
     return Appraisal(dict(terms), timeline.step_time_s, staged.worst_memory, staged.communicated_bytes)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 
-from autopar.core.cluster import Cluster
+from autopar.core.mixed import Machines
 from autopar.errors import UsageError
 
 DATA_PARALLEL = {"ddp": 0, "zero1": 1, "zero2": 2, "zero3": 3, "fsdp": 3}
@@ -13,17 +13,17 @@ DEGREE = re.compile(r"(dp|tp|pp|vpp)([0-9]{1,6})")
 EXAMPLE = "megatron:tp8,pp4"
 
 
-def _data_parallel(stage: int) -> Callable[[Cluster], tuple[str, ...]]:
+def _data_parallel(stage: int) -> Callable[[Machines], tuple[str, ...]]:
     return lambda cluster: (f"dp={cluster.num_devices}", "tp=1", f"zero={stage}")
 
 
-NAMED: dict[str, Callable[[Cluster], tuple[str, ...]]] = {
+NAMED: dict[str, Callable[[Machines], tuple[str, ...]]] = {
     **{name: _data_parallel(stage) for name, stage in DATA_PARALLEL.items()},
     "tp": lambda cluster: ("dp=1", f"tp={cluster.num_devices}"),
 }
 
 
-def baseline_pins(name: str, cluster: Cluster) -> tuple[str, ...] | None:
+def baseline_pins(name: str, cluster: Machines) -> tuple[str, ...] | None:
     """The pins that a name stands for on a cluster; None where it is no baseline.
 
     `ddp`, `zero1`, `zero2`, `zero3` = `fsdp`, `tp`, and `megatron:tp8,pp4`: tensor parallelism inside pipeline stages, what is left of the
@@ -35,7 +35,7 @@ def baseline_pins(name: str, cluster: Cluster) -> tuple[str, ...] | None:
     return _megatron(name, text, cluster) if family == "megatron" and colon else None
 
 
-def _megatron(name: str, text: str, cluster: Cluster) -> tuple[str, ...]:
+def _megatron(name: str, text: str, cluster: Machines) -> tuple[str, ...]:
     matches = [DEGREE.fullmatch(word.strip()) for word in text.split(",")]
     given = {match[1]: int(match[2]) for match in matches if match}
     if None in matches or len(given) != len(matches) or 0 in given.values():

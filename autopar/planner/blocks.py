@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 
 import numpy as np
 
@@ -24,8 +24,9 @@ from autopar.planner.states import Pricing
 from autopar.planner.work import PHASES, pieces, put_off_bytes
 from autopar.program import Program
 from autopar.schedules.held import held_counts
-from autopar.schedules.lower import add_updates, make_schedule
-from autopar.search.stages import StageOption, cut_into_stages
+from autopar.schedules.lower import add_updates, lower, make_schedule
+from autopar.schedules.orders import share_order
+from autopar.search.stages import Devices, StageOption, cut_along
 from autopar.stages import merged, tied_bytes
 
 STATE, PARAMETERS = len(PHASES), len(PHASES) + 1
@@ -36,12 +37,17 @@ Row = tuple[float, ...]
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """How a pipeline runs: which schedule, on how many ranks, with how many stages each."""
+    """How a pipeline runs: which schedule, on how many ranks, with how many stages each; or with what `shares` of the microbatches copies of a model."""
 
     schedule: str
     num_ranks: int
     num_microbatches: int
     virtual: int = 1
+    shares: tuple[int, ...] = ()
+
+    def microbatches_of(self, rank: int) -> int:
+        """How many a rank runs: all, or its share where every rank has a copy of the model."""
+        return self.shares[rank] if self.shares else self.num_microbatches
 
     @property
     def num_stages(self) -> int:
@@ -80,12 +86,24 @@ class Blocks:
     pricing: Pricing
     parts: int = 1
     kept: tuple[int, ...] = ()
+    _on: dict[int, "Blocks"] = field(default_factory=dict)
     _costs: dict[tuple[int, int], Row] = field(default_factory=dict)
     _options: dict[tuple[int, int], tuple[StageOption, ...]] = field(default_factory=dict)
     _cuts: dict[tuple[int, int, float], tuple[int, ...]] = field(default_factory=dict)
 
     def in_parts(self, parts: int) -> "Blocks":
         return Blocks(self.program, self.pricing, parts, self._kept_by_segment)
+
+    def on(self, rank: int) -> "Blocks":
+        """The same, priced on the devices of one rank of the pipeline."""
+        return self._by(self.pricing.on(rank))
+
+    def _by(self, pricing: Pricing) -> "Blocks":
+        if pricing is self.pricing:
+            return self
+        if id(pricing) not in self._on:
+            self._on[id(pricing)] = Blocks(self.program, pricing, self.parts, self._kept_by_segment)
+        return self._on[id(pricing)]
 
     @cached_property
     def _kept_by_segment(self) -> tuple[int, ...]:
@@ -134,8 +152,9 @@ class Blocks:
 
     @cached_property
     def paths_s(self) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
-        """Per block the longest way to its end in forwards, and down from it in gradients of inputs, and in whole backwards."""
-        rows = [self.cost(b, b + 1) for b in range(self.num_blocks)]
+        """Per block the longest way to its end in forwards, and down from it in gradients of inputs, and in whole backwards; on the fastest devices for each."""
+        kinds = [self._by(pricing) for pricing in self.pricing.kinds]
+        rows = [tuple(map(min, zip(*(kind.cost(b, b + 1) for kind in kinds)))) for b in range(self.num_blocks)]
         found = []
         for column, readers in ((slice(0, 1), "readers"), (slice(1, 2), "answering"), (slice(1, 3), "answering")):
             longest = [sum(row[column]) for row in rows]
@@ -188,11 +207,10 @@ class Blocks:
                     sums[cut] += c.num_bytes
         return there, back
 
-    @cached_property
-    def cut_s(self) -> tuple[float, ...]:
-        """Seconds of the messages of one microbatch across each cut, both ways."""
+    def crossing_s(self, cut: int, source: int, target: int) -> float:
+        """Seconds of the messages of one microbatch between blocks `cut` - 1 and `cut`, both ways, from one rank of the pipeline to another."""
         price = self.pricing.message
-        return tuple(price(self.handed_bytes(cut)) + price(self.handed_bytes(cut, back=True)) for cut in range(1, self.num_blocks))
+        return price(self.handed_bytes(cut), source, target) + price(self.handed_bytes(cut, back=True), target, source)
 
     def option(self, first: int, end: int) -> tuple[StageOption, ...]:
         """A stage as the dynamic programme over blocks sees it; none where it would hold no parameter."""
@@ -207,7 +225,11 @@ class Blocks:
         """The first block of every stage but the first, by the formula of `search/stages.py`; raises InfeasibleError where nothing fits."""
         n, times, limit = order.num_stages, order.num_microbatches, memory_limit_bytes / order.virtual
         if (n, times, limit) not in self._cuts:
-            found = cut_into_stages(self.cut_s, self.option, num_microbatches=times, num_devices=n, memory_limit_bytes=limit, num_stages=n)
+            runs = [tuple(run) for _, run in groupby([s % order.num_ranks for s in range(n)], lambda rank: id(self.pricing.on(rank)))]
+            kinds = {id(blocks): blocks.option for blocks in map(self.on, range(order.num_ranks))}  # one function of a kind: its costs are asked for once
+            row = [Devices(len(run), kinds[id(self.on(run[0]))], limit + self.pricing.spare_bytes(run[0]) / order.virtual) for run in runs]
+            ends = {(a, b): (runs[a][0], runs[a][-1]) if a == b else (runs[a][-1], runs[b][0]) for a in range(len(runs)) for b in range(a, len(runs))}
+            found = cut_along(self.num_blocks, lambda cut, a, b: self.crossing_s(cut + 1, *ends[a, b]), row, num_microbatches=times, num_stages=n)
             self._cuts[n, times, limit] = found.starts[1:]
         return self._cuts[n, times, limit]
 
@@ -222,14 +244,9 @@ class Blocks:
                 for target in {home[b] for b in blocks} - {home[c.maker]}:
                     sums[home[c.maker], target] = sums.get((home[c.maker], target), 0.0) + c.num_bytes
         edges = tuple(Edge(s, t, (s, t) in back) for s, t in sorted(there))
-        messages = tuple(
-            EdgeCost(
-                activation_s=self.pricing.message(there[e.source, e.target]), gradient_s=self.pricing.message(back.get((e.source, e.target), 0.0)),
-                activation_bytes=round(there[e.source, e.target]), gradient_bytes=round(back.get((e.source, e.target), 0.0)),
-            )  # fmt: skip
-            for e in edges
-        )  # fmt: skip
-        stages = tuple(self.stage_cost(a, b) for a, b in pairwise(bounds))
+        sizes = [(there[e.source, e.target], back.get((e.source, e.target), 0.0)) for e in edges]
+        messages = edge_costs(self.pricing, [(e.source % order.num_ranks, e.target % order.num_ranks) for e in edges], sizes)
+        stages = tuple(self.on(s % order.num_ranks).stage_cost(a, b) for s, (a, b) in enumerate(pairwise(bounds)))
         return timed(order, self.pricing.cluster, stages, edges, messages, *self._ties(home, order))
 
     def stage_cost(self, first: int, end: int) -> StageCost:
@@ -258,6 +275,15 @@ class Blocks:
     def tie_s(self, v: int, ranks: set[int]) -> float:
         """Seconds of the sum of one gradient over some ranks of the pipeline."""
         return self.pricing.tie(tuple(sorted(ranks)), tied_bytes(self.program, v)) if len(ranks) > 1 else 0.0
+
+
+def edge_costs(pricing: Pricing, ends: Sequence[tuple[int, int]], sizes: Sequence[tuple[float, float]]) -> tuple[EdgeCost, ...]:
+    """Of messages between ranks of a pipeline, by their bytes there and back."""
+    price = pricing.message
+    return tuple(
+        EdgeCost(activation_s=price(there, a, b), gradient_s=price(back, b, a), activation_bytes=round(there), gradient_bytes=round(back))
+        for (a, b), (there, back) in zip(ends, sizes, strict=True)
+    )
 
 
 def timed(
@@ -324,7 +350,10 @@ def _alone(stage: StageCost, cluster: Cluster, there_s: float, back_s: float, *,
 @lru_cache(maxsize=64)
 def _lists(order: Order, edges: tuple[Edge, ...], tied: tuple[tuple[int, ...], ...], gathers: bool, reduces: bool) -> Schedule:  # noqa: FBT001
     """The lists of a step, with parameters gathered before it and gradients summed after it where there are any to gather or sum."""
-    made = make_schedule(order.schedule, order.num_ranks, order.num_microbatches, order.virtual, edges=edges, tied=tied)
+    if order.shares:
+        made = lower(share_order(order.shares), edges, tied)
+    else:
+        made = make_schedule(order.schedule, order.num_ranks, order.num_microbatches, order.virtual, edges=edges, tied=tied)
     return add_updates(made, replicas=2 if gathers or reduces else 1, zero_stage=1 if gathers else 0)
 
 

@@ -15,6 +15,7 @@ from itertools import combinations, pairwise
 from autopar.core.timeline import Timeline
 from autopar.errors import InfeasibleError
 from autopar.planner.blocks import PARAMETERS, Blocks, Order
+from autopar.planner.states import Pricing
 
 MAX_LISTED = 5000
 """Cuts that are listed; more are searched from the formula's by moving one at a time."""
@@ -56,12 +57,13 @@ def _proposal(blocks: Blocks, order: Order, memory_limit_bytes: float) -> Cut:
         return formula_cut(blocks, order, math.inf)
 
 
-def _fits(timeline: Timeline, memory_limit_bytes: float) -> bool:
-    return max(timeline.peak_bytes(rank) for rank in range(timeline.num_ranks)) <= memory_limit_bytes
+def fits(pricing: Pricing, timeline: Timeline, memory_limit_bytes: float) -> bool:
+    """Whether every rank holds no more than the limit, and what its devices have beyond that, by the simulated lists."""
+    return max(timeline.peak_bytes(rank) - pricing.spare_bytes(rank) for rank in range(timeline.num_ranks)) <= memory_limit_bytes
 
 
 def _listed(blocks: Blocks, order: Order, limit: float, start: Cut) -> Cut:
-    best = start if _fits(start.timeline, limit) else None
+    best = start if fits(blocks.pricing, start.timeline, limit) else None
     every = ((bound_s(blocks, cuts, order), cuts) for cuts in combinations(range(1, blocks.num_blocks), order.num_stages - 1) if _holds(blocks, cuts))
     for n, (bound, cuts) in enumerate(sorted(every)):
         if best is not None and bound >= best.timeline.step_time_s:
@@ -69,7 +71,7 @@ def _listed(blocks: Blocks, order: Order, limit: float, start: Cut) -> Cut:
         if n == MAX_SIMULATED:
             break
         found = Cut(cuts, blocks.timeline(cuts, order))
-        if _fits(found.timeline, limit) and (best is None or found.key < best.key):
+        if fits(blocks.pricing, found.timeline, limit) and (best is None or found.key < best.key):
             best = found
     else:
         if best is not None:
@@ -81,7 +83,7 @@ def _listed(blocks: Blocks, order: Order, limit: float, start: Cut) -> Cut:
 
 def _moved(blocks: Blocks, order: Order, limit: float, start: Cut) -> Cut:
     best, better = start, True
-    if not _fits(start.timeline, limit):
+    if not fits(blocks.pricing, start.timeline, limit):
         raise InfeasibleError(f"no cut into {order.num_stages} stages was found that fits {limit:.0f} bytes")
     while better:
         better = False
@@ -89,7 +91,7 @@ def _moved(blocks: Blocks, order: Order, limit: float, start: Cut) -> Cut:
             if bound_s(blocks, cuts, order) >= best.timeline.step_time_s:
                 continue
             found = Cut(cuts, blocks.timeline(cuts, order))
-            if found.key < best.key and _fits(found.timeline, limit):
+            if found.key < best.key and fits(blocks.pricing, found.timeline, limit):
                 best, better = found, True
     return best
 
@@ -105,7 +107,7 @@ def _neighbours(blocks: Blocks, cuts: Sequence[int]) -> Iterator[tuple[int, ...]
 
 def _holds(blocks: Blocks, cuts: Sequence[int]) -> bool:
     """Whether every stage has a parameter."""
-    return all(blocks.cost(a, b)[PARAMETERS] for a, b in pairwise((0, *cuts, blocks.num_blocks)))
+    return all(blocks.on(0).cost(a, b)[PARAMETERS] for a, b in pairwise((0, *cuts, blocks.num_blocks)))
 
 
 def bound_s(blocks: Blocks, cuts: Sequence[int], order: Order) -> float:
@@ -114,13 +116,13 @@ def bound_s(blocks: Blocks, cuts: Sequence[int], order: Order) -> float:
     ranks: list[list[tuple[int, int]]] = [[] for _ in range(order.num_ranks)]
     for s, run in enumerate(pairwise((0, *cuts, blocks.num_blocks))):
         ranks[s % order.num_ranks].append(run)
-    alone = max(_rank_bound_s(blocks, runs, order.num_microbatches, split=split) for runs in ranks) / blocks.pricing.cluster.crowding
-    work = order.num_microbatches * sum(sum(blocks.cost(*run)[:3]) for runs in ranks for run in runs)
+    alone = max(_rank_bound_s(blocks, rank, runs, order.num_microbatches, split=split) for rank, runs in enumerate(ranks)) / blocks.pricing.cluster.crowding
+    work = order.num_microbatches * sum(sum(blocks.on(rank).cost(*run)[:3]) for rank, runs in enumerate(ranks) for run in runs)
     return max(alone, work / order.num_ranks)
 
 
-def _rank_bound_s(blocks: Blocks, runs: Sequence[tuple[int, int]], num_microbatches: int, *, split: bool) -> float:
-    rows = [blocks.cost(*run) for run in runs]
+def _rank_bound_s(blocks: Blocks, rank: int, runs: Sequence[tuple[int, int]], num_microbatches: int, *, split: bool) -> float:
+    rows = [blocks.on(rank).cost(*run) for run in runs]
     work = num_microbatches * sum(sum(row[:3]) for row in rows)
     forward, inputs, backward = blocks.paths_s
     before = min(_way(blocks, run, forward, "readers") for run in runs)

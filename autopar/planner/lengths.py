@@ -22,7 +22,7 @@ from autopar.cost_models.collectives import group_spans
 from autopar.errors import InfeasibleError, UsageError
 from autopar.planner.advice import Retrace
 from autopar.planner.blocks import Blocks, Order
-from autopar.planner.cuts import Cut, formula_cut
+from autopar.planner.cuts import Cut, fits, formula_cut
 from autopar.planner.meshes import candidate_meshes, forced_mesh
 from autopar.planner.pins import Pins
 from autopar.planner.pipelines import StagedCandidate, StageSearch
@@ -81,7 +81,7 @@ class Row:
 
     @property
     def fits(self) -> bool:
-        return max(map(self.cut.timeline.peak_bytes, range(self.cut.timeline.num_ranks))) <= self.search.limit_bytes
+        return fits(self.search.along, self.cut.timeline, self.search.limit_bytes)
 
 
 @dataclass
@@ -101,7 +101,7 @@ class Pipelines:
 
     def best(self) -> StagedCandidate | None:
         """The fastest that fits; None where there is none, with the reasons in `failures`."""
-        shapes = self._shapes()
+        shapes = self.shapes()
         rows = [row for ranks, mesh in shapes for row in self._rows(self.task, ranks, mesh, self._numbers(ranks))]
         if self.task.options.free_micro_batches:
             rows = self._retraced(rows)
@@ -109,7 +109,7 @@ class Pipelines:
 
     # --- shapes ------------------------------------------------------------------------------------------------------
 
-    def _shapes(self) -> list[tuple[int, Mesh]]:
+    def shapes(self) -> list[tuple[int, Mesh]]:
         """(ranks of the pipeline, mesh of a stage)."""
         n, blocks, options = self.cluster.num_devices, self._num_blocks, self.task.options
         lengths = [self.pins.pp] if self.pins.pp else [d for d in range(2, min(n, blocks) + 1) if n % d == 0]
@@ -138,9 +138,12 @@ class Pipelines:
         given = self.task.options.micro_batches
         if not self.task.options.free_micro_batches:
             return [given]
-        sizes = [v.meta.shape[0] for v in self.task.graph.values if v.role == "input" and v.meta.shape]
-        batch = math.gcd(*sizes)
-        return [1, *(m for m in range(max(2, ranks // 2), min(batch, MAX_PER_RANK * ranks) + 1) if batch % m == 0)]
+        return [1, *(m for m in range(max(2, ranks // 2), min(self.batch, MAX_PER_RANK * ranks) + 1) if self.batch % m == 0)]
+
+    @property
+    def batch(self) -> int:
+        """Samples that microbatches of the task's may divide."""
+        return math.gcd(*(v.meta.shape[0] for v in self.task.graph.values if v.role == "input" and v.meta.shape))
 
     def _orders(self, ranks: int, micro_batches: int) -> Iterator[Order]:
         for name in [self.pins.schedule] if self.pins.schedule else ["1f1b", "zero-bubble", "interleaved", "gpipe"]:
@@ -166,20 +169,24 @@ class Pipelines:
     def _rows(self, task: Task, ranks: int, mesh: Mesh, numbers: Sequence[int], position: int = 0) -> Iterator[Row]:
         """A row for every order; estimates where the number of microbatches is not that of the task."""
         self.progress(f"searching pipelines of {ranks} on mesh {mesh}")
+        for first, base in self._bases(task, ranks, mesh, position):
+            whole = Blocks(base.program, first.along)
+            for number in numbers:
+                blocks = whole.in_parts(max(1, number // task.options.micro_batches))
+                for order in self._orders(ranks, number):
+                    try:
+                        cut = _cut(blocks, order, first.limit_bytes)
+                    except InfeasibleError:
+                        continue
+                    self.num_tried += 1
+                    yield Row(replace(first, order=order), base, cut)
+
+    def _bases(self, task: Task, ranks: int, mesh: Mesh, position: int) -> Iterator[tuple[StageSearch, Candidate]]:
+        """Shardings to cut, each with the search that it comes from; what all of them take at least is in the bound."""
         first = self._search(task, mesh, Order("gpipe", ranks, 1), position)
         base = first.sharded()
-        least = math.fsum(float(base.problem.nodes[n].cost_s.min()) for n in base.ports.op_node.values())
-        self.bound_s = min(self.bound_s, least / ranks)
-        whole = Blocks(base.program, first.pricing)
-        for number in numbers:
-            blocks = whole.in_parts(max(1, number // task.options.micro_batches))
-            for order in self._orders(ranks, number):
-                try:
-                    cut = _cut(blocks, order, first.limit_bytes)
-                except InfeasibleError:
-                    continue
-                self.num_tried += 1
-                yield Row(self._search(task, mesh, order, position), base, cut)
+        self.bound_s = min(self.bound_s, math.fsum(least_compute_s(base)) / ranks)
+        yield first, base
 
     def _near(self, rows: Sequence[Row]) -> list[Row]:
         """Rows that may be among the fastest, the fastest first; those that look as if they fitted come before those that do not."""
@@ -197,13 +204,13 @@ class Pipelines:
             if number is None:
                 break
             looked.add(number)
-            task = self._task(number)
+            task = self.task_of(number)
             if task is not None:
                 shapes = dict.fromkeys((row.search.order.num_ranks, row.search.mesh) for row in left if row.search.order.num_microbatches == number)
                 found += [row for ranks, mesh in list(shapes)[:MAX_SHARDED] for row in self._rows(task, ranks, mesh, [number])]
         return found
 
-    def _task(self, micro_batches: int) -> Task | None:
+    def task_of(self, micro_batches: int) -> Task | None:
         """The task with this number of microbatches; None where the batch does not divide."""
         if micro_batches == self.task.options.micro_batches:
             return self.task
@@ -247,7 +254,7 @@ class Pipelines:
                 continue
             built += 1
             made = row.search.staged(row.base, best=True)
-            if made.memory.high_bytes > row.search.limit_bytes:
+            if made.pressing_bytes > row.search.limit_bytes:
                 tight.append(row)
             elif best is None or made.step_s < best.step_s * (1 - ROUNDING):
                 best = made
@@ -260,9 +267,14 @@ class Pipelines:
                 self.failures.append((row.search, error))
                 continue
             finer = row.search.staged(found, best=True)
-            found = finer if finer.memory.high_bytes <= row.search.limit_bytes and finer.step_s < found.step_s else found
+            found = finer if finer.pressing_bytes <= row.search.limit_bytes and finer.step_s < found.step_s else found
             best = found if best is None or found.step_s < best.step_s else best
         return best
+
+
+def least_compute_s(base: Candidate) -> list[float]:
+    """Of every operator, whatever the sharding."""
+    return [float(base.problem.nodes[n].cost_s.min()) for n in base.ports.op_node.values()]
 
 
 def _cut(blocks: Blocks, order: Order, limit_bytes: float) -> Cut:

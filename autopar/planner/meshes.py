@@ -3,14 +3,14 @@
 import math
 from collections.abc import Sequence
 
-from autopar.core.cluster import Cluster
 from autopar.core.mesh import Mesh, MeshAxis
+from autopar.core.mixed import Machines
 from autopar.errors import UsageError
 from autopar.planner.pins import Pins
 from autopar.program import Program
 
 
-def forced_mesh(pins: Pins, cluster: Cluster) -> Mesh | None:
+def forced_mesh(pins: Pins, cluster: Machines) -> Mesh | None:
     """The mesh of a stage that pinned degrees make; the degree that is not pinned takes the devices that are left. None: any mesh."""
     given = dict(pins.mesh_axes)
     devices, ranks = cluster.num_devices, pins.pp or 1
@@ -47,12 +47,14 @@ def role_names(program: Program, batch: Sequence[frozenset[int]]) -> tuple[str, 
     return tuple(name if names.count(name) == 1 else name + "abc"[names[:i].count(name)] for i, name in enumerate(names))
 
 
-def flops_share(cluster: Cluster, program: Program, step_s: float) -> float:
+def flops_share(cluster: Machines, program: Program, step_s: float) -> float:
     """Model flops of a training step (contractions forward, and twice that backward), as a share of what all devices could do meanwhile (MFU)."""
     graph = program.graph
     live = graph.differentiated
     flops = sum(r.flops * (3 if any(v in live for v in op.results) else 1) for op, r in zip(graph.ops, program.rules) if r.cost == "contract")
     dtype = graph.values[graph.params[0]].meta.dtype if graph.params else "float32"
-    peaks = dict(cluster.device.peak_flops_per_s)
-    peak = peaks.get(dtype, peaks["float32"]) * cluster.num_devices
+    peak = 0.0
+    for group in cluster.groups:
+        peaks = dict(group.device.peak_flops_per_s)
+        peak += peaks.get(dtype, peaks["float32"]) * group.num_devices
     return program.residency.micro_batches * flops / (peak * step_s) if step_s else 0.0

@@ -40,6 +40,10 @@ class StagedCandidate(Candidate):
     def memory(self) -> MemoryUse:  # type: ignore[override]
         return self.staged.worst_memory
 
+    @property
+    def pressing_bytes(self) -> float:
+        return self.staged.pressing_bytes
+
 
 @dataclass(frozen=True)
 class StageSearch(MeshSearch):
@@ -51,6 +55,11 @@ class StageSearch(MeshSearch):
     @cached_property
     def pricing(self) -> Pricing:
         return Pricing(self.cluster, self.mesh, (self.order.num_ranks, self.position))
+
+    @property
+    def along(self) -> Pricing:
+        """What the stages cost that the sharding is cut into."""
+        return self.pricing
 
     @property
     def num_parts(self) -> int:
@@ -92,7 +101,7 @@ class StageSearch(MeshSearch):
 
     def staged(self, found: Candidate, *, best: bool = False) -> StagedCandidate:
         """A sharding cut into stages: by the formula, or by the `best` cut found; the leanest of those tried where none fits."""
-        blocks, limit = Blocks(found.program, self.pricing), self.limit_bytes
+        blocks, limit = Blocks(found.program, self.along), self.limit_bytes
         leanest: StagedCandidate | None = None
         for _ in range(TRIES):
             try:
@@ -100,11 +109,11 @@ class StageSearch(MeshSearch):
             except InfeasibleError:
                 break
             made = _made(found, blocks, cut, self.order)
-            if leanest is None or made.memory.high_bytes < leanest.memory.high_bytes:
+            if leanest is None or made.pressing_bytes < leanest.pressing_bytes:
                 leanest = made
-            if made.memory.high_bytes <= self.limit_bytes:
+            if made.pressing_bytes <= self.limit_bytes:
                 return made
-            limit -= made.memory.high_bytes - self.limit_bytes
+            limit -= made.pressing_bytes - self.limit_bytes
         return leanest or _made(found, blocks, formula_cut(blocks, self.order, float("inf")), self.order)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from autopar.core.cluster import Cluster
 from autopar.core.graph import OpGraph
 from autopar.core.mesh import Mesh, MeshAxis
+from autopar.core.mixed import Machines
 from autopar.core.plan import Plan, Prediction, Proof
 from autopar.planner.advice import Retrace, infeasible
 from autopar.planner.bind import decisions
@@ -94,13 +95,13 @@ def _plan_graph(graph: OpGraph, cluster: Cluster, options: Options, progress: Pr
     gain = 1.0 if cluster.host.action_s else UNPRICED_GAIN
     below_s = best.step_s / gain if best is not None else math.inf
     pipelines = Pipelines(Task(graph, rules, batch, options), cluster, pins, retrace, below_s, progress)
-    piped = pipelines.best() if _may_be_pipelined(pins, options, cluster, fits=best is not None) else None
+    piped = pipelines.best() if may_be_pipelined(pins, options, cluster, fits=best is not None) else None
     if piped is not None and piped.step_s < below_s:
         status = _pipeline_status(piped, pipelines.num_tried, len(found))
-        return _among((piped, *_by_time(found)), cluster, _finish(cluster, piped, min(bound, pipelines.bound_s), batch, status, options.tokens))
+        return _among((piped, *_by_time(found)), cluster, finished(cluster, piped, min(bound, pipelines.bound_s), batch, status, options.tokens))
     if best is None:
         raise infeasible([*failures, *pipelines.failures], retrace)
-    planned = _finish(cluster, best, bound, batch, _status(best, len(found), pipelines.num_tried, gain), options.tokens)
+    planned = finished(cluster, best, bound, batch, _status(best, len(found), pipelines.num_tried, gain), options.tokens)
     return _among(_by_time(found), cluster, planned)
 
 
@@ -112,7 +113,7 @@ def _by_time(found: Sequence[Candidate]) -> tuple[Candidate, ...]:
     return tuple(sorted(found, key=lambda c: (c.step_s, len(c.program.mesh.axes))))
 
 
-def _may_be_pipelined(pins: Pins, options: Options, cluster: Cluster, *, fits: bool) -> bool:
+def may_be_pipelined(pins: Pins, options: Options, cluster: Cluster, *, fits: bool) -> bool:
     """Where it is asked for, or nothing else fits. Where degrees or the mesh are given, only if a pipeline is too. One microbatch in a
     pipeline is no faster than the devices of one stage, which the meshes include, unless ranks that wait leave their cores to the others."""
     if pins.wants_pipeline:
@@ -126,10 +127,10 @@ def plan_of(candidate: Candidate, cluster: Cluster, tokens: int = 0) -> Plan:
     """A candidate that was not taken, as a plan of its own."""
     graph = candidate.program.graph
     batch = batch_factors(graph, rules_of(graph))
-    return _finish(cluster, candidate, candidate.assignment.bound_s, batch, "the best of its mesh", tokens).plan
+    return finished(cluster, candidate, candidate.assignment.bound_s, batch, "the best of its mesh", tokens).plan
 
 
-def _finish(cluster: Cluster, best: Candidate, bound_s: float, batch: Sequence[frozenset[int]], status: str, tokens: int) -> Planned:
+def finished(cluster: Machines, best: Candidate, bound_s: float, batch: Sequence[frozenset[int]], status: str, tokens: int) -> Planned:
     program, graph = best.program, best.program.graph
     if any(name in ("a", "b") for name in program.mesh.names):
         names = role_names(program, batch)

@@ -74,6 +74,11 @@ class Candidate:
     def memory(self) -> MemoryUse:
         return memory_use(self.program, self.engine)
 
+    @property
+    def pressing_bytes(self) -> float:
+        """What is held against the limit of a device."""
+        return self.memory.high_bytes
+
 
 class DoesNotFit(InfeasibleError):
     """No plan on a mesh fits; `leanest` is the one that comes nearest."""
@@ -120,25 +125,25 @@ class MeshSearch:
     def best(self) -> Candidate:
         """What saves memory costs time, so it is only looked at where the plan without it does not fit. Raises DoesNotFit."""
         fastest = self._solved(self.given.narrowed(self.pins), None)
-        return fastest if fastest.memory.high_bytes <= self.limit_bytes else self._within(fastest)
+        return fastest if fastest.pressing_bytes <= self.limit_bytes else self._within(fastest)
 
     def _within(self, fastest: Candidate) -> Candidate:
         """The linear limit that lets plans fill the real one: moved by what the last plan's liveness was off it, or where that leads out of
         what is left to look at, or has fallen short twice, to its middle."""
         limit, found = self.limit_bytes, self.leanest()
         low, high = found.assignment.memory_bytes, fastest.assignment.memory_bytes
-        if found.memory.high_bytes > limit:
+        if found.pressing_bytes > limit:
             raise DoesNotFit(found, limit)
         last, too_much = fastest, 0
         for _ in range(ROUNDS):
-            linear = last.assignment.memory_bytes + self.num_parts * (limit - last.memory.high_bytes)
+            linear = last.assignment.memory_bytes + self.num_parts * (limit - last.pressing_bytes)
             moved = low < linear < high and last is not found and too_much < 2
             last = self._solved(self.keeping, linear if moved else (low + high) / 2)
-            too_much = too_much + 1 if last.memory.high_bytes > limit else 0
+            too_much = too_much + 1 if last.pressing_bytes > limit else 0
             if too_much:
                 high = last.assignment.memory_bytes
                 leaner = self.gathering_again(last)
-                if leaner is not None and leaner.memory.high_bytes <= limit:
+                if leaner is not None and leaner.pressing_bytes <= limit:
                     found = min(found, leaner, key=lambda c: c.step_s)
             else:
                 low = max(low, last.assignment.memory_bytes)
@@ -157,7 +162,7 @@ class MeshSearch:
         save a few bytes of state."""
         problem, _ = self.problem(self.keeping)
         found = self._solved(self.keeping, leanest(problem).memory_bytes * (1 + CLOSE))
-        return found if found.memory.high_bytes <= self.limit_bytes else self.gathering_again(found) or found
+        return found if found.pressing_bytes <= self.limit_bytes else self.gathering_again(found) or found
 
     def gathering_again(self, found: Candidate) -> Candidate | None:
         """A plan that keeps no results of all-gathers where this one computes again; None where that is nothing, or not allowed."""

@@ -4,15 +4,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
-from autopar.core.cluster import Cluster
 from autopar.core.graph import block_of
 from autopar.core.memory import MemoryUse
+from autopar.core.mixed import Machines
 from autopar.core.pipeline import RECEIVES_AHEAD, SENDS_BEHIND, Pipeline, StagePrediction
 from autopar.core.plan import Prediction
 from autopar.core.schedule import Kind
 from autopar.core.timeline import Timeline
-from autopar.cost_models.pipeline import EdgeCost, StageCost
-from autopar.planner.blocks import Blocks, Order, timed
+from autopar.cost_models.pipeline import StageCost
+from autopar.planner.blocks import Blocks, Order, edge_costs, timed
 from autopar.planner.cuts import Cut
 from autopar.planner.held import Beside, state_of
 from autopar.planner.keeping import recomputed_flops
@@ -37,24 +37,28 @@ class Staged:
         """Raises UsageError where a cut cannot be made."""
         graph = blocks.program.graph
         names = tuple(graph.ops[blocks.starts[b]].name for b in cut.cuts)
-        pipeline = Pipeline(order.num_ranks, names, order.schedule, blocks.pricing.pp[1])
+        pipeline = Pipeline(order.num_ranks, names, order.schedule, blocks.pricing.pp[1], blocks.pricing.places)
         return cls(cut_into_stages(blocks.program, pipeline), order, blocks.pricing, engine)
 
     @cached_property
     def costs(self) -> tuple[StageCost, ...]:
-        return tuple(map(self._cost, self._walks))
+        pairs = [(walk, self.pricing.on(rank)) for walk, rank in zip(self._walks, self.stages.placement, strict=True)]
+        costs = {(id(walk), id(pricing)): self._cost(walk, pricing) for walk, pricing in {(id(w), id(p)): (w, p) for w, p in pairs}.values()}
+        return tuple(costs[id(walk), id(pricing)] for walk, pricing in pairs)
 
     @cached_property
     def _walks(self) -> tuple[Liveness, ...]:
-        return tuple(Liveness.of(stage.program) for stage in self.stages.stages)
+        programs = {id(stage.program): stage.program for stage in self.stages.stages}  # copies with equal shares are one program
+        walks = {key: Liveness.of(program) for key, program in programs.items()}
+        return tuple(walks[id(stage.program)] for stage in self.stages.stages)
 
     @cached_property
     def _states(self) -> tuple[Beside, ...]:
         return tuple(state_of(stage.program) for stage in self.stages.stages)
 
-    def _cost(self, walk: Liveness) -> StageCost:
+    def _cost(self, walk: Liveness, pricing: Pricing) -> StageCost:
         program = walk.program
-        forward, inputs, weights, gather, reduce, update = total_seconds(program, self.pricing).tolist()
+        forward, inputs, weights, gather, reduce, update = total_seconds(program, pricing).tolist()
         return StageCost(
             forward_s=forward, input_gradient_s=inputs, weight_gradient_s=weights, gather_s=gather, reduce_s=reduce, step_s=update,
             activation_bytes=sum(walk.kept_by_segment()), weight_activation_bytes=put_off_bytes(program, range(len(program.graph.ops))),
@@ -62,10 +66,15 @@ class Staged:
 
     @cached_property
     def timeline(self) -> Timeline:
-        stages, price = self.stages, self.pricing.message
+        stages, rank = self.stages, self.stages.placement
         sizes = [(stages.message_bytes(e.source, e.target), stages.message_bytes(e.source, e.target, back=True)) for e in stages.edges]
-        messages = tuple(EdgeCost(activation_s=price(there), gradient_s=price(back), activation_bytes=there, gradient_bytes=back) for there, back in sizes)
-        return timed(self.order, self.pricing.cluster, self.costs, stages.edges, messages, stages.tied, tuple(map(self._tie_s, stages.tied)))
+        messages = edge_costs(self.pricing, [(rank[e.source], rank[e.target]) for e in stages.edges], sizes)
+        return timed(self.order, self.pricing.cluster, self.costs, stages.edges, messages, stages.tied, self.ties_s)
+
+    @cached_property
+    def ties_s(self) -> tuple[float, ...]:
+        """Of the sums of gradients over each group of stages that share weights."""
+        return tuple(map(self._tie_s, self.stages.tied))
 
     def _tie_s(self, group: tuple[int, ...]) -> float:
         stages = self.stages
@@ -108,7 +117,13 @@ class Staged:
 
     @property
     def worst_memory(self) -> MemoryUse:
-        return max(self.memory, key=lambda m: m.high_bytes)
+        """Of the rank with the least room."""
+        return max(enumerate(self.memory), key=lambda item: item[1].high_bytes - self.pricing.spare_bytes(item[0]))[1]
+
+    @property
+    def pressing_bytes(self) -> float:
+        """What that rank holds beyond what its devices have more than those with the least memory."""
+        return max(memory.high_bytes - self.pricing.spare_bytes(rank) for rank, memory in enumerate(self.memory))
 
     @property
     def communicated_bytes(self) -> int:
@@ -133,6 +148,7 @@ class Staged:
     def _ends(self, stage: int) -> tuple[str, str]:
         """The first and the last block or module of a stage."""
         ops, starts = self.stages.whole.graph.ops, ("", *self.stages.pipeline.starts)
+        stage = 0 if self.stages.pipeline.shares else stage  # copies are whole
         number = {op.name: i for i, op in enumerate(ops)} | {"": 0}
         end = number[starts[stage + 1]] if stage + 1 < len(starts) else len(ops)
         paths = [block_of(op.module_path) or op.module_path for op in ops[number[starts[stage]] : end] if op.module_path]
@@ -153,14 +169,15 @@ class Staged:
         return times * (there + sum(stages.message_bytes(e.source, e.target, back=True) for e in away if e.target == stage))
 
 
-def pipeline_prediction(cluster: Cluster, staged: Staged, tokens: int) -> Prediction:
+def pipeline_prediction(cluster: Machines, staged: Staged, tokens: int) -> Prediction:
     """The figures of the rank that computes longest, of the fullest, and of the one that receives most."""
-    timeline, stages, times = staged.timeline, staged.stages, staged.order.num_microbatches
+    timeline, stages = staged.timeline, staged.stages
     step = timeline.step_time_s
     busiest = max(range(timeline.num_ranks), key=timeline.busy_s)
     here = [stage for stage in stages.stages if stages.placement[stage.number] == busiest]
-    compute = times * sum(compute_seconds(stage.program, staged.pricing) for stage in here)
+    compute = staged.order.microbatches_of(busiest) * sum(compute_seconds(stage.program, staged.pricing.on(busiest)) for stage in here)
     once = sum(staged.costs[stage.number].gather_s + staged.costs[stage.number].reduce_s for stage in here)
+    once += sum(staged.ties_s) if staged.order.shares else 0.0  # nothing of a step of copies hides their sum
     by_rank = [[s.program for s in stages.stages if stages.placement[s.number] == rank] for rank in range(timeline.num_ranks)]
     return Prediction(
         step_time_s=step,

@@ -96,8 +96,26 @@ class Pricing:
             self._computed[work] = (forward_seconds(device, priced, self.kernels), *backward_halves(device, priced, self.kernels))
         return self._computed[work]
 
-    def message(self, num_bytes: float) -> float:
-        """Seconds of a message of this many bytes from a rank to the next one of the pipeline."""
+    @property
+    def kinds(self) -> "tuple[Pricing, ...]":
+        """The different ones among the prices of the ranks of the pipeline."""
+        return (self,)
+
+    def on(self, rank: int) -> "Pricing":
+        """What things cost on the devices of one rank of the pipeline."""
+        return self
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The groups on which the ranks of the pipeline lie, where there are several."""
+        return ()
+
+    def spare_bytes(self, rank: int) -> float:
+        """What a plan may hold on devices of this rank beyond what it may on all."""
+        return 0.0
+
+    def message(self, num_bytes: float, source: int = 0, target: int = 1) -> float:
+        """Seconds of a message of this many bytes from a rank of the pipeline to another, which is next to it."""
         return float(collective_seconds(self.cluster, self.whole, "send", (self.pp[1],), num_bytes)) if num_bytes else 0.0
 
     def tie(self, ranks: tuple[int, ...], num_bytes: float) -> float:

@@ -103,8 +103,8 @@ class PipelineModule(ParallelModule):
         flat = [self._traced.flat_inputs((), piece) if isinstance(piece, dict) else self._traced.flat_inputs(piece, {}) for piece in pieces]
         inputs = [dict(zip(numbers, tensors)) for tensors in flat]
         self._copy_twins()
-        for run in self._runs.values():
-            run.start(inputs, weights, {}, schedule.num_microbatches)
+        for number, run in self._runs.items():
+            run.start(inputs, weights, {}, len(schedule.microbatches(number)))
         if training:
             self._post.start()
         walk = Walk(self._places.rank, self._stages, self._runs, self._post, schedule.ranks[self._places.rank], training)
@@ -130,7 +130,7 @@ class PipelineModule(ParallelModule):
         for run in self._runs.values():
             if seed in run.stage.own_outputs:
                 place = run.stage.own_outputs.index(seed)
-                total = total + sum(w * run.results[m, place][0] for m, w in enumerate(weights))
+                total = total + sum(w * run.results[m, place][0] for m, w in enumerate(weights) if (m, place) in run.results)
         exchange = self._places.exchanges[PP]
         assert isinstance(exchange, GroupExchange)
         return exchange.all_reduce(total, "sum")
@@ -147,7 +147,8 @@ class PipelineModule(ParallelModule):
         """As of every plan; a weight that several stages share counts once."""
         mine = [p for p in self.parameters() if p.grad is not None]
         counted = [p.grad for name, p in self.named_parameters() if p.grad is not None and name not in self.duplicates]
-        norm: Any = get_total_norm(counted, norm_type) if counted else torch.zeros(())
+        like = next((p.grad.to_local() for p in mine if isinstance(p.grad, DTensor)), torch.zeros(()))  # a rank may count none, as all but one copy of a model do
+        norm: Any = get_total_norm(counted, norm_type) if counted else like.new_zeros(())
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         exchange = self._places.exchanges[PP]
         assert isinstance(exchange, GroupExchange)

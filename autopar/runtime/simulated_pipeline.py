@@ -80,8 +80,8 @@ class SimulatedPipeline:
         """Forwards, backwards and sums of one step; returns the model's outputs by microbatch and number. Gradients are in the modules, which
         are then to be updated. Raises ScheduleError where the lists get stuck."""
         given = {} if cotangents is None else dict(zip(self.stages.whole.graph.seeds, cotangents))
-        for run in self.runs:
-            run.start(inputs, weights, given, len(inputs))
+        for number, run in enumerate(self.runs):
+            run.start(inputs, weights, given, len(self.schedule.microbatches(number)))
         post = SimulatedPost(self.stages, self.modules)
         placement = self.stages.placement
         self.walks = [
@@ -97,7 +97,7 @@ class SimulatedPipeline:
         return [self._outputs(m) for m in range(len(inputs))]
 
     def _outputs(self, m: int) -> list[Column]:
-        found = {number: run.results[m, n] for run in self.runs for n, number in enumerate(run.stage.output_numbers)}
+        found = {number: run.results[m, n] for run in self.runs for n, number in enumerate(run.stage.output_numbers) if (m, n) in run.results}
         return [found[n] for n in range(len(self.stages.whole.graph.outputs))]
 
     def update(self) -> None:

@@ -59,6 +59,8 @@ def _check_places(schedule: Schedule) -> None:
             refuse(f"stage {stage} sits on rank {schedule.placement[stage]}")
         if action.microbatch is not None and action.microbatch >= schedule.num_microbatches:
             refuse(f"there are {schedule.num_microbatches} microbatches")
+        if action.microbatch is not None and action.microbatch not in schedule.microbatches(stage):
+            refuse(f"stage {stage} runs microbatches {schedule.microbatches(stage).start} to {schedule.microbatches(stage).stop - 1}")
         if not schedule.training and kind not in (Kind.F, Kind.SEND_F, Kind.RECV_F, Kind.GATHER, Kind.FREE):
             refuse("the schedule is for inference")
         if kind is Kind.TIE and stage not in firsts.get(peer if peer is not None else -1, ()):
@@ -82,7 +84,7 @@ def _check_completeness(schedule: Schedule) -> None:
     for action in _required(schedule, times):
         if action not in times:
             raise ScheduleError(schedule.name, schedule.placement[action.stage], str(action), "is missing")
-    stages, microbatches = range(schedule.num_stages), range(schedule.num_microbatches)
+    stages = range(schedule.num_stages)
     for group in schedule.tied:
         for rank in {schedule.placement[stage] for stage in group}:
             count = sum(Action(Kind.TIE, stage, None, group[0]) in times for stage in group if schedule.placement[stage] == rank)
@@ -92,14 +94,14 @@ def _check_completeness(schedule: Schedule) -> None:
     if any(has_step) and not all(has_step):
         raise ScheduleError(schedule.name, schedule.placement[has_step.index(False)], f"{has_step.index(False)}STEP", "is missing, other stages have one")
     for stage in stages:
-        whole, parts = Action(Kind.REDUCE, stage) in times, [Action(Kind.REDUCE, stage, m) in times for m in microbatches]
+        whole, parts = Action(Kind.REDUCE, stage) in times, [Action(Kind.REDUCE, stage, m) in times for m in schedule.microbatches(stage)]
         if (whole and any(parts)) or (any(parts) and not all(parts)):
             raise ScheduleError(schedule.name, schedule.placement[stage], f"{stage}REDUCE", "gradients are reduced once, or once for every microbatch")
 
 
 def _required(schedule: Schedule, times: Counter[Action]) -> Iterator[Action]:
     for m in range(schedule.num_microbatches):
-        for stage in range(schedule.num_stages):
+        for stage in (s for s in range(schedule.num_stages) if m in schedule.microbatches(s)):
             yield Action(Kind.F, stage, m)
             if schedule.training:
                 whole, halves = Action(Kind.B, stage, m), (Action(Kind.I, stage, m), Action(Kind.W, stage, m))
@@ -117,7 +119,7 @@ def _required(schedule: Schedule, times: Counter[Action]) -> Iterator[Action]:
 
 
 def _check_dependence(schedule: Schedule) -> None:
-    flow = Flow(schedule.num_microbatches, schedule.placement, schedule.edges, schedule.tied)
+    flow = Flow(schedule.num_microbatches, schedule.placement, schedule.edges, schedule.tied, schedule.shares)
     for rank, actions in enumerate(schedule.ranks):
         present: set[Value] = set()
         for action in actions:

@@ -8,7 +8,7 @@ and writes the same value on another.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from autopar.core.schedule import Action, Edge, Kind
+from autopar.core.schedule import Action, Edge, Kind, microbatches_of
 
 
 class Value(NamedTuple):
@@ -23,11 +23,13 @@ class Value(NamedTuple):
 
 
 class Flow:
-    """Reads and writes of the actions of one schedule; every stage runs every microbatch."""
+    """Reads and writes of the actions of one schedule; every stage runs every microbatch, or its share of them."""
 
-    def __init__(self, num_microbatches: int, placement: Sequence[int], edges: Sequence[Edge], tied: Sequence[Sequence[int]] = ()) -> None:
+    def __init__(
+        self, num_microbatches: int, placement: Sequence[int], edges: Sequence[Edge], tied: Sequence[Sequence[int]] = (), shares: Sequence[int] = ()
+    ) -> None:
         stages = range(len(placement))
-        self._microbatches = range(num_microbatches)
+        self._microbatches = [microbatches_of(stage, num_microbatches, shares) for stage in stages]
         self._sources = [tuple(e.source for e in edges if e.target == stage) for stage in stages]
         self._readers = [tuple(e.target for e in edges if e.source == stage and e.has_gradient) for stage in stages]
         homes = {group[0]: {placement[stage]: [s for s in group if placement[s] == placement[stage]] for stage in group} for group in tied}
@@ -38,7 +40,7 @@ class Flow:
         kind, stage, m = action.kind, action.stage, action.microbatch
         if m is None:
             stages = [stage] if kind in (Kind.REDUCE, Kind.STEP) else self._tied.get((action.peer, stage), []) if kind is Kind.TIE else []
-            return tuple(Value("weight gradient", s, i) for s in stages for i in self._microbatches)
+            return tuple(Value("weight gradient", s, i) for s in stages for i in self._microbatches[s])
         if kind is Kind.F:
             return tuple(Value("output", source, m) for source in self._sources[stage])
         if kind in (Kind.B, Kind.I):

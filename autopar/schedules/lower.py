@@ -10,7 +10,7 @@ send waits for its receiver. The messages between two ranks come in the same ord
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from autopar.core.schedule import COMPUTE, Action, Edge, Kind, Schedule, chain, check_shape
+from autopar.core.schedule import COMPUTE, Action, Edge, Kind, Schedule, chain, check_shape, microbatches_of
 from autopar.errors import ScheduleError, UsageError
 from autopar.schedules.flow import Flow, Value
 from autopar.schedules.orders import Order, make_order
@@ -34,7 +34,7 @@ def lower(order: Order, edges: Sequence[Edge] | None = None, tied: Sequence[Sequ
     edges = chain(len(order.placement)) if edges is None else tuple(edges)
     groups = tuple(tuple(group) for group in tied) if order.training else ()
     check_shape(order.num_microbatches, order.placement, len(order.ranks), edges, groups)
-    flow = Flow(order.num_microbatches, order.placement, edges, groups)
+    flow = Flow(order.num_microbatches, order.placement, edges, groups, order.shares)
     ends, lists = clock(order, flow)
 
     def time_of(value: Value) -> float:
@@ -55,14 +55,14 @@ def lower(order: Order, edges: Sequence[Edge] | None = None, tied: Sequence[Sequ
                 events.append(((time, 0, m, send.stage, send.partner.stage), (send, send.partner)))
     for group in groups:
         first = {order.placement[stage]: stage for stage in reversed(group)}
-        time = max(time_of(Value("weight gradient", stage, m)) for stage in group for m in range(order.num_microbatches))
+        time = max(time_of(Value("weight gradient", stage, m)) for stage in group for m in microbatches_of(stage, order.num_microbatches, order.shares))
         events.append(((time, 0, order.num_microbatches, group[0], 0), tuple(Action(Kind.TIE, stage, None, group[0]) for stage in first.values())))
     placed: list[list[tuple[tuple[float, ...], Action]]] = [[((start, 1), action) for start, action in actions] for actions in lists]
     for key, actions in events:
         for action in actions:
             placed[order.placement[action.stage]].append((key, action))
     ranks = tuple(tuple(action for _, action in sorted(items, key=lambda item: item[0])) for items in placed)
-    return Schedule(order.name, order.num_microbatches, order.placement, edges, ranks, groups, order.training)
+    return Schedule(order.name, order.num_microbatches, order.placement, edges, ranks, groups, order.training, order.shares)
 
 
 def clock(order: Order, flow: Flow) -> tuple[dict[Value, float], list[list[tuple[float, Action]]]]:

@@ -6,15 +6,17 @@
     interleaved    1F1B over virtual stages, a rank's chunks taking turns in rounds of `num_ranks` microbatches (same source, 2.2)
     zero-bubble    1F1B with the backward split: weight gradients wait and fill the drain (ZB-H1; Qi et al. 2023)
     forward        inference
+    shared         no pipeline: copies of the model, each with its share of the microbatches
 
 Stage s of a pipeline with virtual stages sits on rank s mod num_ranks.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from autopar.core.schedule import Action, Kind
+from autopar.core.pipeline import SHARED
+from autopar.core.schedule import Action, Kind, microbatches_of
 from autopar.errors import UsageError
 
 
@@ -27,6 +29,14 @@ class Order:
     placement: tuple[int, ...]
     ranks: tuple[tuple[Action, ...], ...]
     training: bool = True
+    shares: tuple[int, ...] = ()
+
+
+def share_order(shares: Sequence[int], *, training: bool = True) -> Order:
+    """Copies of one model on a rank each, which run their shares of the microbatches one after the other."""
+    kinds = (Kind.F, Kind.B) if training else (Kind.F,)
+    ranks = tuple(tuple(Action(kind, r, m) for m in microbatches_of(r, sum(shares), shares) for kind in kinds) for r in range(len(shares)))
+    return Order(SHARED, sum(shares), tuple(range(len(shares))), ranks, training, tuple(shares))
 
 
 def make_order(name: str, num_ranks: int, num_microbatches: int, virtual_stages: int = 1) -> Order:

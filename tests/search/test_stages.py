@@ -12,7 +12,7 @@ from autopar.cost_models.pipeline import EdgeCost, PipelineCost, StageCost
 from autopar.cost_models.timeline import simulate
 from autopar.errors import InfeasibleError, UsageError
 from autopar.schedules.lower import add_updates, make_schedule
-from autopar.search.stages import Options, StageOption, StagePlan, cut_into_stages, step_time_s
+from autopar.search.stages import Devices, Options, StageOption, StagePlan, cut_along, cut_into_stages, step_time_s
 
 
 def partitions(num_blocks: int) -> Iterator[tuple[int, ...]]:
@@ -93,6 +93,59 @@ def evaluated(plan: StagePlan, cut_s: list[float], options: Options, num_microba
         assert option.state_bytes + min(num_microbatches, plan.num_stages - i) * option.activation_bytes <= limit
     times = [o.time_s + (cut_s[end - 1] if end <= len(cut_s) else 0.0) for o, end in zip(plan.options, bounds[1:], strict=True)]
     return step_time_s(times, [o.reduce_s for o in plan.options], num_microbatches)
+
+
+def brute_force_along(num_blocks: int, crossing_s: dict[tuple[int, int, int], float], row: list[Devices], num_microbatches: int, num_stages: int | None) -> float | None:
+    """Every partition, every entry of the row for each stage in its order, every combination of options there."""
+    best = None
+    for bounds in partitions(num_blocks):
+        runs = list(itertools.pairwise(bounds))
+        if num_stages not in (None, len(runs)):
+            continue
+        for places in itertools.combinations_with_replacement(range(len(row)), len(runs)):
+            for chosen in itertools.product(*(row[n].options(*run) for n, run in zip(places, runs, strict=True))):
+                taken = [sum(o.num_devices for o, n in zip(chosen, places, strict=True) if n == entry) for entry in range(len(row))]
+                held = [o.state_bytes + min(num_microbatches, len(runs) - i) * o.activation_bytes for i, o in enumerate(chosen)]
+                if any(t > d.number for t, d in zip(taken, row)) or any(h > row[n].memory_limit_bytes for h, n in zip(held, places)):
+                    continue
+                behind = [crossing_s[end - 1, a, b] for (_, end), (a, b) in zip(runs, itertools.pairwise(places))]
+                times = [o.time_s + c for o, c in zip(chosen, [*behind, 0.0], strict=True)]
+                found = step_time_s(times, [o.reduce_s for o in chosen], num_microbatches)
+                best = found if best is None else min(best, found)
+    return best
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 1 << 30))
+def test_devices_of_several_kinds_equal_to_brute_force(seed: int) -> None:
+    random = Random(seed)
+    num_blocks, kinds = random.randint(1, 6), random.randint(1, 3)
+    counts = random.choice([(1,), (1, 2)])
+    row = [Devices(random.randint(1, 2), random_options(random, num_blocks, counts), random.choice([float("inf"), random.randint(5, 60)])) for _ in range(kinds)]
+    crossing_s = {(cut, a, b): random.choice([0.0, 0.25, 1.0, 5.0]) for cut in range(num_blocks - 1) for a in range(kinds) for b in range(kinds)}
+    num_microbatches = random.randint(1, 8)
+    num_stages = random.choice([None, random.randint(1, min(num_blocks, sum(d.number for d in row)))])
+    best = brute_force_along(num_blocks, crossing_s, row, num_microbatches, num_stages)
+    try:
+        plan = cut_along(num_blocks, lambda *key: crossing_s[key], row, num_microbatches=num_microbatches, num_stages=num_stages)
+    except InfeasibleError:
+        assert best is None
+        return
+    assert best is not None
+    assert plan.step_time_s == pytest.approx(best, rel=1e-12)
+
+
+def test_a_device_twice_as_fast_gets_twice_the_blocks() -> None:
+    def on(speed: float) -> Options:
+        return lambda first, end: [StageOption(num_devices=1, time_s=(end - first) / speed)]
+
+    def cut(*speeds: float) -> tuple[int, ...]:
+        row = [Devices(1, on(speed)) for speed in speeds]
+        return cut_along(9, lambda *key: 0.0, row, num_microbatches=100, num_stages=2).starts
+
+    assert cut(1, 2) == (0, 3)
+    assert cut(2, 1) == (0, 6)
+    assert cut_along(9, lambda *key: 0.0, [Devices(1, on(1)), Devices(1, on(20))], num_microbatches=2).num_stages == 1, "a device too slow to help stays idle"
 
 
 def blocks(*time_s: float, state: float = 0, activation: float = 0) -> Options:
