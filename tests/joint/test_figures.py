@@ -6,6 +6,7 @@ from autopar.core.cluster import Cluster
 from autopar.forecast.transformer import Dims
 from autopar.joint.at_point import PointSearch
 from autopar.joint.bounds import PRECISION
+from autopar.joint.figures import Block, Figures
 from autopar.joint.space import Point
 from tests.joint.models import GPT, LLAMA, joint_search
 
@@ -30,6 +31,16 @@ def test_no_block_holds_less_than_its_figures_say_or_is_faster(dims: Dims, point
             once_s = sum(kinds.seconds[1][3:])
             assert found.seconds <= (point.num_microbatches * kinds.block_s + once_s) * (1 + ROUNDING)
             assert found.kept_bytes <= kinds.kept_inside * (1 + ROUNDING), kinds.mode
+
+
+def test_a_rank_between_two_modes_takes_a_mixture_of_both() -> None:
+    """Of three modes none of which is worse than a mixture of the others, by what fits a rank for each block."""
+    modes = {"none": Block(1.0, 2.0, 10.0), "selective": Block(1.1, 2.0, 4.0), "full": Block(2.0, 2.0, 0.0)}
+    for room, seconds in ((12.0, 1.0), (9.0, 1.05), (6.0, 1.1), (4.0, 1.55), (2.0, 2.0)):
+        lines = Figures(modes).lines(1.0, room)
+        assert max(line.block_s - line.relief_s for line in lines) == pytest.approx(seconds), room
+        free, *held = 1.0, *Figures(modes).held([1], [1.0], room)
+        assert max(free, *(at.block_s[1] - at.price * room for at in held)) == pytest.approx(seconds), room
 
 
 @pytest.mark.parametrize("share", [0.05, 0.06, 0.1])
