@@ -21,18 +21,16 @@ from autopar.errors import FileFormatError, InfeasibleError, PlanMismatchError, 
 from autopar.models.load import load_model
 from autopar.planner.along import along
 from autopar.planner.blocks import Blocks, Order
-from autopar.planner.cuts import best_cut, bound_s, formula_cut
+from autopar.planner.cuts import best_cut
 from autopar.planner.groups import over_groups
-from autopar.planner.liveness import Engine
 from autopar.planner.mixed import shared_s
 from autopar.planner.pipelines import StagedCandidate
 from autopar.planner.plan import Planned
-from autopar.planner.staging import Staged
 from autopar.program import Program
 from autopar.request import Request
 from autopar.stages import copies
 from tests.cli.calling import Call
-from tests.test_pipeline_search import ROUNDING, deep, program_of, with_memory
+from tests.test_pipeline_search import ROUNDING, check_random_cuts, deep, program_of, with_memory
 
 ORDERS = [Order("1f1b", 3, 4), Order("gpipe", 3, 4), Order("zero-bubble", 3, 4), Order("interleaved", 3, 6, 2), Order("1f1b", 3, 2)]
 
@@ -71,13 +69,7 @@ def test_stages_cost_what_the_table_says(name: str, layers: dict[str, int], grou
     """Any cut: skip connections over several stages, tied weights, values that several stages read; bounds hold on every one."""
     rng = random.Random(7)
     for order in ORDERS:
-        blocks = on_three(program_of(name, **layers), order, groups)
-        for _ in range(3):
-            cuts = tuple(sorted(rng.sample(range(1, blocks.num_blocks), order.num_stages - 1)))
-            table = blocks.timeline(cuts, order)
-            staged = Staged.of(blocks, replace(formula_cut(blocks, order, float("inf")), cuts=cuts), order, Engine())
-            assert staged.timeline.step_time_s == pytest.approx(table.step_time_s, rel=ROUNDING)
-            assert bound_s(blocks, cuts, order) <= table.step_time_s * (1 + ROUNDING)
+        check_random_cuts(on_three(program_of(name, **layers), order, groups), order, rng)
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=str)

@@ -7,7 +7,8 @@ LEAN_POWERS = range(-6, 22)
 """Of 2: prices of a byte, in what all bytes of the fastest sharding must cost to be as dear as its seconds."""
 
 DEARER, FEWER = 4.0, (0.5, 0.7)
-"""Up to so many times the price of a byte that the bound found; shares of the fewest microbatches in flight that it has a price for."""
+"""Up to so many times the price of a byte that the bound found; shares of the fewest microbatches in flight that it has a price for. They say where to look, no
+bound rests on them: GPT-3 175B on 64 A100 needed 0.7 of 4 in flight (`examples/benchmark_cards.py --only c175-64a`)."""
 
 FEW = 200
 """Where all decisions of a point have no more states together, a sharding is looked at for each."""
@@ -25,10 +26,6 @@ class Asked(NamedTuple):
     zero: int | None
     how: str
     fixed: tuple[int, int] | None = None
-
-    @property
-    def free(self) -> bool:
-        return self.zero is None and self.how != KEPT and self.fixed is None
 
 
 Prices = Sequence[tuple[float, float]]

@@ -24,7 +24,7 @@ from autopar.planner.keeping import Keeping
 from autopar.planner.states import Pricing
 
 SEEN = 0.97
-"""Of the memory, what the linear model of a rank's blocks makes of it at most."""
+"""Of the memory, what the linear model of a rank's blocks makes of it at most: a guess that only orders the points."""
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ any price p of a byte, with g(p) the least c + p b of all that could be chosen f
 
     n g(p) <= n c + p n b <= T + p L,     so     n <= floor((T + p L) / g(p))
 
-(the Lagrangian dual, with a price of its own for every rank; blocks are whole). The first and the last rank do what lies before and behind the run besides. A rank also waits: for the ranks before it to forward the first microbatch, and at the end for them to take the last gradient back. The least T
-for which all ranks together can do all blocks is a bound on every step under 1F1B, whatever the cut. Where ranks have several stages see `even.py`.
+(the Lagrangian dual, with a price of its own for every rank; blocks are whole). The first and the last rank do what lies before and behind the run besides.
+A rank also waits: for the ranks before it to forward the first microbatch, and at the end for them to take the last gradient back. The least T for which all
+ranks together can do all blocks is a bound on every step under 1F1B, whatever the cut. Where ranks have several stages see `even.py`.
 """
 
 import math

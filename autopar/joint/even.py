@@ -24,11 +24,14 @@ from autopar.schedules.orders import make_order
 MESSAGE, BACK = 0.1, 2.0
 """Of a forward: a message and a backward, where the longest chain is looked for. It is a chain whatever they take."""
 
+Pass = tuple[Kind, int, int | None]
+"""Forward or backward, stage, microbatch."""
+
 MOST_PASSES = 20_000
 """Of orders that have more, only the chains of their ranks are taken."""
 
 LONGEST = 4
-"""Longest chains that are looked for."""
+"""Longest chains that are looked for, each in the cut that those before leave as the fastest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +60,9 @@ def rank_chain(order: Order, rank: int) -> Chain:
 def longest_chain(order: Order, blocks: Sequence[float]) -> Chain:
     """Where stages have so many equal blocks, whose messages and backwards take `MESSAGE` and `BACK` of a forward."""
     lists = make_order(order.schedule, order.num_ranks, order.num_microbatches, order.virtual).ranks
-    ends: dict[tuple[Kind, int, int | None], float] = {}
-    behind: dict[tuple[Kind, int, int | None], tuple[Kind, int, int | None] | None] = {}
-    before: list[tuple[Kind, int, int | None] | None] = [None] * order.num_ranks
+    ends: dict[Pass, float] = {}
+    behind: dict[Pass, Pass | None] = {}
+    before: list[Pass | None] = [None] * order.num_ranks
     left, going = [iter(actions) for actions in lists], True
     waiting = [next(actions, None) for actions in left]
     while going:
@@ -80,7 +83,8 @@ def longest_chain(order: Order, blocks: Sequence[float]) -> Chain:
     return _counted(order, behind, max(ends, key=ends.__getitem__))
 
 
-def _counted(order: Order, behind: Mapping, at: tuple[Kind, int, int | None] | None) -> Chain:
+def _counted(order: Order, behind: Mapping[Pass, Pass | None], at: Pass | None) -> Chain:
+    """The chain that ends with a pass."""
     forwards, backwards, messages = [0] * order.num_stages, [0] * order.num_stages, 0
     while at is not None:
         kind, stage, _ = at
@@ -92,30 +96,19 @@ def _counted(order: Order, behind: Mapping, at: tuple[Kind, int, int | None] | N
 
 @dataclass(frozen=True, eq=False)
 class Cuts:
-    """Even cuts of `depth` blocks by an order. `blocks`: [cut, stage]; `first`, `last`: what the ends take at least besides, in blocks."""
+    """Even cuts of a run by an order. `blocks`: [cut, stage]; `first`, `last`: what the ends take at least besides, in blocks. `chains`: those that bound them."""
 
     order: Order
     blocks: np.ndarray
     first: np.ndarray
     last: np.ndarray
-    given: tuple[Chain, ...] = ()
-    """Chains to take."""
+    chains: tuple[Chain, ...]
 
-    @cached_property
-    def chains(self) -> tuple[Chain, ...]:
-        return self.given or self._chains()
-
-    def _chains(self) -> tuple[Chain, ...]:
-        """Those of ranks, and the longest ones of the cuts that by these would be the fastest."""
-        found = [rank_chain(self.order, rank) for rank in range(self.order.num_ranks)]
-        for _ in range(LONGEST if 2 * self.order.num_microbatches * self.order.num_stages <= MOST_PASSES else 0):
-            known = replace(self, given=tuple(found))
-            fastest = int((known.passes + MESSAGE / (1 + BACK) * known.messages).max(axis=1).argmin())
-            longest = longest_chain(self.order, self.blocks[fastest].tolist())
-            if longest in found:
-                break
-            found.append(longest)
-        return tuple(found)
+    def with_longest(self) -> "Cuts":
+        """With the longest chain too of the cut that by those at hand is the fastest."""
+        fastest = int((self.passes + MESSAGE / (1 + BACK) * self.messages).max(axis=1).argmin())  # in forwards and backwards of a block
+        longest = longest_chain(self.order, self.blocks[fastest].tolist())
+        return self if longest in self.chains else replace(self, chains=(*self.chains, longest))
 
     @cached_property
     def both(self) -> np.ndarray:
@@ -170,4 +163,9 @@ def even_cuts(order: Order, depth: int) -> Cuts:
                 most = max(middle)
                 found.append(([first, *middle, last], max(0, most - first - 1), max(0, most - last - 1)))
     blocks, firsts, lasts = zip(*found, strict=True)
-    return Cuts(order, np.array(blocks, float), np.array(firsts, float), np.array(lasts, float))
+    cuts = Cuts(order, np.array(blocks, float), np.array(firsts, float), np.array(lasts, float), tuple(rank_chain(order, rank) for rank in range(order.num_ranks)))
+    for _ in range(LONGEST if 2 * order.num_microbatches * order.num_stages <= MOST_PASSES else 0):
+        before, cuts = cuts, cuts.with_longest()
+        if cuts is before:
+            break
+    return cuts

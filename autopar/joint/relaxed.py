@@ -23,8 +23,9 @@ from autopar.search.terms import Terms
 TOLERANCE = 5e-5
 """Of the seconds of the blocks: how much more a bound at another price could be."""
 
-CHORDS = (1, 3, 8, 20, 64, 256)
-"""Microbatches in flight between which what bytes cost a block is taken from chords."""
+CHORDS = (0, 1, 3, 8, 20, 64, 256)
+"""Microbatches in flight between which what bytes cost a block is taken from chords. Any will do for a bound; more make it tighter, and each takes an elimination
+per price."""
 
 LEAN = 1e4
 """A price of all bytes, in the seconds of the fastest plan, at which hardly anything but bytes counts."""
@@ -115,8 +116,8 @@ class Relaxed:
 
     def _between_s(self, flight: int, price: float) -> float:
         """At least what a block takes, its bytes included: that is a concave function of the microbatches in flight, so it is above its chords."""
-        low = next((at for at in reversed(CHORDS) if at <= flight), 0)
-        high = CHORDS[CHORDS.index(low) + 1] if low in CHORDS[:-1] else 2 * flight
+        low = max(at for at in CHORDS if at <= flight)
+        high = min((at for at in CHORDS if at > flight), default=2 * flight)
         share = (flight - low) / (high - low)
         return (1 - share) * self._block_s(low, price) + (share * self._block_s(high, price) if share else 0.0)
 

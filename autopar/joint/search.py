@@ -39,6 +39,7 @@ AHEAD = 8
 FINE = 3
 """Points that are looked at again."""
 
+
 @dataclass(frozen=True)
 class Joint:
     """`found`: plans, the fastest first; `bound_s`: no plan of the space is faster; `looked`: how many points came to each of the four levels;
@@ -131,6 +132,7 @@ class JointSearch(Given):
             if made is not None:
                 found.append(made)
                 best = made.step_s
+
 
 @dataclass(frozen=True, order=True, slots=True)
 class Waiting:
