@@ -80,8 +80,7 @@ class PointSearch:
 
     def ideal_s(self, ideal: Ideal) -> float:
         """The bound from a roofline."""
-        task = self.joint.task(self.point.samples)
-        one = ideal.seconds(task.graph, task.rules, self.point.outer, self.point.inner)
+        one = ideal.seconds(self.point.samples, self.point.outer, self.point.inner)
         step = self.ideal = one.times(self.point.num_microbatches)
         return min((self._free_s(order, step, one) for order in self.orders), default=math.inf)
 

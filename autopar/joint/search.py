@@ -70,7 +70,7 @@ class JointSearch(Given):
     def search(self) -> Joint:
         """Raises InfeasibleError where nothing fits. The time limit is for what comes after the first plan."""
         end = math.inf
-        ideal = Ideal(self.cluster, self.run)
+        ideal = Ideal(self.cluster, self.run, self.task)
         heap: list[Waiting] = []
         free = self.options.free_micro_batches or self.pins.micro_batch is not None  # its number of samples is pinned, and what of dp follows is searched
         number = None if free else self.options.micro_batches

@@ -1,20 +1,19 @@
 """The points of the joint search: how many stages on which mesh, how many microbatches, in which order; and what no plan of a point can beat."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 
 from autopar.core.cluster import Cluster
-from autopar.core.graph import DTYPE_BYTES, OpGraph
 from autopar.core.mesh import Mesh, MeshAxis
-from autopar.core.rule import OpRule
 from autopar.core.unroll import Run
-from autopar.cost_models.kernels import Work, measured_seconds
+from autopar.cost_models.kernels import backward_seconds, forward_seconds
 from autopar.joint.bounds import Parts
 from autopar.joint.fold import places, sides
 from autopar.planner.blocks import Order
+from autopar.planner.lengths import Task
 from autopar.planner.pins import Pins
+from autopar.planner.states import PRICED_DTYPES, work_of
 
 SCHEDULES = ("1f1b", "interleaved")
 
@@ -23,6 +22,9 @@ VIRTUAL = (1, 2, 4, 8)
 
 MAX_AXIS_SAMPLES = 16
 """Samples of a microbatch for each rank of the outer axis: more than so many on one rank are two microbatches."""
+
+
+ALONE = Mesh((MeshAxis("a", 1),))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,46 +87,39 @@ def orders(point: Point, depth: int, pins: Pins) -> Iterator[Order]:
 class Ideal:
     """The seconds of a microbatch when every operator is cut evenly over all devices of all stages and nothing is communicated.
 
-    A roofline at the device's best rates: no strategy's operator is faster, whatever its shape.
+    What a kernel does beside its launch takes no more than c times what a c-th of it takes, however it is cut (`kernels.py`: rates, waves and passes over bytes
+    are all so). So no strategy's operator is faster than the launch and an equal share of the whole.
     """
 
-    def __init__(self, cluster: Cluster, run: Run) -> None:
-        self.cluster, self.run = cluster, run
+    def __init__(self, cluster: Cluster, run: Run, task: Callable[[int], Task]) -> None:
+        """`task`: a microbatch of so many samples."""
+        self.device, self.run, self.task = cluster.device, run, task
+        self._ops: dict[int, Mapping[tuple[int, frozenset[int]], tuple[float, float]]] = {}
 
-    def seconds(self, graph: OpGraph, rules: Sequence[OpRule], outer: int, inner: int) -> Parts:
+    def seconds(self, samples: int, outer: int, inner: int) -> Parts:
         """Of one block, and of what is before and behind the run, on a mesh of `outer` x `inner` devices. An axis that divides no factor of an operator
         does not cut it."""
+        if samples not in self._ops:
+            self._ops[samples] = self._of_ops(self.task(samples))
         found = [0.0, 0.0, 0.0]
-        for where, work, backward, sizes in self._work(graph, tuple(rules)):
+        for (where, sizes), (launch_s, busy_s) in self._ops[samples].items():
             devices = math.prod(axis for axis in (outer, inner) if any(size % axis == 0 for size in sizes))
-            found[where] += self._op(work._replace(flops=work.flops / devices, num_bytes=work.num_bytes / devices), backward)
+            found[where] += launch_s + busy_s / devices
         return Parts(*found)
 
-    def _op(self, work: Work, backward: int) -> float:
-        """Of the forward, and of a backward that is so many times its work unless another number was measured."""
-        device = self.cluster.device
-        rate = device.peak(work.dtype) * max(device.efficiency(work.dtype), device.attention_efficiency or 0.0) * device.sustained_rate
-        once = device.kernel_launch_s + max(work.flops / rate if work.kernel == "product" else 0.0, work.num_bytes / (device.memory_bytes_per_s * device.memory_efficiency))
-        own = device.kernel(work.kind)
-        if own is None:
-            return (1 + backward) * once
-        busy = measured_seconds(device, own, work)
-        return own.call_s + busy + (backward * device.kernel_launch_s + min(backward, 1) * own.backward * busy if own.backward else backward * once)
-
-    @lru_cache(maxsize=64)
-    def _work(self, graph: OpGraph, rules: tuple[OpRule, ...]) -> tuple[tuple[int, Work, int, frozenset[int]], ...]:
-        """(where, work, how many times that its backward does, sizes of its factors) of every operator; where: in the middle block (0), before, behind the run."""
-        found = []
-        live, searched = graph.differentiated, graph.searched
-        for op, rule, place, where in zip(graph.ops, rules, places(self.run, graph), sides(self.run, graph), strict=True):
-            if rule.cost == "view" or searched.isdisjoint(op.operands) or place in (0, 2):
+    def _of_ops(self, task: Task) -> Mapping[tuple[int, frozenset[int]], tuple[float, float]]:
+        """Seconds of launches and of all else, uncut, of the operators in the middle block (0), before and behind the run, by the sizes of their factors."""
+        graph, found = task.graph, dict[tuple[int, frozenset[int]], tuple[float, float]]()
+        for op, rule, place, where in zip(graph.ops, task.rules, places(self.run, graph), sides(self.run, graph), strict=True):
+            if rule.cost == "view" or graph.searched.isdisjoint(op.operands) or place in (0, 2):
                 continue
             metas = [graph.values[v].meta for v in (*op.operands, *op.results)]
             dtype = graph.values[op.results[0]].meta.dtype if op.results else "float32"
-            masked = rule.masked if rule.kernel else 1.0
-            moved = float(sum(m.numel * DTYPE_BYTES[m.dtype] for m in metas))
-            kernel = "product" if rule.cost == "contract" else "pointwise"
-            work = Work(kernel, rule.flops * masked, moved, dtype if dtype in ("float16", "bfloat16") else "float32", kind=rule.kind or rule.kernel or kernel)
-            backward = 0 if live.isdisjoint(op.results) else 2 if rule.cost == "contract" and not rule.kernel else 1
-            found.append((where, work, backward, frozenset(size for f, size in enumerate(rule.sizes) if f not in rule.whole)))
-        return tuple(found)
+            work = work_of(rule, (), ALONE, rule.flops, sum(m.num_bytes for m in metas), dtype if dtype in PRICED_DTYPES else "float32")
+            nothing = work._replace(flops=0.0, num_bytes=0.0, functions=0.0, shape=work.shape and (0, 0, 0, 0))
+            live = not graph.differentiated.isdisjoint(op.results)
+            once_s, whole_s = (forward_seconds(self.device, w) + (backward_seconds(self.device, w) if live else 0.0) for w in (nothing, work))
+            key = where, frozenset(size for f, size in enumerate(rule.sizes) if f not in rule.whole)
+            launch_s, busy_s = found.get(key, (0.0, 0.0))
+            found[key] = launch_s + once_s, busy_s + whole_s - once_s
+        return found

@@ -39,7 +39,7 @@ def test_stages_from_three_blocks_are_those_of_the_whole_graph(dims, case: str, 
     point, order, zero = POINTS[case]
     joint = joint_search(dims, A100, point.num_microbatches * point.samples, (f"zero={zero}",))
     search = PointSearch(joint, point)
-    search.ideal_s(Ideal(A100, joint.run))
+    search.ideal_s(Ideal(A100, joint.run, joint.task))
     program = next(programs(search))
     sharding = {kinds.mode: kinds for kinds in Sharding.of(program, search.pricing, joint.run, Engine.of(A100), modes).modes}
     light, heavy = (sharding[mode] for mode in modes)
@@ -61,7 +61,7 @@ def test_least_steps_are_under_all_cuts_of_random_stages() -> None:
     for ranks, number in product((1, 2, 3), (1, 2, 3, 6)):
         order = Order("1f1b", ranks, number)
         search = PointSearch(joint, Point(ranks, 8 // ranks if ranks != 3 else 2, 1, number, 4))
-        search.ideal_s(Ideal(A100, joint.run))
+        search.ideal_s(Ideal(A100, joint.run, joint.task))
         light = Sharding.of(next(programs(search)), search.pricing, joint.run, Engine(), ("none",)).modes[0]
         seconds = [sum(kind[:3]) for kind in light.seconds]
         ends = Parts(seconds[1], seconds[0] - seconds[1], seconds[2] - seconds[1])
@@ -82,7 +82,7 @@ def test_no_cut_beats_the_bound_where_sums_of_gradients_hide(virtual: int, zero:
         pins = (f"virtual={virtual}", f"zero={zero}", f"dp={point.outer}")
         joint = joint_search(short, A100, point.num_microbatches * point.samples, pins)
         search = PointSearch(joint, point)
-        search.ideal_s(Ideal(A100, joint.run))
+        search.ideal_s(Ideal(A100, joint.run, joint.task))
         (order,) = search.orders
         light = Sharding.of(next(programs(search)), search.pricing, joint.run, Engine(), ("none",)).modes[0]
         cuts = combinations(range(1, short.layers), order.num_stages - 1)
@@ -96,7 +96,7 @@ def test_shardings_for_blocks_that_are_computed_again_are_tried() -> None:
     """Where memory binds, other shardings are planned than those that are fastest."""
     joint = joint_search(LLAMA, A100, 16, memory_share=0.04)
     search = PointSearch(joint, Point(2, 4, 1, 4, 4))
-    search.ideal_s(Ideal(A100, joint.run))
+    search.ideal_s(Ideal(A100, joint.run, joint.task))
     free = {tuple(program.strategies) for program in programs(search)}
     assert search.fitting_s() > search.fastest_s()
     assert len({tuple(program.strategies) for program in programs(search)} - free) > 1
@@ -107,14 +107,14 @@ def test_a_pinned_mode_is_taken_whether_or_not_a_sharding_gathers(mode: str) -> 
     joint = joint_search(LLAMA, A100, 16, (f"recompute={mode}",))
     for point in (Point(1, 8, 1, 1, 16), Point(1, 1, 8, 4, 4)):
         search = PointSearch(joint, point)
-        search.ideal_s(Ideal(A100, joint.run))
+        search.ideal_s(Ideal(A100, joint.run, joint.task))
         for program in programs(search):
             assert [kinds.mode for kinds in Sharding.of(program, search.pricing, joint.run, Engine.of(A100), search.keeping.programs).modes] == [mode]
 
 
 def everything(joint: JointSearch) -> list[tuple[Point, float]]:
     """The best plan of every point, none left out."""
-    found, ideal = [], Ideal(joint.cluster, joint.run)
+    found, ideal = [], Ideal(joint.cluster, joint.run, joint.task)
     for point in points(joint.cluster, joint.batch, joint.run.depth, joint.pins):
         search = PointSearch(joint, point)
         search.ideal_s(ideal)
@@ -165,7 +165,7 @@ def test_what_is_left_out_of_a_point_is_no_faster(dims, point: Point, shares: tu
     """At limits that bind more and more."""
     joint = joint_search(dims, A100, point.num_microbatches * point.samples)
     search = PointSearch(joint, point)
-    search.ideal_s(Ideal(A100, joint.run))
+    search.ideal_s(Ideal(A100, joint.run, joint.task))
     search.fitting_s()
     shardings = [Sharding.of(p, search.pricing, joint.run, Engine.of(A100), search.keeping.programs) for p in programs(search)]
     roomy = search.plan(float("inf"))
@@ -185,7 +185,7 @@ def test_no_rank_holds_less_than_what_is_known_without_its_backward() -> None:
     joint = joint_search(LLAMA, A100, 16)
     for point, order in ((Point(1, 4, 2, 1, 16), Order("1f1b", 1, 1)), (Point(2, 4, 1, 4, 4), Order("interleaved", 2, 4, 2))):
         search = PointSearch(joint, point)
-        search.ideal_s(Ideal(A100, joint.run))
+        search.ideal_s(Ideal(A100, joint.run, joint.task))
         for program in programs(search):
             sharding = Sharding.of(program, search.pricing, joint.run, Engine.of(A100), ("none", "selective", "full+gather", "full"))
             for light, heavy in combinations(sharding.modes, 2):
