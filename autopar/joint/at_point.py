@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import chain
 
 from autopar.core.memory import MemoryUse
@@ -12,16 +12,23 @@ from autopar.joint import asked
 from autopar.joint.asked import AGAIN, GATHERED, KEPT, Asked
 from autopar.joint.bounds import Line, Parts, least_step_s, sides
 from autopar.joint.deep import Deep, Sharding, mixed, roomy_depths
+from autopar.joint.envelope import Envelope
 from autopar.joint.even import Held, even_cuts
 from autopar.joint.fold import border_bytes
 from autopar.joint.given import Given
 from autopar.joint.known import SAFE, Flat, Floors, Proved
-from autopar.joint.relaxed import Relaxed
+from autopar.joint.priced import Priced
 from autopar.joint.space import Ideal, Point, orders
 from autopar.joint.tables import PointTables
 from autopar.planner.blocks import Order
 from autopar.planner.keeping import Keeping
 from autopar.planner.states import Pricing
+
+TOLERANCE = 3e-4
+"""Of the seconds of the blocks: how much more a bound could be at some price."""
+
+ROUGHLY = 1 - 2 * TOLERANCE
+"""What only says that a point need not be looked at is taken for so much less, so that it is no more than the bound of the point itself."""
 
 SEEN = 0.97
 """Of the memory, what the linear model of a rank's blocks makes of it at most: a guess that only orders the points."""
@@ -56,8 +63,10 @@ class PointSearch:
     joint: Given
     point: Point
     ideal: Parts = Parts(0.0)
-    solved: dict[str, Relaxed] = field(default_factory=dict)
+    priced: dict[str, Priced] = field(default_factory=dict)
     """The sides that were asked for."""
+    larger: "PointSearch | None" = None
+    """The same with microbatches that are several of these."""
     _known: dict[tuple[tuple[int, ...], float], float] = field(default_factory=dict)
 
     @cached_property
@@ -84,45 +93,73 @@ class PointSearch:
         step = self.ideal = one.times(self.point.num_microbatches)
         return min((self._free_s(order, step, one) for order in self.orders), default=math.inf)
 
+    def mesh_s(self) -> float:
+        """The bound under the memory limit from the tables of the largest microbatches of this mesh, as near as is needed to tell points apart."""
+        return self._rough_s((self.larger or self).tables)
+
+    def rough_s(self) -> float:
+        """The same from its own tables."""
+        return self._rough_s(self.tables) if self.larger else 0.0
+
+    def _rough_s(self, tables: PointTables) -> float:
+        share = self.point.samples / tables.point.samples
+        return ROUGHLY * self._fitting_s(cache(lambda side: Priced(tables.side(side), tables.rough(side), share)))
+
     def fastest_s(self) -> float:
         """The bound from the solved problem, without a memory limit."""
         least = math.inf
-        for sooner, order in self._soonest():
+        for sooner, order in self._soonest(self._solved):
             if sooner < least:
-                least = min(least, self._fastest_s(order))
+                least = min(least, self._fastest_s(order, self._solved))
         self._tell()
         return least
 
-    def _soonest(self) -> list[tuple[float, Order]]:
+    def _soonest(self, parts: Callable[[str], Parts]) -> list[tuple[float, Order]]:
         """A bound on every order by the first of its sides, the lowest first."""
-        return sorted(((self._fastest_of(order, sides(order)[0], self._solved), order) for order in self.orders), key=lambda pair: pair[0])
+        return sorted(((self._fastest_of(order, sides(order)[0], parts), order) for order in self.orders), key=lambda pair: pair[0])
 
-    def _fastest_s(self, order: Order, parts: Callable[[str], Parts] | None = None) -> float:
-        """`parts`: of one sharding rather than of all, by side."""
-        return max(self._fastest_of(order, side, parts or self._solved) for side in sides(order))
+    def _fastest_s(self, order: Order, parts: Callable[[str], Parts]) -> float:
+        """`parts`: by side, of all shardings or of one."""
+        return max(self._fastest_of(order, side, parts) for side in sides(order))
 
     def _fastest_of(self, order: Order, side: str, parts: Callable[[str], Parts]) -> float:
         found = parts(side)
         return self._free_s(order, found, self._waits(side, found))
 
     def _solved(self, side: str) -> Parts:
-        return self.solved.setdefault(side, self.side(side)).parts
+        return self._priced(side).parts
 
     def fitting_s(self) -> float:
         """The bound under the memory limit of every rank, by the linear model of memory; inf where not even that can be met."""
-        least = math.inf
-        for sooner, order in self._soonest():
-            if sooner >= least or (fastest := self._fastest_s(order)) >= least:
-                continue
-            side, room = sides(order)[0], self._room_bytes(self.joint.limit_bytes)
-            relaxed = self.side(side)
-            if order.virtual > 1:
-                least = min(least, self._even_s(order, relaxed.parts, relaxed.held(*_flights(order), room), room))
-            else:  # memory binds those first that hold most microbatches
-                most, free = max(order.in_flight), Line(relaxed.parts.block)
-                lines = [[free, relaxed.line(flight, room)] if flight >= most / 2 else [free] for flight in order.in_flight]
-                least = min(least, max(fastest, self._step_s(order, relaxed.parts, lines, self._waits(side, relaxed.parts))))
+        least = self._fitting_s(self._priced)
         self._tell()
+        return least
+
+    def _priced(self, side: str) -> Priced:
+        if side not in self.priced:
+            relaxed = self.tables.side(side)
+            self.priced[side] = Priced(relaxed, Envelope(relaxed.forms, TOLERANCE))
+        return self.priced[side]
+
+    def _fitting_s(self, asked: Callable[[str], Priced]) -> float:
+        least, room = math.inf, self._room_bytes(self.joint.limit_bytes)
+
+        def parts(side: str) -> Parts:
+            return asked(side).parts
+
+        for sooner, order in self._soonest(parts):
+            if sooner >= least or (fastest := self._fastest_s(order, parts)) >= least:
+                continue
+            side = sides(order)[0]
+            priced, ends = asked(side), parts(side)
+            if order.virtual > 1:
+                flights, means = _flights(order)
+                held = [priced.held(flights, price) for price in priced.binding(means, room)]
+                least = min(least, self._even_s(order, ends, held, room))
+            else:  # memory binds those first that hold most microbatches
+                prices = priced.binding({flight for flight in order.in_flight if flight >= max(order.in_flight) / 2}, room)
+                lines = [[Line(ends.block), *(priced.line(flight, price, room) for price in prices)] for flight in order.in_flight]
+                least = min(least, max(fastest, self._step_s(order, ends, lines, self._waits(side, ends))))
         return least
 
     def _room_bytes(self, limit_bytes: float) -> float:
@@ -136,7 +173,7 @@ class PointSearch:
 
     def _floor_s(self, order: Order, floors: Floors) -> float:
         def parts(side: str) -> Parts:
-            return self.solved[side].parts if side in self.solved else floors.parts.get(side, floors.parts.get("passes", self.ideal))
+            return self.priced[side].parts if side in self.priced else floors.parts.get(side, floors.parts.get("passes", self.ideal))
 
         side, most = sides(order)[0], max(order.in_flight)
         free, limit = Line(parts(side).block), self._room_bytes(self.joint.limit_bytes)
@@ -148,14 +185,11 @@ class PointSearch:
     def _tell(self) -> None:
         """What is found out, to the searches that follow."""
         lines = {
-            side: tuple(Flat(flight, line.price, line.block_s) for flight, line in relaxed.lines(self._room_bytes(self.joint.limit_bytes)).items() if 0 < line.block_s < math.inf)
-            for side, relaxed in self.solved.items()
+            side: tuple(Flat(flight, price, priced.block_s(flight, price)) for (flight, _), price in priced.prices.items() if price)
+            for side, priced in self.priced.items()
         }
-        parts = {side: relaxed.parts for side, relaxed in self.solved.items()}
+        parts = {side: priced.parts for side, priced in self.priced.items()}
         self.joint.known.add(self.joint.about, Proved(self.joint.cluster, self.point, self.tables.operators, parts, lines))
-
-    def side(self, side: str) -> Relaxed:
-        return self.tables.whole if side == "whole" else self.tables.passes
 
     def _waits(self, side: str, parts: Parts) -> Parts:
         """What a microbatch takes at least of others while a rank waits for it."""
@@ -236,9 +270,7 @@ class PointSearch:
     @property
     def _prices(self) -> list[tuple[float, float]]:
         """Microbatches in flight, and the price of a byte that goes with them."""
-        room = self._room_bytes(self.joint.limit_bytes)
-        asked_sides = {side: self.side(side) for order in self.orders for side in sides(order)}
-        return sorted({(flight, line.price) for relaxed in asked_sides.values() for flight, line in relaxed.lines(room).items() if line.price})
+        return sorted({(flight, price) for priced in self.priced.values() for (flight, _), price in priced.prices.items() if price})
 
     @property
     def _ways(self) -> tuple[str, ...]:
@@ -252,11 +284,11 @@ class PointSearch:
         return self._known[key]
 
     def _sharding_s(self, choices: tuple[int, ...], room_bytes: float) -> float:
-        parts, least = {side: self.side(side).parts_of(choices) for order in self.orders for side in sides(order)}, math.inf
+        parts, least = {side: self.tables.side(side).parts_of(choices) for order in self.orders for side in sides(order)}, math.inf
         for order in self.orders:
             fastest, side = self._fastest_s(order, parts.__getitem__), sides(order)[0]
             if fastest < least:
-                figures = self.side(side).figures(choices)
+                figures = self.tables.side(side).figures(choices)
                 if order.virtual > 1:
                     least = min(least, self._even_s(order, parts[side], figures.held(*_flights(order), room_bytes), room_bytes))
                     continue

@@ -129,7 +129,7 @@ def _plan(joint: Joint, found: Found, whole: Whole, cluster: Cluster, tokens: in
     mesh = Mesh(tuple(MeshAxis(name, axis.size) for name, axis in zip(names, program.mesh.axes)))
     step = whole.step_s
     status = (
-        f"{'' if joint.in_time else 'budget, '}joint search of {joint.num_points} points (pipeline x mesh x microbatches), {joint.looked[3]} planned; "
+        f"{'' if joint.in_time else 'budget, '}joint search of {joint.num_points} points (pipeline x mesh x microbatches), {joint.looked[-1]} planned; "
         "the bound holds for plans whose blocks are sharded alike"
     )
     return Plan(

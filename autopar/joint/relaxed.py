@@ -1,34 +1,22 @@
 """The folded problem in parts, at prices of memory: what no plan of a point pays less for."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
 from autopar.core.problem import Edge, SearchProblem
-from autopar.errors import InfeasibleError
-from autopar.joint.bounds import Line, Parts
-from autopar.joint.even import Held
+from autopar.joint.bounds import Parts
+from autopar.joint.envelope import Vertex
 from autopar.joint.figures import Block, Figures
 from autopar.joint.fold import Folded
 from autopar.planner.saved import Gathers
 from autopar.search.elimination import Minimum, Prepared, prepare
-from autopar.search.lagrange import Dual, dual
 from autopar.search.simplify import BYTES, SECONDS, Price
 from autopar.search.solve import solve
 from autopar.search.terms import Terms
-
-TOLERANCE = 5e-5
-"""Of the seconds of the blocks: how much more a bound at another price could be."""
-
-CHORDS = (0, 1, 3, 8, 20, 64, 256)
-"""Microbatches in flight between which what bytes cost a block is taken from chords. Any will do for a bound; more make it tighter, and each takes an elimination
-per price."""
-
-LEAN = 1e4
-"""A price of all bytes, in the seconds of the fastest plan, at which hardly anything but bytes counts."""
 
 
 @dataclass
@@ -49,17 +37,13 @@ class Relaxed:
     @cached_property
     def parts(self) -> Parts:
         """Seconds of a block, and of what is before and behind the run, each at its least."""
-        block, first, last = self._cheapest.bound, *(solve(self.folded.part(side), use_ilp="never").bound_s for side in (1, 2))
+        block, first, last = self.at(0.0, 0.0).bound_s, *(solve(self.folded.part(side), use_ilp="never").bound_s for side in (1, 2))
         return Parts(block / self.depth, first, last)
 
     @cached_property
     def _block(self) -> Prepared:
         """All blocks alone, with the activations of one microbatch."""
         return prepare(self.folded.part(0), (SECONDS, BYTES))
-
-    @cached_property
-    def _cheapest(self) -> Minimum:
-        return self._block.minimise(SECONDS)
 
     def parts_of(self, choices: Sequence[int]) -> Parts:
         """The same of one sharding."""
@@ -78,7 +62,7 @@ class Relaxed:
 
     def _figures_of(self, choices: tuple[int, ...]) -> Figures:
         found: dict[str, Block] = {}
-        for form in (self,) if self.leaner is None else (self, self.leaner):
+        for form in self.forms:
             nodes, terms = form._terms[0]
             for k, mode in enumerate(next(iter(form.modes.values()), ("none",))):
                 states = np.array([k if node in form.modes else choices[node] for node in nodes])
@@ -92,87 +76,35 @@ class Relaxed:
         """The nodes of every side, and what they cost."""
         return tuple((self.folded.nodes_of(side), Terms(self.folded.part(side))) for side in range(3))
 
-    def line(self, flight: float, limit_bytes: float) -> Line:
-        """What a rank of so much memory with so many microbatches in flight can do of the step, by the price of a byte. A few fewer in flight make it a
-        bound for all near."""
-        known = _power(flight, 2)
-        lines = self.lines(limit_bytes)
-        if known not in lines:
-            total = self.num_ranks * limit_bytes
-            try:
-                found = self._dual(known, total)
-            except InfeasibleError:
-                price = LEAN * self._cheapest.value / max(total, 1.0)  # other ranks may have more blocks than this one
-                lines[known] = Line(self._block_s(known, price), price * limit_bytes, price)
-            else:
-                price = found.multiplier
-                lines[known] = Line((found.bound_s + price * total) / self.depth, price * limit_bytes, price)
-        return lines[known]
+    @property
+    def forms(self) -> "tuple[Relaxed, ...]":
+        return (self,) if self.leaner is None else (self, self.leaner)
 
-    def held(self, flights: Iterable[int], means: Iterable[float], limit_bytes: float) -> list[Held]:
-        """What bytes cost a block with so many microbatches in flight, at the prices that go with these means of them."""
-        prices = sorted({line.price for mean in means if (line := self.line(mean, limit_bytes)).price})
-        return [Held(price, {flight: self._between_s(flight, price) for flight in set(flights)}) for price in prices]
-
-    def _between_s(self, flight: int, price: float) -> float:
-        """At least what a block takes, its bytes included: that is a concave function of the microbatches in flight, so it is above its chords."""
-        low = max(at for at in CHORDS if at <= flight)
-        high = min((at for at in CHORDS if at > flight), default=2 * flight)
-        share = (flight - low) / (high - low)
-        return (1 - share) * self._block_s(low, price) + (share * self._block_s(high, price) if share else 0.0)
-
-    def _block_s(self, flight: float, price: float) -> float:
-        """The least seconds of a block, its bytes included."""
-        key = flight, price
-        if key not in self._blocks_s:
-            forms = (self,) if self.leaner is None else (self, self.leaner)
-            self._blocks_s[key] = min(form._in_flight(flight).minimise(Price(1.0, price)).bound for form in forms) / self.depth
-        return self._blocks_s[key]
+    def at(self, state_price: float, kept_price: float) -> Vertex:
+        """What all blocks take at least in this form at these prices of a byte of their state, and of one that they keep of a microbatch in flight."""
+        key = state_price, kept_price
+        if key not in self._vertices:
+            flight = kept_price / state_price if state_price else 1.0
+            self._vertices[key] = self._vertex(self._in_flight(flight).minimise(Price(1.0, state_price)))
+        return self._vertices[key]
 
     @cached_property
-    def _blocks_s(self) -> dict[tuple[float, float], float]:
+    def _vertices(self) -> dict[tuple[float, float], Vertex]:
         return {}
 
-    def lines(self, limit_bytes: float) -> dict[float, Line]:
-        """Those that were asked for, by microbatches in flight."""
-        return self._lines.setdefault(limit_bytes, {})
+    def _vertex(self, found: Minimum) -> Vertex:
+        seconds, held = self._block.terms.of_plan(found.choices)
+        nodes = self._block.shrunk.problem.nodes
+        state = math.fsum(nodes[n].memory_bytes[found.choices[n]] for n in self._block_params)
+        return Vertex(found.bound, seconds, state, max(0.0, held - state))
 
     @cached_property
-    def _lines(self) -> dict[float, dict[float, Line]]:
-        return {}
-
-    def _dual(self, flight: float, total_bytes: float) -> Dual:
-        """Of the blocks within a limit for all ranks; what does not depend on the limit is kept."""
-        within = self._within(flight, total_bytes)
-        leaner = None if self.leaner is None else self.leaner._within(flight, total_bytes)
-        problem, met = within.shrunk.problem, self._met.setdefault(total_bytes, {})
-        if not met and not problem.fits(within.terms.of_plan(self._cheapest.choices)[1]):
-            high = Price(1.0, LEAN * self._cheapest.value / max(total_bytes, 1.0))
-            met[leaner is not None, (leaner or within).minimise(high).choices] = None
-        found = dual(problem, prepared=within, cheapest=self._cheapest, leaner=leaner, met=met, tolerance=TOLERANCE)
-        met.update(dict.fromkeys((point.leaner, point.choices) for point in (found.over, found.within) if point is not None))
-        return found
-
-    def _within(self, flight: float, limit_bytes: float) -> Prepared:
-        """The blocks with so many microbatches in flight, and a limit."""
-        prepared = self._in_flight(flight)
-        return replace(prepared, shrunk=replace(prepared.shrunk, problem=replace(prepared.shrunk.problem, memory_limit_bytes=limit_bytes)))
+    def _block_params(self) -> frozenset[int]:
+        return frozenset(n for n, node in enumerate(self.folded.nodes_of(0)) if node in self.params)
 
     def _in_flight(self, flight: float) -> Prepared:
-        if flight not in self._prepared:
-            params = {n for n, node in enumerate(self.folded.nodes_of(0)) if node in self.params}
-            self._prepared[flight] = self._block.with_bytes(self._block.shrunk.problem.in_flight(flight, params))
-        return self._prepared[flight]
-
-    @cached_property
-    def _prepared(self) -> dict[float, Prepared]:
-        return {}
-
-    @cached_property
-    def _met(self) -> dict[float, dict[tuple[bool, tuple[int, ...]], None]]:
-        """By limit, plans of the blocks between which the best prices were found, and whether of the leaner form; other numbers of microbatches have theirs near
-        them."""
-        return {}
+        """The blocks with so many microbatches in flight."""
+        return self._block if flight == 1 else self._block.with_bytes(self._block.shrunk.problem.in_flight(flight, self._block_params))
 
     @cached_property
     def _flights(self) -> dict[float, Folded]:
@@ -183,11 +115,6 @@ class Relaxed:
         if times not in self._flights:
             self._flights[times] = replace(self.folded, problem=self.folded.problem.in_flight(times, self.params))
         return self._flights[times]
-
-
-def _power(flight: float, steps: int) -> float:
-    """The next power of two that is no more, or one of so many `steps` between two of them."""
-    return 2.0 ** (math.floor(steps * math.log2(flight)) / steps) if flight >= 1 else 0.0
 
 
 def passes_alone(problem: SearchProblem, once_s: Mapping[int, np.ndarray]) -> SearchProblem:

@@ -1,10 +1,11 @@
 """Best first over all points: a bound from a roofline, a bound from the solved sharding, a bound under the memory limit, and at last a plan.
 
     1. `space.Ideal`      every operator cut evenly, nothing communicated: no tables are built
-    2. the fastest        the folded problem solved without a memory limit, every bubble counted that no cut avoids
-    3. the fastest that   the same under the memory limit, by the price of a byte
-       may fit
-    4. a plan             state sharding and recomputation by the liveness of the stages, the step by the schedule's lists
+    2. by its mesh        what the largest microbatches of the same mesh take at least under the memory limit: one set of tables for all sizes
+    3. the fastest        the folded problem solved without a memory limit, every bubble counted that no cut avoids
+    4. roughly, and       the same under the memory limit, by the price of a byte, from few eliminations
+    5. as near as counts  and from some more
+    6. a plan             state sharding and recomputation by the liveness of the stages, the step by the schedule's lists
 
 A point goes through these as long as its bound is the least of all; the search ends when the best plan is no more than `GAP` above every bound that is
 left. What it returns is proven to that: no plan of the space, by these costs, is faster than `bound_s`. (Blocks are sharded alike, and stages of interleaved
@@ -39,10 +40,13 @@ AHEAD = 8
 FINE = 3
 """Points that are looked at again."""
 
+PROMISING = 4
+"""The level of points that are to be planned."""
+
 
 @dataclass(frozen=True)
 class Joint:
-    """`found`: plans, the fastest first; `bound_s`: no plan of the space is faster; `looked`: how many points came to each of the four levels;
+    """`found`: plans, the fastest first; `bound_s`: no plan of the space is faster; `looked`: how many points came to each of the six levels;
     `in_time`: the search ended before its budget did."""
 
     found: tuple[Found, ...]
@@ -74,8 +78,9 @@ class JointSearch(Given):
         heap: list[Waiting] = []
         free = self.options.free_micro_batches or self.pins.micro_batch is not None  # its number of samples is pinned, and what of dp follows is searched
         number = None if free else self.options.micro_batches
-        for n, point in enumerate(points(self.cluster, self.batch, self.run.depth, self.pins, number)):
-            search = PointSearch(self, point)
+        searches = [PointSearch(self, point) for point in points(self.cluster, self.batch, self.run.depth, self.pins, number)]
+        for n, search in enumerate(searches):
+            search.larger = _largest(search, searches)
             bound = search.ideal_s(ideal)
             heapq.heappush(heap, Waiting(bound, 0, n, bound, search))
         if not heap:
@@ -83,7 +88,7 @@ class JointSearch(Given):
                 f"no pipeline of {self.run.depth} blocks, mesh and microbatches of {self.batch} samples go with these pins on {self.cluster.name}: degrees and microbatches must divide"
                 " devices and batch; leave one of the pins out"
             )
-        num_points, looked, found, closed = len(heap), [len(heap), 0, 0, 0], [], math.inf
+        num_points, looked, found, closed = len(heap), [len(heap), 0, 0, 0, 0, 0], [], math.inf
         best = math.inf
         planned: list[tuple[float, PointSearch]] = []
         ready: list[Waiting] = []  # to be planned, by what they promise
@@ -92,13 +97,13 @@ class JointSearch(Given):
             if heap and heap[0].key < min(promised, best * (1 - self.gap)) and len(ready) < AHEAD:
                 waiting = heapq.heappop(heap)
                 self.progress(f"searching {waiting.search.point}: bound {waiting.bound:.4g} s, best {best:.4g} s")
-                if waiting.level < 2:
-                    _tighten(heap, waiting, looked)
+                if waiting.level < PROMISING:
+                    self._tighten(heap, waiting, looked)
                 else:
                     heapq.heappush(ready, replace(waiting, key=waiting.search.promised_s(self.limit_bytes)))
                 continue
             waiting = heapq.heappop(ready)
-            looked[3] += 1
+            looked[-1] += 1
             closed = min(closed, waiting.bound)
             planned.append((waiting.bound, waiting.search))
             made = waiting.search.plan(self.limit_bytes, best * NEAR)
@@ -108,8 +113,8 @@ class JointSearch(Given):
                 best = min(best, made.step_s)
         closed = min([closed, *(waiting.bound for waiting in ready)])
         in_time = not ready and (not heap or heap[0].key >= best * (1 - self.gap))
-        while heap and heap[0].level < 2 and heap[0].key < min(best, closed) < math.inf and in_time:
-            _tighten(heap, heapq.heappop(heap), looked)
+        while heap and heap[0].level < PROMISING and heap[0].key < min(best, closed) < math.inf and in_time:
+            self._tighten(heap, heapq.heappop(heap), looked)
         self._look_further(found, planned, best, end)
         if not found:
             raise InfeasibleError(
@@ -123,6 +128,18 @@ class JointSearch(Given):
             found.insert(0, replace(found[0], deep=uneven))  # beside the other, which may fit where this does not on the whole graph
         best = found[0].step_s
         return Joint(tuple(found), min(closed, left, best), num_points, tuple(looked), in_time)
+
+    def _tighten(self, heap: list["Waiting"], waiting: "Waiting", looked: list[int]) -> None:
+        """By what other searches know, else by the next level. So the levels that a point goes through depend on those, but what it is planned by does not."""
+        bound, level, search = waiting.bound, waiting.level, waiting.search
+        floor = 0.0 if waiting.floored else search.floor_s()
+        if floor > waiting.key:
+            heapq.heappush(heap, replace(waiting, key=floor, floored=True))
+            return
+        looked[level + 1] += 1
+        bound = max(bound, (search.mesh_s, search.fastest_s, search.rough_s, search.fitting_s)[level]())
+        if bound < math.inf:
+            heapq.heappush(heap, Waiting(bound, level + 1, waiting.number, bound, search))
 
     def _look_further(self, found: list[Found], planned: Sequence[tuple[float, PointSearch]], best: float, end: float) -> None:
         """Adds what is better: at the few points of the best plans, and, while there is time, at those that may be far better than what was found."""
@@ -146,14 +163,9 @@ class Waiting:
     floored: bool = field(default=False, compare=False)
 
 
-def _tighten(heap: list[Waiting], waiting: Waiting, looked: list[int]) -> None:
-    """By what other searches know, else by the next level. So the levels that a point goes through depend on those, but what it is planned by does not."""
-    bound, level, search = waiting.bound, waiting.level, waiting.search
-    floor = 0.0 if waiting.floored else search.floor_s()
-    if floor > waiting.key:
-        heapq.heappush(heap, replace(waiting, key=floor, floored=True))
-        return
-    looked[level + 1] += 1
-    bound = max(bound, (search.fastest_s if level == 0 else search.fitting_s)())
-    if bound < math.inf:
-        heapq.heappush(heap, Waiting(bound, level + 1, waiting.number, bound, search))
+def _largest(search: PointSearch, others: Sequence[PointSearch]) -> PointSearch | None:
+    """Of the largest microbatches that are several of these, on the same mesh."""
+    point = search.point
+    same = [s for s in others if s.point.mesh == point.mesh and s.point.num_ranks == point.num_ranks and s.point.samples % point.samples == 0]
+    largest = max(same, key=lambda s: s.point.samples)
+    return largest if largest is not search else None

@@ -15,6 +15,7 @@ from autopar.errors import InfeasibleError
 from autopar.joint.asked import FEW, GATHERED, KEPT, Asked
 from autopar.joint.bounds import Parts
 from autopar.joint.deep import Sharding
+from autopar.joint.envelope import Envelope
 from autopar.joint.fold import fold, places, sides, times
 from autopar.joint.relaxed import Relaxed, passes_alone, with_gathers
 from autopar.joint.space import Point
@@ -30,6 +31,9 @@ from autopar.search.elimination import Prepared, prepare
 from autopar.search.lagrange import Point as Bought
 from autopar.search.simplify import BYTES, SECONDS, Price
 from autopar.search.tables import TableStore
+
+ROUGH = 5e-3
+"""Of the seconds of the blocks: how much less a bound may be that only says which points are looked at."""
 
 MOST_PRICES = 40
 """That are looked at between two."""
@@ -62,6 +66,19 @@ class PointTables:
         """Only what its passes cost."""
         problem, ports = self.built
         return self._relaxed(passes_alone(problem, ports.once_s))
+
+    def side(self, side: str) -> Relaxed:
+        return self.whole if side == "whole" else self.passes
+
+    def rough(self, side: str) -> Envelope:
+        """What is known of the blocks, by whoever asks: an answer depends on what was asked before, within its tolerance."""
+        if side not in self._rough:
+            self._rough[side] = Envelope(self.side(side).forms, ROUGH)
+        return self._rough[side]
+
+    @cached_property
+    def _rough(self) -> dict[str, Envelope]:
+        return {}
 
     @property
     def _forms(self) -> tuple[bool, ...]:

@@ -1,0 +1,57 @@
+"""What the blocks of a point cost at prices of memory: which prices bind its ranks, and what a block takes at least at them."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from autopar.errors import InfeasibleError
+from autopar.joint.bounds import Line, Parts
+from autopar.joint.envelope import LEAN, Envelope
+from autopar.joint.even import Held
+from autopar.joint.relaxed import Relaxed
+
+STEPS = 2
+"""Numbers of microbatches in flight for which prices are looked for, between two powers of two. Any price makes a bound."""
+
+
+@dataclass
+class Priced:
+    """By an `envelope` of what they are `relaxed` to. `share`: of the bytes of a microbatch and of its seconds, where those of the envelope are so many times as
+    large: on the same mesh they may be cut at least as much, and kernels and messages take no more for each sample. A cache, not a value."""
+
+    relaxed: Relaxed
+    envelope: Envelope
+    share: float = 1.0
+    prices: dict[tuple[float, float], float] = field(default_factory=dict)
+    """Of a byte, by microbatches in flight and memory of a rank: those that were asked for."""
+
+    @property
+    def parts(self) -> Parts:
+        return self.relaxed.parts
+
+    def block_s(self, flight: float, price: float) -> float:
+        """A block of a step takes at least so many seconds, its bytes included."""
+        return self.envelope.low(price, price * self.share * flight) / self.relaxed.depth
+
+    def line(self, flight: float, price: float, limit_bytes: float) -> Line:
+        """What a rank of so much memory with so many microbatches in flight can do of the step."""
+        return Line(self.block_s(flight, price), price * limit_bytes, price)
+
+    def held(self, flights: Iterable[int], price: float) -> Held:
+        """What bytes cost a block with so many microbatches in flight."""
+        return Held(price, {flight: self.block_s(flight, price) for flight in flights})
+
+    def binding(self, flights: Iterable[float], limit_bytes: float) -> list[float]:
+        """The prices of a byte that make the best bounds where all ranks have so much memory, and so many microbatches in flight: those that are not 0."""
+        return sorted({price for flight in flights if (price := self._price(flight, limit_bytes))})
+
+    def _price(self, flight: float, limit_bytes: float) -> float:
+        near = 2.0 ** (math.floor(STEPS * math.log2(flight)) / STEPS) if flight > 0 else 0.0
+        if (near, limit_bytes) not in self.prices:
+            total = self.relaxed.num_ranks * limit_bytes
+            try:
+                price = self.envelope.best_price(self.share * near, total)
+            except InfeasibleError:
+                price = LEAN * self.envelope.fastest_s / max(total, 1.0)  # other ranks may have more blocks than this one
+            self.prices[near, limit_bytes] = price
+        return self.prices[near, limit_bytes]
