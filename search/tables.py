@@ -10,7 +10,10 @@ only looked up.
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from itertools import combinations
+from typing import NamedTuple
 
 import numpy as np
 
@@ -87,39 +90,75 @@ def sum_and_minimise(operands: Sequence[tuple[np.ndarray, tuple[int, ...]]]) -> 
 
     Works tile by tile, so that what is held besides the result is two tiles.
     """
-    parts = _merge_contained(operands)
-    sizes = {role: size for table, roles in parts for role, size in zip(roles, table.shape, strict=True)}
-    outer = sorted(sizes, key=lambda role: (sizes[role], role))
-    outer.remove(0)
-    order = [0, *outer]  # the longest axis innermost, where numpy is fast
-    views = []
-    for table, roles in parts:
-        axes = [roles.index(role) for role in order if role in roles]
-        views.append(np.expand_dims(table.transpose(axes), [i for i, role in enumerate(order) if role not in roles]))
-    result = np.empty([sizes[role] for role in outer])
+    way = _way(tuple([(roles, table.shape) for table, roles in operands]))
+    parts = [table for table, _ in operands]
+    for one, other in way.sums:
+        parts.append(parts[one.number].transpose(one.axes)[one.index] + parts[other.number].transpose(other.axes)[other.index])
+    views = [np.ascontiguousarray(parts[view.number].transpose(view.axes)[view.index]) for view in way.views]
+    result = np.empty(way.shape)
     if len(views) == 1:
         np.min(views[0], axis=0, out=result)
     else:
-        for tile in _tiles(result.shape):
+        for tile in way.tiles:
             _minimise_tile([view[(slice(None), *_clip(tile, view.shape[1:]))] for view in views], result[tile])
-    return np.asarray(result.transpose(np.argsort(outer)), order="C")
+    return np.asarray(result.transpose(way.back), order="C")
 
 
-def _merge_contained(operands: Sequence[tuple[np.ndarray, tuple[int, ...]]]) -> list[tuple[np.ndarray, tuple[int, ...]]]:
-    """The same sum with every table added into one whose roles contain its own: small sums before the big one."""
-    ordered = sorted(operands, key=lambda operand: -len(operand[1]))
-    merged: list[tuple[np.ndarray, tuple[int, ...]]] = []
-    for table, roles in ordered:
-        hosts = [i for i, (_, other) in enumerate(merged) if set(roles) <= set(other)]
-        if not hosts:
-            merged.append((table, roles))
-            continue
-        host = min(hosts, key=lambda i: merged[i][0].size)
-        target, axes = merged[host]
-        present = [role for role in axes if role in roles]
-        aligned = table.transpose([roles.index(role) for role in present])
-        merged[host] = target + np.expand_dims(aligned, [i for i, role in enumerate(axes) if role not in roles]), axes
-    return merged
+class _View(NamedTuple):
+    """A table turned, with axes of length 1 where it has none of the others."""
+
+    number: int
+    axes: tuple[int, ...]
+    index: tuple[slice | None, ...]
+
+
+class _Way(NamedTuple):
+    """How tables of some roles and shapes are added up: `sums` of two each, which make a further one, and `views` of what is left, which has no small sums. `shape`,
+    `tiles`: of the result, `back`: its axes in the order of roles."""
+
+    sums: tuple[tuple[_View, _View], ...]
+    views: tuple[_View, ...]
+    shape: tuple[int, ...]
+    tiles: tuple[tuple[slice, ...], ...]
+    back: tuple[int, ...]
+
+
+@lru_cache(maxsize=1 << 12)
+def _way(operands: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]) -> _Way:
+    """`operands`: roles and shape of each."""
+    sizes = {role: size for roles, shape in operands for role, size in zip(roles, shape, strict=True)}
+    roles, left, sums = [roles for roles, _ in operands], list(range(len(operands))), []
+
+    def entries(pair: tuple[int, int]) -> int:
+        return math.prod([sizes[role] for role in {*roles[pair[0]], *roles[pair[1]]}])
+
+    def contains(pair: tuple[int, int]) -> bool:
+        return len({*roles[pair[0]], *roles[pair[1]]}) == max(len(roles[pair[0]]), len(roles[pair[1]]))
+
+    while len(left) > 1:
+        small = [pair for pair in combinations(left, 2) if contains(pair) or (len(left) > 2 and entries(pair) < math.prod(sizes.values()))]
+        if not small:
+            break
+        one, other = min(small, key=lambda pair: (entries(pair), pair))
+        roles.append(tuple(sorted({*roles[one], *roles[other]})))
+        sums.append((_view(one, roles[one], roles[-1]), _view(other, roles[other], roles[-1])))
+        left = [n for n in left if n not in (one, other)] + [len(roles) - 1]
+    outer = _axes([roles[n] for n in left], sizes)
+    shape = tuple([sizes[role] for role in outer])
+    return _Way(tuple(sums), tuple([_view(n, roles[n], (0, *outer)) for n in left]), shape, tuple(_tiles(shape)), tuple(np.argsort(outer).tolist()))
+
+
+def _axes(views: Sequence[tuple[int, ...]], sizes: Mapping[int, int]) -> list[int]:
+    """The roles but 0, the longest innermost, where numpy is fast; of two views those of one together, so that the other is one number to each of its rows."""
+    outer = sorted(set(sizes) - {0}, key=lambda role: (sizes[role], role))
+    if len(views) != 2:
+        return outer
+    shorter, longer = sorted([[role for role in outer if role not in view] for view in views], key=lambda alone: (math.prod([sizes[role] for role in alone]), alone))
+    return [*[role for role in outer if role not in (*shorter, *longer)], *shorter, *longer]
+
+
+def _view(number: int, roles: tuple[int, ...], wanted: Sequence[int]) -> _View:
+    return _View(number, tuple([roles.index(role) for role in wanted if role in roles]), tuple([slice(None) if role in roles else None for role in wanted]))
 
 
 def _tiles(shape: tuple[int, ...]) -> list[tuple[slice, ...]]:

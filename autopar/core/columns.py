@@ -3,14 +3,16 @@ table, not an object more; `Node` and `Edge` objects are made where somebody ask
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from autopar.errors import UsageError
+
+T = TypeVar("T", "Nodes", "Edges")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,6 +99,14 @@ class Nodes(Sequence[Node]):
         for number, fault in self.faults:
             raise UsageError(f"node {self.names[int((self.number == number).argmax())]!r}: {fault}")
 
+    def with_bytes(self, times: float, but: Set[int]) -> "Nodes":
+        """With so many times the bytes, `but` of some nodes."""
+        kept = np.isin(np.arange(len(self)), sorted(but))
+        number, first = first_seen(2 * self.number + kept)
+        more = _Scaled(times)
+        tables = [(cost_s, held if kept[n] else more(held)) for n in first.tolist() for cost_s, held in (self.tables[self.number[n]],)]
+        return _without_faults(Nodes(self.names, number, tables), self.faults)
+
     def __len__(self) -> int:
         return len(self.number)
 
@@ -158,6 +168,12 @@ class Edges(Sequence[Edge]):
             n = int((self.number == number).argmax())
             raise UsageError(f"edge {names[u[n]]!r} -> {names[v[n]]!r}: {fault}")
 
+    def with_bytes(self, times: float) -> "Edges":
+        """With so many times the bytes."""
+        more = _Scaled(times)
+        tables = [(cost_s, None if held is None else more(held)) for cost_s, held in self.tables]
+        return _without_faults(Edges(self.u, self.v, self.number, tables), self.faults)
+
     def __len__(self) -> int:
         return len(self.number)
 
@@ -166,6 +182,25 @@ class Edges(Sequence[Edge]):
 
     def __iter__(self) -> Iterator[Edge]:
         return iter(self.rows)
+
+
+class _Scaled:
+    """Arrays times a number, each once."""
+
+    def __init__(self, times: float) -> None:
+        self._times, self._made = times, dict[int, np.ndarray]()
+
+    def __call__(self, array: np.ndarray) -> np.ndarray:
+        if id(array) not in self._made:
+            self._made[id(array)] = self._times * array
+        return self._made[id(array)]
+
+
+def _without_faults(columns: T, faults: tuple[tuple[int, str], ...]) -> T:
+    """What has no fault has none with more bytes: nothing is looked at again."""
+    if not faults:
+        vars(columns)["faults"] = ()
+    return columns
 
 
 def _fault(label: str, table: np.ndarray, *, inf_allowed: bool = False) -> str | None:

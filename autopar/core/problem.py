@@ -18,8 +18,6 @@ import sys
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from autopar.core.columns import Edge, Edges, Node, Nodes
 from autopar.errors import UsageError
 
@@ -70,14 +68,7 @@ class SearchProblem:
 
     def in_flight(self, times: float, params: Set[int]) -> "SearchProblem":
         """The same with the activations of so many microbatches: all bytes `times` as many but those of the nodes of `params`."""
-        known: dict[int, np.ndarray] = {}
-
-        def more(table: np.ndarray) -> np.ndarray:
-            return known.setdefault(id(table), times * table)
-
-        nodes = tuple([node if n in params else replace(node, memory_bytes=more(node.memory_bytes)) for n, node in enumerate(self.nodes)])
-        edges = tuple([e if e.memory_bytes is None else replace(e, memory_bytes=more(e.memory_bytes)) for e in self.edges])
-        return replace(self, nodes=nodes, edges=edges)
+        return replace(self, nodes=self.node_columns.with_bytes(times, params), edges=self.edge_columns.with_bytes(times))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

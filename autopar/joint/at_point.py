@@ -13,7 +13,7 @@ from autopar.joint.asked import AGAIN, GATHERED, KEPT, Asked
 from autopar.joint.bounds import Line, Parts, least_step_s, sides
 from autopar.joint.deep import Deep, Sharding, mixed, roomy_depths
 from autopar.joint.envelope import Envelope
-from autopar.joint.even import Held, even_cuts
+from autopar.joint.even import Cuts, Held, even_cuts, rank_cuts
 from autopar.joint.fold import border_bytes
 from autopar.joint.given import Given
 from autopar.joint.known import SAFE, Flat, Floors, Proved
@@ -91,7 +91,7 @@ class PointSearch:
         """The bound from a roofline."""
         one = ideal.seconds(self.point.samples, self.point.outer, self.point.inner)
         step = self.ideal = one.times(self.point.num_microbatches)
-        return min((self._free_s(order, step, one) for order in self.orders), default=math.inf)
+        return min((self._free_s(order, step, one, rank_cuts) for order in self.orders), default=math.inf)
 
     def mesh_s(self) -> float:
         """The bound under the memory limit from the tables of the largest microbatches of this mesh, as near as is needed to tell points apart."""
@@ -195,15 +195,15 @@ class PointSearch:
         """What a microbatch takes at least of others while a rank waits for it."""
         return parts.times(1 / self.point.num_microbatches) if side == "passes" else Parts(0.0)
 
-    def _free_s(self, order: Order, step: Parts, one: Parts) -> float:
+    def _free_s(self, order: Order, step: Parts, one: Parts, cuts: Callable[[Order, int], Cuts] = even_cuts) -> float:
         """Whatever memory there is. `one`: what is waited for, of a microbatch."""
-        return self._even_s(order, step) if order.virtual > 1 else self._step_s(order, step, [[Line(step.block)]] * order.num_ranks, one)
+        return self._even_s(order, step, cuts=cuts) if order.virtual > 1 else self._step_s(order, step, [[Line(step.block)]] * order.num_ranks, one)
 
     def _step_s(self, order: Order, ends: Parts, lines: Sequence[Sequence[Line]], one: Parts) -> float:
         return least_step_s(order, self.joint.run.depth, lines, ends, one) / self._faster(order)
 
-    def _even_s(self, order: Order, step: Parts, held: Sequence[Held] = (), room_bytes: float = 0.0) -> float:
-        return even_cuts(order, self.joint.run.depth).least_step_s(step, self._message_s, held, room_bytes) / self._faster(order)
+    def _even_s(self, order: Order, step: Parts, held: Sequence[Held] = (), room_bytes: float = 0.0, cuts: Callable[[Order, int], Cuts] = even_cuts) -> float:
+        return cuts(order, self.joint.run.depth).least_step_s(step, self._message_s, held, room_bytes) / self._faster(order)
 
     def _faster(self, order: Order) -> float:
         """Ranks that share cores are faster while others wait."""

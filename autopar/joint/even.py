@@ -153,7 +153,18 @@ class Cuts:
 
 @lru_cache(maxsize=256)
 def even_cuts(order: Order, depth: int) -> Cuts:
-    """All that `deep.even_depths` may make of `depth` blocks, whatever the ends take besides."""
+    """All that `deep.even_depths` may make of `depth` blocks, whatever the ends take besides, with their longest chains."""
+    cuts = rank_cuts(order, depth)
+    for _ in range(LONGEST if 2 * order.num_microbatches * order.num_stages <= MOST_PASSES else 0):
+        before, cuts = cuts, cuts.with_longest()
+        if cuts is before:
+            break
+    return cuts
+
+
+@lru_cache(maxsize=1024)
+def rank_cuts(order: Order, depth: int) -> Cuts:
+    """The same with the chains of ranks alone, which are known without looking at lists."""
     found = []
     for first in range(1, depth):
         for last in range(1, depth):
@@ -163,9 +174,4 @@ def even_cuts(order: Order, depth: int) -> Cuts:
                 most = max(middle)
                 found.append(([first, *middle, last], max(0, most - first - 1), max(0, most - last - 1)))
     blocks, firsts, lasts = zip(*found, strict=True)
-    cuts = Cuts(order, np.array(blocks, float), np.array(firsts, float), np.array(lasts, float), tuple(rank_chain(order, rank) for rank in range(order.num_ranks)))
-    for _ in range(LONGEST if 2 * order.num_microbatches * order.num_stages <= MOST_PASSES else 0):
-        before, cuts = cuts, cuts.with_longest()
-        if cuts is before:
-            break
-    return cuts
+    return Cuts(order, np.array(blocks, float), np.array(firsts, float), np.array(lasts, float), tuple(rank_chain(order, rank) for rank in range(order.num_ranks)))
