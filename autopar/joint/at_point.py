@@ -65,8 +65,8 @@ class PointSearch:
     ideal: Parts = Parts(0.0)
     priced: dict[str, Priced] = field(default_factory=dict)
     """The sides that were asked for."""
-    larger: "PointSearch | None" = None
-    """The same with microbatches that are several of these."""
+    larger: "tuple[PointSearch, ...]" = ()
+    """The same with microbatches that are several of these, the smallest first."""
     _known: dict[tuple[tuple[int, ...], float], float] = field(default_factory=dict)
 
     @cached_property
@@ -93,13 +93,19 @@ class PointSearch:
         step = self.ideal = one.times(self.point.num_microbatches)
         return min((self._free_s(order, step, one, rank_cuts) for order in self.orders), default=math.inf)
 
-    def mesh_s(self) -> float:
-        """The bound under the memory limit from the tables of the largest microbatches of this mesh, as near as is needed to tell points apart."""
-        return self._rough_s((self.larger or self).tables)
+    def larger_s(self) -> float:
+        """The bound without a memory limit from the tables of the next larger microbatches of this mesh that were solved: they may be cut at least as these."""
+        solved = next((search.priced for search in self.larger if search.priced), None)
+        return ROUGHLY * self._soonest(lambda side: solved[side].parts if side in solved else Parts(0.0))[0][0] if solved else 0.0
+
+    def larger_rough_s(self) -> float:
+        """The same under the memory limit."""
+        looked = next((search.tables for search in self.larger if search.priced and search.tables.is_rough), None)
+        return self._rough_s(looked) if looked else 0.0
 
     def rough_s(self) -> float:
-        """The same from its own tables."""
-        return self._rough_s(self.tables) if self.larger else 0.0
+        """The bound under the memory limit as near as is needed to tell points apart."""
+        return self._rough_s(self.tables)
 
     def _rough_s(self, tables: PointTables) -> float:
         share = self.point.samples / tables.point.samples

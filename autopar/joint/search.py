@@ -1,11 +1,12 @@
 """Best first over all points: a bound from a roofline, a bound from the solved sharding, a bound under the memory limit, and at last a plan.
 
     1. `space.Ideal`      every operator cut evenly, nothing communicated: no tables are built
-    2. by its mesh        what the largest microbatches of the same mesh take at least under the memory limit: one set of tables for all sizes
+    2. by larger ones     what the next larger microbatches of the same mesh take at least, if they came so far
     3. the fastest        the folded problem solved without a memory limit, every bubble counted that no cut avoids
-    4. roughly, and       the same under the memory limit, by the price of a byte, from few eliminations
-    5. as near as counts  and from some more
-    6. a plan             state sharding and recomputation by the liveness of the stages, the step by the schedule's lists
+    4. by larger ones,    under the memory limit, by the price of a byte: from what others asked for,
+    5. roughly, and       from few eliminations,
+    6. as near as counts  and from some more
+    7. a plan             state sharding and recomputation by the liveness of the stages, the step by the schedule's lists
 
 A point goes through these as long as its bound is the least of all; the search ends when the best plan is no more than `GAP` above every bound that is
 left. What it returns is proven to that: no plan of the space, by these costs, is faster than `bound_s`. (Blocks are sharded alike, and stages of interleaved
@@ -40,13 +41,13 @@ AHEAD = 8
 FINE = 3
 """Points that are looked at again."""
 
-PROMISING = 4
+PROMISING = 5
 """The level of points that are to be planned."""
 
 
 @dataclass(frozen=True)
 class Joint:
-    """`found`: plans, the fastest first; `bound_s`: no plan of the space is faster; `looked`: how many points came to each of the six levels;
+    """`found`: plans, the fastest first; `bound_s`: no plan of the space is faster; `looked`: how many points came to each of the seven levels;
     `in_time`: the search ended before its budget did."""
 
     found: tuple[Found, ...]
@@ -80,7 +81,7 @@ class JointSearch(Given):
         number = None if free else self.options.micro_batches
         searches = [PointSearch(self, point) for point in points(self.cluster, self.batch, self.run.depth, self.pins, number)]
         for n, search in enumerate(searches):
-            search.larger = _largest(search, searches)
+            search.larger = _larger(search, searches)
             bound = search.ideal_s(ideal)
             heapq.heappush(heap, Waiting(bound, 0, n, bound, search))
         if not heap:
@@ -88,7 +89,7 @@ class JointSearch(Given):
                 f"no pipeline of {self.run.depth} blocks, mesh and microbatches of {self.batch} samples go with these pins on {self.cluster.name}: degrees and microbatches must divide"
                 " devices and batch; leave one of the pins out"
             )
-        num_points, looked, found, closed = len(heap), [len(heap), 0, 0, 0, 0, 0], [], math.inf
+        num_points, looked, found, closed = len(heap), [len(heap), 0, 0, 0, 0, 0, 0], [], math.inf
         best = math.inf
         planned: list[tuple[float, PointSearch]] = []
         ready: list[Waiting] = []  # to be planned, by what they promise
@@ -137,7 +138,7 @@ class JointSearch(Given):
             heapq.heappush(heap, replace(waiting, key=floor, floored=True))
             return
         looked[level + 1] += 1
-        bound = max(bound, (search.mesh_s, search.fastest_s, search.rough_s, search.fitting_s)[level]())
+        bound = max(bound, (search.larger_s, search.fastest_s, search.larger_rough_s, search.rough_s, search.fitting_s)[level]())
         if bound < math.inf:
             heapq.heappush(heap, Waiting(bound, level + 1, waiting.number, bound, search))
 
@@ -163,9 +164,8 @@ class Waiting:
     floored: bool = field(default=False, compare=False)
 
 
-def _largest(search: PointSearch, others: Sequence[PointSearch]) -> PointSearch | None:
-    """Of the largest microbatches that are several of these, on the same mesh."""
+def _larger(search: PointSearch, others: Sequence[PointSearch]) -> tuple[PointSearch, ...]:
+    """On the same mesh, with microbatches that are several of these."""
     point = search.point
-    same = [s for s in others if s.point.mesh == point.mesh and s.point.num_ranks == point.num_ranks and s.point.samples % point.samples == 0]
-    largest = max(same, key=lambda s: s.point.samples)
-    return largest if largest is not search else None
+    same = [s for s in others if (s.point.num_ranks, s.point.mesh) == (point.num_ranks, point.mesh) and s.point.samples > point.samples]
+    return tuple(sorted((s for s in same if s.point.samples % point.samples == 0), key=lambda s: s.point.samples))
