@@ -233,7 +233,8 @@ class PointSearch:
         (fastest,) = self.tables.chosen([Asked(1.0, 0.0, None, KEPT)])
         seconds, num_bytes = evaluate(whole.in_flight(flight).problem, fastest)
         price = seconds / max(num_bytes, 1.0)
-        return chain(asked.leaner(flight, price, self._ways), asked.around(self.tables.sizes, self.keeping.stages, flight, price, self._ways))
+        around = asked.around(self.tables.sizes if self.tables.few else (), self.keeping.stages, flight, price, self._ways)
+        return chain(asked.leaner(flight, price, self._ways), around)
 
     @property
     def _prices(self) -> list[tuple[float, float]]:
