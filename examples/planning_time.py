@@ -1,9 +1,11 @@
-"""How the time to plan grows: with the logarithm of the number of devices, and hardly with depth, since blocks that are alike are searched once.
+"""How the time to plan grows: with the logarithm of the number of devices, linearly with the number of different blocks, and hardly with depth, since blocks
+that are alike are searched once.
 
-    python examples/planning_time.py [--devices 8,64,512] [--layers 4,16,64] [--out planning_time.svg]
+    python examples/planning_time.py [--devices 8,64,512] [--layers 4,16,64] [--kinds 1,2,4] [--out planning_time.svg]
 
 A decoder of width 2048 whose graph is made without tracing, two samples a device. CPU seconds of the joint search, and of the plan on the whole graph: unrolled,
-cut, priced and walked. Devices vary at one depth, layers at one number of devices.
+cut, priced and walked. Devices vary at one depth, layers at one number of devices. Kinds of blocks differ in the width of their MLP and take turns; the joint
+search takes only rows of one kind, so these are planned mesh by mesh, on one node: with two samples a device, and with so many that memory binds.
 """
 
 import math
@@ -24,14 +26,17 @@ from autopar.forecast.transformer import Dims, transformer_graph
 from autopar.joint.fold import SHOWN
 from autopar.joint.plan import planned_jointly
 from autopar.joint.search import Joint, JointSearch
+from autopar.planner.plan import plan_graph
 from autopar.planner.search import Options
 
 DECODER = Dims(
     layers=32, hidden=2048, heads=16, kv_heads=8, inner=8192, vocab=32000, seq=4096, norm="rms", activation="swiglu", positions="rotary", biases=False
 )  # fmt: skip
 DEVICES, LAYERS = "8,64,512,4096,16384,65536", "4,8,16,32,64,128,256"
+KINDS = "1,2,4,8,16,32"
 AT_LAYERS, AT_DEVICES = 32, 512
-PER_NODE, SAMPLES = 8, 2
+PER_NODE, SAMPLES, MANY = 8, 2, 8
+NARROWER = 128  # than the one before is the MLP of each kind
 BAR = 40
 
 
@@ -69,6 +74,29 @@ def measured(devices: int, layers: int) -> Measured:
     return Measured(devices, layers, search.search_s, time.process_time() - start - search.search_s, search.joint)
 
 
+@dataclass(frozen=True)
+class OfKinds:
+    """Plans of a model of so many kinds of blocks: CPU seconds for few samples a device and for many, and whether memory binds for those."""
+
+    kinds: int
+    few_s: float
+    many_s: float
+    binds: bool
+
+
+def of_kinds(kinds: int) -> OfKinds:
+    dims, cluster = DECODER.with_layers(AT_LAYERS), Cluster.preset("h100-sxm", 1, PER_NODE)
+    inners = [dims.inner - NARROWER * n for n in range(kinds)]
+
+    def planned(samples: int) -> tuple[float, str]:
+        graph, start = transformer_graph(dims, samples * PER_NODE, inners=inners), time.process_time()
+        status = plan_graph(graph, cluster, Options(precision=Precision(master="float32"))).plan.proof.status
+        return time.process_time() - start, status
+
+    (few_s, _), (many_s, status) = planned(SAMPLES), planned(MANY)
+    return OfKinds(kinds, few_s, many_s, "linear memory limit" in status)
+
+
 def line(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float, float]:
     """Least squares: (slope, value at 0, share of the variance that it explains)."""
     mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
@@ -91,6 +119,20 @@ def print_rows(page: Console, rows: Sequence[Measured]) -> None:
     page.print(table)
 
 
+def print_kinds(page: Console, rows: Sequence[OfKinds]) -> None:
+    columns = {f"{SAMPLES} samples a device": [row.few_s for row in rows], f"{MANY} samples a device": [row.many_s for row in rows]}
+    table = Table("kinds of blocks", *columns, "memory binds", "", box=None)
+    most = max(row.many_s for row in rows)
+    for row in rows:
+        table.add_row(str(row.kinds), f"{row.few_s:.2f} s", f"{row.many_s:.2f} s", "yes" if row.binds else "no", "#" * max(1, round(BAR * row.many_s / most)))
+    page.print(table)
+    kinds = [row.kinds for row in rows]
+    for name, taken in columns.items():
+        each, none, share = line(kinds, taken)
+        power, _, _ = line([math.log2(n) for n in kinds], [math.log2(s) for s in taken])
+        page.print(f"{name}: {each:+.3f} s for every kind of block, from {none:.2f} s ({share:.0%} of the variance); seconds grow with kinds to the power {power:.2f}")
+
+
 def svg(rows: dict[str, list[tuple[float, float]]]) -> str:
     """A plot for each part: seconds over powers of two."""
     width, height, edge, parts = 420, 260, 45, []
@@ -108,9 +150,10 @@ def svg(rows: dict[str, list[tuple[float, float]]]) -> str:
 def main(
     devices: Annotated[str, typer.Option(help=f"Numbers of devices, of {AT_LAYERS} layers.")] = DEVICES,
     layers: Annotated[str, typer.Option(help=f"Numbers of layers, on {AT_DEVICES} devices.")] = LAYERS,
+    kinds: Annotated[str, typer.Option(help=f"Numbers of different blocks among {AT_LAYERS} layers, on {PER_NODE} devices.")] = KINDS,
     out: Annotated[Path | None, typer.Option(help="Write the plot to this SVG file.")] = None,
 ) -> None:
-    """Print both tables, with a line through each."""
+    """Print the tables, with a line through each."""
     page = Console(width=180)
     over_devices = [measured(int(n), AT_LAYERS) for n in devices.split(",")]
     print_rows(page, over_devices)
@@ -119,9 +162,12 @@ def main(
     over_layers = [measured(AT_DEVICES, int(n)) for n in layers.split(",")]
     print_rows(page, over_layers)
     power, _, share = line([math.log2(row.layers) for row in over_layers], [math.log2(row.seconds) for row in over_layers])
-    page.print(f"seconds grow with layers to the power {power:.2f} ({share:.0%} of the variance), all of them one block")
+    page.print(f"seconds grow with layers to the power {power:.2f} ({share:.0%} of the variance), all of them one block\n")
+    over_kinds = [of_kinds(int(n)) for n in kinds.split(",")]
+    print_kinds(page, over_kinds)
     if out is not None:
-        out.write_text(svg({"devices": [(r.devices, r.seconds) for r in over_devices], "layers": [(r.layers, r.seconds) for r in over_layers]}))
+        lines = {"devices": [(r.devices, r.seconds) for r in over_devices], "layers": [(r.layers, r.seconds) for r in over_layers]}
+        out.write_text(svg(lines | {"kinds of blocks": [(r.kinds, r.few_s) for r in over_kinds], f"kinds, {MANY} samples a device": [(r.kinds, r.many_s) for r in over_kinds]}))
 
 
 if __name__ == "__main__":

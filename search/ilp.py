@@ -14,22 +14,23 @@ only if its optimum is fractional the integer program (CP-SAT, `linearization_le
 not get anywhere on this model). CP-SAT counts in integers: seconds are rounded down to a grid of 2^-40 of the known
 optimum's scale, so its bound stays a bound; bytes are rounded up, so its plans fit.
 
-No solver is believed: the plan is read off, priced with `evaluate` and compared with what the solver says.
+No solver is believed. They run in a process of their own (`process.py`), under a limit of seconds and bytes; the plan is read off, priced with `evaluate`
+and compared with what the solver says; a bound above a plan that is known, or a word that does not go with the numbers, is a failure like an answer that
+never comes (`SolverFailed`), and so is "infeasible" where elimination finds a plan.
 """
 
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from typing import Any, NoReturn
 
 import numpy as np
-from ortools.math_opt import model_pb2
-from ortools.math_opt.python import mathopt
-from ortools.sat.python import cp_model
 
 from autopar.core.problem import Assignment, SearchProblem, evaluate
-from autopar.errors import AutoparError, InfeasibleError, UsageError
+from autopar.errors import UsageError
+from autopar.search.lagrange import leanest
+from autopar.search.process import Arrays, SolverFailed, SolverProcess, solvers
 from autopar.search.simplify import canonical
 
 INTEGRAL = 1e-6  # an x this close to 0 or 1 is; HiGHS keeps rows to 1e-7
@@ -40,6 +41,7 @@ COARSE = 1e-2  # a plan this far below the scale of a solve was priced too rough
 LP_SCALE = 1e4  # the known optimum in units of HiGHS' objective
 GRID_UNITS = 2.0**40  # the known optimum in units of CP-SAT's objective
 MAX_SUM = 2.0**59  # of all integer coefficients of a row, below the overflow of 64 bits
+START_S, COLUMN_S = 10.0, 2e-4  # what a solver may take beside its time limit, to start and to build a model, before it is killed
 DETERMINISTIC_SHARE = 1 / 3  # of the time limit: a unit of deterministic time took up to 3 s here, so the wall clock rarely decides
 
 
@@ -118,31 +120,19 @@ def solve_ilp(
     `warm_start` is a plan within the limit, `lower_bound_s` a bound that is known already, `relative_gap` the gap at
     which to stop. At the time limit the best plan so far comes back with proof "budget". CP-SAT counts
     deterministic time, so that the result is the same on a somewhat slower machine; the wall clock is the last resort.
+    Raises SolverFailed where a solver does not answer, or with what cannot be.
     """
     merged = canonical(problem)
     if not merged.nodes:
         return _assignment(problem, (), 0.0, "lp", "exact")
     model = assemble(merged)
     known = _known_plan(problem, warm_start) or _cheapest_states(problem)
-    while True:
-        plan = _attempt(model, problem, known, lower_bound_s, relative_gap, time_limit_s)
-        if plan.cost_s >= COARSE * _reference_s(model, known) or plan.cost_s <= sys.float_info.min:
-            return plan
-        known = plan  # far below the scale that solver tolerances referred to: once more, at its own scale
-
-
-def _attempt(
-    model: LinearModel, problem: SearchProblem, known: Assignment | None, lower_bound_s: float, relative_gap: float, time_limit_s: float
-) -> Assignment:
-    """The LP and, if that settles nothing, CP-SAT, at the scale of the known plan."""
-    relaxed = _solve_lp(model, problem, known, time_limit_s)
-    if relaxed is not None:
-        if np.minimum(relaxed.x, 1 - relaxed.x).max() < INTEGRAL:
-            plan = _assignment(problem, model.states(relaxed.x), relaxed.value, "lp", "exact")
-            if _disagreement(problem, plan, relaxed.value, 0.0) is None:
+    with solvers() as process:
+        while True:
+            plan = _Solve(process, model, problem, known, time_limit_s).plan(lower_bound_s, relative_gap)
+            if plan.cost_s >= COARSE * _reference_s(model, known) or plan.cost_s <= sys.float_info.min:
                 return plan
-        lower_bound_s = max(lower_bound_s, relaxed.value - LP_TOLERANCE * _reference_s(model, known))
-    return _solve_cpsat(model, problem, known, max(lower_bound_s, 0.0), relative_gap, time_limit_s)
+            known = plan  # far below the scale that solver tolerances referred to: once more, at its own scale
 
 
 def _reference_s(model: LinearModel, known: Assignment | None) -> float:
@@ -167,42 +157,112 @@ def _cheapest_states(problem: SearchProblem) -> Assignment | None:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Relaxed:
-    """An optimal point of the LP: the x part, and its value in seconds."""
+class Claim:
+    """What a solver says: a status, and with "optimal" and "feasible" the x of a point, its value and a lower bound, in seconds."""
 
+    status: str
     x: np.ndarray
-    value: float
+    value_s: float
+    bound_s: float
+
+    @classmethod
+    def read(cls, answer: Arrays, num_x: int, per_second: float) -> "Claim":
+        """Raises SolverFailed where it is no such thing."""
+        try:
+            status = str(answer["status"])
+            if status in ("infeasible", "unknown"):
+                return cls(status, np.zeros(num_x), math.inf, 0.0)
+            if status not in ("optimal", "feasible"):
+                raise ValueError(f"status {status!r}")
+            x, value_s = np.asarray(answer["x"], dtype=float), float(answer["value"]) / per_second
+            claim = cls(status, x, value_s, float(answer.get("bound", answer["value"])) / per_second)
+        except (KeyError, TypeError, ValueError) as error:
+            raise SolverFailed(f"the solver gave an answer without sense: {error}") from error
+        if x.shape != (num_x,) or not np.isfinite([*x, value_s, claim.bound_s]).all():
+            raise SolverFailed("the solver gave a point that is none")
+        return claim
 
 
-def _solve_lp(model: LinearModel, problem: SearchProblem, known: Assignment | None, time_limit_s: float) -> Relaxed | None:
-    """The LP optimum by HiGHS; None where there is no answer in time, or one that a known plan contradicts."""
-    cutoff_s = known.cost_s if known else math.inf
-    scale = LP_SCALE / _positive(_reference_s(model, known))  # HiGHS' tolerances are absolute
-    lp = mathopt.Model.from_model_proto(_lp_proto(model, problem, scale, cutoff_s))
-    limit = mathopt.SolveParameters(time_limit=timedelta(seconds=time_limit_s))
-    result = mathopt.solve(lp, mathopt.SolverType.HIGHS, params=limit)
-    reason = result.termination.reason
-    if not known and reason in (mathopt.TerminationReason.INFEASIBLE, mathopt.TerminationReason.INFEASIBLE_OR_UNBOUNDED):
-        raise InfeasibleError("no plan fits: even the linear relaxation has no point within the memory limit")
-    if reason != mathopt.TerminationReason.OPTIMAL:
-        return None
-    values = np.zeros(len(model.cost_s))
-    for variable, value in result.variable_values().items():
-        values[variable.id] = value
-    return Relaxed(values[: model.num_x], result.objective_value() / scale)
+@dataclass(frozen=True, slots=True, eq=False)
+class _Solve:
+    """One attempt, at the scale of the plan that is known."""
+
+    process: SolverProcess
+    model: LinearModel
+    problem: SearchProblem
+    known: Assignment | None
+    time_limit_s: float
+
+    def plan(self, lower_bound_s: float, relative_gap: float) -> Assignment:
+        """The LP and, if that settles nothing, CP-SAT."""
+        relaxed = self._relaxed()
+        if relaxed is not None:
+            agrees = True
+            if np.minimum(np.abs(relaxed.x), np.abs(1 - relaxed.x)).max() < INTEGRAL:
+                plan = _assignment(self.problem, self.model.states(relaxed.x), relaxed.value_s, "lp", "exact")
+                agrees = _disagreement(self.problem, plan, relaxed.value_s, 0.0) is None
+                if agrees:
+                    return plan
+            if agrees:
+                lower_bound_s = max(lower_bound_s, relaxed.value_s - LP_TOLERANCE * _reference_s(self.model, self.known))
+        return self._closed(max(lower_bound_s, 0.0), relative_gap)
+
+    def _relaxed(self) -> Claim | None:
+        """The LP optimum by HiGHS; None where there is no answer in time, or no point where a plan is known."""
+        scale = LP_SCALE / _positive(_reference_s(self.model, self.known))  # HiGHS' tolerances are absolute
+        claim = self._asked("lp", _lp_arrays(self.model, self.problem, scale, self.known), scale)
+        if claim.status == "infeasible" and self.known is None:
+            self._no_plan("the linear relaxation has no point within the memory limit")
+        if claim.status != "optimal":
+            return None
+        self._check_bound(claim.bound_s, self.known, 0.0)
+        return claim
+
+    def _closed(self, lower_bound_s: float, relative_gap: float) -> Assignment:
+        """The best plan by CP-SAT."""
+        grid = _Grid.of(self.model, self.problem, self.known)
+        question = _cpsat_arrays(self.model, grid, self.known)
+        question |= {"relative_gap": relative_gap, "deterministic_limit": DETERMINISTIC_SHARE * self.time_limit_s}
+        claim = self._asked("cp-sat", question, grid.per_second)
+        if claim.status == "infeasible":
+            self._no_plan("CP-SAT finds no combination of states within the memory limit")
+        found = [self.known] if self.known else []
+        if claim.status in ("optimal", "feasible"):
+            rounding_s = self.model.num_rows / grid.per_second
+            plan = _assignment(self.problem, self.model.states(claim.x), claim.value_s, "cp-sat", "exact")
+            complaint = _disagreement(self.problem, plan, claim.value_s, rounding_s)
+            if complaint is not None:
+                raise SolverFailed(f"CP-SAT {complaint}")
+            found.append(plan)
+            best = min(found, key=lambda plan: plan.cost_s)
+            self._check_bound(max(lower_bound_s, claim.bound_s), best, rounding_s)
+            if claim.status == "optimal" and not best.cost_s - claim.bound_s <= (relative_gap + AGREEMENT) * best.cost_s + rounding_s:
+                raise SolverFailed(f"CP-SAT calls a plan of {best.cost_s!r} s optimal with a bound of {claim.bound_s!r} s")
+            lower_bound_s = max(lower_bound_s, claim.bound_s)
+        if not found:
+            raise SolverFailed(f"no plan was found in {self.time_limit_s} s; raise the limit or give a warm start")
+        best = min(found, key=lambda plan: plan.cost_s)
+        gap = max(0.0, best.cost_s - lower_bound_s) / max(best.cost_s, sys.float_info.min)
+        proof = "exact" if gap <= EXACT_GAP else "bound" if claim.status == "optimal" else "budget"
+        return _assignment(self.problem, best.choices, lower_bound_s, "cp-sat", proof)
+
+    def _asked(self, solver: str, question: dict[str, Any], per_second: float) -> Claim:
+        kill_s = self.time_limit_s + START_S + COLUMN_S * len(self.model.cost_s)
+        question |= {"solver": solver, "num_x": self.model.num_x, "time_limit_s": self.time_limit_s, "kill_s": kill_s}
+        return Claim.read(self.process.ask(question, kill_s), self.model.num_x, per_second)
+
+    def _check_bound(self, bound_s: float, plan: Assignment | None, rounding_s: float) -> None:
+        if plan is not None and not bound_s <= plan.cost_s * (1 + AGREEMENT) + rounding_s:
+            raise SolverFailed(f"the solver gave a bound of {bound_s!r} s, above a plan of {plan.cost_s!r} s")
+
+    def _no_plan(self, words: str) -> NoReturn:
+        """Somebody else is asked: raises InfeasibleError where elimination finds no plan either, with the bytes that are missing."""
+        plan = self.known or leanest(self.problem)
+        raise SolverFailed(f"{words}, but there is one of {plan.cost_s!r} s")
 
 
-def _lp_proto(model: LinearModel, problem: SearchProblem, scale: float, cutoff_s: float) -> model_pb2.ModelProto:
-    proto = model_pb2.ModelProto()
-    num_columns = len(model.cost_s)
-    variables, objective = proto.variables, proto.objective.linear_coefficients
-    variables.ids.extend(range(num_columns))
-    variables.lower_bounds.extend([0.0] * num_columns)
-    variables.upper_bounds.extend(np.where(_useful(model, cutoff_s), math.inf, 0.0).tolist())
-    variables.integers.extend([False] * num_columns)
-    priced = np.flatnonzero((model.cost_s > 0) & _useful(model, cutoff_s))
-    objective.ids.extend(priced.tolist())
-    objective.values.extend((model.cost_s[priced] * scale).tolist())
+def _lp_arrays(model: LinearModel, problem: SearchProblem, scale: float, known: Assignment | None) -> dict[str, Any]:
+    useful = _useful(model, known.cost_s if known else math.inf)
     right = (np.arange(model.num_rows) < model.num_nodes).astype(float)
     rows, columns, values = model.rows, model.columns, model.signs
     lower, upper = right, right
@@ -214,52 +274,16 @@ def _lp_proto(model: LinearModel, problem: SearchProblem, scale: float, cutoff_s
         values = np.concatenate([values, model.memory_bytes[heavy] / unit])
         lower = np.append(right, -math.inf)
         upper = np.append(right, (problem.memory_limit_bytes - problem.base_memory_bytes) / unit)
-    proto.linear_constraints.ids.extend(range(len(upper)))
-    proto.linear_constraints.lower_bounds.extend(lower.tolist())
-    proto.linear_constraints.upper_bounds.extend(upper.tolist())
     order = np.lexsort((columns, rows))
-    matrix = proto.linear_constraint_matrix
-    matrix.row_ids.extend(rows[order].tolist())
-    matrix.column_ids.extend(columns[order].tolist())
-    matrix.coefficients.extend(values[order].tolist())
-    return proto
-
-
-def _solve_cpsat(
-    model: LinearModel, problem: SearchProblem, known: Assignment | None, lower_bound_s: float, relative_gap: float, time_limit_s: float
-) -> Assignment:
-    grid = _Grid.of(model, problem, known)
-    program, columns = _cpsat_program(model, grid, known)
-    solver = cp_model.CpSolver()
-    solver.parameters.num_workers = 1
-    solver.parameters.random_seed = 0
-    solver.parameters.linearization_level = 2
-    solver.parameters.max_deterministic_time = DETERMINISTIC_SHARE * time_limit_s
-    solver.parameters.max_time_in_seconds = time_limit_s
-    solver.parameters.relative_gap_limit = relative_gap
-    status = solver.solve(program)
-    if status == cp_model.INFEASIBLE:
-        if known:
-            raise AutoparError(f"CP-SAT calls a problem infeasible that has a plan of {known.cost_s} s within the limit")
-        raise InfeasibleError("no plan fits: CP-SAT proved that no combination of states is within the memory limit")
-    if status == cp_model.MODEL_INVALID:
-        raise AutoparError(f"CP-SAT refuses the model: {program.validate()}")
-    found = [known] if known else []
-    if status in (cp_model.OPTIMAL, cp_model.FEASIBLE):
-        lower_bound_s = max(lower_bound_s, solver.best_objective_bound / grid.per_second)
-        x = np.array([solver.value(column) for column in columns[: model.num_x] if column is not None])
-        claimed_s, rounding_s = solver.objective_value / grid.per_second, model.num_rows / grid.per_second
-        plan = _assignment(problem, model.states(x), claimed_s, "cp-sat", "exact")
-        complaint = _disagreement(problem, plan, claimed_s, rounding_s)
-        if complaint is not None:
-            raise AutoparError(f"CP-SAT {complaint}")
-        found.append(plan)
-    if not found:
-        raise AutoparError(f"no plan was found in {time_limit_s} s; raise the limit or give a warm start")
-    best = min(found, key=lambda plan: plan.cost_s)
-    gap = max(0.0, best.cost_s - lower_bound_s) / max(best.cost_s, sys.float_info.min)
-    proof = "exact" if gap <= EXACT_GAP else "bound" if status == cp_model.OPTIMAL else "budget"
-    return _assignment(problem, best.choices, lower_bound_s, "cp-sat", proof)
+    return {
+        "cost": np.where(useful, model.cost_s * scale, 0.0),
+        "most": np.where(useful, math.inf, 0.0),
+        "rows": rows[order],
+        "columns": columns[order],
+        "values": values[order],
+        "lower": lower,
+        "upper": upper,
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,35 +310,22 @@ class _Grid:
         return cls(per_second, per_byte, cutoff_s, room_units)
 
 
-def _cpsat_program(
-    model: LinearModel, grid: _Grid, known: Assignment | None
-) -> tuple[cp_model.CpModel, list[cp_model.IntVar | None]]:
-    """The integer program and its variables by column, None where the column is left out."""
-    program = cp_model.CpModel()
+def _cpsat_arrays(model: LinearModel, grid: _Grid, known: Assignment | None) -> dict[str, Any]:
     useful = _useful(model, grid.cutoff_s)
-    columns: list[cp_model.IntVar | None] = [program.new_int_var(0, int(useful[j]), "") for j in range(model.num_x)]
-    columns += [program.new_bool_var("") if keep else None for keep in useful[model.num_x :].tolist()]
-    order = np.argsort(model.rows, kind="stable")
-    cuts = np.flatnonzero(np.diff(model.rows[order])) + 1
-    for entries in np.split(order, cuts):  # sum of y - x = 0 says: exactly one of the y and of "not x" holds
-        members = [(columns[j], sign) for j, sign in zip(model.columns[entries].tolist(), model.signs[entries].tolist(), strict=True)]
-        program.add_exactly_one([column if sign > 0 else ~column for column, sign in members if column is not None])
-    present = [j for j, column in enumerate(columns) if column is not None]
-    variables = [columns[j] for j in present]
-    costs = np.floor(model.cost_s[present] * grid.per_second).astype(np.int64).tolist()
-    program.minimize(cp_model.LinearExpr.weighted_sum(variables, costs))
+    arrays: dict[str, Any] = {"useful": useful, "rows": model.rows, "columns": model.columns, "values": model.signs}
+    arrays["cost"] = _whole(np.where(useful, model.cost_s, 0.0) * grid.per_second)
     if grid.room_units is not None:
         # rounded down, so that the bound holds for every plan within the limit; plans are checked with `evaluate`
-        held = np.floor(model.memory_bytes[present] * grid.per_byte).astype(np.int64).tolist()
-        program.add(cp_model.LinearExpr.weighted_sum(variables, held) <= grid.room_units)
+        arrays["held"], arrays["room"] = _whole(model.memory_bytes * grid.per_byte), grid.room_units
     if known:
         chosen = np.zeros(model.num_x, dtype=bool)
         chosen[model.offsets[:-1] + known.choices] = True
-        point = np.concatenate([chosen, chosen[model.pairs].all(axis=1)]).tolist()
-        for column, value in zip(columns, point, strict=True):
-            if column is not None:
-                program.add_hint(column, value)
-    return program, columns
+        arrays["point"] = np.concatenate([chosen, chosen[model.pairs].all(axis=1)])
+    return arrays
+
+
+def _whole(units: np.ndarray) -> np.ndarray:
+    return np.floor(units).astype(np.int64)
 
 
 def _useful(model: LinearModel, cutoff_s: float) -> np.ndarray:

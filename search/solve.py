@@ -8,10 +8,11 @@ import numpy as np
 
 from autopar.core.problem import Assignment, SearchProblem, evaluate
 from autopar.errors import UsageError
-from autopar.search.elimination import MAX_TABLE_ENTRIES, TOLERANCE, assignment, prepare
+from autopar.search.elimination import MAX_TABLE_ENTRIES, TOLERANCE, Prepared, assignment, prepare
 from autopar.search.fixing import restrict
 from autopar.search.ilp import solve_ilp
 from autopar.search.lagrange import leanest, price_memory
+from autopar.search.process import SolverFailed, solvers
 from autopar.search.simplify import BYTES, SECONDS, Shrunk, canonical, shrink
 
 GAP_TARGET = 1e-2  # the cost model is off by percents: a smaller gap is not worth a solver's seconds
@@ -34,7 +35,7 @@ def solve(
     Elimination, and nothing else where its plan fits. Otherwise the memory limit becomes a price (`price_memory`);
     a gap above GAP_TARGET is closed by the integer program on the states that can still matter, if those are not too
     many, a smaller one if they are few ("always": however many, and whatever the gap; "never": not at all).
-    `time_limit_s` is for that last step.
+    `time_limit_s` is for that last step. Where its solver fails, what was found before it is the plan, its proof is "budget", and `solver` says why.
     Raises InfeasibleError, saying by how much, where no plan fits.
     """
     if use_ilp not in ("auto", "always", "never"):
@@ -49,17 +50,32 @@ def solve(
         if use_ilp == "never" or plan.gap <= max(target, TOLERANCE):
             return plan
         rest = shrink(canonical(problem), (SECONDS,))
-        return _closed(problem, plan, rest, time_limit_s, target) if num_columns(rest.problem) <= _max_columns(plan, use_ilp) else plan
+        if num_columns(rest.problem) > _max_columns(plan, use_ilp):
+            return plan
+        try:
+            return _closed(problem, plan, rest, time_limit_s, target)
+        except SolverFailed as failure:
+            return _unclosed(plan, failure)
     plan = price_memory(problem, prepared=prepared, cheapest=cheapest, max_table_entries=max_table_entries)
+    if use_ilp == "never":
+        return plan
+    with solvers():
+        return _closed_in_shares(problem, prepared, plan, time_limit_s, use_ilp, target)
+
+
+def _closed_in_shares(problem: SearchProblem, prepared: Prepared, plan: Assignment, time_limit_s: float, use_ilp: Ilp, target: float) -> Assignment:
     priced_bound_s = plan.bound_s
-    for share in SHARES if use_ilp != "never" else ():
+    for share in SHARES:
         max_columns = _max_columns(plan, use_ilp)
         if plan.gap <= max(target, TOLERANCE) or len(problem.nodes) + len(problem.edges) > max_columns:
             break
         rest = restrict(prepared, plan.multiplier_s_per_byte, plan.cost_s - priced_bound_s) or prepared.shrunk
         if num_columns(rest.problem) > max_columns:
             break
-        plan = _closed(problem, plan, rest, min(share, FINE_SHARE if max_columns == FEW_COLUMNS else 1.0) * time_limit_s, target)
+        try:
+            plan = _closed(problem, plan, rest, min(share, FINE_SHARE if max_columns == FEW_COLUMNS else 1.0) * time_limit_s, target)
+        except SolverFailed as failure:
+            return _unclosed(plan, failure)
         if plan.proof != "budget":
             break
     return plan
@@ -107,6 +123,10 @@ def _closed(problem: SearchProblem, plan: Assignment, rest: Shrunk, time_limit_s
         multiplier_s_per_byte=plan.multiplier_s_per_byte,
         proof="exact" if gap <= TOLERANCE else "bound" if gap <= relative_gap else found.proof,
     )
+
+
+def _unclosed(plan: Assignment, failure: SolverFailed) -> Assignment:
+    return replace(plan, proof="budget", solver=f"{plan.solver}; {failure}")
 
 
 def _joined(first: str, then: str) -> str:

@@ -76,9 +76,10 @@ class Dims:
         return replace(self, layers=layers)
 
 
-def transformer_graph(dims: Dims, batch: int, dtype: str = "bfloat16", *, cut_rows: bool = False) -> OpGraph:
-    """The graph of one pass over `batch` sequences; floats are `dtype`. `cut_rows`: its attention may be cut along the sequence."""
-    return _Builder(dims, batch, dtype, cut_rows).graph()
+def transformer_graph(dims: Dims, batch: int, dtype: str = "bfloat16", *, cut_rows: bool = False, inners: Sequence[int] = ()) -> OpGraph:
+    """The graph of one pass over `batch` sequences; floats are `dtype`. `cut_rows`: its attention may be cut along the sequence. `inners`: widths of the MLPs
+    of blocks, which take turns, where they are not all `dims.inner`."""
+    return _Builder(dims, batch, dtype, cut_rows, inners or (dims.inner,)).graph()
 
 
 @dataclass
@@ -86,7 +87,8 @@ class _Builder:
     dims: Dims
     batch: int
     dtype: str
-    cut_rows: bool = False
+    cut_rows: bool
+    inners: Sequence[int]
     values: list[Value] = field(default_factory=list)
     ops: list[Op] = field(default_factory=list)
     path: str = ""
@@ -245,20 +247,20 @@ class _Builder:
         gate = self.unary("aten.silu.default", self.linear(x, f"{prefix}gate", inner))
         return self.linear(self.binary("aten.mul.Tensor", gate, self.linear(x, f"{prefix}up", inner)), f"{prefix}down", self.dims.hidden)
 
-    def mlp(self, x: int) -> int:
+    def mlp(self, x: int, inner: int) -> int:
         dims = self.dims
         if dims.experts is not None:
             return self.mixture(x, dims.experts)
         if dims.activation == "swiglu":
-            return self.gated(x, "", dims.inner)
-        up = self.linear(x, "up", dims.inner)
+            return self.gated(x, "", inner)
+        up = self.linear(x, "up", inner)
         if dims.activation == "gelu":
             return self.linear(self.unary("aten.gelu.default", up, approximate="none"), "down", dims.hidden)
         return self.linear(self.unary("aten.square.default", self.unary("aten.relu.default", up)), "down", dims.hidden)
 
-    def block(self, x: int, beside: dict[str, int]) -> int:
+    def block(self, x: int, beside: dict[str, int], inner: int) -> int:
         x = self.add(x, self.drop(self.attention(self.norm(x, "norm1"), beside)), "residual")
-        return self.add(x, self.drop(self.mlp(self.norm(x, "norm2"))), "residual")
+        return self.add(x, self.drop(self.mlp(self.norm(x, "norm2"), inner)), "residual")
 
     def beside(self) -> dict[str, int]:
         """What positions are made of, the same for all blocks: buffers."""
@@ -301,7 +303,7 @@ class _Builder:
         token = next(v for v, value in enumerate(self.values) if value.source == ("token.weight",))
         for n in range(dims.layers):
             self.path = f"blocks.{n}"
-            x = self.block(x, beside)
+            x = self.block(x, beside, self.inners[n % len(self.inners)])
         self.path = ""
         logits = self.linear(self.norm(x, "norm"), "head", dims.vocab, bias=False, weight=token if dims.tied else None)
         loss = self.loss(logits, labels)

@@ -57,7 +57,10 @@ def leaner(flight: float, price: float, ways: Sequence[str]) -> Iterator[Asked]:
         yield from (Asked(flight, price * 2.0**power, None, how) for how in (KEPT, *ways))
 
 
-def around(sizes: Sequence[int], stages: Sequence[int]) -> Iterator[Asked]:
-    """For the same, where there are few: the fastest with a node in each of its states. `sizes`: how many every node has."""
-    for node, size in enumerate(sizes if sum(sizes) <= FEW else ()):
-        yield from (Asked(1.0, 0.0, zero, KEPT, (node, state)) for state in range(size) for zero in (None, *stages))
+def around(sizes: Sequence[int], stages: Sequence[int], flight: float, price: float, ways: Sequence[str]) -> Iterator[Asked]:
+    """For the same, where states are few: with a node in each of its states the fastest, and at the highest of those prices the cheapest: of equals in the
+    linear model one may hold less beside it. `sizes`: how many states every node has."""
+    for node, size in enumerate(sizes):
+        for fixed in ((node, state) for state in range(size) if size > 1):
+            yield from (Asked(1.0, 0.0, zero, KEPT, fixed) for zero in (None, *stages))
+            yield from (Asked(flight, price * 2.0 ** LEAN_POWERS[-1], None, how, fixed) for how in (KEPT, *ways))

@@ -268,7 +268,9 @@ class PointSearch:
         flight, whole = max(max(order.in_flight) for order in self.orders), self.tables.whole
         (fastest,) = self.tables.chosen([Asked(1.0, 0.0, None, KEPT)])
         seconds, num_bytes = evaluate(whole.in_flight(flight).problem, fastest)
-        return chain(asked.leaner(flight, seconds / max(num_bytes, 1.0), self._ways), asked.around(self.tables.sizes, self.keeping.stages))
+        price = seconds / max(num_bytes, 1.0)
+        around = asked.around(self.tables.sizes if self.tables.few else (), self.keeping.stages, flight, price, self._ways)
+        return chain(asked.leaner(flight, price, self._ways), around)
 
     @property
     def _prices(self) -> list[tuple[float, float]]:

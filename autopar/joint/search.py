@@ -30,7 +30,7 @@ GAP = 0.01
 """A plan this near to the bound is near enough: the cost model is off by more."""
 
 FAR = 0.2
-"""Where a plan is so far above a point's bound, more of its shardings are looked at."""
+"""Where a plan is so far above a point's bound, more of its shardings are looked at; where these are few, wherever the gap is not closed."""
 
 NEAR = 1.02
 """Plans that take so much longer than the best are looked at again, with more of the shardings of their points."""
@@ -145,7 +145,7 @@ class JointSearch(Given):
     def _look_further(self, found: list[Found], planned: Sequence[tuple[float, PointSearch]], best: float, end: float) -> None:
         """Adds what is better: at the few points of the best plans, and, while there is time, at those that may be far better than what was found."""
         near = [made.search for made in sorted(found, key=lambda made: made.step_s)[:FINE]]
-        for search, asking in [*((s, s.fine) for s in near), *((s, s.lean) for bound, s in planned if bound < best * (1 - FAR))]:
+        for search, asking in [*((s, s.fine) for s in near), *((s, s.lean) for bound, s in planned if bound < best * (1 - (self.gap if s.tables.few else FAR)))]:
             made = search.plan(self.limit_bytes, best, asking) if search in near or time.perf_counter() < end else None
             if made is not None:
                 found.append(made)

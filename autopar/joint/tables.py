@@ -172,7 +172,7 @@ class PointTables:
         if how not in self._alone:
             form = self.whole.leaner if how == GATHERED and self.whole.leaner is not None else self.whole
             problem = form.folded.problem
-            apart = frozenset(range(len(problem.nodes))) if sum(self.sizes) <= FEW else form.params
+            apart = frozenset(range(len(problem.nodes))) if self.few else form.params
             self._alone[how] = prepare(_at_first(problem, frozenset(form.modes)) if how == KEPT else problem, (SECONDS, BYTES), apart=apart)
         alone = self._alone[how]
         return alone.with_bytes(alone.shrunk.problem.in_flight(flight, self.whole.params))
@@ -186,6 +186,11 @@ class PointTables:
     def sizes(self) -> list[int]:
         """How many states every node of the folded problem has."""
         return self.whole.folded.problem.node_columns.sizes.tolist()
+
+    @property
+    def few(self) -> bool:
+        """Whether a sharding may be looked at for each of these states."""
+        return sum(self.sizes) <= FEW
 
     def _of_stage(self, zero: int | None) -> dict[int, np.ndarray]:
         """By parameter, for every layout the states whose stage of ZeRO is nearest to this one."""

@@ -27,6 +27,7 @@ from autopar.planner.staging import pipeline_prediction
 from autopar.planner.states import Pricing
 from autopar.planner.work import total_seconds
 from autopar.program import Program
+from autopar.search.process import solvers
 from autopar.search.terms import Terms
 
 Progress = Callable[[str], None]
@@ -55,7 +56,7 @@ def plan_graph(
 
     `retrace` makes the graph of a smaller microbatch, to know whether that helps.
     """
-    with collector_paused():
+    with collector_paused(), solvers():
         return _plan_graph(graph, cluster, options or Options(), progress, retrace)
 
 

@@ -13,10 +13,11 @@ def test_it_prints_its_lines_and_draws_them(monkeypatch: pytest.MonkeyPatch, cap
     example = importlib.import_module("planning_time")
     monkeypatch.setattr(example, "AT_LAYERS", 4)
     monkeypatch.setattr(example, "AT_DEVICES", 2)
-    example.main("1,2", "3,4", tmp_path / "plot.svg")
+    example.main("1,2", "3,4", "1,2", tmp_path / "plot.svg")
     shown = capsys.readouterr().out
     assert "for every doubling of the devices" in shown and "layers to the power" in shown
-    assert (tmp_path / "plot.svg").read_text().count("<polyline") == 2
+    assert "for every kind of block" in shown and "kinds to the power" in shown
+    assert (tmp_path / "plot.svg").read_text().count("<polyline") == 4
 
 
 def test_lines_go_through_their_points(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,16 @@ def test_all_plans_of_small_problems(long: bool) -> None:
             assert joint.best.step_s <= best_s * (1 + ROUNDING), f"{instance} within {limit} bytes: there is a better plan"
 
 
+@pytest.mark.parametrize("seed", (347, 348, 433))
+def test_of_what_is_alike_in_the_linear_model_the_best_that_fits_is_found(seed: int) -> None:
+    """Shardings that hold the same by the linear model differ in what is held beside it, and of these only some that are not the fastest fit. Or they differ in
+    what a step takes, and the gap is no wide one."""
+    instance = drawn(seed)
+    forced = BruteForce(instance)
+    limit = limits(forced, seed)[-1]
+    assert instance.search(limit).search().best.step_s == pytest.approx(forced.best_s(limit), rel=ROUNDING)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_what_no_plan_fits_is_refused(seed: int) -> None:
     instance = drawn(seed)

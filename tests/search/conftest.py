@@ -1,13 +1,14 @@
 """Random problems and a brute-force oracle that shares no code with the solvers."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
 from autopar.core.problem import Edge, Node, SearchProblem
+from autopar.search.process import solvers
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,13 @@ def make_blocks(num_blocks: int, *, num_nodes: int = 20, num_states: int = 6, se
         if b:
             edges.append(Edge(first - 1, first, link))
     return SearchProblem(tuple(nodes), tuple(edges))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_solver_process() -> Iterator[None]:
+    """All integer programs of these tests in one process: it takes longer to start than most of them."""
+    with solvers():
+        yield
 
 
 @pytest.fixture
