@@ -1,9 +1,9 @@
 """Bounds on all plans of one point, and the best of them that is found."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import chain
 
 from autopar.core.memory import MemoryUse
@@ -27,8 +27,8 @@ from autopar.planner.states import Pricing
 TOLERANCE = 3e-4
 """Of the seconds of the blocks: how much more a bound could be at some price."""
 
-ROUGHLY = 1 - 2 * TOLERANCE
-"""What only says that a point need not be looked at is taken for so much less, so that it is no more than the bound of the point itself."""
+KNOWN = 2
+"""Other points whose bounds are looked at: the point itself, if it is known, and the next larger."""
 
 SEEN = 0.97
 """Of the memory, what the linear model of a rank's blocks makes of it at most: a guess that only orders the points."""
@@ -93,28 +93,21 @@ class PointSearch:
         step = self.ideal = one.times(self.point.num_microbatches)
         return min((self._free_s(order, step, one, rank_cuts) for order in self.orders), default=math.inf)
 
-    def larger_s(self) -> float:
-        """The bound without a memory limit from the tables of the next larger microbatches of this mesh that were solved: they may be cut at least as these."""
-        solved = next((search.priced for search in self.larger if search.priced), None)
-        return ROUGHLY * self._soonest(lambda side: solved[side].parts if side in solved else Parts(0.0))[0][0] if solved else 0.0
-
-    def larger_rough_s(self) -> float:
-        """The same under the memory limit."""
-        looked = next((search.tables for search in self.larger if search.priced and search.tables.is_rough), None)
-        return self._rough_s(looked) if looked else 0.0
-
     def rough_s(self) -> float:
         """The bound under the memory limit as near as is needed to tell points apart."""
-        return self._rough_s(self.tables)
+        found: dict[str, Priced] = {}
 
-    def _rough_s(self, tables: PointTables) -> float:
-        share = self.point.samples / tables.point.samples
-        return ROUGHLY * self._fitting_s(cache(lambda side: Priced(tables.side(side), tables.rough(side), share)))
+        def priced(side: str) -> Priced:
+            return found.setdefault(side, Priced(self.tables.side(side), self.tables.rough(side)))
+
+        least = SAFE * self._fitting_s(priced)
+        self._tell(found)
+        return least
 
     def fastest_s(self) -> float:
         """The bound from the solved problem, without a memory limit."""
         found = self._soonest(self._solved)
-        self._tell()
+        self._tell(self.priced)
         return found[0][0] if found else math.inf
 
     def _soonest(self, parts: Callable[[str], Parts]) -> list[tuple[float, Order]]:
@@ -135,7 +128,7 @@ class PointSearch:
     def fitting_s(self) -> float:
         """The bound under the memory limit of every rank, by the linear model of memory; inf where not even that can be met."""
         least = self._fitting_s(self._priced)
-        self._tell()
+        self._tell(self.priced)
         return least
 
     def _priced(self, side: str) -> Priced:
@@ -170,9 +163,10 @@ class PointSearch:
         return limit_bytes * (2.0 if self.point.num_microbatches == 1 else 1.0)
 
     def floor_s(self) -> float:
-        """What other searches leave of `fitting_s`, 0 where they know nothing."""
-        floors = self.joint.known.floors(self.joint.about, self.point, self.joint.cluster, self.ideal)
-        return SAFE * min((self._floor_s(order, floors) for order in self.orders), default=math.inf) if floors else 0.0
+        """What is known of `fitting_s` from other searches, and from larger microbatches of this mesh, which may be cut at least as these; 0 where nothing is."""
+        known = ((search, self.joint.known.floors(self.joint.about, search.point, self.joint.cluster, search.ideal)) for search in (self, *self.larger))
+        found = [floors.of_part(self.point.samples / search.point.samples) for search, floors in known if floors is not None]
+        return SAFE * max((min((self._floor_s(order, floors) for order in self.orders), default=math.inf) for floors in found[:KNOWN]), default=0.0)
 
     def _floor_s(self, order: Order, floors: Floors) -> float:
         def parts(side: str) -> Parts:
@@ -185,13 +179,10 @@ class PointSearch:
         lines = [[free, *(floors.lines(side, flight, limit) if flight >= most / 2 else ())] for flight in order.in_flight]
         return max(self._fastest_s(order, parts), self._step_s(order, parts(side), lines, self._waits(side, parts(side))))
 
-    def _tell(self) -> None:
-        """What is found out, to the searches that follow."""
-        lines = {
-            side: tuple(Flat(flight, price, priced.block_s(flight, price)) for (flight, _), price in priced.prices.items() if price)
-            for side, priced in self.priced.items()
-        }
-        parts = {side: priced.parts for side, priced in self.priced.items()}
+    def _tell(self, found: Mapping[str, Priced]) -> None:
+        """What is found out, by side, to the searches that follow."""
+        lines = {side: tuple(Flat(flight, price, priced.block_s(flight, price)) for (flight, _), price in priced.prices.items() if price) for side, priced in found.items()}
+        parts = {side: priced.parts for side, priced in found.items()}
         self.joint.known.add(self.joint.about, Proved(self.joint.cluster, self.point, self.tables.operators, parts, lines))
 
     def _waits(self, side: str, parts: Parts) -> Parts:

@@ -34,8 +34,8 @@ PROVED = 4
 LINES = 6
 """Prices of memory that are looked at for one rank."""
 
-SAFE = 1 - 4e-6
-"""Bounds of other searches are taken for so much less, so that none is above that which the search itself would find: `bounds.PRECISION` and rounding."""
+SAFE = 1 - 6e-4
+"""Bounds from elsewhere are taken for so much less, so that none is above that which the search itself would find: twice the `at_point.TOLERANCE` of those."""
 
 T = TypeVar("T")
 
@@ -66,6 +66,10 @@ class Floors:
 
     parts: Mapping[str, Parts]
     flats: Mapping[str, tuple[Flat, ...]]
+
+    def of_part(self, share: float) -> "Floors":
+        """Of microbatches that are so many times as large. They take no less for each sample: kernels and messages are the dearer the smaller they are."""
+        return replace(self, flats={side: tuple([replace(flat, flight=flat.flight / share) for flat in flats]) for side, flats in self.flats.items()})
 
     def lines(self, side: str, flight: float, limit_bytes: float) -> list[Line]:
         """For a rank with so many microbatches in flight: those of fewer hold for it too."""

@@ -16,12 +16,10 @@ STEPS = 2
 
 @dataclass
 class Priced:
-    """By an `envelope` of what they are `relaxed` to. `share`: of the bytes of a microbatch and of its seconds, where those of the envelope are so many times as
-    large: on the same mesh they may be cut at least as much, and kernels and messages take no more for each sample. A cache, not a value."""
+    """By an `envelope` of what they are `relaxed` to. A cache, not a value."""
 
     relaxed: Relaxed
     envelope: Envelope
-    share: float = 1.0
     prices: dict[tuple[float, float], float] = field(default_factory=dict)
     """Of a byte, by microbatches in flight and memory of a rank: those that were asked for."""
 
@@ -31,7 +29,7 @@ class Priced:
 
     def block_s(self, flight: float, price: float) -> float:
         """A block of a step takes at least so many seconds, its bytes included."""
-        return self.envelope.low(price, price * self.share * flight) / self.relaxed.depth
+        return self.envelope.low(price, price * flight) / self.relaxed.depth
 
     def line(self, flight: float, price: float, limit_bytes: float) -> Line:
         """What a rank of so much memory with so many microbatches in flight can do of the step."""
@@ -50,7 +48,7 @@ class Priced:
         if (near, limit_bytes) not in self.prices:
             total = self.relaxed.num_ranks * limit_bytes
             try:
-                price = self.envelope.best_price(self.share * near, total)
+                price = self.envelope.best_price(near, total)
             except InfeasibleError:
                 price = LEAN * self.envelope.fastest_s / max(total, 1.0)  # other ranks may have more blocks than this one
             self.prices[near, limit_bytes] = price

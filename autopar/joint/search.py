@@ -1,12 +1,10 @@
 """Best first over all points: a bound from a roofline, a bound from the solved sharding, a bound under the memory limit, and at last a plan.
 
     1. `space.Ideal`      every operator cut evenly, nothing communicated: no tables are built
-    2. by larger ones     what the next larger microbatches of the same mesh take at least, if they came so far
-    3. the fastest        the folded problem solved without a memory limit, every bubble counted that no cut avoids
-    4. by larger ones,    under the memory limit, by the price of a byte: from what others asked for,
-    5. roughly, and       from few eliminations,
-    6. as near as counts  and from some more
-    7. a plan             state sharding and recomputation by the liveness of the stages, the step by the schedule's lists
+    2. the fastest        the folded problem solved without a memory limit, every bubble counted that no cut avoids
+    3. roughly, and       the same under the memory limit, by the price of a byte, from few eliminations,
+    4. as near as counts  and from some more
+    5. a plan             state sharding and recomputation by the liveness of the stages, the step by the schedule's lists
 
 A point goes through these as long as its bound is the least of all; the search ends when the best plan is no more than `GAP` above every bound that is
 left. What it returns is proven to that: no plan of the space, by these costs, is faster than `bound_s`. (Blocks are sharded alike, and stages of interleaved
@@ -41,13 +39,13 @@ AHEAD = 8
 FINE = 3
 """Points that are looked at again."""
 
-PROMISING = 5
+PROMISING = 3
 """The level of points that are to be planned."""
 
 
 @dataclass(frozen=True)
 class Joint:
-    """`found`: plans, the fastest first; `bound_s`: no plan of the space is faster; `looked`: how many points came to each of the seven levels;
+    """`found`: plans, the fastest first; `bound_s`: no plan of the space is faster; `looked`: how many points came to each of the five levels;
     `in_time`: the search ended before its budget did."""
 
     found: tuple[Found, ...]
@@ -89,7 +87,7 @@ class JointSearch(Given):
                 f"no pipeline of {self.run.depth} blocks, mesh and microbatches of {self.batch} samples go with these pins on {self.cluster.name}: degrees and microbatches must divide"
                 " devices and batch; leave one of the pins out"
             )
-        num_points, looked, found, closed = len(heap), [len(heap), 0, 0, 0, 0, 0, 0], [], math.inf
+        num_points, looked, found, closed = len(heap), [len(heap), 0, 0, 0, 0], [], math.inf
         best = math.inf
         planned: list[tuple[float, PointSearch]] = []
         ready: list[Waiting] = []  # to be planned, by what they promise
@@ -131,14 +129,14 @@ class JointSearch(Given):
         return Joint(tuple(found), min(closed, left, best), num_points, tuple(looked), in_time)
 
     def _tighten(self, heap: list["Waiting"], waiting: "Waiting", looked: list[int]) -> None:
-        """By what other searches know, else by the next level. So the levels that a point goes through depend on those, but what it is planned by does not."""
+        """By what is known of others, else by the next level. So the levels that a point goes through depend on those, but what it is planned by does not."""
         bound, level, search = waiting.bound, waiting.level, waiting.search
         floor = 0.0 if waiting.floored else search.floor_s()
         if floor > waiting.key:
             heapq.heappush(heap, replace(waiting, key=floor, floored=True))
             return
         looked[level + 1] += 1
-        bound = max(bound, (search.larger_s, search.fastest_s, search.larger_rough_s, search.rough_s, search.fitting_s)[level]())
+        bound = max(bound, (search.fastest_s, search.rough_s, search.fitting_s)[level]())
         if bound < math.inf:
             heapq.heappush(heap, Waiting(bound, level + 1, waiting.number, bound, search))
 

@@ -76,11 +76,6 @@ class PointTables:
             self._rough[side] = Envelope(self.side(side).forms, ROUGH)
         return self._rough[side]
 
-    @property
-    def is_rough(self) -> bool:
-        """Whether somebody has asked."""
-        return bool(self._rough)
-
     @cached_property
     def _rough(self) -> dict[str, Envelope]:
         return {}

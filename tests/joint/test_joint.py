@@ -14,6 +14,7 @@ from autopar.joint.bounds import Line, Parts, least_step_s
 from autopar.joint.deep import Deep, Sharding, even_depths
 from autopar.joint.even import even_cuts
 from autopar.joint.kinds import Depth
+from autopar.joint.known import Known
 from autopar.joint.plan import on_whole_graph, planned_jointly
 from autopar.joint.search import JointSearch
 from autopar.joint.space import Ideal, Point, points
@@ -211,3 +212,22 @@ def test_plans_bind_to_the_whole_graph_alike_every_time() -> None:
 def test_what_does_not_fit_says_so() -> None:
     with pytest.raises(InfeasibleError, match="none of"):
         joint_search(LLAMA, replace(A100, devices_per_node=2), 2, memory_share=0.01).search()
+
+
+@pytest.mark.parametrize("point", [Point(2, 4, 2, 16, 2), Point(4, 2, 2, 16, 2), Point(1, 4, 4, 4, 8)], ids=str)
+@pytest.mark.parametrize("share", [0.05, 0.2])
+def test_larger_microbatches_of_a_mesh_bound_the_smaller(point: Point, share: float) -> None:
+    """Their tables are enough to tell that a point need not be looked at."""
+    joint = joint_search(LLAMA, Cluster.preset("a100-sxm", 2), 32, memory_share=share)
+    search, larger = (PointSearch(joint, p) for p in (point, replace(point, num_microbatches=point.num_microbatches // 2, samples=2 * point.samples)))
+    search.larger = (larger,)
+    for one in (search, larger):
+        one.ideal_s(Ideal(joint.cluster, joint.run, joint.task))
+    assert search.floor_s() == 0.0  # nothing was looked at
+    larger.fastest_s()
+    fastest = PointSearch(replace(joint, known=Known()), point).fastest_s()
+    assert 0.5 * fastest < search.floor_s() <= fastest
+    larger.rough_s()
+    fitting = PointSearch(replace(joint, known=Known()), point).fitting_s()
+    assert 0.5 * min(fitting, 1e9) < search.floor_s() <= fitting
+    assert search.rough_s() <= fitting
