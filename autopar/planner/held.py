@@ -133,6 +133,11 @@ class Holdings:
         """What is gathered once a step: working copies that are not the stored tensors."""
         return tuple(g for g in self._groups([h for h in self.parameters.values() if h.flat and h.stage < 3], gathered=True))
 
+    @property
+    def arriving_bytes(self) -> int:
+        """What is held while all of them are gathered at a time."""
+        return sum(group.in_flight_bytes for group in self.flats)
+
     @cached_property
     def buckets(self) -> tuple[Group, ...]:
         """What is reduced together: stages 0 to 2."""
