@@ -100,7 +100,7 @@ def _staged(plan: Plan, traced: Traced, weights: Weights, device: torch.device, 
     """This rank's stages of a pipeline; every rank cuts them all, and emits its own."""
     stages = cut_into_stages(bind(plan, traced.graph), plan.pipeline)
     schedule, forward = own_schedule(own, stages) if own is not None else schedule_of(stages), schedule_of(stages, "forward")
-    places = connect_stages(plan.mesh, stages.pipeline, stages.whole.groups, (stages.ranks_of(s) for s in stages.shared.values()), device, seed=seed)
+    places = connect_stages(stages, device, seed=seed)
     module = PipelineModule(stages, schedule, forward, traced, places)
     offload = plan.residency.offload
     stored_mesh = device_mesh(plan.whole_mesh, HOST)[plan.mesh.names] if offload else places.whole[plan.mesh.names]

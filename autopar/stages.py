@@ -97,6 +97,11 @@ class Stages:
     def placement(self) -> tuple[int, ...]:
         return tuple(s % self.pipeline.num_ranks for s in range(len(self.stages)))
 
+    @property
+    def gathered_ahead(self) -> frozenset[tuple[int, ...]]:
+        """Sets of mesh axes over which a rank gathers parameters of one stage, once a step, while it computes another."""
+        return frozenset(zero.axes for zero in self.whole.residency.zero.values() if zero.stage < 3 and self.pipeline.virtual_stages > 1)
+
     def message_bytes(self, source: int, target: int, *, back: bool = False) -> int:
         """Bytes of one microbatch that one rank of `source` sends to its counterpart of `target`, or that come back."""
         program = self.stages[target].program

@@ -10,7 +10,8 @@ from autopar.errors import UsageError
 class StageCost:
     """One stage, and one microbatch where the schedule says so. Recomputation belongs to `input_gradient_s`.
 
-    `weight_activation_bytes` is the part of `activation_bytes` (and gradients kept for it) that W still reads after I.
+    `weight_activation_bytes` is the part of `activation_bytes` (and gradients kept for it) that W still reads after I. From a GATHER on there are
+    `gathered_bytes` until the FREE and, until the next computation takes in what has come, `arriving_bytes`.
     """
 
     forward_s: float
@@ -19,6 +20,7 @@ class StageCost:
     activation_bytes: int = 0
     weight_activation_bytes: int = 0
     state_bytes: int = 0
+    arriving_bytes: int = 0
     gathered_bytes: int = 0
     gather_s: float = 0.0
     reduce_s: float = 0.0

@@ -11,10 +11,10 @@ computations wait for the GATHER of their stage, steps for the REDUCE and TIE.
 
 Held bytes of a rank: the state of its stages; what a microbatch needs of a stage from its forward to the end of its backward (with a
 split backward, a part of it to the end of W); messages from where they are ready at the sender to their end, and at
-the receiver from the start of the transfer to the end of the computation that reads them; gathered parameters.
+the receiver from the start of the transfer to the end of the computation that reads them; gathered parameters, and beside them what they arrive in.
 
 Ranks that are processes on fewer cores slow each other down while they compute (`at_once`), and one that waits leaves its core to the others:
-the step ends no sooner than the lists allow, nor than all the work is done on all the cores.
+the step ends no sooner than the lists allow, nor than all the work is done on all the cores. Gathers are work of the cores then.
 
 What is left out: messages and collectives do not slow each other down, nor computations; replicas finish together.
 """
@@ -51,14 +51,23 @@ class _Held:
         self._training = schedule.training
         self._prices = prices
         self._changes: list[tuple[float, int, int, int]] = []
+        self._arriving: set[int] = set()
         for stage, rank in enumerate(schedule.placement):
             self.change(0.0, rank, prices.stages[stage].state_bytes)
 
     def change(self, time_s: float, rank: int, num_bytes: int, in_flight: int = 0) -> None:
         self._changes.append((time_s, rank, num_bytes, in_flight))
 
+    def gather(self, rank: int, number: int, time_s: float) -> None:
+        stage = self._prices.stages[number]
+        self._arriving.add(number)
+        self.change(time_s, rank, stage.arriving_bytes + stage.gathered_bytes)
+
     def compute(self, rank: int, action: Action, start_s: float, end_s: float) -> None:
         stage = self._prices.stages[action.stage]
+        if action.stage in self._arriving:
+            self._arriving.remove(action.stage)
+            self.change(start_s, rank, -stage.arriving_bytes)
         if action.kind is Kind.F:
             self.change(start_s, rank, stage.activation_bytes, 1)
             if not self._training:
@@ -226,7 +235,7 @@ class _Buffered:
         self.lane_free[rank, "collective"] = end
         if action.kind is Kind.GATHER:
             self.usable[action.stage] = end
-            self.held.change(time_s, rank, self.prices.stages[action.stage].gathered_bytes)
+            self.held.gather(rank, action.stage, time_s)
         else:
             self.updated[action.stage] = end
         return end
@@ -260,6 +269,21 @@ class _Shared(_Buffered):
                 self.time_s, self.worked_s = end, work_s
                 self.finish(job, end)
         return super().next_event()
+
+    def advance(self, time_s: float, rank: int, action: Action) -> bool:
+        if action.kind is not Kind.GATHER:
+            return super().advance(time_s, rank, action)
+        self.held.gather(rank, action.stage, time_s)
+        self.occupy(time_s, Job(rank, action, (), time_s))
+        return False
+
+    def finish(self, job: Job, end: float) -> None:
+        if job.action.kind is not Kind.GATHER:
+            super().finish(job, end)
+            return
+        self.spans.append(Span(job.rank, "collective", job.action, job.start_s, end))
+        self.position[job.rank] += 1
+        self.resume(end, job.rank)
 
     def work_until(self, time_s: float) -> None:
         self.worked_s += (time_s - self.time_s) * self.speed

@@ -41,9 +41,10 @@ class Case:
     accumulate: int = 1
     in_flight: tuple[int, ...] | None = None
     offload: bool = False
+    overrides: tuple[tuple[str, int], ...] = ()
 
     def load(self) -> LoadedModel:
-        loaded = load_model(self.model, batch=4 * self.micro_batches, seq=8, device="cpu", dtype="float64", ragged=True)
+        loaded = load_model(self.model, batch=4 * self.micro_batches, seq=8, device="cpu", dtype="float64", ragged=True, overrides=dict(self.overrides))
         loaded.module.eval()
         return loaded
 
@@ -59,6 +60,9 @@ class Case:
         return [{name: x.roll(n, 0) for name, x in loaded.kwargs.items()} for n in range(self.accumulate)]
 
 
+WIDE = (("n_embd", 256), ("n_head", 4))
+"""Parameters large enough to be gathered each by itself, and so in place."""
+
 CASES = {
     2: (
         Case(model="gpt2-tiny", schedule="gpipe", ranks=2, micro_batches=3, in_flight=(3, 3)),
@@ -73,6 +77,9 @@ CASES = {
         Case(model="gpt2-tiny", schedule="1f1b", ranks=2, micro_batches=2, pins=("dp=2", "zero=3", "recompute=full")),
         Case(model="llama-tiny", schedule="zero-bubble", ranks=2, micro_batches=2, pins=("tp=2",)),
         Case(model="gpt2-tiny", schedule="interleaved", ranks=2, micro_batches=2, pins=("dp=2", "zero=1"), offload=True),
+        Case(model="gpt2-tiny", schedule="interleaved", ranks=2, micro_batches=2, pins=("dp=2", "zero=1"), offload=True, overrides=WIDE),
+        Case(model="gpt2-tiny", schedule="interleaved", ranks=2, micro_batches=2, pins=("dp=2", "zero=1"), overrides=WIDE),
+        Case(model="llama-tiny", schedule="interleaved", ranks=2, micro_batches=4, pins=("dp=2", "zero=2"), accumulate=2),
         Case(model="gpt2-tiny", schedule="gpipe", ranks=2, micro_batches=2, pins=("dp=2", "zero=2"), accumulate=2),
         Case(model="llama-tiny", schedule=SHARED, ranks=2, micro_batches=3, pins=("dp=2", "zero=1"), offload=True),
         Case(model="gpt2-tiny", schedule=SHARED, ranks=2, micro_batches=4, pins=("dp=2", "zero=3"), accumulate=2),

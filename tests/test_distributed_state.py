@@ -62,6 +62,8 @@ CASES = {
         Case(model="mlp-tiny", pins=("dp=2", "zero=0"), width=WIDE),
         Case(model="mlp-tiny", pins=("dp=2", "zero=1"), width=WIDE),
         Case(model="mlp-tiny", pins=("dp=2", "zero=2"), micro_batches=3, width=WIDE),
+        Case(model="mlp-tiny", pins=("dp=2", "zero=1"), dtype="bfloat16", width=2 * WIDE),
+        Case(model="mlp-tiny", pins=("dp=2", "zero=1"), offload=True, width=WIDE),
     ),
     4: (
         Case(model="gpt2-tiny", pins=("dp=2", "tp=2", "zero=1"), micro_batches=3, dtype="bfloat16"),

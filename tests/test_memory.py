@@ -12,6 +12,7 @@ from autopar.core.cluster import Cluster
 from autopar.core.mesh import Mesh
 from autopar.errors import InfeasibleError
 from autopar.models.load import load_model
+from autopar.planner.held import Holdings
 from autopar.planner.liveness import Engine, memory_use
 from autopar.planner.plan import plan_graph
 from autopar.planner.search import Options
@@ -49,10 +50,14 @@ TWO_RANKS = [
     ("gpt2-tiny", GPT2, ("tp=2", "recompute=none+gather"), 1),
     ("gpt2-tiny", GPT2, ("tp=2", "recompute=selective"), 1),
 ]
+FOUR_RANKS = [
+    ("llama-tiny", LLAMA | {"batch": 16}, ("dp=2", "pp=2", "schedule=interleaved", "virtual=2", "zero=2"), 4),
+    ("llama-tiny", LLAMA | {"seq": 8}, ("tp=2", "dp=2", "zero=1"), 1),
+]
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("cases,num_ranks", [(ONE_RANK, 1), (TWO_RANKS, 2)], ids=["one rank", "two ranks"])
+@pytest.mark.parametrize("cases,num_ranks", [(ONE_RANK, 1), (TWO_RANKS, 2), (FOUR_RANKS, 4)], ids=["one rank", "two ranks", "four ranks"])
 def test_predicted_peak_is_near_the_measured_and_never_below(cases: list, num_ranks: int, long: bool) -> None:
     """Every third pair by default; all with --long."""
     cases = cases if long else cases[::3]
@@ -100,6 +105,14 @@ def test_by_hand_when_the_state_is_most(one_by_one: bool, temporaries: int) -> N
     use = use_of(Square(100, 200), (torch.empty(1, 100),), one_by_one=one_by_one)
     assert use.moment == "the optimizer step"
     assert (use.gradients, use.optimizer, use.temporaries) == (weight, 2 * weight, temporaries * weight)
+
+
+def test_what_is_stored_of_a_parameter_lies_inside_its_working_copy_also_behind_another_cut() -> None:
+    """ZeRO cuts rows that tensor parallelism has cut before."""
+    loaded = load_model("llama-tiny", device="meta", **LLAMA)
+    program = plan_graph(trace(loaded.module, (), loaded.kwargs).graph, Cluster.local(4), Options(pins=("tp=2", "dp=2", "zero=1"))).program
+    found = [held for v, held in Holdings(program).parameters.items() if [p.dim for p in program.stored[v] if p.kind == "S"] == [0, 0]]
+    assert found and all(held.device_bytes(offload=False) == held.working == 2 * held.stored for held in found)
 
 
 class Viewed(nn.Module):

@@ -152,6 +152,10 @@ class Schedule:
     def stages_of(self, rank: int) -> tuple[int, ...]:
         return tuple(stage for stage, home in enumerate(self.placement) if home == rank)
 
+    def by_first_use(self, rank: int) -> tuple[int, ...]:
+        """The stages of a rank in the order in which it first computes them."""
+        return tuple(dict.fromkeys(action.stage for action in self.ranks[rank] if action.kind in COMPUTE))
+
     def to_json(self) -> str:
         """Canonical JSON: the same schedule gives the same bytes. A rank's list is one line of text."""
         data = {

@@ -108,7 +108,8 @@ class Step:
     @cached_property
     def costs(self) -> tuple[StageCost, ...]:
         last = len(self.depths) - 1
-        return tuple(self.kinds.cost(depth, first=s == 0, last=s == last, virtual=self.plan.vpp) for s, depth in enumerate(self.depths))
+        made = tuple(self.kinds.cost(depth, first=s == 0, last=s == last, virtual=self.plan.vpp) for s, depth in enumerate(self.depths))
+        return made if self.overlap else gathered_first(made, self.plan.pp)
 
     @cached_property
     def step_s(self) -> float:
@@ -175,6 +176,12 @@ class Step:
     @property
     def forecast(self) -> Forecast:
         return Forecast(self.step_s, self.memory)
+
+
+def gathered_first(costs: Sequence[StageCost], num_ranks: int) -> tuple[StageCost, ...]:
+    """The costs where every rank waits for the parameters of all its stages before it computes the first."""
+    first = [sum(cost.gather_s for cost in costs[rank::num_ranks]) for rank in range(num_ranks)]
+    return tuple(replace(cost, gather_s=seconds) for cost, seconds in zip(costs, first + [0.0] * (len(costs) - num_ranks), strict=True))
 
 
 def with_host(device_s: float, host_s: float, blocked: int = 0) -> float:

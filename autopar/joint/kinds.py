@@ -87,6 +87,10 @@ class Cut:
         return PerKind(lambda kind: state_of(self.programs[kind]))
 
     @cached_property
+    def arriving_bytes(self) -> Sequence[int]:
+        return PerKind(lambda kind: self.walks[kind].holdings.arriving_bytes)
+
+    @cached_property
     def message(self) -> EdgeCost:
         there, back = self.stages.message_bytes(FIRST, MIDDLE), self.stages.message_bytes(FIRST, MIDDLE, back=True)
         price = self.pricing.message
@@ -211,7 +215,8 @@ class Mixture:
         return self._peaks[key]
 
     def _peak(self, order: Order, rank: int, held: tuple[tuple[int, Depth], ...]) -> MemoryUse:
-        kept = int((_counts(order)[rank] @ np.array([self._kept(*stage) for stage in held])).max())
+        counts = _counts(order)[rank]
+        kept = int(np.where(counts, counts * [self._kept(*stage) for stage in held], self._arriving(order, held)).sum(axis=1).max())
         whole = self._state(tuple((kind, depth.blocks) for kind, depth in held))
         light = {k for k, depth in held if depth.heavy < depth.blocks}
         heavy = {k for k, depth in held if depth.heavy}
@@ -219,6 +224,11 @@ class Mixture:
         queued = Beside(communication=RECEIVES_AHEAD * message, unsettled=SENDS_BEHIND * len(held) * message)
         computing = [(self.light, k) for k in sorted(light)] + [(self.heavy, k) for k in sorted(heavy)]
         return max((self._computing(kinds, k, whole, kept, queued) for kinds, k in computing), key=lambda peak: peak.high_bytes)
+
+    def _arriving(self, order: Order, held: tuple[tuple[int, Depth], ...]) -> list[int]:
+        """What parameters of each stage arrive in while it has no microbatch yet."""
+        of_kind = self.light.cut.arriving_bytes
+        return [of_kind[kind] + (depth.blocks - SHOWN_BY[kind]) * of_kind[MIDDLE] if order.num_ranks > 1 else 0 for kind, depth in held]
 
     def _state(self, held: tuple[tuple[int, int], ...]) -> dict[str, int]:
         """What a rank holds between passes of stages of these kinds and numbers of blocks."""

@@ -343,7 +343,7 @@ def _alone(stage: StageCost, cluster: Cluster, there_s: float, back_s: float, *,
     start, faster = cluster.host.action_s, cluster.crowding
     return replace(
         stage, forward_s=(stage.forward_s + there_s + start) / faster, input_gradient_s=(stage.input_gradient_s + back_s + start) / faster,
-        weight_gradient_s=(stage.weight_gradient_s + (start if split else 0.0)) / faster, step_s=stage.step_s / faster,
+        weight_gradient_s=(stage.weight_gradient_s + (start if split else 0.0)) / faster, gather_s=stage.gather_s / faster, step_s=stage.step_s / faster,
     )  # fmt: skip
 
 

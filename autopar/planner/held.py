@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from autopar.core.buckets import chunks
 from autopar.core.graph import DTYPE_BYTES
+from autopar.core.layout import local_outer
 from autopar.cost_models.memory import adam
 from autopar.planner.allocator import Memory
 from autopar.program import Program
@@ -72,7 +73,7 @@ class Group:
     def in_flight_bytes(self) -> int:
         """What bringing the working copies up to date holds: what is sent, where it is no stored tensor, and what is received; nothing
         where the one working copy is filled in place."""
-        if len(self.members) == 1 and self.members[0].straight and self.members[0].inside:
+        if len(self.members) == 1 and self.members[0].straight:
             return 0
         received = self.gathered_rows if self.members[0].ranks > 1 else 0
         return received + sum(h.part for h in self.members if h.inside or h.part != h.stored)
@@ -115,21 +116,27 @@ class Holdings:
         axes = zero.axes if zero is not None and cut else ()
         width, stored_width = DTYPE_BYTES[dtype], DTYPE_BYTES[residency.precision.stored(dtype)]
         part = math.prod(program.local_shape(v, stored))
-        placements = [p for a, p in enumerate(stored) if a in axes]
+        placements = [stored[a] for a in axes]
+        nested = all(p.kind != "S" or local_outer(stored, program.mesh, a) == 1 for a, p in zip(axes, placements, strict=True))
         rest = tuple(a for a in program.deferred[v] if a not in axes)
         return Held(
             value=v, stage=stage, trained=v in program.graph.differentiated,
             working=program.local_bytes(v, used), stored=part * stored_width, part=part * width,
             reduced=part * DTYPE_BYTES[residency.precision.reduced(dtype)], ranks=math.prod(program.mesh.sizes[a] for a in axes),
             reduced_over=math.prod(program.mesh.sizes[a] for a in rest), flat=bool(stage) or width != stored_width or residency.offload,
-            inside=stage in (1, 2) and width == stored_width and not residency.offload and all(p.outer == 1 for p in placements),
-            straight=bool(shape) and all(p.kind == "S" and p.dim == 0 for p in placements), key=(stage, axes, rest, dtype),
+            inside=stage in (1, 2) and width == stored_width and not residency.offload and nested,
+            straight=bool(shape) and nested and all(p.kind == "S" and p.dim == 0 for p in placements), key=(stage, axes, rest, dtype),
         )  # fmt: skip
 
     @cached_property
     def flats(self) -> tuple[Group, ...]:
         """What is gathered once a step: working copies that are not the stored tensors."""
         return tuple(g for g in self._groups([h for h in self.parameters.values() if h.flat and h.stage < 3], gathered=True))
+
+    @property
+    def arriving_bytes(self) -> int:
+        """What is held while all of them are gathered at a time."""
+        return sum(group.in_flight_bytes for group in self.flats)
 
     @cached_property
     def buckets(self) -> tuple[Group, ...]:

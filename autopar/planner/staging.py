@@ -62,6 +62,7 @@ class Staged:
         return StageCost(
             forward_s=forward, input_gradient_s=inputs, weight_gradient_s=weights, gather_s=gather, reduce_s=reduce, step_s=update,
             activation_bytes=sum(walk.kept_by_segment()), weight_activation_bytes=put_off_bytes(program, range(len(program.graph.ops))),
+            arriving_bytes=walk.holdings.arriving_bytes,
         )  # fmt: skip
 
     @cached_property

@@ -9,9 +9,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from autopar.core.mesh import Mesh
-from autopar.core.pipeline import PP, Pipeline
+from autopar.core.pipeline import PP
 from autopar.errors import PlanMismatchError, UsageError
 from autopar.runtime.rank import Counter, Rank, Stream, Work
+from autopar.stages import Stages
 
 # torch 2.13 renamed them and warns about the old names.
 ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -133,27 +134,32 @@ def connect(mesh: Mesh, axis_sets: Iterable[tuple[int, ...]], device: torch.devi
         raise UsageError("no process group: start under torchrun, or call torch.distributed.init_process_group first")
     if dist.get_world_size() != mesh.num_ranks:
         raise PlanMismatchError(f"the plan is for {mesh.num_ranks} processes ({mesh}), {dist.get_world_size()} are running; start {mesh.num_ranks} or plan again")
-    me = dist.get_rank()
-    exchanges: dict[str, GroupExchange] = {}
-    sets = sorted({(a,) for a in range(len(mesh.axes))} | {tuple(s) for s in axis_sets if s})
-    for axes in sets:
+    sets = {(a,) for a in range(len(mesh.axes))} | {tuple(s) for s in axis_sets if s}
+    return Rank(mesh, dist.get_rank(), device, _exchanges(mesh, sets), Stream(seed))
+
+
+def _exchanges(mesh: Mesh, axis_sets: Iterable[tuple[int, ...]], purpose: str = "") -> dict[str, GroupExchange]:
+    """This process's groups over these sets of axes."""
+    found: dict[str, GroupExchange] = {}
+    for axes in sorted(axis_sets):
         for ranks in mesh.groups(axes):
-            group = group_of(ranks)
-            if me in ranks:
-                exchanges["+".join(mesh.names[a] for a in axes)] = GroupExchange(group, len(ranks), dist.get_backend(group) == "gloo")
-    return Rank(mesh, me, device, exchanges, Stream(seed))
+            group = group_of(ranks, purpose)
+            if dist.get_rank() in ranks:
+                found["+".join(mesh.names[a] for a in axes)] = GroupExchange(group, len(ranks), dist.get_backend(group) == "gloo")
+    return found
 
 
 @dataclass(frozen=True)
 class Places:
     """A process among the stages of a pipeline: its rank in the pipeline and in its stage's mesh, the processes with the same place in
-    other stages (`peers`, by rank of the pipeline), and what it communicates through. `up` and `down`: groups for messages to higher and to
+    other stages (`peers`, by rank of the pipeline), and what it communicates through. `gathers`: see `Rank`; `up` and `down`: groups for messages to higher and to
     lower ranks of the pipeline; `shared`: groups for weights of several stages."""
 
     rank: int
     stage_rank: int
     peers: tuple[int, ...]
     exchanges: Mapping[str, GroupExchange]
+    gathers: Mapping[str, GroupExchange]
     up: dist.ProcessGroup
     down: dist.ProcessGroup
     shared: Mapping[tuple[int, ...], dist.ProcessGroup]
@@ -168,7 +174,7 @@ class Places:
 
     def stage_rank_of(self, mesh: Mesh) -> Rank:
         """This process as a rank of a stage; every stage has units of its own, all share the counter and the random stream."""
-        return Rank(mesh, self.stage_rank, self.device, self.exchanges, self.stream, self.counter)
+        return Rank(mesh, self.stage_rank, self.device, self.exchanges, self.stream, self.counter, gathers=self.gathers)
 
 
 def _own_group(lines: Iterable[tuple[int, ...]], me: int, purpose: str = "") -> dist.ProcessGroup:
@@ -190,14 +196,17 @@ def _group(ranks: tuple[int, ...], purpose: str, world: dist.ProcessGroup) -> di
     return dist.new_group(list(ranks))
 
 
-def connect_stages(mesh: Mesh, pipeline: Pipeline, axis_sets: Iterable[tuple[int, ...]], shared: Iterable[tuple[int, ...]], device: torch.device, *, seed: int = 0) -> Places:
-    """This process in a pipeline of stages on meshes like `mesh`; `shared`: sets of pipeline ranks that share weights.
-
-    Every process must call this with the same arguments.
-    """
+def connect_stages(stages: Stages, device: torch.device, *, seed: int = 0) -> Places:
+    """This process among stages. Every process must call this with the same arguments."""
+    mesh, pipeline, shared = stages.whole.mesh, stages.pipeline, map(stages.ranks_of, stages.shared.values())
     whole = pipeline.whole_mesh(mesh)
     axis = whole.names.index(PP)
-    rank = connect(whole, [tuple(whole.names.index(mesh.names[a]) for a in axes) for axes in axis_sets], device, seed=seed)
+
+    def of_whole(axis_sets: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        return [tuple(whole.names.index(mesh.names[a]) for a in axes) for axes in axis_sets]
+
+    rank = connect(whole, of_whole(stages.whole.groups), device, seed=seed)
+    gathers = _exchanges(whole, of_whole(stages.gathered_ahead), "gathers")
     # One group a direction: NCCL runs what two ranks exchange in one group in turn, and they would wait for each other's receives.
     up, down = (_own_group(whole.groups((axis,)), rank.rank, purpose) for purpose in ("up", "down"))
     groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
@@ -211,7 +220,7 @@ def connect_stages(mesh: Mesh, pipeline: Pipeline, axis_sets: Iterable[tuple[int
     inside = [c for a, c in enumerate(place) if a != axis]
     stage_rank = sum(c * stride for c, stride in zip(inside, mesh.strides))
     exchanges = {name: x for name, x in rank.exchanges.items() if isinstance(x, GroupExchange)}
-    return Places(place[axis], stage_rank, whole.group(rank.rank, (axis,)), exchanges, up, down, groups, device_mesh(whole, device), device, rank.stream, rank.counter)
+    return Places(place[axis], stage_rank, whole.group(rank.rank, (axis,)), exchanges, gathers, up, down, groups, device_mesh(whole, device), device, rank.stream, rank.counter)
 
 
 def device_mesh(mesh: Mesh, device: torch.device) -> DeviceMesh:

@@ -40,7 +40,7 @@ class ShareEngine:
         return (self.share.rank,)
 
     def start(self) -> None:
-        self.share.refresh()
+        self.share.begin_refresh()
 
     def compute(self, microbatch: int, given: Mapping[int, Column]) -> list[Column]:
         self.share.rank.stream.microbatch = microbatch
@@ -61,6 +61,11 @@ class ShareEngine:
 
 class PipelineModule(ParallelModule):
     """The stages of one rank. Parameters are DTensors over the mesh of their stage; a rank has those of its own stages only.
+
+    What ZeRO 1 and 2 gather once a step is on its way from the beginning of the step, stage by stage in the order of first use; a stage waits for its own
+    before its first forward, and the rest goes on behind computations and messages. Nothing can wait for itself: all members of a group begin the same
+    gathers in the same order, before any message of the step and in groups that nothing else uses where a rank has several stages, so that a gather
+    waits for earlier gathers and the last step alone.
 
     Clip gradients with `clip_grad_norm_` of the module: torch's own sees one stage.
     """
@@ -103,8 +108,8 @@ class PipelineModule(ParallelModule):
         flat = [self._traced.flat_inputs((), piece) if isinstance(piece, dict) else self._traced.flat_inputs(piece, {}) for piece in pieces]
         inputs = [dict(zip(numbers, tensors)) for tensors in flat]
         self._copy_twins()
-        for number, run in self._runs.items():
-            run.start(inputs, weights, {}, len(schedule.microbatches(number)))
+        for number in schedule.by_first_use(self._places.rank):
+            self._runs[number].start(inputs, weights, {}, len(schedule.microbatches(number)))
         if training:
             self._post.start()
         walk = Walk(self._places.rank, self._stages, self._runs, self._post, schedule.ranks[self._places.rank], training)

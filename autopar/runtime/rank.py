@@ -66,7 +66,8 @@ class Rank:
 
     `units`: what is gathered for each segment of the program; `tape`: what the block at hand keeps for its backward, where that is not
     everything (`tape.py`); `deferred`: where a backward of inputs only leaves what the gradients of weights need (`split.py`); `late`: where a
-    forward leaves the sums that its backward does not read, for whoever reads them to wait for, None where they are waited for at once."""
+    forward leaves the sums that its backward does not read, for whoever reads them to wait for, None where they are waited for at once; `gathers`: as
+    `exchanges`, for parameters that are gathered while others are computed with: collectives of one group go one after the other."""
 
     mesh: Mesh
     rank: int
@@ -80,6 +81,7 @@ class Rank:
     replaying: bool = False
     deferred: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]] | None = None
     late: list[Work] | None = None
+    gathers: Mapping[str, Exchange] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.coordinates = dict(zip(self.mesh.names, self.mesh.coordinates(self.rank)))

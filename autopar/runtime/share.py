@@ -44,11 +44,20 @@ class Share:
     def refresh(self) -> None:
         """Take over what the optimizer left in the stored parameters."""
         self.store.refresh()
+        self._forget_units()
+
+    def begin_refresh(self) -> None:
+        """`refresh` that `compute` waits for: until then the parameters are on their way."""
+        self.store.begin_refresh()
+        self._forget_units()
+
+    def _forget_units(self) -> None:
         for unit in self.rank.units.values():
             unit.forget()
 
     def compute(self, given: Mapping[int, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """The program's outputs, from what is neither parameter nor buffer, by value number."""
+        self.store.end_refresh()
         leaves, fixed = self.store.leaves, self._fixed
         values = [leaves[v] if v in leaves else fixed[v] if v in fixed else given[v] for v in self.inputs]
         outputs, updates = self.emitted(self.rank, *values)

@@ -3,6 +3,7 @@
 The two are the same memory unless ZeRO, a master copy or offload puts something between them.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -95,7 +96,7 @@ class Flat:
     @property
     def in_place(self) -> bool:
         """Whether the working tensor is itself the rows of its gather."""
-        return self.buffer is None and self.parts.whole
+        return self.kind.stage < 3 and self.parts.whole
 
 
 class Store:
@@ -112,6 +113,7 @@ class Store:
         self.leaves: dict[int, torch.Tensor] = {}
         self.flats = [self._flat(kind, members) for kind, members in self._kinds()]
         self._flat_of = {v: (flat, i) for flat in self.flats for i, v in enumerate(flat.members)}
+        self._arriving: deque[tuple[Flat, torch.Tensor, Any]] = deque()
         for v in program.graph.params:
             self._add(v, weights)
 
@@ -177,16 +179,28 @@ class Store:
 
     def refresh(self) -> None:
         """Bring working copies up to date with what the optimizer left, in one gather a buffer, a few at a time."""
-        pending: list[tuple[Flat, torch.Tensor, Any]] = []
+        self._start(IN_FLIGHT)
+        self.end_refresh()
+
+    def begin_refresh(self) -> None:
+        """`refresh` with all gathers under way at a time: what is not gathered in place lies in rows until `end_refresh`."""
+        self._start(len(self.flats))
+
+    def end_refresh(self) -> None:
+        """Wait for what is under way."""
+        while self._arriving:
+            self._take_in()
+
+    def _start(self, at_a_time: int) -> None:
+        self.end_refresh()  # of a step that was given up
         for flat in self.flats:
             if flat.kind.stage < 3:
-                if len(pending) == IN_FLIGHT:
-                    self._take_in(*pending.pop(0))
-                pending.append((flat, *self._gather(flat)))
-        while pending:
-            self._take_in(*pending.pop(0))
+                if len(self._arriving) == at_a_time:
+                    self._take_in()
+                self._arriving.append((flat, *self._gather(flat)))
 
-    def _take_in(self, flat: Flat, rows: torch.Tensor, work: Any) -> None:
+    def _take_in(self) -> None:
+        flat, rows, work = self._arriving.popleft()
         if work is not None:
             work.wait()
         if not flat.in_place:
@@ -195,18 +209,21 @@ class Store:
     def _gather(self, flat: Flat) -> tuple[torch.Tensor, Any]:
         """(rows of all ranks, what to wait for)."""
         axes = self.names(flat.kind.axes)
-        exchange = self.rank.exchanges.get(axes)
-        if flat.in_place:
-            rows = self.leaves[flat.members[0]].detach().view(flat.parts.ranks, -1)
-            self.rank.count("all_gather", axes, rows[flat.parts.me])
-            assert isinstance(exchange, GroupExchange)
-            return rows, exchange.start_filling(rows)
-        row = self._row(flat)
+        rows, row = self._in_place(flat) if flat.in_place else (None, self._row(flat))
         if flat.parts.ranks == 1:
             return row.view(1, -1), None
+        exchange = self.rank.gathers.get(axes) or self.rank.exchanges[axes]
         self.rank.count("all_gather", axes, row)
         assert isinstance(exchange, GroupExchange)
-        return exchange.start_all_gather(row)
+        return exchange.start_all_gather(row) if rows is None else (rows, exchange.start_filling(rows))
+
+    def _in_place(self, flat: Flat) -> tuple[torch.Tensor, torch.Tensor]:
+        """(the working tensor as rows, this rank's with what is stored)."""
+        rows = self.leaves[flat.members[0]].detach().view(flat.parts.ranks, -1)
+        row = rows[flat.parts.me]
+        if flat.buffer is not None:
+            row.copy_(self.rank.on_device(flat.buffer))
+        return rows, row
 
     def _row(self, flat: Flat) -> torch.Tensor:
         """What this rank sends."""

@@ -97,7 +97,8 @@ def add_updates(schedule: Schedule, *, replicas: int = 1, zero_stage: int = 0, s
     """The schedule with what keeps `replicas` copies of the pipeline equal, and with a STEP per stage.
 
     `zero_stage` 0: gradients are reduced once, after the last of the stage. 1: parameters are gathered once per step as
-    well. 2: gradients are reduced per microbatch, so that no rank holds them whole. 3: parameters are gathered for each use.
+    well, of all stages of a rank from its beginning on, in the order of first use. 2: gradients are reduced per microbatch, so that
+    no rank holds them whole. 3: parameters are gathered for each use.
     """
     if zero_stage not in range(4) or replicas < 1:
         raise UsageError(f"ZeRO stage {zero_stage} over {replicas} replicas; stages are 0 to 3, replicas at least 1")
@@ -109,18 +110,16 @@ def add_updates(schedule: Schedule, *, replicas: int = 1, zero_stage: int = 0, s
 
 def _with_updates(actions: Sequence[Action], zero_stage: int | None, step: bool) -> tuple[Action, ...]:
     """One rank's list with its updates; `zero_stage` None where there is one replica only."""
-    last_use = {action.stage: i for i, action in enumerate(actions) if action.kind in COMPUTE}
-    result: list[Action] = []
+    last_use = {action.stage: i for i, action in enumerate(actions) if action.kind in COMPUTE}  # in the order of first use
+    result = [Action(Kind.GATHER, stage) for stage in last_use if zero_stage in (1, 2)]
     due: list[Action] = []  # reductions wait behind the gradients that are sent: the rank before needs those first
-    gathered: set[int] = set()
     for i, action in enumerate(actions):
         stage, computes = action.stage, action.kind in COMPUTE
         if computes or action.kind is Kind.TIE:
             result += due
             due = []
-        if computes and (zero_stage == 3 or (zero_stage in (1, 2) and stage not in gathered)):
+        if computes and zero_stage == 3:
             result.append(Action(Kind.GATHER, stage))
-            gathered.add(stage)
         result.append(action)
         if computes and (zero_stage == 3 or (zero_stage in (1, 2) and i == last_use[stage])):
             result.append(Action(Kind.FREE, stage))

@@ -146,6 +146,31 @@ def test_held_bytes_by_hand() -> None:
     assert [(level.time_s, level.held_bytes, level.in_flight) for level in split.levels] == [(0, 1100, 1), (4, 1040, 1), (5, 1000, 0)]
 
 
+GATHERING = PipelineCost(
+    tuple(StageCost(forward_s=2, input_gradient_s=1, weight_gradient_s=1, gather_s=3, arriving_bytes=10 * (s + 1), activation_bytes=s + 1) for s in range(4))
+)
+
+
+def test_parameters_of_later_stages_are_gathered_behind_the_computations_of_the_first() -> None:
+    """Rank 0 waits for those of stage 0, rank 1 for a message beside them; those of stages 2 and 3 come meanwhile, and what they come in is there until then."""
+    schedule = add_updates(make_schedule("interleaved", 2, 2, 2), replicas=2, zero_stage=1, step=False)
+    check(schedule)
+    timeline = simulate(schedule, GATHERING)
+    assert spans(timeline, "collective")[:4] == [("0GATHER", 0, 3), ("1GATHER", 0, 3), ("2GATHER", 3, 6), ("3GATHER", 3, 6)]
+    assert spans(timeline, "compute")[:6] == [("0F0", 3, 5), ("0F1", 5, 7), ("1F0", 5, 7), ("2F0", 7, 9), ("1F1", 7, 9), ("2F1", 9, 11)]
+    held = {rank: [(level.time_s, level.held_bytes) for level in timeline.levels if level.rank == rank] for rank in range(2)}
+    assert held[0][:4] == [(0, 40), (3, 30 + 1), (5, 30 + 2), (7, 2 + 3)]
+    assert held[1][:3] == [(0, 60), (5, 40 + 2), (7, 40 + 4)]
+
+
+def test_gathers_of_processes_that_share_cores_hide_behind_nothing() -> None:
+    """Two ranks on one core: all work is done one after the other, gathers too."""
+    schedule = add_updates(make_schedule("interleaved", 2, 2, 2), replicas=2, zero_stage=1, step=False)
+    timeline = simulate(schedule, GATHERING, at_once=1.0)
+    assert timeline.step_time_s == pytest.approx(4 * 3 + 4 * 2 * (2 + 2))
+    assert spans(timeline, "collective")[:4] == [("0GATHER", 0, 6), ("1GATHER", 0, 6), ("2GATHER", 6, 12), ("3GATHER", 6, 12)]
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[Schedule, PipelineCost]:
     name = draw(st.sampled_from(["naive", "gpipe", "1f1b", "zero-bubble", "interleaved", "forward"]))
@@ -165,7 +190,7 @@ def cases(draw: st.DrawFn) -> tuple[Schedule, PipelineCost]:
         whole = draw(size)
         return StageCost(
             forward_s=draw(seconds), input_gradient_s=draw(seconds), weight_gradient_s=draw(seconds), activation_bytes=whole, weight_activation_bytes=draw(st.integers(0, whole)),
-            state_bytes=draw(size), gathered_bytes=draw(size), gather_s=draw(seconds), reduce_s=draw(seconds), step_s=draw(seconds),
+            state_bytes=draw(size), arriving_bytes=draw(size), gathered_bytes=draw(size), gather_s=draw(seconds), reduce_s=draw(seconds), step_s=draw(seconds),
         )  # fmt: skip
 
     def edge() -> EdgeCost:
@@ -255,11 +280,14 @@ def test_ranks_that_share_cores_end_no_sooner_than_their_work_and_their_lists_al
     name, ranks, virtual = data.draw(st.sampled_from([("gpipe", 4, 1), ("1f1b", 3, 1), ("zero-bubble", 4, 1), ("interleaved", 2, 2)]))
     seconds = st.floats(0.01, 10.0)
     cost = PipelineCost(
-        tuple(StageCost(forward_s=data.draw(seconds), input_gradient_s=data.draw(seconds), weight_gradient_s=data.draw(seconds)) for _ in range(ranks * virtual))
+        tuple(
+            StageCost(forward_s=data.draw(seconds), input_gradient_s=data.draw(seconds), weight_gradient_s=data.draw(seconds), gather_s=data.draw(seconds))
+            for _ in range(ranks * virtual)
+        )
     )
-    schedule = make_schedule(name, ranks, 4, virtual)
+    schedule = add_updates(make_schedule(name, ranks, 4, virtual), replicas=2, zero_stage=data.draw(st.integers(0, 1)))
     own, shared = simulate(schedule, cost), simulate(schedule, cost, at_once=at_once)
-    work = sum(own.busy_s(rank) for rank in range(ranks))
+    work = sum(own.busy_s(rank) + own.busy_s(rank, "collective") for rank in range(ranks))
     assert shared.step_time_s >= max(own.step_time_s, work / min(at_once, ranks)) * (1 - 1e-9)
     assert shared.step_time_s <= (own.step_time_s + work / min(at_once, ranks)) * (1 + 1e-9)
     assert [len([s for s in shared.spans if s.rank == r]) for r in range(ranks)] == [len([s for s in own.spans if s.rank == r]) for r in range(ranks)]

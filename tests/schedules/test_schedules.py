@@ -225,6 +225,19 @@ def test_updates(zero_stage: int) -> None:
         add_updates(make_schedule("forward", 2, 3))
 
 
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_what_is_gathered_once_a_step_is_gathered_from_its_beginning_on(zero_stage: int) -> None:
+    """In the order of first use, which need not be that of the stages."""
+    branches = Order("branches", 2, (0, 0, 0), lists("1F0 0F0 2F0 1F1 0F1 2F1 2B0 2B1 1B0 1B1 0B0 0B1"))
+    for made in (lower(branches, (Edge(0, 2), Edge(1, 2))), make_schedule("interleaved", 2, 4, 3)):
+        schedule = add_updates(made, replicas=2, zero_stage=zero_stage)
+        check(schedule)
+        for rank, actions in enumerate(schedule.ranks):
+            first = schedule.by_first_use(rank)
+            assert [(a.kind, a.stage) for a in actions[: len(first)]] == [(Kind.GATHER, stage) for stage in first]
+    assert add_updates(lower(branches, (Edge(0, 2), Edge(1, 2))), replicas=2, zero_stage=1).by_first_use(0) == (1, 0, 2)
+
+
 def test_interleaved_places_chunks_in_turns() -> None:
     """16 layers, 4 ranks, 2 virtual stages: 8 chunks of 2 layers, rank i holds chunks i and i + 4."""
     schedule = make_schedule("interleaved", 4, 8, 2)
