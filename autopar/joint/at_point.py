@@ -118,7 +118,7 @@ class PointSearch:
             side, room = sides(order)[0], self._room_bytes(self.joint.limit_bytes)
             relaxed = self.side(side)
             if order.virtual > 1:
-                least = min(least, self._even_s(order, relaxed.parts, relaxed.held(*_flights(order), room), room))
+                least = min(least, self._even_s(order, relaxed.parts, relaxed.held(_flights(order), max(order.in_flight), room), room, least))
             else:  # memory binds those first that hold most microbatches
                 most, free = max(order.in_flight), Line(relaxed.parts.block)
                 lines = [[free, relaxed.line(flight, room)] if flight >= most / 2 else [free] for flight in order.in_flight]
@@ -142,7 +142,7 @@ class PointSearch:
         side, most = sides(order)[0], max(order.in_flight)
         free, limit = Line(parts(side).block), self._room_bytes(self.joint.limit_bytes)
         if order.virtual > 1:
-            return self._even_s(order, parts(side), floors.held(side, _flights(order)[0], free.block_s), limit)
+            return self._even_s(order, parts(side), floors.held(side, _flights(order), free.block_s), limit)
         lines = [[free, *(floors.lines(side, flight, limit) if flight >= most / 2 else ())] for flight in order.in_flight]
         return max(self._fastest_s(order, parts), self._step_s(order, parts(side), lines, self._waits(side, parts(side))))
 
@@ -169,8 +169,10 @@ class PointSearch:
     def _step_s(self, order: Order, ends: Parts, lines: Sequence[Sequence[Line]], one: Parts) -> float:
         return least_step_s(order, self.joint.run.depth, lines, ends, one) / self._faster(order)
 
-    def _even_s(self, order: Order, step: Parts, held: Sequence[Held] = (), room_bytes: float = 0.0) -> float:
-        return even_cuts(order, self.joint.run.depth).least_step_s(step, self._message_s, held, room_bytes) / self._faster(order)
+    def _even_s(self, order: Order, step: Parts, held: Sequence[Held] = (), room_bytes: float = 0.0, enough_s: float = math.inf) -> float:
+        ahead = not self.joint.cluster.host.watch_s  # else what is kept costs forwards too
+        faster = self._faster(order)
+        return even_cuts(order, self.joint.run.depth).least_step_s(step, self._message_s, held, room_bytes, ahead=ahead, enough_s=enough_s * faster) / faster
 
     def _faster(self, order: Order) -> float:
         """Ranks that share cores are faster while others wait."""
@@ -254,18 +256,18 @@ class PointSearch:
 
     def _sharding_s(self, choices: tuple[int, ...], room_bytes: float) -> float:
         parts, least = {side: self.side(side).parts_of(choices) for order in self.orders for side in sides(order)}, math.inf
-        for order in self.orders:
-            fastest, side = self._fastest_s(order, parts.__getitem__), sides(order)[0]
+        for fastest, order in sorted(((self._fastest_s(order, parts.__getitem__), order) for order in self.orders), key=lambda pair: pair[0]):
             if fastest < least:
+                side = sides(order)[0]
                 figures = self.side(side).figures(choices)
                 if order.virtual > 1:
-                    least = min(least, self._even_s(order, parts[side], figures.held(*_flights(order), room_bytes), room_bytes))
+                    least = min(least, self._even_s(order, parts[side], figures.held(_flights(order), room_bytes), room_bytes, least))
                     continue
                 lines = [figures.lines(flight, room_bytes) for flight in order.in_flight]
                 least = min(least, max(fastest, self._step_s(order, parts[side], lines, self._waits(side, parts[side]))))
         return least
 
 
-def _flights(order: Order) -> tuple[list[int], list[float]]:
-    """All numbers of microbatches in flight of its stages, and the most and the fewest that a rank has of its own in the mean."""
-    return sorted({flight for by_stage in order.in_flight_by_stage for flight in by_stage}), [max(order.in_flight), min(order.in_flight)]
+def _flights(order: Order) -> list[int]:
+    """All numbers of microbatches in flight of its stages."""
+    return sorted({flight for by_stage in order.in_flight_by_stage for flight in by_stage})

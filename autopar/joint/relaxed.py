@@ -1,9 +1,9 @@
 """The folded problem in parts, at prices of memory: what no plan of a point pays less for."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -26,6 +26,9 @@ TOLERANCE = 5e-5
 CHORDS = (0, 1, 3, 8, 20, 64, 256)
 """Microbatches in flight between which what bytes cost a block is taken from chords. Any will do for a bound; more make it tighter, and each takes an elimination
 per price."""
+
+AROUND = (0.5, 1.0, 2.0)
+"""Times the price that goes with what a rank holds in the mean: what bytes cost blocks that are on the longest chains more or less often than others."""
 
 LEAN = 1e4
 """A price of all bytes, in the seconds of the fastest plan, at which hardly anything but bytes counts."""
@@ -102,24 +105,36 @@ class Relaxed:
             try:
                 found = self._dual(known, total)
             except InfeasibleError:
-                price = LEAN * self._cheapest.value / max(total, 1.0)  # other ranks may have more blocks than this one
+                price = self._lean(limit_bytes)  # other ranks may have more blocks than this one
                 lines[known] = Line(self._block_s(known, price), price * limit_bytes, price)
             else:
                 price = found.multiplier
                 lines[known] = Line((found.bound_s + price * total) / self.depth, price * limit_bytes, price)
         return lines[known]
 
-    def held(self, flights: Iterable[int], means: Iterable[float], limit_bytes: float) -> list[Held]:
-        """What bytes cost a block with so many microbatches in flight, at the prices that go with these means of them."""
-        prices = sorted({line.price for mean in means if (line := self.line(mean, limit_bytes)).price})
-        return [Held(price, {flight: self._between_s(flight, price) for flight in set(flights)}) for price in prices]
+    def held(self, flights: Collection[int], mean: float, limit_bytes: float) -> list[Held]:
+        """What bytes cost a block with so many microbatches in flight, at prices around that which goes with this mean of them; and at one at which bytes
+        alone count, as no plan holds less than every table's least."""
+        found = self.line(mean, limit_bytes).price
+        if not found:
+            return []
+        near = [Held(found * factor, {flight: self._between(flight, partial(self._block_s, price=found * factor)) for flight in flights}) for factor in AROUND]
+        lean = self._lean(limit_bytes)
+        return [*near, Held(lean, {flight: self.parts.block + lean * self._between(flight, self._least_bytes) for flight in flights})]
 
-    def _between_s(self, flight: int, price: float) -> float:
+    def _lean(self, limit_bytes: float) -> float:
+        return LEAN * self._cheapest.value / max(self.num_ranks * limit_bytes, 1.0)
+
+    def _between(self, flight: int, least: Callable[[int], float]) -> float:
         """At least what a block takes, its bytes included: that is a concave function of the microbatches in flight, so it is above its chords."""
         low = max(at for at in CHORDS if at <= flight)
         high = min((at for at in CHORDS if at > flight), default=2 * flight)
         share = (flight - low) / (high - low)
-        return (1 - share) * self._block_s(low, price) + (share * self._block_s(high, price) if share else 0.0)
+        return (1 - share) * least(low) + (share * least(high) if share else 0.0)
+
+    def _least_bytes(self, flight: float) -> float:
+        """A block holds no less."""
+        return min(form._in_flight(flight).terms.least_bytes for form in ((self,) if self.leaner is None else (self, self.leaner))) / self.depth
 
     def _block_s(self, flight: float, price: float) -> float:
         """The least seconds of a block, its bytes included."""
