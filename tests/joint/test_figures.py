@@ -3,11 +3,16 @@
 import pytest
 
 from autopar.core.cluster import Cluster
+from autopar.core.residency import Precision
+from autopar.core.unroll import Run
 from autopar.forecast.transformer import Dims
 from autopar.joint.at_point import PointSearch
 from autopar.joint.figures import Block, Figures
+from autopar.joint.search import JointSearch
 from autopar.joint.space import Point
+from autopar.planner.search import Options
 from tests.joint.models import GPT, LLAMA, joint_search
+from tests.joint.rows import PATH, Row
 
 POINTS = (Point(2, 2, 4, 16, 2), Point(1, 4, 4, 4, 8), Point(2, 8, 1, 4, 8), Point(4, 2, 2, 32, 1))
 ROUNDING = 1e-9
@@ -29,6 +34,19 @@ def test_no_block_holds_less_than_its_figures_say_or_is_faster(dims: Dims, point
             once_s = sum(kinds.seconds[1][3:])
             assert found.seconds <= (point.num_microbatches * kinds.block_s + once_s) * (1 + ROUNDING)
             assert found.kept_bytes <= kinds.kept_inside * (1 + ROUNDING), kinds.mode
+
+
+@pytest.mark.parametrize("negated", [False, True], ids=["read", "unread"])
+def test_what_the_next_block_does_not_read_is_kept_only_where_blocks_begin_again(negated: bool) -> None:
+    row, options = Row(256, 256, 128, negated=negated), Options(precision=Precision(master="float32"), free_micro_batches=True)
+    joint = JointSearch(row.graphs(3), Run(PATH, 0, 6), 16, Cluster.preset("a100-sxm", 1), options)
+    search = PointSearch(joint, Point(2, 2, 2, 4, 4))
+    search.fitting_s()
+    for choices in search.tables.chosen(search.first()):
+        figures = search.tables.whole.figures(choices)
+        for kinds in search.tables.sharding(choices).modes:
+            # of six blocks there are five between two
+            assert 5 / 6 * (1 - ROUNDING) <= figures.blocks[kinds.mode].kept_bytes / kinds.kept_inside <= 1 + ROUNDING, kinds.mode
 
 
 def test_a_rank_between_two_modes_takes_a_mixture_of_both() -> None:
