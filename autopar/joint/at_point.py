@@ -10,7 +10,7 @@ from autopar.core.memory import MemoryUse
 from autopar.core.problem import evaluate
 from autopar.joint import asked
 from autopar.joint.asked import AGAIN, GATHERED, KEPT, Asked
-from autopar.joint.bounds import Line, Parts, least_step_s, sides
+from autopar.joint.bounds import Line, Parts, counted, least_step_s, sides
 from autopar.joint.deep import Deep, Sharding, mixed, roomy_depths
 from autopar.joint.even import Held, even_cuts
 from autopar.joint.fold import border_bytes
@@ -121,7 +121,8 @@ class PointSearch:
                 least = min(least, self._even_s(order, relaxed.parts, relaxed.held(_flights(order), max(order.in_flight), room), room, least))
             else:  # memory binds those first that hold most microbatches
                 most, free = max(order.in_flight), Line(relaxed.parts.block)
-                lines = [[free, relaxed.line(flight, room)] if flight >= most / 2 else [free] for flight in order.in_flight]
+                rooms = zip(order.in_flight, self._rooms(order, room), strict=True)
+                lines = [[free, relaxed.line(flight, room).within(own)] if flight >= most / 2 else [free] for flight, own in rooms]
                 least = min(least, max(fastest, self._step_s(order, relaxed.parts, lines, self._waits(side, relaxed.parts))))
         self._tell()
         return least
@@ -129,6 +130,12 @@ class PointSearch:
     def _room_bytes(self, limit_bytes: float) -> float:
         """What a rank may hold by the linear model. Gradients of a single microbatch, which are no more than parameters, grow as activations go."""
         return limit_bytes * (2.0 if self.point.num_microbatches == 1 else 1.0)
+
+    def _rooms(self, order: Order, room_bytes: float) -> list[float]:
+        """What every rank has of it for its blocks: what a stage receives for every microbatch in flight lies beside that which its blocks make."""
+        received = [self._border_bytes * sum(counted(flight) for flight in by_stage) for by_stage in order.in_flight_by_stage]
+        received[0] -= self._border_bytes * counted(order.in_flight_by_stage[0][0])
+        return [room_bytes - held for held in received]
 
     def floor_s(self) -> float:
         """What other searches leave of `fitting_s`, 0 where they know nothing."""
@@ -172,7 +179,7 @@ class PointSearch:
     def _even_s(self, order: Order, step: Parts, held: Sequence[Held] = (), room_bytes: float = 0.0, enough_s: float = math.inf) -> float:
         ahead = not self.joint.cluster.host.watch_s  # else what is kept costs forwards too
         faster = self._faster(order)
-        return even_cuts(order, self.joint.run.depth).least_step_s(step, self._message_s, held, room_bytes, ahead=ahead, enough_s=enough_s * faster) / faster
+        return even_cuts(order, self.joint.run.depth).least_step_s(step, self._message_s, held, self._rooms(order, room_bytes), ahead=ahead, enough_s=enough_s * faster) / faster
 
     def _faster(self, order: Order) -> float:
         """Ranks that share cores are faster while others wait."""
@@ -181,9 +188,12 @@ class PointSearch:
     @cached_property
     def _message_s(self) -> float:
         """What blocks hand on, cut over all devices of a rank, takes at least; nothing where cores, which compute besides, do it."""
-        task = self.joint.task(self.point.samples)
-        size = border_bytes(task.graph, self.joint.run) / (self.point.outer * self.point.inner)
-        return self.joint.pricing(self.point).message(size) if self.joint.cluster.crowding == 1.0 else 0.0
+        return self.joint.pricing(self.point).message(self._border_bytes) if self.joint.cluster.crowding == 1.0 else 0.0
+
+    @cached_property
+    def _border_bytes(self) -> float:
+        """What a block hands on of a microbatch, at least."""
+        return border_bytes(self.joint.task(self.point.samples).graph, self.joint.run) / (self.point.outer * self.point.inner)
 
     # --- plans -----------------------------------------------------------------------------------------------------------
 
@@ -263,7 +273,7 @@ class PointSearch:
                 if order.virtual > 1:
                     least = min(least, self._even_s(order, parts[side], figures.held(_flights(order), room_bytes), room_bytes, least))
                     continue
-                lines = [figures.lines(flight, room_bytes) for flight in order.in_flight]
+                lines = [figures.lines(flight, room) for flight, room in zip(order.in_flight, self._rooms(order, room_bytes), strict=True)]
                 least = min(least, max(fastest, self._step_s(order, parts[side], lines, self._waits(side, parts[side]))))
         return least
 

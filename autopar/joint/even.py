@@ -86,9 +86,9 @@ class Cuts:
         return self._passes[0] * parts.block / number + self._messages * message_s + first[:, None] * ends[:, 0] + last[:, None] * ends[:, -1]
 
     def least_step_s(
-        self, parts: Parts, message_s: float, held: Sequence[Held] = (), room_bytes: float = 0.0, *, ahead: bool = True, enough_s: float = np.inf
+        self, parts: Parts, message_s: float, held: Sequence[Held] = (), room_bytes: Sequence[float] = (), *, ahead: bool = True, enough_s: float = np.inf
     ) -> float:
-        """`parts`: of a step; `held`: what its bytes cost at some prices, of which a rank has `room_bytes`. `ahead`: forwards take the same whatever is computed again.
+        """`parts`: of a step; `held`: what its bytes cost at some prices, of which every rank has `room_bytes`. `ahead`: forwards take the same whatever is computed again.
         No higher bound is looked for than `enough_s`."""
         if not held:
             return float(self._found_s(parts, message_s).max(axis=1).min())
@@ -101,9 +101,9 @@ class Cuts:
             bounds[cut], least = np.inf, min(least, bound)
         return float(least)
 
-    def _within(self, parts: Parts, message_s: float, fronts: np.ndarray, room_bytes: float, *, ahead: bool) -> Within:
+    def _within(self, parts: Parts, message_s: float, fronts: np.ndarray, room_bytes: Sequence[float], *, ahead: bool) -> Within:
         ways = self._ways[1] * self._passes[1].min(axis=0)[:, None] if ahead else np.minimum(*self._ways)
-        return Within(self._found_s(parts, message_s), self._by_rank(self.blocks), self._by_rank(ways / self.order.num_microbatches), fronts, room_bytes)
+        return Within(self._found_s(parts, message_s), self._by_rank(self.blocks), self._by_rank(ways / self.order.num_microbatches), fronts, np.array(room_bytes))
 
     def _fronts(self, free: list[tuple[float, float]], held: Sequence[Held]) -> np.ndarray:
         """[rank, stage of a rank, corner, 2]: what a block of each stage may take and hold."""

@@ -8,7 +8,7 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from autopar.joint.bounds import Line
+from autopar.joint.bounds import Line, counted
 from autopar.joint.deep import Deep
 from autopar.joint.even import Held
 
@@ -25,7 +25,7 @@ class Block:
     kept_bytes: float
 
     def held_bytes(self, flight: float) -> float:
-        return self.state_bytes + flight * self.kept_bytes
+        return self.state_bytes + counted(flight) * self.kept_bytes
 
 
 @dataclass(frozen=True)

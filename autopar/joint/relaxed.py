@@ -9,7 +9,7 @@ import numpy as np
 
 from autopar.core.problem import Edge, SearchProblem
 from autopar.errors import InfeasibleError
-from autopar.joint.bounds import Line, Parts
+from autopar.joint.bounds import Line, Parts, counted
 from autopar.joint.even import Held
 from autopar.joint.figures import Block, Figures
 from autopar.joint.fold import Folded
@@ -176,7 +176,7 @@ class Relaxed:
     def _in_flight(self, flight: float) -> Prepared:
         if flight not in self._prepared:
             params = {n for n, node in enumerate(self.folded.nodes_of(0)) if node in self.params}
-            self._prepared[flight] = self._block.with_bytes(self._block.shrunk.problem.in_flight(flight, params))
+            self._prepared[flight] = self._block.with_bytes(self._block.shrunk.problem.in_flight(counted(flight), params))
         return self._prepared[flight]
 
     @cached_property

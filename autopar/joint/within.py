@@ -4,7 +4,7 @@ A block of a stage takes e seconds of a step beyond the fastest block there is, 
 s_k + sum w_ks e_s over the blocks of all stages, and so do means of chains. With shares x_k of chains, that are 1 together, and a price p_r of the bytes of
 every rank, no choice of blocks takes less than
 
-    sum_k x_k s_k  +  sum_r ( sum_s min over corners of (sum_k x_k w_ks e + p_r h)  -  p_r room )
+    sum_k x_k s_k  +  sum_r ( sum_s min over corners of (sum_k x_k w_ks e + p_r h)  -  p_r room_r )
 
 whatever x and p are. That is concave in x, and for given x the best price of a rank is one at which two corners of a stage cost the same: all are tried. Shares
 grow where chains are long for the blocks that pay least (multiplicative weights, Freund and Schapire 1999).
@@ -53,13 +53,13 @@ def _bytes(line: tuple[float, float], following: tuple[float, float]) -> float:
 @dataclass(frozen=True, eq=False)
 class Within:
     """`chains_s`: [cut, chain], with all blocks at their fastest. `blocks`: [cut, rank, stage]. `weights`: [chain, rank, stage], of what a block takes longer.
-    `fronts`: [rank, stage, corner, 2]."""
+    `fronts`: [rank, stage, corner, 2]; `room_bytes`: by rank."""
 
     chains_s: np.ndarray
     blocks: np.ndarray
     weights: np.ndarray
     fronts: np.ndarray
-    room_bytes: float
+    room_bytes: np.ndarray
 
     def highest(self, cut: int, enough_s: float = np.inf) -> tuple[float, np.ndarray]:
         """The highest bound that was found for a cut, none above `enough_s`; and what the same shares and prices make of all cuts."""
@@ -91,7 +91,7 @@ class Within:
         """By cut: a bound at shares of chains and prices of the bytes of every rank."""
         seconds = np.tensordot(shares, self.weights, axes=1)[..., None] * self.fronts[..., 0]
         paid = (seconds + prices[:, None, None] * self.fronts[..., 1]).min(axis=2)
-        return self.chains_s @ shares + np.tensordot(self.blocks, paid, axes=2) - prices.sum() * self.room_bytes
+        return self.chains_s @ shares + np.tensordot(self.blocks, paid, axes=2) - prices @ self.room_bytes
 
     def _bound_s(self, cut: int, shares: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
         """With the best prices, and how much longer blocks of every stage take that pay least then."""
@@ -99,7 +99,7 @@ class Within:
         seconds, blocks = weights * self.fronts[..., 0], self.blocks[cut]
         prices = np.concatenate([np.zeros((len(weights), 1)), (weights * self._prices).reshape(len(weights), -1)], axis=1)
         paid = (seconds[:, None] + prices[..., None, None] * self.fronts[:, None, ..., 1]).min(axis=3)
-        found = (paid * blocks[:, None]).sum(axis=2) - prices * self.room_bytes
+        found = (paid * blocks[:, None]).sum(axis=2) - prices * self.room_bytes[:, None]
         ranks, best = np.arange(len(found)), found.argmax(axis=1)
         chosen = prices[ranks, best]
         return float(self.chains_s[cut] @ shares + found[ranks, best].sum()), chosen, self._taken_s(blocks, seconds, chosen[:, None, None])

@@ -63,7 +63,7 @@ def test_what_memory_costs_a_rank_is_in_the_bound_and_no_more(order: Order) -> N
     room = min(sum(2 * flight for flight in by_stage) for by_stage in order.in_flight_by_stage) / 2
     held = [Held(price, {f: min(number * 1.0 + price * f, number * 2.0) for by_stage in order.in_flight_by_stage for f in by_stage}) for price in (0.25, 0.5, 1.0, 2.0)]
     parts = Parts(number * 1.0)
-    bound, free = cuts.least_step_s(parts, 0.0, held, room), cuts.least_step_s(parts, 0.0)
+    bound, free = cuts.least_step_s(parts, 0.0, held, [room] * order.num_ranks), cuts.least_step_s(parts, 0.0)
     # as few blocks of the fullest stages of every rank compute again as fit
     backward = [0.7 * 1.0] * order.num_stages
     for rank, by_stage in enumerate(order.in_flight_by_stage):
