@@ -27,7 +27,7 @@ CHORDS = (0, 1, 3, 8, 20, 64, 256)
 """Microbatches in flight between which what bytes cost a block is taken from chords. Any will do for a bound; more make it tighter, and each takes an elimination
 per price."""
 
-AROUND = (0.5, 0.7, 1.0, 1.4, 2.0)
+AROUND = (0.5, 1.0, 2.0)
 """Times the price that goes with what a rank holds in the mean: what bytes cost blocks that are on the longest chains more or less often than others."""
 
 LEAN = 1e4
