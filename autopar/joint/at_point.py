@@ -118,6 +118,7 @@ class PointSearch:
             side, room = sides(order)[0], self._room_bytes(self.joint.limit_bytes)
             relaxed = self.side(side)
             if order.virtual > 1:
+                relaxed.line(min(order.in_flight), room)  # a price at which shardings are asked for
                 least = min(least, self._even_s(order, relaxed.parts, relaxed.held(_flights(order), max(order.in_flight), room), room, least))
             else:  # memory binds those first that hold most microbatches
                 most, free = max(order.in_flight), Line(relaxed.parts.block)
@@ -251,8 +252,6 @@ class PointSearch:
         """Microbatches in flight, and the price of a byte that goes with them."""
         room = self._room_bytes(self.joint.limit_bytes)
         asked_sides = {side: self.side(side) for order in self.orders for side in sides(order)}
-        for order in (order for order in self.orders if order.virtual > 1):  # ranks that hold fewest may be those that all others wait for
-            self.side(sides(order)[0]).line(min(order.in_flight), room)
         return sorted({(flight, line.price) for relaxed in asked_sides.values() for flight, line in relaxed.lines(room).items() if line.price})
 
     @property
