@@ -10,14 +10,14 @@ from autopar.core.memory import MemoryUse
 from autopar.core.problem import evaluate
 from autopar.joint import asked
 from autopar.joint.asked import AGAIN, GATHERED, KEPT, Asked
-from autopar.joint.bounds import Line, Parts, least_step_s, sides
+from autopar.joint.bounds import Line, Parts, counted, least_step_s, sides
 from autopar.joint.deep import Deep, Sharding, mixed, roomy_depths
 from autopar.joint.envelope import Envelope
 from autopar.joint.even import Cuts, Held, even_cuts, rank_cuts
 from autopar.joint.fold import border_bytes
 from autopar.joint.given import Given
 from autopar.joint.known import SAFE, Flat, Floors, Proved
-from autopar.joint.priced import Priced
+from autopar.joint.priced import AROUND, Priced
 from autopar.joint.space import Ideal, Point, orders
 from autopar.joint.tables import PointTables
 from autopar.planner.blocks import Order
@@ -100,7 +100,7 @@ class PointSearch:
         def priced(side: str) -> Priced:
             return found.setdefault(side, Priced(self.tables.side(side), self.tables.rough(side)))
 
-        least = SAFE * self._fitting_s(priced)
+        least = SAFE * self._fitting_s(priced, roughly=True)
         self._tell(found)
         return least
 
@@ -137,30 +137,41 @@ class PointSearch:
             self.priced[side] = Priced(relaxed, Envelope(relaxed.forms, TOLERANCE))
         return self.priced[side]
 
-    def _fitting_s(self, asked: Callable[[str], Priced]) -> float:
+    def _fitting_s(self, asked: Callable[[str], Priced], *, roughly: bool = False) -> float:
         least, room = math.inf, self._room_bytes(self.joint.limit_bytes)
 
         def parts(side: str) -> Parts:
             return asked(side).parts
 
-        for sooner, order in self._soonest(parts):
+        for sooner, order in sorted(self._soonest(parts), key=lambda found: found[1].virtual > 1):  # what bounds one stage a rank is known sooner
             if sooner >= least or (fastest := self._fastest_s(order, parts)) >= least:
                 continue
             side = sides(order)[0]
             priced, ends = asked(side), parts(side)
             if order.virtual > 1:
-                flights, means = _flights(order)
-                held = [priced.held(flights, price) for price in priced.binding(means, room)]
-                least = min(least, self._even_s(order, ends, held, room))
+                prices = priced.binding((max(order.in_flight), min(order.in_flight)), room)
+                if prices and not roughly:
+                    prices = sorted({*prices, *(prices[0] * factor for factor in AROUND)})
+                    for price in prices:
+                        priced.look(_flights(order), price)
+                    prices.append(priced.lean_price(room))  # no plan holds less than every table's least
+                least = min(least, self._even_s(order, ends, [priced.held(_flights(order), price) for price in prices], room, least))
             else:  # memory binds those first that hold most microbatches
-                prices = priced.binding({flight for flight in order.in_flight if flight >= max(order.in_flight) / 2}, room)
-                lines = [[Line(ends.block), *(priced.line(flight, price, room) for price in prices)] for flight in order.in_flight]
+                prices = priced.binding(sorted({flight for flight in order.in_flight if flight >= max(order.in_flight) / 2}), room)
+                rooms = zip(order.in_flight, self._rooms(order, room), strict=True)
+                lines = [[Line(ends.block), *(priced.line(flight, price, own) for price in prices)] for flight, own in rooms]
                 least = min(least, max(fastest, self._step_s(order, ends, lines, self._waits(side, ends))))
         return least
 
     def _room_bytes(self, limit_bytes: float) -> float:
         """What a rank may hold by the linear model. Gradients of a single microbatch, which are no more than parameters, grow as activations go."""
         return limit_bytes * (2.0 if self.point.num_microbatches == 1 else 1.0)
+
+    def _rooms(self, order: Order, room_bytes: float) -> list[float]:
+        """What every rank has of it for its blocks: what a stage receives for every microbatch in flight lies beside that which its blocks make."""
+        received = [self._border_bytes * sum(counted(flight) for flight in by_stage) for by_stage in order.in_flight_by_stage]
+        received[0] -= self._border_bytes * counted(order.in_flight_by_stage[0][0])
+        return [room_bytes - held for held in received]
 
     def floor_s(self) -> float:
         """What is known of `fitting_s` from other searches, and from larger microbatches of this mesh, which may be cut at least as these; 0 where nothing is."""
@@ -175,7 +186,7 @@ class PointSearch:
         side, most = sides(order)[0], max(order.in_flight)
         free, limit = Line(parts(side).block), self._room_bytes(self.joint.limit_bytes)
         if order.virtual > 1:
-            return self._even_s(order, parts(side), floors.held(side, _flights(order)[0], free.block_s), limit)
+            return self._even_s(order, parts(side), floors.held(side, _flights(order), free.block_s), limit)
         lines = [[free, *(floors.lines(side, flight, limit) if flight >= most / 2 else ())] for flight in order.in_flight]
         return max(self._fastest_s(order, parts), self._step_s(order, parts(side), lines, self._waits(side, parts(side))))
 
@@ -196,8 +207,12 @@ class PointSearch:
     def _step_s(self, order: Order, ends: Parts, lines: Sequence[Sequence[Line]], one: Parts) -> float:
         return least_step_s(order, self.joint.run.depth, lines, ends, one) / self._faster(order)
 
-    def _even_s(self, order: Order, step: Parts, held: Sequence[Held] = (), room_bytes: float = 0.0, cuts: Callable[[Order, int], Cuts] = even_cuts) -> float:
-        return cuts(order, self.joint.run.depth).least_step_s(step, self._message_s, held, room_bytes) / self._faster(order)
+    def _even_s(
+        self, order: Order, step: Parts, held: Sequence[Held] = (), room_bytes: float = 0.0, enough_s: float = math.inf, cuts: Callable[[Order, int], Cuts] = even_cuts
+    ) -> float:
+        ahead = not self.joint.cluster.host.watch_s  # else what is kept costs forwards too
+        faster, rooms = self._faster(order), self._rooms(order, room_bytes) if held else ()
+        return cuts(order, self.joint.run.depth).least_step_s(step, self._message_s, held, rooms, ahead=ahead, enough_s=enough_s * faster) / faster
 
     def _faster(self, order: Order) -> float:
         """Ranks that share cores are faster while others wait."""
@@ -206,9 +221,12 @@ class PointSearch:
     @cached_property
     def _message_s(self) -> float:
         """What blocks hand on, cut over all devices of a rank, takes at least; nothing where cores, which compute besides, do it."""
-        task = self.joint.task(self.point.samples)
-        size = border_bytes(task.graph, self.joint.run) / (self.point.outer * self.point.inner)
-        return self.joint.pricing(self.point).message(size) if self.joint.cluster.crowding == 1.0 else 0.0
+        return self.joint.pricing(self.point).message(self._border_bytes) if self.joint.cluster.crowding == 1.0 else 0.0
+
+    @cached_property
+    def _border_bytes(self) -> float:
+        """What a block hands on of a microbatch, at least."""
+        return border_bytes(self.joint.task(self.point.samples).graph, self.joint.run) / (self.point.outer * self.point.inner)
 
     # --- plans -----------------------------------------------------------------------------------------------------------
 
@@ -281,18 +299,18 @@ class PointSearch:
 
     def _sharding_s(self, choices: tuple[int, ...], room_bytes: float) -> float:
         parts, least = {side: self.tables.side(side).parts_of(choices) for order in self.orders for side in sides(order)}, math.inf
-        for order in self.orders:
-            fastest, side = self._fastest_s(order, parts.__getitem__), sides(order)[0]
+        for fastest, order in sorted(((self._fastest_s(order, parts.__getitem__), order) for order in self.orders), key=lambda pair: (pair[1].virtual > 1, pair[0])):
             if fastest < least:
+                side = sides(order)[0]
                 figures = self.tables.side(side).figures(choices)
                 if order.virtual > 1:
-                    least = min(least, self._even_s(order, parts[side], figures.held(*_flights(order), room_bytes), room_bytes))
+                    least = min(least, self._even_s(order, parts[side], figures.held(_flights(order), room_bytes), room_bytes, least))
                     continue
-                lines = [figures.lines(flight, room_bytes) for flight in order.in_flight]
+                lines = [figures.lines(flight, room) for flight, room in zip(order.in_flight, self._rooms(order, room_bytes), strict=True)]
                 least = min(least, max(fastest, self._step_s(order, parts[side], lines, self._waits(side, parts[side]))))
         return least
 
 
-def _flights(order: Order) -> tuple[list[int], list[float]]:
-    """All numbers of microbatches in flight of its stages, and the most and the fewest that a rank has of its own in the mean."""
-    return sorted({flight for by_stage in order.in_flight_by_stage for flight in by_stage}), [max(order.in_flight), min(order.in_flight)]
+def _flights(order: Order) -> list[int]:
+    """All numbers of microbatches in flight of its stages."""
+    return sorted({flight for by_stage in order.in_flight_by_stage for flight in by_stage})

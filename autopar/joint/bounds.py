@@ -12,9 +12,10 @@ ranks together can do all blocks is a bound on every step under 1F1B, whatever t
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autopar.planner.blocks import Order
+from autopar.planner.liveness import MARGIN
 
 PRECISION = 1e-6
 """Of the bound, relative."""
@@ -39,6 +40,16 @@ class Line:
     block_s: float
     relief_s: float = 0.0
     price: float = 0.0
+
+    def within(self, room_bytes: float) -> "Line":
+        """With another memory."""
+        return replace(self, relief_s=self.price * room_bytes)
+
+
+def counted(flight: float) -> float:
+    """Times what a microbatch keeps is held at least with so many in flight. Of what is kept a plan counts the `MARGIN` too; only that of the microbatch at hand
+    may be gone when most is held."""
+    return flight + MARGIN * max(0.0, flight - 1)
 
 
 def least_step_s(order: Order, depth: int, lines: Sequence[Sequence[Line]], ends_s: Parts, pass_s: Parts) -> float:

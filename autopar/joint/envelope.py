@@ -36,21 +36,28 @@ class Vertex(NamedTuple):
 
 
 class Form(Protocol):
-    """Something with exact minima."""
+    """Something with exact minima. `least_bytes`: of state, and kept, that no plan is under."""
+
+    @property
+    def least_bytes(self) -> tuple[float, float]: ...
 
     def at(self, state_price: float, kept_price: float) -> Vertex: ...
 
 
 @dataclass
 class Corners:
-    """Of the polyhedron of all x >= 0 that no known minimum of one form rules out, in units of its fastest plan."""
+    """Of the polyhedron of all x that no known minimum of one form rules out, in units of its fastest plan."""
 
     form: Form
     units: np.ndarray
     faces: np.ndarray = field(default_factory=lambda: np.eye(3))
-    least: np.ndarray = field(default_factory=lambda: np.zeros(3))
+    least: np.ndarray = field(init=False)
     """Of each face."""
-    points: np.ndarray = field(default_factory=lambda: np.zeros((1, 3)))
+    points: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.least = np.array([0.0, *self.form.least_bytes]) / self.units
+        self.points = self.least[None, :]
 
     def low(self, state_price: float, kept_price: float) -> float:
         return float((self.points @ (np.array([1.0, state_price, kept_price]) * self.units)).min()) * (1 - ROUNDING)
@@ -90,6 +97,12 @@ class Envelope:
     def low(self, state_price: float, kept_price: float) -> float:
         """No plan costs less, by what is known."""
         return min(corners.low(state_price, kept_price) for corners in self._corners)
+
+    def look(self, state_price: float, kept_price: float) -> None:
+        """So that what is known there is as near to the least as the tolerance says."""
+        for _ in range(MOST):
+            if self._known(state_price, kept_price):
+                break
 
     def best_price(self, flight: float, total_bytes: float) -> float:
         """At which the bound on all blocks is the highest, with so many microbatches in flight and so many bytes for all. Raises InfeasibleError where even the

@@ -1,13 +1,15 @@
 """What no pipeline whose ranks have several stages beats, cut evenly: chains of passes that wait for each other.
 
 The passes of a step that follow each other on a rank, and those of a microbatch from stage to stage with a message between them, make chains through the
-lists of an order. A step takes at least what any of its chains takes. One that goes n_s times forward and back through stage s, of d_s blocks of c seconds each, takes
+lists of an order. A step takes at least what any of its chains takes. One that goes f_s times forward and b_s times back through stage s, of d_s blocks of c
+seconds each, takes
 
-    c sum_s n_s d_s  +  messages  +  what its ends take besides.
+    c min(sum_s f_s d_s, sum_s b_s d_s)  +  messages  +  what its ends take besides,
 
-A rank that has to compute blocks again for want of memory takes longer by e_r in a step of m microbatches; of a chain that goes through all stages of the
-rank n times or more it is at least n / m of that. How many blocks the stages at the ends have depends on what else they do (`deep.even_depths`): all cuts that
-may come of it are looked at, each with what its ends take then at least.
+as all blocks are sharded alike, and their forwards take the same share. What a rank computes again for want of memory is behind its backwards: a block that takes
+e more of a step of m microbatches makes the chain longer by e b_s / m. So do mixtures of chains, whose mean no step is shorter than either. Which blocks compute
+again is up to the plan: with a price of memory for every rank, each block pays the least that its chains and its bytes ask for (`Within`). How many blocks the
+stages at the ends have depends on what else they do (`deep.even_depths`): all cuts that may come of it are looked at, each with what its ends take then at least.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,19 +18,10 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from autopar.core.schedule import Kind
 from autopar.joint.bounds import Parts
+from autopar.joint.chains import BACK, MESSAGE, Chain, chains_by_rank, longest_chain, may_be_walked, rank_chain
+from autopar.joint.within import Within, corners
 from autopar.planner.blocks import Order
-from autopar.schedules.orders import make_order
-
-MESSAGE, BACK = 0.1, 2.0
-"""Of a forward: a message and a backward, where the longest chain is looked for. It is a chain whatever they take."""
-
-Pass = tuple[Kind, int, int | None]
-"""Forward or backward, stage, microbatch."""
-
-MOST_PASSES = 20_000
-"""Of orders that have more, only the chains of their ranks are taken."""
 
 LONGEST = 4
 """Longest chains that are looked for, each in the cut that those before leave as the fastest."""
@@ -40,58 +33,6 @@ class Held:
 
     price: float
     block_s: Mapping[int, float]
-
-
-@dataclass(frozen=True, slots=True)
-class Chain:
-    """How often it goes forward and back through every stage, and how many messages it waits for."""
-
-    forwards: tuple[int, ...]
-    backwards: tuple[int, ...]
-    messages: int
-
-
-def rank_chain(order: Order, rank: int) -> Chain:
-    """All that a rank does, behind the first forward of the ranks before it, and before their last backward."""
-    passes = tuple([1 if s < rank else order.num_microbatches if s % order.num_ranks == rank else 0 for s in range(order.num_stages)])
-    return Chain(passes, passes, 2 * rank)
-
-
-def longest_chain(order: Order, blocks: Sequence[float]) -> Chain:
-    """Where stages have so many equal blocks, whose messages and backwards take `MESSAGE` and `BACK` of a forward."""
-    lists = make_order(order.schedule, order.num_ranks, order.num_microbatches, order.virtual).ranks
-    ends: dict[Pass, float] = {}
-    behind: dict[Pass, Pass | None] = {}
-    before: list[Pass | None] = [None] * order.num_ranks
-    left, going = [iter(actions) for actions in lists], True
-    waiting = [next(actions, None) for actions in left]
-    while going:
-        going = False
-        for rank in range(order.num_ranks):
-            while (action := waiting[rank]) is not None:
-                forward = action.kind is Kind.F
-                nearer = action.stage - 1 if forward else action.stage + 1
-                needed = (action.kind, nearer, action.microbatch) if 0 <= nearer < order.num_stages else None
-                if needed is not None and needed not in ends:
-                    break
-                own = before[rank]
-                ready, there = ends[own] if own else 0.0, ends[needed] + MESSAGE if needed else 0.0
-                this = action.kind, action.stage, action.microbatch
-                behind[this] = needed if there > ready else own
-                ends[this] = max(ready, there) + blocks[action.stage] * (1.0 if forward else BACK)
-                before[rank], waiting[rank], going = this, next(left[rank], None), True
-    return _counted(order, behind, max(ends, key=ends.__getitem__))
-
-
-def _counted(order: Order, behind: Mapping[Pass, Pass | None], at: Pass | None) -> Chain:
-    """The chain that ends with a pass."""
-    forwards, backwards, messages = [0] * order.num_stages, [0] * order.num_stages, 0
-    while at is not None:
-        kind, stage, _ = at
-        (forwards if kind is Kind.F else backwards)[stage] += 1
-        at = behind[at]
-        messages += at is not None and at[1] % order.num_ranks != stage % order.num_ranks
-    return Chain(tuple(forwards), tuple(backwards), messages)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,56 +47,81 @@ class Cuts:
 
     def with_longest(self) -> "Cuts":
         """With the longest chain too of the cut that by those at hand is the fastest."""
-        fastest = int((self.passes + MESSAGE / (1 + BACK) * self.messages).max(axis=1).argmin())  # in forwards and backwards of a block
+        fastest = int((self._passes[0] + MESSAGE / (1 + BACK) * self._messages).max(axis=1).argmin())  # in forwards and backwards of a block
         longest = longest_chain(self.order, self.blocks[fastest].tolist())
         return self if longest in self.chains else replace(self, chains=(*self.chains, longest))
 
-    @cached_property
-    def both(self) -> np.ndarray:
-        """[chain, stage]: how often a chain goes forward and back."""
-        return np.array([np.minimum(chain.forwards, chain.backwards) for chain in self.chains], float)
+    def of(self, cut: int) -> "Cuts":
+        """With chains that are the longest of one of them where ranks differ in how much they compute again."""
+        if cut not in self._of:
+            more = chains_by_rank(self.order, self.blocks[cut].tolist()) if may_be_walked(self.order) else ()
+            self._of[cut] = replace(self, chains=tuple(dict.fromkeys((*self.chains, *more))))
+        return self._of[cut]
 
     @cached_property
-    def passes(self) -> np.ndarray:
-        """[cut, chain]: forward and back through so many blocks. The forward takes the same share of all blocks: it may be nothing, or all there is."""
-        there, back = (np.array([getattr(chain, way) for chain in self.chains], float) - self.both for way in ("forwards", "backwards"))
-        return self.blocks @ self.both.T + np.minimum(self.blocks @ there.T, self.blocks @ back.T)
+    def _of(self) -> dict[int, "Cuts"]:
+        return {}
 
     @cached_property
-    def messages(self) -> np.ndarray:
+    def _ways(self) -> tuple[np.ndarray, np.ndarray]:
+        """[chain, stage]: how often a chain goes forward, and back."""
+        return np.array([c.forwards for c in self.chains], float), np.array([c.backwards for c in self.chains], float)
+
+    @cached_property
+    def _messages(self) -> np.ndarray:
         return np.array([chain.messages for chain in self.chains], float)
 
     @cached_property
-    def by_rank(self) -> np.ndarray:
-        """[chain, rank]: how often it goes through all stages of a rank."""
-        return self.both.reshape(len(self.chains), -1, self.order.num_ranks).min(axis=1)
+    def _passes(self) -> tuple[np.ndarray, np.ndarray]:
+        """[cut, chain]: forward and back through so many blocks, and of the way back alone which part that is. The forward takes the same share of all blocks: it
+        may be nothing, or all there is."""
+        there, back = (self.blocks @ way.T for way in self._ways)
+        both = np.minimum(there, back)
+        return both, both / np.maximum(back, 1.0)
 
-    def least_step_s(self, parts: Parts, message_s: float, held: Sequence[Held] = (), room_bytes: float = 0.0) -> float:
-        """`parts`: of a step; `held`: what its bytes cost at some prices, of which a rank has `room_bytes`."""
-        number = self.order.num_microbatches
-        block, first, last = parts.block / number, np.maximum(parts.first, self.first * parts.block) / number, np.maximum(parts.last, self.last * parts.block) / number
-        found = self.passes * block + self.messages * message_s + first[:, None] * self.both[:, 0] + last[:, None] * self.both[:, -1]
-        if held:
-            found += self._longer_s(parts.block, held, room_bytes) @ self.by_rank.T / number
-        return float(found.max(axis=1).min())
+    def _found_s(self, parts: Parts, message_s: float) -> np.ndarray:
+        """[cut, chain]: what it takes at least, whatever memory there is."""
+        number, ends = self.order.num_microbatches, np.minimum(*self._ways)
+        first, last = (np.maximum(part, beside * parts.block) / number for part, beside in ((parts.first, self.first), (parts.last, self.last)))
+        return self._passes[0] * parts.block / number + self._messages * message_s + first[:, None] * ends[:, 0] + last[:, None] * ends[:, -1]
 
-    def _longer_s(self, block_s: float, held: Sequence[Held], room_bytes: float) -> np.ndarray:
-        """[cut, rank]: what memory costs a rank in a step, beyond its blocks at their fastest."""
-        blocks, flights = self.blocks.reshape(len(self.blocks), -1, self.order.num_ranks), self._flights
-        longer = [np.einsum("csr,sr->cr", blocks, np.vectorize(at.block_s.__getitem__)(flights) - block_s) - at.price * room_bytes for at in held]
-        return np.maximum(0.0, np.maximum.reduce(longer))
+    def least_step_s(
+        self, parts: Parts, message_s: float, held: Sequence[Held] = (), room_bytes: Sequence[float] = (), *, ahead: bool = True, enough_s: float = np.inf
+    ) -> float:
+        """`parts`: of a step; `held`: what its bytes cost at some prices, of which every rank has `room_bytes`. `ahead`: forwards take the same whatever is computed again.
+        No higher bound is looked for than `enough_s`."""
+        if not held:
+            return float(self._found_s(parts, message_s).max(axis=1).min())
+        least, bounds = enough_s, self._found_s(parts, message_s).max(axis=1)
+        fronts = self._fronts([(0.0, parts.block)], held)
+        while bounds.min() < least:  # the fastest cut first: what bounds it bounds others too
+            cut = int(bounds.argmin())
+            bound, of_all = self.of(cut)._within(parts, message_s, fronts, room_bytes, ahead=ahead).highest(cut, least)
+            bounds = np.maximum(bounds, of_all)
+            bounds[cut], least = np.inf, min(least, bound)
+        return float(least)
 
-    @cached_property
-    def _flights(self) -> np.ndarray:
-        """[stage of a rank, rank]: microbatches in flight."""
-        return np.array(self.order.in_flight_by_stage).T
+    def _within(self, parts: Parts, message_s: float, fronts: np.ndarray, room_bytes: Sequence[float], *, ahead: bool) -> Within:
+        ways = self._ways[1] * self._passes[1].min(axis=0)[:, None] if ahead else np.minimum(*self._ways)
+        return Within(self._found_s(parts, message_s), self._by_rank(self.blocks), self._by_rank(ways / self.order.num_microbatches), fronts, np.array(room_bytes))
+
+    def _fronts(self, free: list[tuple[float, float]], held: Sequence[Held]) -> np.ndarray:
+        """[rank, stage of a rank, corner, 2]: what a block of each stage may take and hold."""
+        flights = np.array(self.order.in_flight_by_stage)
+        found = {flight: corners([*free, *((at.price, at.block_s[flight]) for at in held)]) for flight in np.unique(flights).tolist()}
+        most = max(map(len, found.values()))
+        return np.array([[found[flight] + found[flight][-1:] * (most - len(found[flight])) for flight in of_rank] for of_rank in flights.tolist()])
+
+    def _by_rank(self, of_stages: np.ndarray) -> np.ndarray:
+        """[..., rank, stage of a rank]"""
+        return of_stages.reshape(*of_stages.shape[:-1], -1, self.order.num_ranks).swapaxes(-1, -2)
 
 
 @lru_cache(maxsize=256)
 def even_cuts(order: Order, depth: int) -> Cuts:
     """All that `deep.even_depths` may make of `depth` blocks, whatever the ends take besides, with their longest chains."""
     cuts = rank_cuts(order, depth)
-    for _ in range(LONGEST if 2 * order.num_microbatches * order.num_stages <= MOST_PASSES else 0):
+    for _ in range(LONGEST if may_be_walked(order) else 0):
         before, cuts = cuts, cuts.with_longest()
         if cuts is before:
             break

@@ -5,10 +5,10 @@ sharding in place of all, at the few prices of a byte at which two modes cost th
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from autopar.joint.bounds import Line
+from autopar.joint.bounds import Line, counted
 from autopar.joint.deep import Deep
 from autopar.joint.even import Held
 
@@ -25,7 +25,7 @@ class Block:
     kept_bytes: float
 
     def held_bytes(self, flight: float) -> float:
-        return self.state_bytes + flight * self.kept_bytes
+        return self.state_bytes + counted(flight) * self.kept_bytes
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class Figures:
             return [free]
         return [free, *(Line(self._block_s(flight, price), price * limit_bytes, price) for price in self._prices(flight))]
 
-    def held(self, flights: Iterable[int], means: Iterable[float], limit_bytes: float) -> list[Held]:
-        """What bytes cost a block with so many microbatches in flight, at the prices that go with these means of them."""
-        prices = sorted({price for mean in means for price in self._prices(mean)}) if limit_bytes < math.inf else ()
-        return [Held(price, {flight: self._block_s(flight, price) for flight in set(flights)}) for price in prices]
+    def held(self, flights: Collection[int], limit_bytes: float) -> list[Held]:
+        """What bytes cost a block with so many microbatches in flight, at all prices at which it matters. Memory may have no limit."""
+        prices = sorted({price for flight in flights for price in self._prices(flight)}) if limit_bytes < math.inf else ()
+        return [Held(price, {flight: self._block_s(flight, price) for flight in flights}) for price in prices]
 
     def _block_s(self, flight: float, price: float) -> float:
         return min(block.seconds + price * block.held_bytes(flight) for block in self.blocks.values())

@@ -1,17 +1,20 @@
 """What the blocks of a point cost at prices of memory: which prices bind its ranks, and what a block takes at least at them."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from autopar.errors import InfeasibleError
-from autopar.joint.bounds import Line, Parts
+from autopar.joint.bounds import Line, Parts, counted
 from autopar.joint.envelope import LEAN, Envelope
 from autopar.joint.even import Held
 from autopar.joint.relaxed import Relaxed
 
 STEPS = 2
 """Numbers of microbatches in flight for which prices are looked for, between two powers of two. Any price makes a bound."""
+
+AROUND = (0.5, 0.7, 1.0, 1.4, 2.0)
+"""Times the price that goes with what a rank holds in the mean: what bytes cost blocks that are on the longest chains more or less often than others."""
 
 
 @dataclass
@@ -29,7 +32,7 @@ class Priced:
 
     def block_s(self, flight: float, price: float) -> float:
         """A block of a step takes at least so many seconds, its bytes included."""
-        return self.envelope.low(price, price * flight) / self.relaxed.depth
+        return self.envelope.low(price, price * counted(flight)) / self.relaxed.depth
 
     def line(self, flight: float, price: float, limit_bytes: float) -> Line:
         """What a rank of so much memory with so many microbatches in flight can do of the step."""
@@ -39,17 +42,26 @@ class Priced:
         """What bytes cost a block with so many microbatches in flight."""
         return Held(price, {flight: self.block_s(flight, price) for flight in flights})
 
+    def look(self, flights: Sequence[int], price: float) -> None:
+        """So that what blocks cost at this price is known well for the fewest, the most and some of these."""
+        for flight in {flights[0], flights[len(flights) // 2], flights[-1]}:
+            self.envelope.look(price, price * counted(flight))
+
     def binding(self, flights: Iterable[float], limit_bytes: float) -> list[float]:
         """The prices of a byte that make the best bounds where all ranks have so much memory, and so many microbatches in flight: those that are not 0."""
-        return sorted({price for flight in flights if (price := self._price(flight, limit_bytes))})
+        return list(dict.fromkeys(price for flight in flights if (price := self._price(flight, limit_bytes))))
+
+    def lean_price(self, limit_bytes: float) -> float:
+        """At which hardly anything but bytes counts."""
+        return LEAN * self.envelope.fastest_s / max(self.relaxed.num_ranks * limit_bytes, 1.0)
 
     def _price(self, flight: float, limit_bytes: float) -> float:
         near = 2.0 ** (math.floor(STEPS * math.log2(flight)) / STEPS) if flight > 0 else 0.0
         if (near, limit_bytes) not in self.prices:
             total = self.relaxed.num_ranks * limit_bytes
             try:
-                price = self.envelope.best_price(near, total)
+                price = self.envelope.best_price(counted(near), total)
             except InfeasibleError:
-                price = LEAN * self.envelope.fastest_s / max(total, 1.0)  # other ranks may have more blocks than this one
+                price = self.lean_price(limit_bytes)  # other ranks may have more blocks than this one
             self.prices[near, limit_bytes] = price
         return self.prices[near, limit_bytes]

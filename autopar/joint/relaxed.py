@@ -92,6 +92,14 @@ class Relaxed:
     def _vertices(self) -> dict[tuple[float, float], Vertex]:
         return {}
 
+    @cached_property
+    def least_bytes(self) -> tuple[float, float]:
+        """No plan of the blocks has less state, or keeps less of a microbatch: every table's least."""
+        problem = self._block.shrunk.problem
+        least = [float(node.memory_bytes.min()) for node in problem.nodes]
+        moved = (float(edge.memory_bytes.min()) for edge in problem.edges if edge.memory_bytes is not None)
+        return sum(least[n] for n in self._block_params), sum(held for n, held in enumerate(least) if n not in self._block_params) + sum(moved)
+
     def _vertex(self, found: Minimum) -> Vertex:
         seconds, held = self._block.terms.of_plan(found.choices)
         nodes = self._block.shrunk.problem.nodes

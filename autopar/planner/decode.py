@@ -8,8 +8,8 @@ from autopar.core.graph import OpGraph, TensorMeta
 from autopar.core.layout import I, Layout
 from autopar.core.residency import Residency
 from autopar.core.rule import Choice, OpRule, Strategy
-from autopar.planner.keeping import Keeping
-from autopar.planner.problem import Ports, deferred_axes, lift
+from autopar.planner.keeping import Keeping, deferred_axes, lift
+from autopar.planner.problem import Ports
 from autopar.planner.states import Pricing
 from autopar.program import Program, Route, without_r
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from autopar.core.buckets import bucket_limit
 from autopar.core.graph import OpGraph, TensorMeta
-from autopar.core.layout import I, Layout, local_shape
+from autopar.core.layout import I, Layout, R, local_shape
 from autopar.core.mesh import Mesh
 from autopar.core.residency import GATHER, MODES, RECOMPUTE, Precision, computes_again, gathers_again, keeps_contractions
 from autopar.core.zero import Zero, zero_layout
@@ -233,3 +233,13 @@ def recomputed_early(program: Program) -> Program:
     order = sorted(RECOMPUTE, key=RECOMPUTE.index, reverse=True)
     moved = {b: m for blocks in alike.values() for b, m in zip(blocks, sorted((modes.get(b, "none") for b in blocks), key=order.index))}
     return program.in_modes({b: m for b, m in moved.items() if m != "none"})
+
+
+def deferred_axes(stored: Layout, used: Layout) -> tuple[int, ...]:
+    """Axes over which the gradient of a parameter is summed once per step: stored whole, used with partial gradients."""
+    return tuple(a for a, (s, u) in enumerate(zip(stored, used)) if s == I and u == R)
+
+
+def lift(stored: Layout, axes: Sequence[int]) -> Layout:
+    """The storage layout as the program sees it: R on the deferred axes."""
+    return tuple(R if a in axes else p for a, p in enumerate(stored))

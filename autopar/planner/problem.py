@@ -14,9 +14,10 @@ from autopar.core.layout import I, Layout, R
 from autopar.core.mesh import Mesh
 from autopar.core.problem import SearchProblem
 from autopar.core.redistribute import layout_space
+from autopar.core.residency import computes_again
 from autopar.core.rule import OpRule
 from autopar.errors import PinConflictError
-from autopar.planner.keeping import Keeping, Sharding, Use, recompute_tables, uses
+from autopar.planner.keeping import Keeping, Sharding, Use, deferred_axes, lift, recompute_tables, uses
 from autopar.planner.roles import Constraints
 from autopar.planner.saved import Gathers, counted_bytes, moved_bytes, saved_values, wanting
 from autopar.planner.states import Pricing, States, layout_states, op_states
@@ -204,7 +205,7 @@ class ProblemBuilder:
 
     def _op_states(self, i: int) -> States:
         op, rule = self.graph.ops[i], self.rules[i]
-        saved = tuple([j for j, v in enumerate(op.results) if (v in self.saved if i not in self.block_of else self._leaves_block(i, v))])
+        saved = tuple([j for j, v in enumerate(op.results) if (v in self.saved if i not in self.block_of else self._stays(i, v))])
         allowed, prefer, words = self.constraints.allowed(op, rule, self.batch[i])
         color = self.batch[i] if self.constraints.strict else frozenset()
         key = (id(rule), saved, words, color, i in self.block_of)  # operators of one rule object are of one kind and size
@@ -346,8 +347,13 @@ class ProblemBuilder:
         return moves, passes, once
 
     def _leaves_block(self, i: int, v: int) -> bool:
-        """Whether a result is used outside the block that makes it; then it is kept, whatever the block recomputes."""
+        """Whether a result is used outside the block that makes it."""
         return v in self.graph.finals or any(self.block_of.get(j) != self.block_of[i] for j, _ in self.graph.consumers[v])
+
+    def _stays(self, i: int, v: int) -> bool:
+        """Whether a result of a block's operator is kept, whatever blocks recompute: others that recompute begin with what leaves it, those that do not read it
+        in their backwards or not."""
+        return self._leaves_block(i, v) and (v in self.saved or v in self.graph.finals)
 
     def _add_modes(self) -> dict[str, int]:
         """A node per block for its mode of recomputation, joined to every operator that it makes cheaper to keep or dearer to run."""
@@ -376,9 +382,10 @@ class ProblemBuilder:
         metas = [self.graph.values[v].meta for v in op.operands]
         inner = tuple(j for j, v in enumerate(op.results) if not self._leaves_block(i, v))
         saved = tuple(j for j in inner if op.results[j] in self.saved)
+        begun = tuple(j for j, v in enumerate(op.results) if j not in inner and not self._stays(i, v))
         kept = kept_by_selective(op, metas)
         read = tuple(j for j in inner if op.results[j] in self.read_again)
-        key = (id(states), read, saved, kept, self.again.get(i, 0.0))
+        key = (id(states), read, saved, begun, kept, self.again.get(i, 0.0))
         if key not in self._mode_cache:
             assert states.forward_s is not None and states.kept_bytes is not None and states.result_bytes is not None
             held, made = (states.result_bytes[list(which)].sum(axis=0).astype(float) for which in (saved, read))
@@ -386,15 +393,6 @@ class ProblemBuilder:
             again = states.forward_s * self.again.get(i, 0.0) * (addends == 1 if kept else 1)
             keeps, watch_s = states.kept_bytes + held / addends, self.pricing.cluster.host.watch_s
             seconds, memory = recompute_tables(self.keeping.recompute, again, keeps, made / addends, kept=kept, times=self.keeping.micro_batches, watch_s=watch_s)
+            memory += np.outer([computes_again(mode) for mode in self.keeping.recompute], states.result_bytes[list(begun)].sum(axis=0))
             self._mode_cache[key] = (seconds, memory) if seconds.any() or memory.any() else None
         return self._mode_cache[key]
-
-
-def deferred_axes(stored: Layout, used: Layout) -> tuple[int, ...]:
-    """Axes over which the gradient of a parameter is summed once per step: stored whole, used with partial gradients."""
-    return tuple(a for a, (s, u) in enumerate(zip(stored, used)) if s == I and u == R)
-
-
-def lift(stored: Layout, axes: Sequence[int]) -> Layout:
-    """The storage layout as the program sees it: R on the deferred axes."""
-    return tuple(R if a in axes else p for a, p in enumerate(stored))

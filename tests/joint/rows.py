@@ -10,7 +10,8 @@ PATH = "blocks"
 
 @dataclass(frozen=True)
 class Row:
-    """inputs [b, s, width] -> `linears` products a block, ReLU between them, a residual sum where asked -> `head`: a product behind the row -> mean."""
+    """inputs [b, s, width] -> `linears` products a block, ReLU between them, a residual sum where asked -> `head`: a product behind the row -> mean. `negated`: a
+    block begins with the negative of what it is given, and so its backward does not read that."""
 
     width: int
     inner: int
@@ -19,6 +20,7 @@ class Row:
     residual: bool = False
     head: bool = False
     dtype: str = "bfloat16"
+    negated: bool = False
 
     def graphs(self, layers: int) -> Callable[[int], OpGraph]:
         return lambda samples: _Builder(self.dtype).graph(self, layers, samples)
@@ -49,6 +51,8 @@ class _Builder:
 
     def block(self, row: Row, x: int, path: str) -> int:
         shape, made = self.values[x].meta.shape, x
+        if row.negated:
+            made = self.op("aten.neg.default", (x,), ("self",), shape, path)
         for n in range(row.linears):
             made = self.linear(made, row.inner if n + 1 < row.linears else row.width, path, f"linear{n}")
             if n + 1 < row.linears:

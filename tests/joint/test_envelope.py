@@ -17,6 +17,10 @@ class Plans:
     def __init__(self, plans: np.ndarray) -> None:
         self.plans, self.asked = plans, 0
 
+    @property
+    def least_bytes(self) -> tuple[float, float]:
+        return float(self.plans[:, 1].min()) * 0.9, float(self.plans[:, 2].min()) * 0.9
+
     def least(self, state_price: float, kept_price: float) -> float:
         return float((self.plans @ np.array([1.0, state_price, kept_price])).min())
 

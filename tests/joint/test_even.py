@@ -4,14 +4,17 @@ from itertools import product
 from random import Random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from autopar.core.schedule import Edge
 from autopar.cost_models.pipeline import EdgeCost, PipelineCost, StageCost
 from autopar.cost_models.timeline import simulate
 from autopar.joint.bounds import Parts
+from autopar.joint.chains import BACK, DEARER, MESSAGE, longest_chain
 from autopar.joint.deep import even_depths
 from autopar.joint.even import Held, even_cuts
+from autopar.joint.within import Within, corners
 from autopar.planner.blocks import Order
 from autopar.schedules.lower import make_schedule
 
@@ -63,7 +66,7 @@ def test_what_memory_costs_a_rank_is_in_the_bound_and_no_more(order: Order) -> N
     room = min(sum(2 * flight for flight in by_stage) for by_stage in order.in_flight_by_stage) / 2
     held = [Held(price, {f: min(number * 1.0 + price * f, number * 2.0) for by_stage in order.in_flight_by_stage for f in by_stage}) for price in (0.25, 0.5, 1.0, 2.0)]
     parts = Parts(number * 1.0)
-    bound, free = cuts.least_step_s(parts, 0.0, held, room), cuts.least_step_s(parts, 0.0)
+    bound, free = cuts.least_step_s(parts, 0.0, held, [room] * order.num_ranks), cuts.least_step_s(parts, 0.0)
     # as few blocks of the fullest stages of every rank compute again as fit
     backward = [0.7 * 1.0] * order.num_stages
     for rank, by_stage in enumerate(order.in_flight_by_stage):
@@ -73,4 +76,55 @@ def test_what_memory_costs_a_rank_is_in_the_bound_and_no_more(order: Order) -> N
             left -= heavy * by_stage[k]
             backward[rank + k * order.num_ranks] += heavy / 2
     step = simulated_s(order, [2] * order.num_stages, [0.3] * order.num_stages, backward, 0.0, 0.0, 0.0)
-    assert free < bound <= step * (1 + 1e-9)
+    # no tighter: the lists are walked for other costs of forwards and backwards
+    assert free < 0.8 * step < bound <= step * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+def test_chains_are_chains_of_the_lists_and_the_longest_is_the_step(order: Order) -> None:
+    """With what a backward and a message take where they are looked for; but one message goes at a time."""
+    random = Random(5)
+    for _ in range(3):
+        blocks = [random.randint(1, 3) for _ in range(order.num_stages)]
+        for dearer in (None, 0, order.num_ranks - 1):
+            backs = [BACK * (DEARER if s % order.num_ranks == dearer else 1.0) for s in range(order.num_stages)]
+            chain = longest_chain(order, blocks, dearer)
+            taken = sum(n * (f + b * back) for n, f, b, back in zip(blocks, chain.forwards, chain.backwards, backs, strict=True)) + MESSAGE * chain.messages
+            step = simulated_s(order, blocks, [1.0] * order.num_stages, backs, 0.0, 0.0, MESSAGE)
+            assert 0.998 * step < taken <= step * (1 + 1e-9)
+
+
+def test_corners_lie_on_all_lines_that_matter() -> None:
+    """Of modes that take 1, 2 and 4 seconds and hold 10, 4 and 1 bytes, by what they cost at some prices."""
+    modes = ((1.0, 10.0), (2.0, 4.0), (4.0, 1.0))
+    lines = [(price, min(seconds + price * held for seconds, held in modes)) for price in (0.0, 0.1, 1 / 6, 0.3, 2 / 3, 50.0)]
+    found = corners(lines)
+    for seconds, held in modes:
+        assert any(found_s == pytest.approx(seconds - 1.0) and at == pytest.approx(held) for found_s, at in found)
+    for price, least in lines:
+        assert min(1.0 + seconds + price * held for seconds, held in found) == pytest.approx(least)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_choice_of_blocks_that_fits_is_below_what_shares_and_prices_say(seed: int) -> None:
+    """Two ranks of two stages with a block each in one of three modes, and three chains; the best of all choices is not far above."""
+    random = np.random.default_rng(seed)
+    chains_s, weights = random.uniform(5, 6, (1, 3)), random.uniform(0, 1, (3, 2, 2))
+    fronts = np.stack([np.sort(random.uniform(0, 2, (2, 2, 3))), -np.sort(-random.uniform(0, 4, (2, 2, 3)))], axis=-1)
+    fronts[..., 0, 0] = 0.0
+    fronts = np.array([[_lower_hull(front) for front in of_rank] for of_rank in fronts])
+    room = fronts[..., -1, 1].sum(axis=1) + random.uniform(0.2, 2.0, 2)
+    bound, of_all = Within(chains_s, np.ones((1, 2, 2)), weights, fronts, room).highest(0)
+    best = np.inf
+    for choice in product(range(3), repeat=4):
+        taken = np.take_along_axis(fronts, np.array(choice).reshape(2, 2, 1, 1), axis=2)[:, :, 0]
+        if (taken[..., 1].sum(axis=1) <= room).all():
+            best = min(best, (chains_s[0] + np.tensordot(weights, taken[..., 0], axes=2)).max())
+    assert chains_s.max() - 1e-9 <= bound <= best + 1e-9
+    assert of_all[0] == pytest.approx(bound)
+
+
+def _lower_hull(front: np.ndarray) -> np.ndarray:
+    """The middle corner moved to below the line between the others."""
+    (_, most), (seconds, held), (last_s, least) = front
+    return np.array([(0.0, most), (seconds, min(held, most + (least - most) * seconds / last_s)), (last_s, least)])
