@@ -24,7 +24,7 @@ from pathlib import Path
 from autopar.errors import UsageError
 
 OWN_ROWS = Path(str(files("autopar"))) / "forecast" / "data" / "published_runs.csv"
-"""The rows that the costs are calibrated on, with their sources."""
+"""The rows that the costs are calibrated on, with their sources and their whole notes, which name networks, kernels and schedules besides what they infer."""
 
 
 @dataclass(frozen=True, slots=True)
