@@ -81,18 +81,18 @@ class Corners:
 
 
 class Envelope:
-    """Of several forms of one problem, any of which a plan may have."""
+    """Of several forms of one problem, any of which a plan may have: none is faster than the first, none leaner than the last."""
 
     def __init__(self, forms: Sequence[Form], tolerance: float) -> None:
         """`tolerance`: how much less than the least an answer may be at a best price, as a share of the fastest plan's seconds."""
         self._tolerance = tolerance
-        first = [form.at(0.0, 0.0) for form in forms]
-        self.fastest_s = min(vertex.bound_s for vertex in first)
-        units = np.array([self.fastest_s, max(first[0].state_bytes, 1.0), max(first[0].kept_bytes, 1.0)])
+        fastest = forms[0].at(0.0, 0.0)
+        self.fastest_s = fastest.bound_s
+        units = np.array([self.fastest_s, max(fastest.state_bytes, 1.0), max(fastest.kept_bytes, 1.0)])
         self._corners = [Corners(form, units) for form in forms]
-        self._plans = np.zeros((0, 3))
-        for corners, vertex in zip(self._corners, first):
-            self._met(corners, 0.0, 0.0, vertex)
+        for corners in self._corners:
+            corners.add(0.0, 0.0, self.fastest_s)
+        self._plans = np.array([fastest[1:]])
 
     def low(self, state_price: float, kept_price: float) -> float:
         """No plan costs less, by what is known."""
@@ -109,8 +109,7 @@ class Envelope:
         leanest plan holds more."""
         if not (self._held(flight) <= total_bytes).any():
             price = LEAN * self.fastest_s / max(total_bytes, 1.0)
-            for corners in self._corners:
-                self._ask(corners, price, price * flight)
+            self._ask(self._corners[-1], price, price * flight)
             if not (self._held(flight) <= total_bytes).any():
                 raise InfeasibleError(f"no plan of the blocks holds less than {self._held(flight).min():.0f} bytes")
         for _ in range(MOST):
@@ -132,9 +131,7 @@ class Envelope:
         return False
 
     def _ask(self, corners: Corners, state_price: float, kept_price: float) -> None:
-        self._met(corners, state_price, kept_price, corners.form.at(state_price, kept_price))
-
-    def _met(self, corners: Corners, state_price: float, kept_price: float, vertex: Vertex) -> None:
+        vertex = corners.form.at(state_price, kept_price)
         corners.add(state_price, kept_price, vertex.bound_s)
         self._plans = np.vstack([self._plans, vertex[1:]])
 

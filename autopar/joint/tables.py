@@ -32,7 +32,7 @@ from autopar.search.lagrange import Point as Bought
 from autopar.search.simplify import BYTES, SECONDS, Price
 from autopar.search.tables import TableStore
 
-ROUGH = 5e-3
+ROUGH = 1e-2
 """Of the seconds of the blocks: how much less a bound may be that only says which points are looked at."""
 
 MOST_PRICES = 40
