@@ -67,7 +67,7 @@ class PointSearch:
     """The sides that were asked for."""
     larger: "tuple[PointSearch, ...]" = ()
     """The same with microbatches that are several of these, the smallest first."""
-    _known: dict[tuple[tuple[int, ...], float], float] = field(default_factory=dict)
+    _known: dict[tuple[tuple[int, ...], float], tuple[float, float]] = field(default_factory=dict)
 
     @cached_property
     def orders(self) -> tuple[Order, ...]:
@@ -106,21 +106,24 @@ class PointSearch:
 
     def fastest_s(self) -> float:
         """The bound from the solved problem, without a memory limit."""
-        found = self._soonest(self._solved)
+        least = math.inf
+        for sooner, order in self._soonest(self._solved):
+            if sooner < least:
+                least = min(least, self._fastest_of(order, sides(order)[0], self._solved))
         self._tell(self.priced)
-        return found[0][0] if found else math.inf
+        return least
 
     def _soonest(self, parts: Callable[[str], Parts]) -> list[tuple[float, Order]]:
-        """A bound on every order by the first of its sides, the lowest first."""
-        return sorted(((self._fastest_of(order, sides(order)[0], parts), order) for order in self.orders), key=lambda pair: pair[0])
+        """A bound on every order by the first of its sides and what its ranks do alone, the lowest first."""
+        return sorted(((self._fastest_of(order, sides(order)[0], parts, rank_cuts), order) for order in self.orders), key=lambda pair: pair[0])
 
     def _fastest_s(self, order: Order, parts: Callable[[str], Parts]) -> float:
         """`parts`: by side, of all shardings or of one."""
         return max(self._fastest_of(order, side, parts) for side in sides(order))
 
-    def _fastest_of(self, order: Order, side: str, parts: Callable[[str], Parts]) -> float:
+    def _fastest_of(self, order: Order, side: str, parts: Callable[[str], Parts], cuts: Callable[[Order, int], Cuts] = even_cuts) -> float:
         found = parts(side)
-        return self._free_s(order, found, self._waits(side, found))
+        return self._free_s(order, found, self._waits(side, found), cuts)
 
     def _solved(self, side: str) -> Parts:
         return self._priced(side).parts
@@ -177,18 +180,24 @@ class PointSearch:
         """What is known of `fitting_s` from other searches, and from larger microbatches of this mesh, which may be cut at least as these; 0 where nothing is."""
         known = ((search, self.joint.known.floors(self.joint.about, search.point, self.joint.cluster, search.ideal)) for search in (self, *self.larger))
         found = [floors.of_part(self.point.samples / search.point.samples) for search, floors in known if floors is not None]
-        return SAFE * max((min((self._floor_s(order, floors) for order in self.orders), default=math.inf) for floors in found[:KNOWN]), default=0.0)
+        return SAFE * max(map(self._floor_s, found[:KNOWN]), default=0.0)
 
-    def _floor_s(self, order: Order, floors: Floors) -> float:
+    def _floor_s(self, floors: Floors) -> float:
         def parts(side: str) -> Parts:
             return self.priced[side].parts if side in self.priced else floors.parts.get(side, floors.parts.get("passes", self.ideal))
 
-        side, most = sides(order)[0], max(order.in_flight)
-        free, limit = Line(parts(side).block), self._room_bytes(self.joint.limit_bytes)
-        if order.virtual > 1:
-            return self._even_s(order, parts(side), floors.held(side, _flights(order), free.block_s), limit)
-        lines = [[free, *(floors.lines(side, flight, limit) if flight >= most / 2 else ())] for flight in order.in_flight]
-        return max(self._fastest_s(order, parts), self._step_s(order, parts(side), lines, self._waits(side, parts(side))))
+        least, limit = math.inf, self._room_bytes(self.joint.limit_bytes)
+        for sooner, order in self._soonest(parts):
+            side, most = sides(order)[0], max(order.in_flight)
+            free = Line(parts(side).block)
+            if sooner >= least:
+                continue
+            if order.virtual > 1:
+                least = min(least, self._even_s(order, parts(side), floors.held(side, _flights(order), free.block_s), limit, least))
+                continue
+            lines = [[free, *(floors.lines(side, flight, limit) if flight >= most / 2 else ())] for flight in order.in_flight]
+            least = min(least, max(self._fastest_s(order, parts), self._step_s(order, parts(side), lines, self._waits(side, parts(side)))))
+        return least
 
     def _tell(self, found: Mapping[str, Priced]) -> None:
         """What is found out, by side, to the searches that follow."""
@@ -238,12 +247,12 @@ class PointSearch:
         """
         best: Found | None = None
         left, unseen = self.tables.chosen((asking or self.first)()), 0.0
-        while left := [choices for choices in left if self.least_s(choices, limit_bytes) < (best.step_s if best else below_s)]:
-            choices = min(left, key=lambda c: self.least_s(c, limit_bytes - unseen))
+        while left := [choices for choices in left if self.least_s(choices, limit_bytes, below_s) < below_s]:
+            choices = min(left, key=lambda c: self.least_s(c, limit_bytes - unseen, below_s))
             left.remove(choices)
             sharding = self.tables.sharding(choices)
-            made = self._mixed(sharding, limit_bytes, best.step_s if best else below_s)
-            best = made or best
+            made = self._mixed(sharding, limit_bytes, below_s)
+            best, below_s = (made, made.step_s) if made is not None else (best, below_s)
             unseen = max(0.0, self.tables.whole.figures(choices).unseen_bytes(made.deep if made else sharding.leanest(self.orders[0])))
         return best
 
@@ -290,15 +299,16 @@ class PointSearch:
     def _ways(self) -> tuple[str, ...]:
         return (AGAIN,) if self.tables.whole.leaner is None else (AGAIN, GATHERED)
 
-    def least_s(self, choices: tuple[int, ...], limit_bytes: float) -> float:
-        """No plan of a sharding takes less, by the linear model of memory."""
+    def least_s(self, choices: tuple[int, ...], limit_bytes: float, enough_s: float = math.inf) -> float:
+        """No plan of a sharding takes less, by the linear model of memory. No higher bound is looked for than `enough_s`."""
         key = choices, limit_bytes
-        if key not in self._known:
-            self._known[key] = self._sharding_s(choices, self._room_bytes(limit_bytes))
-        return self._known[key]
+        least, looked_for = self._known.get(key, (0.0, 0.0))
+        if least >= looked_for < enough_s:
+            least, _ = self._known[key] = self._sharding_s(choices, self._room_bytes(limit_bytes), enough_s), enough_s
+        return least
 
-    def _sharding_s(self, choices: tuple[int, ...], room_bytes: float) -> float:
-        parts, least = {side: self.tables.side(side).parts_of(choices) for order in self.orders for side in sides(order)}, math.inf
+    def _sharding_s(self, choices: tuple[int, ...], room_bytes: float, enough_s: float) -> float:
+        parts, least = {side: self.tables.side(side).parts_of(choices) for order in self.orders for side in sides(order)}, enough_s
         for fastest, order in sorted(((self._fastest_s(order, parts.__getitem__), order) for order in self.orders), key=lambda pair: (pair[1].virtual > 1, pair[0])):
             if fastest < least:
                 side = sides(order)[0]
