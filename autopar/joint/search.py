@@ -114,19 +114,20 @@ class JointSearch(Given):
         in_time = not ready and (not heap or heap[0].key >= best * (1 - self.gap))
         while heap and heap[0].level < PROMISING and heap[0].key < min(best, closed) < math.inf and in_time:
             self._tighten(heap, heapq.heappop(heap), looked)
-        self._look_further(found, planned, best, end)
+        bound = min(closed, heap[0].key if heap else math.inf)
+        if bound < best * (1 - self.gap):
+            self._look_further(found, planned, best, end)
         if not found:
             raise InfeasibleError(
                 f"none of {num_points} ways to lay {self.run.depth} blocks on {self.cluster.name} fits {size(self.limit_bytes)} of a device; "
                 "use more nodes or devices with more memory, or a larger --max-memory"
             )
-        left = heap[0].key if heap else math.inf
         found.sort(key=lambda f: (f.step_s, f.point.num_ranks, f.point.inner))
         uneven = shifted(found[0].sharding, found[0].deep, self.limit_bytes)
         if uneven is not found[0].deep:
             found.insert(0, replace(found[0], deep=uneven))  # beside the other, which may fit where this does not on the whole graph
         best = found[0].step_s
-        return Joint(tuple(found), min(closed, left, best), num_points, tuple(looked), in_time)
+        return Joint(tuple(found), min(bound, best), num_points, tuple(looked), in_time)
 
     def _tighten(self, heap: list["Waiting"], waiting: "Waiting", looked: list[int]) -> None:
         """By what is known of others, else by the next level. So the levels that a point goes through depend on those, but what it is planned by does not."""
