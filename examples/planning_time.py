@@ -111,7 +111,7 @@ def print_rows(page: Console, rows: Sequence[Measured]) -> None:
     table = Table("devices", "layers", "points", "sharded", "planned", "search", "whole graph", "in all", "gap", "", box=None)
     most = max(row.seconds for row in rows)
     for row in rows:
-        *_, sharded, planned = row.joint.looked
+        _, sharded, *_, planned = row.joint.looked
         table.add_row(
             f"{row.devices:,}", str(row.layers), str(row.joint.num_points), str(sharded), str(planned), f"{row.search_s:.2f} s", f"{row.whole_s:.2f} s", f"{row.seconds:.2f} s",
             f"{row.joint.gap:.2%}", "#" * max(1, round(BAR * row.seconds / most)),
