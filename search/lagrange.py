@@ -10,8 +10,6 @@ where the best bound is close enough to it. Five eliminations are typical, those
 What is left is the duality gap: plans that fit come from repairing, mixing and improving the plans met on the way.
 """
 
-import math
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from autopar.core.problem import Assignment, SearchProblem, evaluate
@@ -32,8 +30,6 @@ class Point:
     choices: tuple[int, ...]
     cost_s: float
     memory_bytes: float
-    leaner: bool = False
-    """Whether it is one of the leaner form of its problem."""
 
     @classmethod
     def of(cls, problem: SearchProblem, choices: tuple[int, ...]) -> "Point":
@@ -46,7 +42,7 @@ class Point:
 @dataclass(frozen=True, slots=True)
 class Dual:
     """No plan that fits costs less than `bound_s`, at a price of `multiplier` seconds a byte; the plans on both sides of the limit that cost least at
-    about that price, `within` None where the cheapest of all fits. Plans are in the states of `prepared`, or of the leaner form."""
+    about that price, `within` None where the cheapest of all fits. Plans are in the states of `prepared`."""
 
     bound_s: float
     multiplier: float
@@ -63,23 +59,15 @@ def price_memory(
     `prepared` (for the prices SECONDS and BYTES) and its minimum of seconds, `cheapest`, may be handed in where the
     caller has them. Raises InfeasibleError, with the bytes that are missing, where no plan fits.
     """
-    found = dual(problem, max_table_entries=max_table_entries, prepared=prepared, cheapest=cheapest)
+    found = _dual(problem, max_table_entries, prepared, cheapest)
     shrunk = found.prepared.shrunk
     best = found.over if found.within is None else _improved(shrunk.problem, found.over, found.within)
     return _assignment(problem, shrunk.restore(best.choices), found.bound_s, found.multiplier)
 
 
-def dual(
-    problem: SearchProblem, *, max_table_entries: int = MAX_TABLE_ENTRIES, prepared: Prepared | None = None, cheapest: Minimum | None = None,
-    leaner: Prepared | None = None, met: Iterable[tuple[bool, tuple[int, ...]]] = (), tolerance: float = BOUND_TOLERANCE,
-) -> Dual:  # fmt: skip
-    """The price of memory alone; as `price_memory`, which looks for plans that fit besides.
-
-    `leaner`: a form of the problem that may be solved in its place, in which no plan takes less time or holds more.
-    `met`: any plans, each with whether it is of that form. Where those next to the best price are among them, the search begins at that price, and ends there.
-    """
+def _dual(problem: SearchProblem, max_table_entries: int, prepared: Prepared | None, cheapest: Minimum | None) -> Dual:
+    """The price of memory alone; as `price_memory`, which looks for plans that fit besides."""
     prepared = prepared or prepare(problem, (SECONDS, BYTES), max_table_entries=max_table_entries)
-    forms = (prepared,) if leaner is None else (prepared, leaner)
     small = prepared.shrunk.problem  # choices below are in its states
     cheapest = cheapest or prepared.minimise(SECONDS)
     over = Point(cheapest.choices, *prepared.terms.of_plan(cheapest.choices))
@@ -88,49 +76,30 @@ def dual(
         return Dual(bound_s, multiplier, over, None, prepared)
     within = None
     price = over.cost_s / over.memory_bytes  # a first guess, likely too high: then its plan fits
-    points = [point for lean, plan in met if math.isfinite((point := Point(plan, *forms[lean].terms.of_plan(plan), lean)).cost_s)]
-    if any(small.fits(point.memory_bytes) for point in points):
-        over, within = _around(small, points, over)
-        price = _crossing(over, within)
     for _ in range(MAX_SOLVES):
         if price <= 0:  # the plan that fits is as cheap: it is optimal, or elimination was not exact
             break
-        lowest, lean = min([(form.minimise(Price(1.0, price)), n > 0) for n, form in enumerate(forms)], key=lambda pair: pair[0].bound)
+        lowest = prepared.minimise(Price(1.0, price))
         bound_at_price_s = lowest.bound - price * (small.limit_bytes - small.base_memory_bytes)
         if bound_at_price_s > bound_s:
             bound_s, multiplier = bound_at_price_s, price
-        point = Point(lowest.choices, *forms[lean].terms.of_plan(lowest.choices), lean)
+        point = Point(lowest.choices, *prepared.terms.of_plan(lowest.choices))
         if within is not None and point.at(price) >= within.at(price) * (1 - 1e-12):
             break
         if small.fits(point.memory_bytes):
             within = point
         else:
             over = point
-            within = within or _leanest_of(forms, max_table_entries)
+            within = within or leanest(small, max_table_entries)
         price = _crossing(over, within)
-        if over.at(price) - price * small.limit_bytes - bound_s <= tolerance * within.cost_s:
+        if over.at(price) - price * small.limit_bytes - bound_s <= BOUND_TOLERANCE * within.cost_s:
             break
-    return Dual(bound_s, multiplier, over, within or _leanest_of(forms, max_table_entries), prepared)
+    return Dual(bound_s, multiplier, over, within or leanest(small, max_table_entries), prepared)
 
 
 def _crossing(over: Point, within: Point) -> float:
     """The price at which both cost the same."""
     return (within.cost_s - over.cost_s) / (over.memory_bytes - within.memory_bytes)
-
-
-def _around(problem: SearchProblem, points: Sequence[Point], over: Point) -> tuple[Point, Point]:
-    """The points on both sides of the limit that the search would end with if there were no others; `over` is cheaper than all, and one of them fits."""
-    within = min((point for point in points if problem.fits(point.memory_bytes)), key=lambda point: (point.memory_bytes, point.cost_s, point.choices))
-    while True:
-        price = _crossing(over, within)
-        lowest = min(points, key=lambda point: (point.at(price), point.choices))
-        if price <= 0 or lowest.at(price) >= within.at(price) * (1 - 1e-12):
-            return over, within
-        over, within = (over, lowest) if problem.fits(lowest.memory_bytes) else (lowest, within)
-
-
-def _leanest_of(forms: Sequence[Prepared], max_table_entries: int) -> Point:
-    return replace(leanest(forms[-1].shrunk.problem, max_table_entries), leaner=len(forms) > 1)
 
 
 def leanest(problem: SearchProblem, max_table_entries: int = MAX_TABLE_ENTRIES) -> Point:

@@ -28,7 +28,7 @@ TOLERANCE = 3e-4
 """Of the seconds of the blocks: how much more a bound could be at some price."""
 
 KNOWN = 2
-"""Other points whose bounds are looked at: the point itself, if it is known, and the next larger."""
+"""Points whose known bounds are looked at for one: those of itself, if there are any, and of the next larger microbatches."""
 
 SEEN = 0.97
 """Of the memory, what the linear model of a rank's blocks makes of it at most: a guess that only orders the points."""
@@ -88,7 +88,7 @@ class PointSearch:
     # --- bounds ----------------------------------------------------------------------------------------------------------
 
     def ideal_s(self, ideal: Ideal) -> float:
-        """The bound from a roofline."""
+        """The bound from operators that are cut evenly."""
         one = ideal.seconds(self.point.samples, self.point.outer, self.point.inner)
         step = self.ideal = one.times(self.point.num_microbatches)
         return min((self._free_s(order, step, one, rank_cuts) for order in self.orders), default=math.inf)

@@ -1,4 +1,4 @@
-"""Best first over all points: a bound from a roofline, a bound from the solved sharding, a bound under the memory limit, and at last a plan.
+"""Best first over all points: a bound from operators cut evenly, one from the solved sharding, one under the memory limit, and at last a plan.
 
     1. `space.Ideal`      every operator cut evenly, nothing communicated: no tables are built
     2. the fastest        the folded problem solved without a memory limit, every bubble counted that no cut avoids

@@ -168,10 +168,6 @@ class Places:
     stream: Stream
     counter: Counter
 
-    def stage_mesh(self, mesh: Mesh) -> DeviceMesh:
-        """The part of the whole mesh that is this stage's."""
-        return self.whole[mesh.names]
-
     def stage_rank_of(self, mesh: Mesh) -> Rank:
         """This process as a rank of a stage; every stage has units of its own, all share the counter and the random stream."""
         return Rank(mesh, self.stage_rank, self.device, self.exchanges, self.stream, self.counter, gathers=self.gathers)

@@ -140,3 +140,19 @@ def test_a_kernel_for_the_devices_before_has_their_instructions() -> None:
     work = Work("attention", 1e14, 1.0, "bfloat16", (64, 8192, 8192, 128), 0.5)
     now, before = (forward_seconds(device, work, Kernels(attention_before=there)) - device.kernel_launch_s for there in (False, True))
     assert now / before == pytest.approx(device.previous_rate) and device.previous_rate < 1
+
+
+@given(st.tuples(sizes, sizes, sizes, sizes), st.integers(0, 3), st.sampled_from((2, 3, 8, 64)), st.sampled_from(("product", "attention", "scores", "pointwise")), st.booleans())
+@settings(max_examples=400, deadline=None)
+def test_parts_take_no_less_together_than_the_whole(shape: tuple[int, int, int, int], cut: int, parts: int, kernel: str, known: bool) -> None:
+    """Beside its launch; the bound of the joint search on operators that are cut evenly rests on it."""
+    device = ROUND if known else PLAIN_DEVICE
+    cut = min(cut, 2) if kernel == "scores" else cut  # a head is not cut
+    whole = tuple(size * (parts if k == cut else 1) for k, size in enumerate(shape))
+    flops, num_bytes = 2.0 * math.prod(whole), 2.0 * sum(whole) * 100
+    work = Work(kernel, flops, num_bytes, "bfloat16", None if kernel == "pointwise" else whole, reads_again=True)
+    share = work._replace(flops=flops / parts, num_bytes=num_bytes / parts, shape=work.shape and shape)
+    nothing = work._replace(flops=0.0, num_bytes=0.0, shape=work.shape and (0, 0, 0, 0))
+    for seconds in (forward_seconds, backward_seconds):
+        launch = seconds(device, nothing)
+        assert seconds(device, work) - launch <= parts * (seconds(device, share) - launch) * (1 + 1e-9)

@@ -1,8 +1,7 @@
 """Every plan of a small model, on one so small that its times say nothing: what is counted, measured and printed."""
 
-import importlib
 import json
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -11,13 +10,10 @@ import autopar
 from autopar.runtime.launch import launch
 from autopar.trace.capture import trace
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
 
 @pytest.fixture
-def enumerating(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(EXAMPLES)
-    return importlib.import_module("enumerate_plans")
+def enumerating(example: Callable[[str], ModuleType]) -> ModuleType:
+    return example("enumerate_plans")
 
 
 @pytest.mark.gloo

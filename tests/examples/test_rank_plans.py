@@ -1,8 +1,7 @@
 """The ranking of plans, on a model so small that its times say nothing: what is measured, counted and printed."""
 
-import importlib
 import json
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -10,13 +9,10 @@ import pytest
 import autopar
 from autopar.runtime.launch import launch
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
 
 @pytest.fixture
-def ranking(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(EXAMPLES)
-    return importlib.import_module("rank_plans")
+def ranking(example: Callable[[str], ModuleType]) -> ModuleType:
+    return example("rank_plans")
 
 
 @pytest.mark.gloo
