@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
+from itertools import chain, product
 
 from autopar.core.memory import MemoryUse
 from autopar.core.problem import evaluate
@@ -150,21 +150,30 @@ class PointSearch:
             if sooner >= least or (fastest := self._fastest_s(order, parts)) >= least:
                 continue
             side = sides(order)[0]
-            priced, ends = asked(side), parts(side)
+            priced, ends, whole = asked(side), parts(side), None if roughly else asked("whole")
+            whole_s = whole.parts.block if whole is not None else 0.0
             if order.virtual > 1:
                 prices = priced.binding((max(order.in_flight), min(order.in_flight)), room)
                 if prices and not roughly:
                     prices = sorted({*prices, *(prices[0] * factor for factor in AROUND)})
-                    for price in prices:
-                        priced.look(_flights(order), price)
+                    self._look((priced, whole), _flights(order), prices)
                     prices.append(priced.lean_price(room))  # no plan holds less than every table's least
-                least = min(least, self._even_s(order, ends, [priced.held(_flights(order), price) for price in prices], room, least))
+                held = [priced.held(_flights(order), price, whole) for price in prices]
+                least = min(least, self._even_s(order, ends, held, room, least, whole_s=whole_s))
             else:  # memory binds those first that hold most microbatches
                 prices = priced.binding(sorted({flight for flight in order.in_flight if flight >= max(order.in_flight) / 2}), room)
+                if not roughly:
+                    self._look((priced, whole), sorted(order.in_flight), prices)
                 rooms = zip(order.in_flight, self._rooms(order, room), strict=True)
-                lines = [[Line(ends.block), *(priced.line(flight, price, own) for price in prices)] for flight, own in rooms]
+                lines = [[Line(ends.block, whole_s=whole_s), *(priced.line(flight, price, own, whole) for price in prices)] for flight, own in rooms]
                 least = min(least, max(fastest, self._step_s(order, ends, lines, self._waits(side, ends))))
         return least
+
+    @staticmethod
+    def _look(found: Iterable[Priced | None], flights: Sequence[float], prices: Iterable[float]) -> None:
+        for priced, price in product(found, prices):
+            if priced is not None:
+                priced.look(flights, price)
 
     def _room_bytes(self, limit_bytes: float) -> float:
         """What a rank may hold by the linear model. Gradients of a single microbatch, which are no more than parameters, grow as activations go."""
@@ -217,11 +226,13 @@ class PointSearch:
         return least_step_s(order, self.joint.run.depth, lines, ends, one) / self._faster(order)
 
     def _even_s(
-        self, order: Order, step: Parts, held: Sequence[Held] = (), room_bytes: float = 0.0, enough_s: float = math.inf, cuts: Callable[[Order, int], Cuts] = even_cuts
-    ) -> float:
+        self, order: Order, step: Parts, held: Sequence[Held] = (), room_bytes: float = 0.0, enough_s: float = math.inf, *, whole_s: float = 0.0,
+        cuts: Callable[[Order, int], Cuts] = even_cuts,
+    ) -> float:  # fmt: skip
         ahead = not self.joint.cluster.host.watch_s  # else what is kept costs forwards too
         faster, rooms = self._faster(order), self._rooms(order, room_bytes) if held else ()
-        return cuts(order, self.joint.run.depth).least_step_s(step, self._message_s, held, rooms, ahead=ahead, enough_s=enough_s * faster) / faster
+        found = cuts(order, self.joint.run.depth)
+        return found.least_step_s(step, self._message_s, held, rooms, whole_s=whole_s, ahead=ahead, enough_s=enough_s * faster) / faster
 
     def _faster(self, order: Order) -> float:
         """Ranks that share cores are faster while others wait."""
@@ -308,15 +319,17 @@ class PointSearch:
         return least
 
     def _sharding_s(self, choices: tuple[int, ...], room_bytes: float, enough_s: float) -> float:
-        parts, least = {side: self.tables.side(side).parts_of(choices) for order in self.orders for side in sides(order)}, enough_s
+        parts, least = {side: self.tables.side(side).parts_of(choices) for side in ("passes", "whole")}, enough_s
+        whole_s, whole = parts["whole"].block, self.tables.whole.figures(choices)
         for fastest, order in sorted(((self._fastest_s(order, parts.__getitem__), order) for order in self.orders), key=lambda pair: (pair[1].virtual > 1, pair[0])):
             if fastest < least:
                 side = sides(order)[0]
                 figures = self.tables.side(side).figures(choices)
                 if order.virtual > 1:
-                    least = min(least, self._even_s(order, parts[side], figures.held(_flights(order), room_bytes), room_bytes, least))
+                    held = figures.held(_flights(order), room_bytes, whole)
+                    least = min(least, self._even_s(order, parts[side], held, room_bytes, least, whole_s=whole_s))
                     continue
-                lines = [figures.lines(flight, room) for flight, room in zip(order.in_flight, self._rooms(order, room_bytes), strict=True)]
+                lines = [figures.lines(flight, room, whole) for flight, room in zip(order.in_flight, self._rooms(order, room_bytes), strict=True)]
                 least = min(least, max(fastest, self._step_s(order, parts[side], lines, self._waits(side, parts[side]))))
         return least
 

@@ -6,13 +6,18 @@ any price p of a byte, with g(p) the least c + p b of all that could be chosen f
     n g(p) <= n c + p n b <= T + p L,     so     n <= floor((T + p L) / g(p))
 
 (the Lagrangian dual, with a price of its own for every rank; blocks are whole). The first and the last rank do what lies before and behind the run besides.
-A rank also waits: for the ranks before it to forward the first microbatch, and at the end for them to take the last gradient back. The least T for which all
-ranks together can do all blocks is a bound on every step under 1F1B, whatever the cut. Where ranks have several stages see `even.py`.
+A rank also waits: for the ranks before it to forward the first microbatch, and at the end for them to take the last gradient back. And all wait for the first
+rank to exchange the parameters of its k blocks, before the first pass and after the last. Say a block takes c seconds of passes and y of such exchange: then
+
+    n c + k y + p n b  =  (n - k) (c + p b) + k (c + y + p b)  <=  T + p L,
+
+with the least of both brackets known. The least T for which all ranks together can do all blocks, for some k, is a bound on every step under 1F1B, whatever the
+cut. Where ranks have several stages see `even.py`.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from autopar.planner.blocks import Order
 from autopar.planner.liveness import MARGIN
@@ -35,15 +40,17 @@ class Parts:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A `price` of memory in seconds per byte: what fits T seconds of a rank is at most T + `relief_s`, counted in blocks of `block_s`."""
+    """A `price` of memory in seconds per byte: what fits T seconds of a rank is at most T + `relief_s`, counted in blocks of `block_s`; of `whole_s` (no less) where
+    a block's exchange of parameters counts too."""
 
     block_s: float
     relief_s: float = 0.0
     price: float = 0.0
+    whole_s: float = 0.0
 
-    def within(self, room_bytes: float) -> "Line":
-        """With another memory."""
-        return replace(self, relief_s=self.price * room_bytes)
+    @property
+    def with_exchange_s(self) -> float:
+        return max(self.block_s, self.whole_s)
 
 
 def counted(flight: float) -> float:
@@ -57,25 +64,61 @@ def least_step_s(order: Order, depth: int, lines: Sequence[Sequence[Line]], ends
 
     `lines`: by rank, of a whole step; `ends_s`: what is at the ends takes no less of a step; `pass_s`: nor do parts of one microbatch.
     """
-    high = (depth * max(line.block_s for of_rank in lines for line in of_rank) + ends_s.first + ends_s.last) * 2
-    if math.isinf(high) or _blocks(order, depth, lines, ends_s, pass_s, high) < depth:
+    ranks = _Ranks(depth, lines, ends_s, pass_s)
+    high = (depth * max(line.with_exchange_s for of_rank in lines for line in of_rank) + ends_s.first + ends_s.last) * 2
+    if math.isinf(high) or not ranks.can(high):
         return math.inf
     low = 0.0
     while high - low > PRECISION * high:
         middle = (low + high) / 2
-        low, high = (middle, high) if _blocks(order, depth, lines, ends_s, pass_s, middle) < depth else (low, middle)
+        low, high = (low, middle) if ranks.can(middle) else (middle, high)
     return low
 
 
-def _blocks(order: Order, depth: int, lines: Sequence[Sequence[Line]], ends_s: Parts, pass_s: Parts, step_s: float) -> int:
-    """How many blocks all ranks can do. A block of a rank keeps those behind it waiting a microbatch's work on it; that costs them no more than one block,
-    so the first ranks may take all they can."""
-    found, last = 0, len(lines) - 1
-    for rank, of_rank in enumerate(lines):
-        left = step_s - (pass_s.first + found * pass_s.block if rank else ends_s.first) - (ends_s.last if rank == last else 0.0)
-        number = min(math.floor((left + line.relief_s) / line.block_s * (1 + PRECISION)) for line in of_rank)
-        found += max(0, min(number, depth))
-    return found
+@dataclass(frozen=True, slots=True)
+class _Ranks:
+    """See `least_step_s`."""
+
+    depth: int
+    lines: Sequence[Sequence[Line]]
+    ends_s: Parts
+    pass_s: Parts
+
+    def can(self, step_s: float) -> bool:
+        """Whether all ranks together can do all blocks in this time."""
+        most = self._of_first(step_s)
+        if self._with(most, step_s) >= self.depth:
+            return True
+        if all(line.with_exchange_s == line.block_s for of_rank in self.lines for line in of_rank):
+            return False
+        others = self._with(1, step_s) - 1  # the fewer blocks the first rank has, the more the others can do
+        return any(self._with(first, step_s) >= self.depth for first in range(most - 1, max(0, self.depth - others - 1), -1))
+
+    def _of_first(self, step_s: float) -> int:
+        left = step_s - self.ends_s.first - (self.ends_s.last if len(self.lines) == 1 else 0.0)
+        return self._whole(min((left + line.relief_s) / line.with_exchange_s for line in self.lines[0]))
+
+    def _whole(self, blocks: float) -> int:
+        return max(0, min(math.floor(blocks * (1 + PRECISION)), self.depth))
+
+    def _with(self, first: int, step_s: float) -> int:
+        """How many blocks all can do where the first rank does so many. A block of another rank keeps those behind it waiting a microbatch's work on it; that
+        costs them no more than one block, so each may take all it can."""
+        found, last = first, len(self.lines) - 1
+        for rank in range(1, len(self.lines)):
+            own_s = step_s - (self.ends_s.last if rank == last else 0.0)
+            left_s = own_s - self.pass_s.first - found * self.pass_s.block
+            found += self._whole(min(_behind(line, first, left_s, own_s) for line in self.lines[rank]))
+        return found
+
+
+def _behind(line: Line, first: int, left_s: float, own_s: float) -> float:
+    """How many blocks a rank can do that has `left_s` beside what it waits for, if the first rank exchanges the parameters of so many; with those of its own
+    blocks it has `own_s`."""
+    left_s, whole_s = left_s + line.relief_s, line.with_exchange_s
+    more_s = left_s - first * whole_s
+    number = first + more_s / line.block_s if more_s >= 0 else left_s / whole_s
+    return min(number, (own_s + line.relief_s) / whole_s)
 
 
 def sides(order: Order) -> tuple[str, ...]:

@@ -8,12 +8,14 @@ seconds each, takes
 
 as all blocks are sharded alike, and their forwards take the same share. What a rank computes again for want of memory is behind its backwards: a block that takes
 e more of a step of m microbatches makes the chain longer by e b_s / m. So do mixtures of chains, whose mean no step is shorter than either. Which blocks compute
-again is up to the plan: with a price of memory for every rank, each block pays the least that its chains and its bytes ask for (`Within`). How many blocks the
+again is up to the plan: with a price of memory for every rank, each block pays the least that its chains and its bytes ask for (`Within`). And every chain begins
+behind the gathers of the first stage's parameters and ends before the sums of its gradients: if a block takes y of a step for these, then d_0 y on top, which is
+shared out among the blocks of the chain, so that what one of them takes is the least of c + e + share * y together. How many blocks the
 stages at the ends have depends on what else they do (`deep.even_depths`): all cuts that may come of it are looked at, each with what its ends take then at least.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -29,10 +31,16 @@ LONGEST = 4
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """The least seconds of a block of a step with its bytes at a `price`, by microbatches in flight."""
+    """The least seconds of a block of a step with its bytes at a `price`, by microbatches in flight; `whole_s` with its exchange of parameters too."""
 
     price: float
     block_s: Mapping[int, float]
+    whole_s: Mapping[int, float] = field(default_factory=dict)
+
+    def mixed_s(self, flight: int, share: float) -> float:
+        """With so much of the exchange."""
+        block_s = self.block_s[flight]
+        return block_s + share * max(0.0, self.whole_s.get(flight, block_s) - block_s)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,31 +94,44 @@ class Cuts:
         return self._passes[0] * parts.block / number + self._messages * message_s + first[:, None] * ends[:, 0] + last[:, None] * ends[:, -1]
 
     def least_step_s(
-        self, parts: Parts, message_s: float, held: Sequence[Held] = (), room_bytes: Sequence[float] = (), *, ahead: bool = True, enough_s: float = np.inf
-    ) -> float:
-        """`parts`: of a step; `held`: what its bytes cost at some prices, of which every rank has `room_bytes`. `ahead`: forwards take the same whatever is computed again.
-        No higher bound is looked for than `enough_s`."""
+        self, parts: Parts, message_s: float, held: Sequence[Held] = (), room_bytes: Sequence[float] = (), *, whole_s: float = 0.0, ahead: bool = True,
+        enough_s: float = np.inf,
+    ) -> float:  # fmt: skip
+        """`parts`: of a step; `held`: what its bytes cost at some prices, of which every rank has `room_bytes`. `whole_s`: of a block with its exchange of parameters,
+        of those of the first stage. `ahead`: forwards take the same whatever is computed again. No higher bound is looked for than `enough_s`."""
+        exchange_s = max(0.0, whole_s - parts.block)
+        bounds = self._found_s(parts, message_s).max(axis=1) + self.blocks[:, 0] * exchange_s
         if not held:
-            return float(self._found_s(parts, message_s).max(axis=1).min())
-        least, bounds = enough_s, self._found_s(parts, message_s).max(axis=1)
-        fronts = self._fronts([(0.0, parts.block)], held)
+            return float(bounds.min())
+        least, free = enough_s, Held(0.0, dict.fromkeys(self._flights, parts.block), dict.fromkeys(self._flights, parts.block + exchange_s))
         while bounds.min() < least:  # the fastest cut first: what bounds it bounds others too
             cut = int(bounds.argmin())
-            bound, of_all = self.of(cut)._within(parts, message_s, fronts, room_bytes, ahead=ahead).highest(cut, least)
+            bound, of_all = self.of(cut)._bound_s(cut, parts, message_s, [free, *held], room_bytes, ahead=ahead, enough_s=least)
             bounds = np.maximum(bounds, of_all)
             bounds[cut], least = np.inf, min(least, bound)
         return float(least)
 
-    def _within(self, parts: Parts, message_s: float, fronts: np.ndarray, room_bytes: Sequence[float], *, ahead: bool) -> Within:
+    def _bound_s(
+        self, cut: int, parts: Parts, message_s: float, held: Sequence[Held], room_bytes: Sequence[float], *, ahead: bool, enough_s: float
+    ) -> tuple[float, np.ndarray]:  # fmt: skip
+        """Of a cut, and what follows for all cuts."""
         ways = self._ways[1] * self._passes[1].min(axis=0)[:, None] if ahead else np.minimum(*self._ways)
-        return Within(self._found_s(parts, message_s), self._by_rank(self.blocks), self._by_rank(ways / self.order.num_microbatches), fronts, np.array(room_bytes))
+        shares = (self.blocks[:, :1] * self.order.num_microbatches / np.maximum(self.blocks @ ways.T, 1.0)).min(axis=1).clip(max=1.0)  # of y, for every block
+        fronts, found_s = self._fronts(held, shares[cut], parts.block), self._found_s(parts, message_s)
+        within = Within(found_s, self._by_rank(self.blocks), self._by_rank(ways / self.order.num_microbatches), fronts, np.array(room_bytes))
+        bound, of_all = within.highest(cut, enough_s)
+        return bound, np.where(shares >= shares[cut], of_all, 0.0)
 
-    def _fronts(self, free: list[tuple[float, float]], held: Sequence[Held]) -> np.ndarray:
+    @cached_property
+    def _flights(self) -> list[int]:
+        """All numbers of microbatches in flight of its stages."""
+        return np.unique(self.order.in_flight_by_stage).tolist()
+
+    def _fronts(self, held: Sequence[Held], share: float, fastest_s: float) -> np.ndarray:
         """[rank, stage of a rank, corner, 2]: what a block of each stage may take and hold."""
-        flights = np.array(self.order.in_flight_by_stage)
-        found = {flight: corners([*free, *((at.price, at.block_s[flight]) for at in held)]) for flight in np.unique(flights).tolist()}
+        found = {flight: corners([(at.price, at.mixed_s(flight, share)) for at in held], fastest_s) for flight in self._flights}
         most = max(map(len, found.values()))
-        return np.array([[found[flight] + found[flight][-1:] * (most - len(found[flight])) for flight in of_rank] for of_rank in flights.tolist()])
+        return np.array([[found[f] + found[f][-1:] * (most - len(found[f])) for f in of_rank] for of_rank in self.order.in_flight_by_stage])
 
     def _by_rank(self, of_stages: np.ndarray) -> np.ndarray:
         """[..., rank, stage of a rank]"""

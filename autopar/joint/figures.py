@@ -34,17 +34,16 @@ class Figures:
 
     blocks: Mapping[str, Block]
 
-    def lines(self, flight: float, limit_bytes: float) -> list[Line]:
-        """What a rank of so much memory with so many microbatches in flight can do of the step, whatever modes its blocks are in. Memory may have no limit."""
-        free = Line(min(block.seconds for block in self.blocks.values()))
-        if limit_bytes == math.inf:
-            return [free]
-        return [free, *(Line(self._block_s(flight, price), price * limit_bytes, price) for price in self._prices(flight))]
+    def lines(self, flight: float, limit_bytes: float, whole: "Figures") -> list[Line]:
+        """What a rank of so much memory with so many microbatches in flight can do of the step, whatever modes its blocks are in. Memory may have no limit. `whole`:
+        of all that it costs, where these are passes alone."""
+        prices = [0.0, *(self._prices(flight) if limit_bytes < math.inf else ())]
+        return [Line(self._block_s(flight, price), price * limit_bytes if price else 0.0, price, whole._block_s(flight, price)) for price in prices]
 
-    def held(self, flights: Collection[int], limit_bytes: float) -> list[Held]:
+    def held(self, flights: Collection[int], limit_bytes: float, whole: "Figures") -> list[Held]:
         """What bytes cost a block with so many microbatches in flight, at all prices at which it matters. Memory may have no limit."""
         prices = sorted({price for flight in flights for price in self._prices(flight)}) if limit_bytes < math.inf else ()
-        return [Held(price, {flight: self._block_s(flight, price) for flight in flights}) for price in prices]
+        return [Held(price, {f: self._block_s(f, price) for f in flights}, {f: whole._block_s(f, price) for f in flights}) for price in prices]
 
     def _block_s(self, flight: float, price: float) -> float:
         return min(block.seconds + price * block.held_bytes(flight) for block in self.blocks.values())

@@ -34,15 +34,16 @@ class Priced:
         """A block of a step takes at least so many seconds, its bytes included."""
         return self.envelope.low(price, price * counted(flight)) / self.relaxed.depth
 
-    def line(self, flight: float, price: float, limit_bytes: float) -> Line:
-        """What a rank of so much memory with so many microbatches in flight can do of the step."""
-        return Line(self.block_s(flight, price), price * limit_bytes, price)
+    def line(self, flight: float, price: float, limit_bytes: float, whole: "Priced | None" = None) -> Line:
+        """What a rank of so much memory with so many microbatches in flight can do of the step; `whole`: of all that it costs, where these are passes alone."""
+        return Line(self.block_s(flight, price), price * limit_bytes, price, whole.block_s(flight, price) if whole is not None else 0.0)
 
-    def held(self, flights: Iterable[int], price: float) -> Held:
+    def held(self, flights: Iterable[int], price: float, whole: "Priced | None" = None) -> Held:
         """What bytes cost a block with so many microbatches in flight."""
-        return Held(price, {flight: self.block_s(flight, price) for flight in flights})
+        flights = list(flights)
+        return Held(price, {f: self.block_s(f, price) for f in flights}, {f: whole.block_s(f, price) for f in flights} if whole is not None else {})
 
-    def look(self, flights: Sequence[int], price: float) -> None:
+    def look(self, flights: Sequence[float], price: float) -> None:
         """So that what blocks cost at this price is known well for the fewest, the most and some of these."""
         for flight in {flights[0], flights[len(flights) // 2], flights[-1]}:
             self.envelope.look(price, price * counted(flight))

@@ -32,17 +32,17 @@ Corner = tuple[float, float]
 """Seconds beyond the fastest, and bytes."""
 
 
-def corners(lines: Sequence[tuple[float, float]]) -> list[Corner]:
-    """Of what takes at least so many seconds with its bytes at such a price, the first at none."""
-    (_, fastest), *more = lines
-    upper = [(0.0, fastest)]
+def corners(lines: Sequence[tuple[float, float]], fastest_s: float) -> list[Corner]:
+    """Of what takes at least so many seconds with its bytes at such a price, the first at none; beyond `fastest_s`."""
+    free, *more = lines
+    upper = [free]
     for price, seconds in sorted(more):
         while len(upper) > 1 and _bytes(upper[-2], upper[-1]) <= _bytes(upper[-1], (price, seconds)):
             upper.pop()
         if price > upper[-1][0] and seconds > upper[-1][1]:
             upper.append((price, seconds))
-    found = [(seconds - price * (held := _bytes((price, seconds), following)) - fastest, held) for (price, seconds), following in zip(upper, upper[1:])]
-    return [*found, (upper[-1][1] - fastest, 0.0)]
+    found = [(seconds - price * (held := _bytes((price, seconds), following)) - fastest_s, held) for (price, seconds), following in zip(upper, upper[1:])]
+    return [*found, (upper[-1][1] - fastest_s, 0.0)]
 
 
 def _bytes(line: tuple[float, float], following: tuple[float, float]) -> float:

@@ -98,7 +98,7 @@ def test_corners_lie_on_all_lines_that_matter() -> None:
     """Of modes that take 1, 2 and 4 seconds and hold 10, 4 and 1 bytes, by what they cost at some prices."""
     modes = ((1.0, 10.0), (2.0, 4.0), (4.0, 1.0))
     lines = [(price, min(seconds + price * held for seconds, held in modes)) for price in (0.0, 0.1, 1 / 6, 0.3, 2 / 3, 50.0)]
-    found = corners(lines)
+    found = corners(lines, 1.0)
     for seconds, held in modes:
         assert any(found_s == pytest.approx(seconds - 1.0) and at == pytest.approx(held) for found_s, at in found)
     for price, least in lines:

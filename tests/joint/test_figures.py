@@ -53,9 +53,9 @@ def test_a_rank_between_two_modes_takes_a_mixture_of_both() -> None:
     """Of three modes none of which is worse than a mixture of the others, by what fits a rank for each block."""
     modes = {"none": Block(1.0, 2.0, 10.0), "selective": Block(1.1, 2.0, 4.0), "full": Block(2.0, 2.0, 0.0)}
     for room, seconds in ((12.0, 1.0), (9.0, 1.05), (6.0, 1.1), (4.0, 1.55), (2.0, 2.0)):
-        lines = Figures(modes).lines(1.0, room)
+        lines = Figures(modes).lines(1.0, room, Figures(modes))
         assert max(line.block_s - line.relief_s for line in lines) == pytest.approx(seconds), room
-        free, *held = 1.0, *Figures(modes).held([1], room)
+        free, *held = 1.0, *Figures(modes).held([1], room, Figures(modes))
         assert max(free, *(at.block_s[1] - at.price * room for at in held)) == pytest.approx(seconds), room
 
 
