@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, permutations
+from itertools import accumulate, permutations, product
 
 import numpy as np
 
@@ -67,12 +67,14 @@ class Sharding:
 
 @dataclass(frozen=True, eq=False)
 class Deep:
-    """Stages of these depths, run in this order. `light`, `heavy`: kinds of the two modes that are mixed."""
+    """Stages of these depths, run in this order. `light`, `heavy`: kinds of the two modes that are mixed; of a rank's stages the first get the heavier one first, or,
+    if `late`, of those that hold most microbatches the last: their backwards begin a step, when ranks wait for each other anyway."""
 
     light: Kinds
     heavy: Kinds
     order: Order
     depths: tuple[Depth, ...]
+    late: bool = False
 
     @cached_property
     def mixture(self) -> Mixture:
@@ -126,12 +128,17 @@ class Deep:
 
     def least_bytes(self, rank: int) -> np.ndarray:
         """See `Mixture.least_bytes`."""
-        return self.mixture.least_bytes(self.order, rank, tuple((self._kind(s), self.depths[s].blocks) for s in self.held(rank)))
+        return self.mixture.least_bytes(self.order, rank, {s: (self._kind(s), self.depths[s].blocks) for s in self._heavier_first(rank)})
+
+    def _heavier_first(self, rank: int) -> list[int]:
+        """The stages of a rank in the order in which their blocks get the heavier mode."""
+        flights = dict(zip(self.held(rank), self.order.in_flight_by_stage[rank], strict=True))
+        return sorted(flights, key=lambda s: (-flights[s], -s)) if self.late else list(flights)
 
     def with_heavy(self, rank: int, number: int) -> dict[int, Depth]:
-        """The stages of a rank with so many of its blocks in the heavier mode, the first of them: those wait longest for their backward."""
+        """The stages of a rank with so many of its blocks in the heavier mode."""
         found = {}
-        for s in self.held(rank):
+        for s in self._heavier_first(rank):
             blocks = self.depths[s].blocks
             found[s] = Depth(blocks, min(number, blocks))
             number -= found[s].heavy
@@ -184,8 +191,8 @@ def mixed(sharding: Sharding, order: Order, depths: Sequence[Depth], limit_bytes
     for a, light in enumerate(sharding.modes):
         if Deep(light, light, order, tuple(depths)).least_s >= below_s:
             break  # heavier modes take longer
-        for heavy in sharding.modes[a + 1 :] or [light]:
-            deep = Deep(light, heavy, order, tuple(depths))
+        for heavy, late in product(sharding.modes[a + 1 :] or [light], (False, True) if order.virtual > 1 else (False,)):
+            deep = Deep(light, heavy, order, tuple(depths), late)
             lightest = _lightest(deep, limit_bytes)
             if lightest is None or lightest.least_s >= below_s:
                 continue

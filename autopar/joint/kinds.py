@@ -235,17 +235,18 @@ class Mixture:
         states = self.light.cut.states
         return {part: sum(getattr(states[k], part) + (blocks - SHOWN_BY[k]) * getattr(states[MIDDLE], part) for k, blocks in held) for part in STATE}
 
-    def least_bytes(self, order: Order, rank: int, held: tuple[tuple[int, int], ...]) -> np.ndarray:
-        """[number + 1]: no `peak` is lower with so many blocks of the rank in the heavier mode, the first of them. No walk back is needed to know it: when
-        the last of what is kept is made, parameters and optimizer state are there, and gradients of the stages that do not compute."""
-        state, states = self._state(held), self.light.cut.states
-        least = state["parameters"] + state["optimizer"] + state["gradients"] - max(states[k].gradients for k, _ in held)
-        numbers, before, kept = np.arange(sum(blocks for _, blocks in held) + 1), 0, []
-        for kind, blocks in held:
+    def least_bytes(self, order: Order, rank: int, held: Mapping[int, tuple[int, int]]) -> np.ndarray:
+        """[number + 1]: no `peak` is lower with so many blocks of the rank in the heavier mode, those of the first of its stages; `held`: kind and blocks by stage.
+        No walk back is needed to know it: when the last of what is kept is made, parameters and optimizer state are there, and gradients of the stages that do
+        not compute."""
+        state, states = self._state(tuple(held.values())), self.light.cut.states
+        least = state["parameters"] + state["optimizer"] + state["gradients"] - max(states[k].gradients for k, _ in held.values())
+        numbers, before, kept = np.arange(sum(blocks for _, blocks in held.values()) + 1), 0, {}
+        for s, (kind, blocks) in held.items():
             by_heavy = np.array([self._kept(kind, Depth(blocks, heavy)) for heavy in range(blocks + 1)])
-            kept.append(by_heavy[(numbers - before).clip(0, blocks)])
+            kept[s] = by_heavy[(numbers - before).clip(0, blocks)]
             before += blocks
-        return least + (_counts(order)[rank] @ np.array(kept)).max(axis=0)
+        return least + (_counts(order)[rank] @ np.array([kept[s] for s in sorted(kept)])).max(axis=0)
 
     @staticmethod
     def _computing(kinds: Kinds, kind: int, whole: Mapping[str, int], kept: int, queued: Beside) -> MemoryUse:

@@ -140,8 +140,8 @@ class BruteForce:
             even = tuple(d.blocks for d in even_depths(sharding.light, order.num_stages))
             for depths in {even, *(_cuts(joint.run.depth, order.num_stages) if order.virtual == 1 else ())}:
                 for modes in combinations(sharding.modes, 2) if len(sharding.modes) > 1 else ((sharding.modes[0],) * 2,):
-                    deep = Deep(*modes, order, tuple(map(Depth, depths)))
-                    yield from (Priced(d.step_s, d.memory.high_bytes) for d in self._mixtures(deep))
+                    deeps = [Deep(*modes, order, tuple(map(Depth, depths)), late) for late in ((False, True) if order.virtual > 1 else (False,))]
+                    yield from (Priced(d.step_s, d.memory.high_bytes) for deep in deeps for d in self._mixtures(deep))
 
     @staticmethod
     def _mixtures(deep: Deep) -> Iterator[Deep]:

@@ -149,8 +149,8 @@ def unpruned(search: PointSearch, shardings: list[Sharding], limit_bytes: float)
     steps = [float("inf")]
     for sharding, order in product(shardings, search.orders):
         depths = even_depths(sharding.light, order.num_stages)
-        for light, heavy in combinations_with_replacement(sharding.modes, 2):
-            deep, changed = Deep(light, heavy, order, depths), {}
+        for (light, heavy), late in product(combinations_with_replacement(sharding.modes, 2), {False, order.virtual > 1}):
+            deep, changed = Deep(light, heavy, order, depths, late), {}
             for rank in range(order.num_ranks):
                 ways = (deep.with_heavy(rank, n) for n in range(search.joint.run.depth + 1))
                 changed |= next((way for way in ways if deep.rank_memory(rank, way).high_bytes <= limit_bytes), {})
@@ -189,8 +189,8 @@ def test_no_rank_holds_less_than_what_is_known_without_its_backward() -> None:
         search.ideal_s(Ideal(A100, joint.run, joint.task))
         for program in programs(search):
             sharding = Sharding.of(program, search.pricing, joint.run, Engine.of(A100), ("none", "selective", "full+gather", "full"))
-            for light, heavy in combinations(sharding.modes, 2):
-                deep = Deep(light, heavy, order, even_depths(light, order.num_stages))
+            for (light, heavy), late in product(combinations(sharding.modes, 2), (False, True)):
+                deep = Deep(light, heavy, order, even_depths(light, order.num_stages), late)
                 for rank in range(order.num_ranks):
                     for number, least in enumerate(deep.least_bytes(rank)):
                         assert 0 < least <= deep.rank_memory(rank, deep.with_heavy(rank, number)).high_bytes
