@@ -45,7 +45,9 @@ SCORE_PASSES = 6.0
 """Over the scores in a written-out forward: written, scaled and masked and normalised (read, written), dropped (read, written), read."""
 
 ELEMENTARY_SCORE_PASSES = 14.0
-"""The same by elementary operators, without dropout: written, masked (read, written), widened, normalised and narrowed again in float32 (10), read."""
+ELEMENTARY_SCORE_LAUNCHES = 5
+"""The same by elementary operators, without dropout: written, masked (read, written), widened, normalised and narrowed again in float32 (10), read; five
+operators (widened, scaled, masked, normalised, narrowed) where there is one kernel."""
 
 
 class Work(NamedTuple):
@@ -79,7 +81,9 @@ class Kernels:
     `adds_gradients`: those of a further microbatch are added to the sum by a pass of their own, not by the product that makes them.
     `sums_whole`: ranks that keep a part of the optimizer's state get the sum of all gradients. `exchange_share`: of the bytes of an all-to-all
     that are sent, as a token for several experts of a node may travel once. `sends_parts`: ranks that hold the same activations send a part each
-    to the next stage of a pipeline, whose ranks gather them.
+    to the next stage of a pipeline, whose ranks gather them. `softmax_batches`: one kernel scales, masks and normalises the scores of a multiple of so many
+    heads (of all sequences of a microbatch); of other numbers elementary operators do. `loss_passes` (forward, backward): over the logits of a loss over
+    classes, None: of one kernel, which are 2 (read, kept) and 3 (twice read, written); `loss_launches`: its operators and collectives.
     """
 
     product_dtype: str | None = None
@@ -96,6 +100,20 @@ class Kernels:
     sends_parts: bool = False
     launches_block: bool = False
     stops_early: bool = True
+    softmax_batches: int = 1
+    loss_passes: tuple[float, float] | None = None
+    loss_launches: tuple[int, int] = (1, 1)
+
+    def passes_over_scores(self, heads: int) -> float:
+        """Of a written-out attention's forward, over the scores of so many heads."""
+        return ELEMENTARY_SCORE_PASSES if heads % self.softmax_batches else self.score_passes
+
+    def launches(self, kernel: str, kind: str, heads: int) -> tuple[int, int]:
+        """Operators and collectives that the host launches for one operator of a graph, forward and backward; one of `heads` heads, where it has heads."""
+        if kind == "loss":
+            return self.loss_launches
+        elementary = kernel == "scores" and self.passes_over_scores(heads) == ELEMENTARY_SCORE_PASSES
+        return (ELEMENTARY_SCORE_LAUNCHES,) * 2 if elementary else (1, 1)
 
 
 CAST_BYTES = {"float8_e4m3fn": 4.0, "float8_e5m2": 4.0, "float4_e2m1fn": 5.125}
@@ -113,7 +131,7 @@ def forward_seconds(device: Device, work: Work, kernels: Kernels = PLAIN) -> flo
     if own is not None:
         return own.call_s + measured_seconds(device, own, work) + (_evaluating(device, work) if own.kind == "pointwise" else 0.0)
     casting = _casting(device, work, kernels, work.shape[0] * work.shape[1] * work.shape[3]) if work.kernel == "product" and work.shape is not None else 0.0
-    return device.kernel_launch_s + _busy_seconds(device, work, kernels) + _evaluating(device, work) + casting
+    return device.kernel_launch_s + _passes(work, kernels)[0] * _busy_seconds(device, work, kernels) + _evaluating(device, work) + casting
 
 
 def measured_seconds(device: Device, own: KernelRate, work: Work) -> float:
@@ -159,8 +177,14 @@ def backward_halves(device: Device, work: Work, kernels: Kernels = PLAIN) -> tup
         return launch + ATTENTION_BACKWARD / ATTENTION_BACKWARD_RATE * _busy_seconds(device, work, kernels), 0.0
     if work.kernel == "scores":
         return 2 * forward_seconds(device, work, kernels), 0.0
-    passes = 1.5 if work.reads_again else 1.0
-    return launch + passes * _busy_seconds(device, work, kernels), 0.0
+    return launch + _passes(work, kernels)[1] * _busy_seconds(device, work, kernels), 0.0
+
+
+def _passes(work: Work, kernels: Kernels) -> tuple[float, float]:
+    """Over the bytes of an operator, forward and backward; those of a loss over classes are two numbers a logit."""
+    if work.kind == "loss" and kernels.loss_passes is not None:
+        return kernels.loss_passes[0] / 2, kernels.loss_passes[1] / 2
+    return 1.0, 1.5 if work.reads_again else 1.0
 
 
 def _busy_seconds(device: Device, work: Work, kernels: Kernels) -> float:
@@ -173,7 +197,7 @@ def _busy_seconds(device: Device, work: Work, kernels: Kernels) -> float:
         return max(work.flops * work.masked / rate, moved)
     if work.kernel == "scores" and work.shape is not None:
         batch, queries, keys, width = work.shape
-        scores = kernels.score_passes * batch * queries * keys * 2 / (device.memory_bytes_per_s * device.memory_efficiency)
+        scores = kernels.passes_over_scores(batch) * batch * queries * keys * 2 / (device.memory_bytes_per_s * device.memory_efficiency)
         dtype = work.dtype if width % ALIGNMENT == 0 else "float32"
         products = product_seconds(device, (batch, queries, keys, width), dtype) + product_seconds(device, (batch, queries, width, keys), dtype)
         return max(products, moved) + scores

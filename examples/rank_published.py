@@ -15,7 +15,7 @@ and, by the search's costs, which are those of this project's own runtime, not o
     forced          the best measured plan, everything pinned that was published, and the first over the second: no more than 1 is the aim
     run by them     the searched degrees, microbatch and stage of ZeRO run by that software, as the forecast prices it, over "best measured"
 
-What cannot be searched or forced is named below the table, with the reason.
+What cannot be searched or forced is named below the table, with the reason, and so are groups of as many published plans of which too few can be priced.
 """
 
 import sys
@@ -57,6 +57,10 @@ LIFTED = 100.0
 
 VOCABULARY = 1024
 """Vocabularies are padded to multiples of it, so that all degrees divide them."""
+
+SETTING = ("source", "layers", "hidden", "seq", "global_batch", "num_gpus", "gpu", "precision", "heads", "experts")
+PLAN = ("dp", "tp", "pp", "vpp", "cp", "ep", "sp", "zero_stage", "micro_batch", "recompute")
+"""Columns of a row: what plans of a group have in common, and what makes a plan."""
 
 FREE = Pins()
 
@@ -136,13 +140,32 @@ def groups(rows: Sequence[Row], words: str = "") -> list[Group]:
 
 
 def measured(row: Row) -> Case | None:
-    """The case of a row whose step was measured and may be scored; mixtures of experts are left out, as their forecasts are."""
+    """The case of a row whose step was measured and may be scored."""
+    return None if why_not(row) else case_of(row)
+
+
+def why_not(row: Row) -> str:
+    """Why a row does not compete, empty where it does; mixtures of experts are left out, as their forecasts are."""
+    if row.text("kind") != "run" or row.text("scorable") == "no":
+        return "not to be scored"
     try:
         case = case_of(row)
-    except AutoparError:
-        return None
-    counts = row.text("kind") == "run" and row.text("scorable") != "no" and case.measured_s is not None and case.dims.experts is None
-    return case if counts else None
+    except AutoparError as error:
+        return str(error)
+    return "mixture of experts" if case.dims.experts is not None else "" if case.measured_s is not None else "no step time"
+
+
+def left_out(rows: Sequence[Row], words: str = "") -> Iterator[str]:
+    """Groups by what is published of them, with plans enough of which too few compete, and why."""
+    plans: dict[tuple[str, ...], dict[tuple[str, ...], str]] = defaultdict(dict)
+    for row in rows:
+        if row.text("kind") == "run" and words.lower() in row.source.lower():
+            of_setting, plan = plans[tuple(row.text(name) for name in SETTING)], tuple(row.text(name) for name in PLAN)
+            of_setting[plan] = of_setting.get(plan, "missing") and why_not(row)
+    for (source, layers, hidden, seq, batch, number, gpu, *_), reasons in sorted(plans.items()):
+        missing = [why for why in reasons.values() if why]
+        if len(reasons) >= FEWEST > len(reasons) - len(missing):
+            yield f"left out: {source}, {layers} x {hidden}, seq {seq}, batch {batch}, {number} {gpu}: {len(missing)} of {len(reasons)} plans: {', '.join(sorted(set(missing)))}"
 
 
 def setting(case: Case) -> Hashable:
@@ -258,7 +281,8 @@ def main(
     seconds: Annotated[float, typer.Option(help="For every search, from its first plan on; 0: forecasts only.")] = 3.0,
 ) -> None:
     """Print the table and what it comes to."""
-    found = groups(read_rows(runs or OWN_ROWS), only)
+    rows = read_rows(runs or OWN_ROWS)
+    found = groups(rows, only)
     compared: dict[int, Comparison] = {}
     refused: list[str] = []
     for n, group in enumerate(track(found, "searches", console=Console(stderr=True))) if seconds else ():
@@ -268,7 +292,7 @@ def main(
             refused.append(f"{group.source}, {group.name}: {'no plan fits; ' if isinstance(error, InfeasibleError) else ''}{error}")
     console = Console(width=None if sys.stdout.isatty() else 230)
     console.print(table_of(found, compared))
-    for line in (*refused, *summary(found, compared)):
+    for line in (*refused, *left_out(rows, only), *summary(found, compared)):
         console.print(line, highlight=False, soft_wrap=True)
 
 

@@ -42,7 +42,13 @@ class Software:
 FLASH_1 = 0.55
 """Share of FlashAttention-2's rate that FlashAttention reaches. Source: Dao 2023, figures 4 to 6."""
 
-MEGATRON = Kernels(fused=True, repeats_collectives=True, sends_parts=True, stops_early=False)
+MEGATRON = Kernels(
+    fused=True, repeats_collectives=True, sends_parts=True, stops_early=False, softmax_batches=4, loss_passes=(8.0, 2.0), loss_launches=(20, 7),
+)  # fmt: skip
+"""Source of `softmax_batches`: Megatron-LM, model/fused_softmax.py (is_kernel_available). Of `loss_passes` and `loss_launches`: mpu/cross_entropy.py, which
+reads the logits for the largest; takes that off, makes exponentials and divides by their sum (each read, written); reads them for the sum; in the backward
+multiplies by the gradient of the row (read, written); the launches are those and what is done with one number a row, three collectives among them."""
+
 EAGER = Kernels(host_s=12e-6, adds_gradients=True, stops_early=False)
 
 HALF_AS_IT_IS = ("float16", "float32")
@@ -60,17 +66,20 @@ MEGATRON_2023 = Software(name="Megatron-LM 2023", flash=False, zero=1, sequence_
 
 MEGATRON_CORE = Software(
     name="Megatron Core", zero=1, selects_attention=True, sequence_parallel=True, overlap=True, biases=False, sums=("float16", "bfloat16"), fragments=0.03,
-    sends_once=True, offloads=True, kernels=replace(MEGATRON, host_s=10e-6),
+    sends_once=True, offloads=True, kernels=replace(MEGATRON, host_s=10e-6, loss_passes=None, loss_launches=(1, 1)),
 )  # fmt: skip
-"""Source of `offloads`: Megatron Bridge, perf_recipes/llama (cpu_offloading of 20 to 40 layers in every recipe with FSDP on Grace hosts)."""
+"""Source of `offloads`: Megatron Bridge, perf_recipes/llama (cpu_offloading of 20 to 40 layers in every recipe with FSDP on Grace hosts). Of the loss in one
+kernel: `cross_entropy_loss_fusion`, which NeMo's and Megatron Bridge's configurations of GPT set."""
 
 LLAMA_3 = replace(MEGATRON_CORE, name="Llama 3", sums=("float32", "float32"))
 """Source: Llama 3, section 3.3.2: sums in float32."""
 
 MEGATRON_DEEPSPEED = Software(
     name="Megatron-DeepSpeed", flash=False, half=True, dropout=0.1, sums=HALF_AS_IT_IS,
-    kernels=replace(MEGATRON, host_s=65e-6, adds_gradients=True, sums_whole=True),
+    kernels=replace(MEGATRON, host_s=60e-6, adds_gradients=True, sums_whole=True, loss_passes=(10.0, 2.0), loss_launches=(21, 7)),
 )  # fmt: skip
+"""Copies the logits before their loss. Source: bigscience-workshop/Megatron-DeepSpeed, mpu/cross_entropy.py. Of `host_s`: assumed, set by hand from vTrain's small
+models, where one more block takes 54 to 63 us for each of its operators (microbatches of one, on one, two and four ranks of tp)."""
 MEGATRON_DEEPSPEED_BLOCKING = replace(
     MEGATRON_DEEPSPEED, name="Megatron-DeepSpeed, launches block", kernels=replace(MEGATRON_DEEPSPEED.kernels, launches_block=True),
 )  # fmt: skip

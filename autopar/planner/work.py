@@ -209,8 +209,10 @@ def launches(program: Program, pricing: Pricing) -> tuple[int, int]:
     for i, (op, rule) in enumerate(zip(program.graph.ops, program.rules)):
         if rule.cost != "view" and not pieces_of.computed.isdisjoint(op.operands):
             live = not program.graph.differentiated.isdisjoint(op.results)
-            there += 1
-            back += live * (2 if op.kind in SPLIT else 1) + (pieces_of._computed_again(i) > 0)
+            shape = rule.product_shape(program.strategies[i], program.mesh)
+            forward, backward = pricing.kernels.launches(rule.kernel, rule.kind, shape[0] if shape else 1)
+            there += forward
+            back += live * (2 if op.kind in SPLIT else backward) + forward * (pieces_of._computed_again(i) > 0)
     for move in program.moves:
         there += move.step.forward in COLLECTIVES
         back += move.again + (move.live and move.step.backward in COLLECTIVES)

@@ -156,3 +156,22 @@ def test_parts_take_no_less_together_than_the_whole(shape: tuple[int, int, int, 
     for seconds in (forward_seconds, backward_seconds):
         launch = seconds(device, nothing)
         assert seconds(device, work) - launch <= parts * (seconds(device, share) - launch) * (1 + 1e-9)
+
+
+def test_a_loss_by_elementary_operators_takes_their_passes() -> None:
+    """1e9 bytes read and kept of the logits: two passes of one kernel, eight of operators; three and two in the backward."""
+    work = Work("pointwise", 0.0, 1e9, "float32", reads_again=True, kind="loss")
+    written_out = Kernels(loss_passes=(8.0, 2.0), loss_launches=(20, 7))
+    for kernels, there, back in ((Kernels(), 1.0, 1.5), (written_out, 4.0, 1.0)):
+        assert forward_seconds(PLAIN_DEVICE, work, kernels) == pytest.approx(there * 1e9 / 1e12)
+        assert backward_seconds(PLAIN_DEVICE, work, kernels) == pytest.approx(back * 1e9 / 1e12)
+    assert written_out.launches("pointwise", "loss", 1) == (20, 7) and Kernels().launches("pointwise", "loss", 1) == (1, 1)
+
+
+def test_a_softmax_of_heads_that_its_kernel_does_not_take_is_elementary() -> None:
+    fours = Kernels(softmax_batches=4)
+    seconds = [forward_seconds(PLAIN_DEVICE, Work("scores", 1.0, 1.0, "bfloat16", (heads, 1024, 1024, 64)), fours) / heads for heads in (2, 4, 6, 8)]
+    assert seconds[0] == pytest.approx(seconds[2]) and seconds[1] == pytest.approx(seconds[3])
+    assert seconds[0] - seconds[1] == pytest.approx((14 - 6) * 1024**2 * 2 / 1e12)
+    assert [fours.launches("scores", "scores", heads) for heads in (2, 4)] == [(5, 5), (1, 1)]
+    assert Kernels().launches("scores", "scores", 2) == (1, 1)

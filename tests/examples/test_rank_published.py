@@ -41,6 +41,16 @@ def test_plans_of_one_setting_compete_and_the_measured_best_is_held_against_the_
     assert not ranking.groups(rows[:2]) and not ranking.groups(rows, words="somebody")
 
 
+def test_groups_of_which_too_few_plans_can_be_priced_are_named(ranking: ModuleType) -> None:
+    rows = [row(n, 1.0, tp=str(2**n)) for n in range(3)]
+    assert not list(ranking.left_out(rows)) and not list(ranking.left_out([*rows, row(3, 1.0, pp="2", scorable="no")]))
+    (line,) = ranking.left_out([*rows[:2], row(2, 1.0, tp="4", scorable="no"), row(3, 1.0, scorable="no")])
+    assert line == "left out: nobody's runs, 4 x 1024, seq 512, batch 4, 4 A100-80GB: 1 of 3 plans: not to be scored"
+    (line,) = ranking.left_out([row(n, 1.0, tp=str(2**n), heads="") for n in range(3)])
+    assert line.endswith("3 of 3 plans: heads not published")
+    assert not list(ranking.left_out(rows[:2])) and not list(ranking.left_out([row(n, 1.0, tp=str(2**n), heads="") for n in range(3)], words="somebody"))
+
+
 def test_the_searched_plan_is_no_slower_than_what_was_measured_and_is_priced_as_they_would_run_it(ranking: ModuleType) -> None:
     (group,) = ranking.groups([row(n, 1.0 + n, tp=str(2**n)) for n in range(3)])
     found = ranking.compare(group, seconds=5.0)

@@ -190,3 +190,13 @@ def test_a_host_and_a_device_in_line() -> None:
     plan = StepPlan(layout=Layout3D(micro_batch=8))
     free, ahead, blocking = (Step(DIMS, plan, A100, kernels=k).step_s for k in (Kernels(), Kernels(host_s=2e-5), Kernels(host_s=2e-5, launches_block=True)))
     assert free < ahead < blocking
+
+
+def test_a_host_launches_what_a_loss_and_a_softmax_are_made_of() -> None:
+    """A host that is slower than all else launches 19 + 6 operators more for a loss, once, and 4 more for every softmax, forward and backward."""
+    dims, plan, host_s = replace(DIMS, fused_attention=False), StepPlan(layout=Layout3D()), 1e-3
+    plain, loss, softmax = (
+        Step(dims, plan, A100, kernels=Kernels(host_s=host_s, **more)).step_s for more in ({}, {"loss_launches": (20, 7)}, {"softmax_batches": 1000})
+    )
+    assert loss - plain == pytest.approx(25 * host_s, rel=1e-2)
+    assert softmax - plain == pytest.approx(dims.layers * 8 * host_s, rel=1e-2)
