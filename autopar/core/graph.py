@@ -266,6 +266,14 @@ class OpGraph:
             found.append(Wiring(forms.setdefault(key, len(forms)), given, made, inner, crossing))
         return tuple(found)
 
+    def part(
+        self, ops: Sequence[int], values: tuple[Value, ...], outputs: tuple[int, ...], updates: tuple[tuple[int, int], ...], differentiate: tuple[int, ...]
+    ) -> "OpGraph":
+        """Some of the operators, on the same values in other roles. What numbers metas and calls here numbers them there."""
+        made = replace(self, values=values, ops=tuple([self.ops[i] for i in ops]), outputs=outputs, updates=updates, differentiate=differentiate)
+        vars(made).update(metas=self.metas, calls=tuple([self.calls[i] for i in ops]))
+        return made
+
     def text(self) -> str:
         """One line per op, for people."""
         lines = []
