@@ -6,7 +6,7 @@ cut goes from the stage that makes it straight to each that reads it, once, in t
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -94,6 +94,13 @@ class Stages:
         group = next(g for g in self.tied if g[0] == first)
         return {v: stages for v, stages in self.shared.items() if stages[0] in group and v in self.whole.graph.differentiated}
 
+    @cached_property
+    def alike(self) -> tuple[Program, ...]:
+        """For every stage the program of the first one that is the same but for names: what is found of that is so of all."""
+        forms = {id(stage.program): stage.program.form() if len(self.stages) > 1 else None for stage in self.stages}
+        first: dict[Hashable, Program] = {}
+        return tuple(first.setdefault(forms[id(stage.program)], stage.program) for stage in self.stages)
+
     @property
     def placement(self) -> tuple[int, ...]:
         return tuple(s % self.pipeline.num_ranks for s in range(len(self.stages)))
@@ -114,9 +121,9 @@ class Stages:
 
     def _entries(self, rank: int) -> Iterable[tuple[LedgerKey, int]]:
         times, placement = self.whole.residency.micro_batches, self.placement
-        for stage in self.stages:
-            if placement[stage.number] == rank:
-                yield from stage.program.ledger.input_bytes
+        for program, where in zip(self.alike, placement, strict=True):
+            if where == rank:
+                yield from program.ledger.input_bytes
         for edge in self.edges:
             ends = placement[edge.source], placement[edge.target]
             if ends[0] != ends[1]:
