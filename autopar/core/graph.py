@@ -13,6 +13,9 @@ DTYPE_BYTES: Mapping[str, int] = {
     "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1, "complex64": 8, "complex128": 16,
 }  # fmt: skip
 
+RANDOM_SITE = "site"
+"""The argument, the last of a random operator, that numbers these in program order."""
+
 
 @dataclass(frozen=True, slots=True)
 class TensorMeta:
@@ -230,11 +233,13 @@ class OpGraph:
 
     @cached_property
     def calls(self) -> tuple[int, ...]:
-        """A number per op, the same for ops of the same kind, arguments and metas of operands and results."""
+        """A number per op, the same for ops of the same kind, arguments and metas of operands and results; random ones may differ in their site."""
         meta = self.metas
         known: dict[tuple[Any, ...], int] = {}
         found = []
         for op, arguments in zip(self.ops, self._arguments, strict=True):
+            if op.args and op.args[-1][0] == RANDOM_SITE:
+                arguments = str(op.args[:-1])
             key = (op.kind, arguments, tuple([meta[v] for v in op.operands]), tuple([meta[v] for v in op.results]))
             found.append(known.setdefault(key, len(known)))
         return tuple(found)
