@@ -4,7 +4,7 @@ The predicted ledger, the static check and the rewriter all read this one object
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -80,6 +80,28 @@ class Program:
         """The layout of every parameter between steps: `storage`, and what ZeRO cuts of it."""
         zero, values = self.residency.zero, self.graph.values
         return {v: zero_layout(values[v].meta.shape, x, zero[v].axes, self.mesh) if v in zero else x for v, x in self.storage.items()}
+
+    def form(self) -> Hashable:
+        """What it is but for the numbers of values and the names of blocks, which `blocks` has: parts of one program with equal forms cost the same."""
+        graph, zero = self.graph, self.residency.zero
+        given = [v for v in graph.given if graph.values[v].role != "elsewhere"]
+        values = sorted({*given, *(v for op in graph.ops for v in op.results)})
+        number = {v: n for n, v in enumerate(values)}
+        places = tuple([(tuple([number[v] for v in op.operands]), tuple([number[v] for v in op.results])) for op in graph.ops])
+        kept = tuple([(graph.values[v].role, bool(graph.values[v].source), self.storage.get(v), self.deferred.get(v), zero.get(v)) for v in given])
+        layouts = tuple([(graph.metas[v], self.produced[v], self.relay.get(v)) for v in values])
+        block_number = {block: n for n, block in enumerate(self.blocks)}
+        segments = tuple([(block_number.get(s.block), len(s.ops), self.mode(n)) for n, s in enumerate(graph.segments)])
+        between = tuple([(graph.ops[i].module_path, graph.ops[i].name) for s in graph.segments if not s.block for i in s.ops])
+        numbered = [tuple([number[v] for v in found]) for found in (given, graph.outputs, sum(graph.updates, ()), graph.seeds)]
+        ends = self.output_routes, self.update_routes, self.num_handed
+        state = self.residency.micro_batches, self.residency.precision, self.residency.offload
+        return graph.calls, places, kept, layouts, segments, between, self.strategies, tuple(self.routes.items()), *numbered, *ends, *state
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Module paths of the blocks that it has operators of."""
+        return tuple(dict.fromkeys([segment.block for segment in self.graph.segments if segment.block]))
 
     @cached_property
     def gathered(self) -> tuple[tuple[int, ...], ...]:

@@ -6,9 +6,10 @@ cut goes from the stage that makes it straight to each that reads it, once, in t
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 from autopar.core.graph import DTYPE_BYTES, OpGraph, Value
 from autopar.core.ledger import Ledger, LedgerKey
@@ -93,6 +94,13 @@ class Stages:
         group = next(g for g in self.tied if g[0] == first)
         return {v: stages for v, stages in self.shared.items() if stages[0] in group and v in self.whole.graph.differentiated}
 
+    @cached_property
+    def alike(self) -> tuple[Program, ...]:
+        """For every stage the program of the first one that is the same but for names: what is found of that is so of all."""
+        forms = {id(stage.program): stage.program.form() if len(self.stages) > 1 else None for stage in self.stages}
+        first: dict[Hashable, Program] = {}
+        return tuple(first.setdefault(forms[id(stage.program)], stage.program) for stage in self.stages)
+
     @property
     def placement(self) -> tuple[int, ...]:
         return tuple(s % self.pipeline.num_ranks for s in range(len(self.stages)))
@@ -113,9 +121,9 @@ class Stages:
 
     def _entries(self, rank: int) -> Iterable[tuple[LedgerKey, int]]:
         times, placement = self.whole.residency.micro_batches, self.placement
-        for stage in self.stages:
-            if placement[stage.number] == rank:
-                yield from stage.program.ledger.input_bytes
+        for program, where in zip(self.alike, placement, strict=True):
+            if where == rank:
+                yield from program.ledger.input_bytes
         for edge in self.edges:
             ends = placement[edge.source], placement[edge.target]
             if ends[0] != ends[1]:
@@ -176,11 +184,16 @@ class _Cutter:
         self.program, self.graph = program, program.graph
         self.num_stages = len(starts)
         graph = self.graph
-        self.home = [sum(i >= start for start in starts) - 1 for i in range(len(graph.ops))]
+        self.home = [s for s, (start, end) in enumerate(pairwise((*starts, len(graph.ops)))) for _ in range(start, end)]
         self.maker = {v: self.home[i] for i, op in enumerate(graph.ops) for v in op.results}
+        self.bound: list[list[int]] = [[] for _ in starts]  # operators that stay in their range
+        self.free: set[int] = set()  # those that are computed where they are needed
         self.roots: list[set[int]] = [set() for _ in starts]  # values that a stage must have
         for i, op in enumerate(graph.ops):
-            if self._bound(i):
+            if graph.searched.isdisjoint(op.results):
+                self.free.add(i)
+            else:
+                self.bound[self.home[i]].append(i)
                 self.roots[self.home[i]].update(op.operands)
         for v in graph.outputs:
             self.roots[self._at(v)].add(v)
@@ -188,9 +201,10 @@ class _Cutter:
             self.roots[self._at(v)].add(v)
         self.ops = [self._ops(s) for s in range(self.num_stages)]
 
-    def _bound(self, i: int) -> bool:
-        """Whether an operator stays in its range; the others are computed where they are needed."""
-        return any(v in self.graph.searched for v in self.graph.ops[i].results)
+    @cached_property
+    def elsewhere(self) -> tuple[Value, ...]:
+        """All values as a stage sees them that has none."""
+        return tuple([value if value.role == "op" else replace(value, role="elsewhere") for value in self.graph.values])
 
     def _at(self, v: int) -> int:
         """The stage that hands a value to the user; one that is no result of an operator comes from the last."""
@@ -199,9 +213,9 @@ class _Cutter:
     def _ops(self, stage: int) -> list[int]:
         needed = set(self.roots[stage])
         found = []
-        for i in reversed(range(len(self.graph.ops))):
+        for i in sorted((*self.bound[stage], *self.free), reverse=True):
             op = self.graph.ops[i]
-            if (self._bound(i) and self.home[i] == stage) or (not self._bound(i) and any(v in needed for v in op.results)):
+            if i not in self.free or not needed.isdisjoint(op.results):
                 found.append(i)
                 needed.update(op.operands)
         return found[::-1]
@@ -234,25 +248,23 @@ class _Cutter:
         updates = [n for n, (_, v) in enumerate(graph.updates) if self._at(v) == s]
         held = {v for i in ops for v in graph.ops[i].operands} | {graph.outputs[n] for n in own} | {b for n in updates for b in graph.updates[n]}
         seeds = tuple(v for v in graph.seeds if any(graph.outputs[n] == v for n in own))
-        part = replace(
-            graph,
-            values=tuple(_here(value, v in held, v in received) for v, value in enumerate(graph.values)),
-            ops=tuple(graph.ops[i] for i in ops),
-            outputs=(*(graph.outputs[n] for n in own), *handed),
-            updates=tuple(graph.updates[n] for n in updates),
+        values, produced, relay = list(self.elsewhere), list(whole.produced), dict(whole.relay)
+        for v in held:
+            values[v] = graph.values[v]
+        for v in received:
+            values[v], produced[v] = replace(graph.values[v], role="input"), relay.pop(v, (produced[v],))[-1]
+        part = graph.part(
+            ops, tuple(values), outputs=(*(graph.outputs[n] for n in own), *handed), updates=tuple(graph.updates[n] for n in updates),
             differentiate=(*seeds, *(v for v in handed if v in answered and v not in seeds)),
-        )
-        relay = {v: route for v, route in whole.relay.items() if v not in received}
-        produced = tuple(whole.relay[v][-1] if v in received and v in whole.relay else layout for v, layout in enumerate(whole.produced))
-        end = [relay[v][-1] if v in relay else produced[v] for v in range(len(produced))]
-        params = [v for v in graph.params if v in held]
+        )  # fmt: skip
+        params = {v: None for v in graph.params if v in held}
         return replace(
             whole, graph=part,
             rules=tuple(whole.rules[i] for i in ops), strategies=tuple(whole.strategies[i] for i in ops),
             storage={v: whole.storage[v] for v in params}, deferred={v: whole.deferred[v] for v in params},
-            produced=produced, relay=relay,
+            produced=tuple(produced), relay=relay,
             routes={(n, k): whole.routes[i, k] for n, i in enumerate(ops) for k in range(len(graph.ops[i].operands))},
-            output_routes=(*(whole.output_routes[n] for n in own), *((end[v],) for v in handed)),
+            output_routes=(*(whole.output_routes[n] for n in own), *((relay.get(v, (produced[v],))[-1],) for v in handed)),
             update_routes=tuple(whole.update_routes[n] for n in updates),
             residency=replace(whole.residency, zero={v: z for v, z in whole.residency.zero.items() if v in params}),
             num_handed=len(handed),
@@ -267,10 +279,3 @@ class _Cutter:
             if len(users) > 1 and self._at(v) in users:
                 name = self.graph.values[buffer].source[0]
                 raise UsageError(f"buffer {name} is updated by stage {self._at(v)} and read by stages {sorted(users)}; cut elsewhere")
-
-
-def _here(value: Value, held: bool, received: bool) -> Value:
-    """A value as one stage sees it."""
-    if received:
-        return replace(value, role="input")
-    return value if held or value.role == "op" else replace(value, role="elsewhere")

@@ -23,6 +23,7 @@ from autopar.cli.options import (
 )
 from autopar.cli.plan_command import DType, default_dtype
 from autopar.cli.points import SEARCHED, pins_of, point, print_points
+from autopar.core.collector import collector_paused
 from autopar.core.mixed import parse_machines
 from autopar.core.plan import Plan
 from autopar.models.load import check_name
@@ -48,7 +49,7 @@ def compare(
         else:
             checked_pins((*(pin or ()), *pins_of(name, machines)), machines)
     asked = Asked(pins=tuple(pin or ()), micro_batches=micro_batches, offload=offload, pipelines=pipelines, dtype=dtype or default_dtype(machines), joint=joint)
-    with working("loading torch") as progress:
+    with collector_paused(), working("loading torch") as progress:
         from autopar.models.load import load_model
         from autopar.request import Request
 

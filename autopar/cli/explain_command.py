@@ -27,6 +27,7 @@ from autopar.cli.options import (
 from autopar.cli.plan_command import DType, default_dtype
 from autopar.cli.points import Point, difference, given, pins_of, point, print_points
 from autopar.cli.units import duration
+from autopar.core.collector import collector_paused
 from autopar.core.mixed import Machines, MixedCluster, parse_machines
 from autopar.core.plan import Plan
 from autopar.errors import AutoparError
@@ -56,7 +57,7 @@ def explain(
     for text in why_not or ():
         pins_of(text, machines)
     asked = Asked(pins=checked_pins(pin, machines), micro_batches=micro_batches, offload=offload, pipelines=pipelines, dtype=dtype or default_dtype(machines), joint=joint)
-    with working("loading torch") as progress:
+    with collector_paused(), working("loading torch") as progress:
         from autopar.alternatives import alternatives
         from autopar.models.load import load_model
         from autopar.planner.explain import decisions_of

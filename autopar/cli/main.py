@@ -4,6 +4,7 @@
 (the best plan so far is printed); 5 not the same training; 70 an error inside autopar; 130 interrupted.
 """
 
+import gc
 import os
 import sys
 import traceback
@@ -94,6 +95,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # noqa: BLE001 - the one place that sees the errors nobody foresaw, and says so in one line
         text = f"internal error, {type(error).__name__}: {error}; repeat with --debug for the traceback and report it"
         return _fail(session, error, text, INTERNAL_ERROR)
+
+
+def process() -> int:
+    """`main` of a process that ends with it. Its objects are left to the system, which takes them back at once: the interpreter would look for cycles among them
+    first, a second and more where torch is loaded."""
+    code = main()
+    gc.freeze()
+    return code
 
 
 def _fail(session: Session, error: BaseException, text: str, code: int) -> int:

@@ -26,6 +26,7 @@ from autopar.cli.options import (
     checked_share,
     global_batch,
 )
+from autopar.core.collector import collector_paused
 from autopar.core.mixed import Machines, parse_machines
 from autopar.core.objective import Objective
 from autopar.core.parts import NAMED
@@ -65,7 +66,7 @@ def plan(
     checked_share("--max-memory", max_memory, 1.0)
     _check_writable(out)
     goal = Objective(objective, math.inf if within is None else _longest(within), fewer_devices)
-    with working("loading torch") as progress:
+    with collector_paused(), working("loading torch") as progress:
         from autopar.models.load import load_model
 
         size = global_batch(batch, machines, micro_batches)

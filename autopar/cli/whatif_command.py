@@ -27,6 +27,7 @@ from autopar.cli.plan_command import DType, default_dtype
 from autopar.cli.points import Point, given, print_points
 from autopar.cli.units import duration, size
 from autopar.core.change import changed
+from autopar.core.collector import collector_paused
 from autopar.core.mixed import Machines, parse_machines
 from autopar.core.units import shown
 from autopar.errors import InfeasibleError, UsageError
@@ -60,7 +61,7 @@ def whatif(
     texts = _swept(sweep) if sweep else []
     clusters = {text: changed(base, [text]) for text in texts} if sweep else {SAME: machines, ", ".join(changes or ()): base}
     asked = Asked(pins=checked_pins(pin, machines), micro_batches=micro_batches, offload=offload, pipelines=pipelines, dtype=dtype or default_dtype(machines), joint=joint)
-    with working("loading torch") as progress:
+    with collector_paused(), working("loading torch") as progress:
         from autopar.models.load import load_model
         from autopar.request import Request
 

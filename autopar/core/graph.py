@@ -13,6 +13,9 @@ DTYPE_BYTES: Mapping[str, int] = {
     "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1, "complex64": 8, "complex128": 16,
 }  # fmt: skip
 
+RANDOM_SITE = "site"
+"""The argument, the last of a random operator, that numbers these in program order."""
+
 
 @dataclass(frozen=True, slots=True)
 class TensorMeta:
@@ -230,11 +233,13 @@ class OpGraph:
 
     @cached_property
     def calls(self) -> tuple[int, ...]:
-        """A number per op, the same for ops of the same kind, arguments and metas of operands and results."""
+        """A number per op, the same for ops of the same kind, arguments and metas of operands and results; random ones may differ in their site."""
         meta = self.metas
         known: dict[tuple[Any, ...], int] = {}
         found = []
         for op, arguments in zip(self.ops, self._arguments, strict=True):
+            if op.args and op.args[-1][0] == RANDOM_SITE:
+                arguments = str(op.args[:-1])
             key = (op.kind, arguments, tuple([meta[v] for v in op.operands]), tuple([meta[v] for v in op.results]))
             found.append(known.setdefault(key, len(known)))
         return tuple(found)
@@ -265,6 +270,14 @@ class OpGraph:
             crossing = tuple([n for n, v in enumerate(made, start=len(given)) if v in used])
             found.append(Wiring(forms.setdefault(key, len(forms)), given, made, inner, crossing))
         return tuple(found)
+
+    def part(
+        self, ops: Sequence[int], values: tuple[Value, ...], outputs: tuple[int, ...], updates: tuple[tuple[int, int], ...], differentiate: tuple[int, ...]
+    ) -> "OpGraph":
+        """Some of the operators, on the same values in other roles. What numbers metas and calls here numbers them there."""
+        made = replace(self, values=values, ops=tuple([self.ops[i] for i in ops]), outputs=outputs, updates=updates, differentiate=differentiate)
+        vars(made).update(metas=self.metas, calls=tuple([self.calls[i] for i in ops]))
+        return made
 
     def text(self) -> str:
         """One line per op, for people."""

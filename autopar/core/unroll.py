@@ -11,13 +11,11 @@ from functools import cached_property
 from itertools import groupby
 from typing import Any
 
-from autopar.core.graph import Op, OpGraph, Value, named
+from autopar.core.graph import RANDOM_SITE, Op, OpGraph, Value, named
 from autopar.errors import NoFamilyError
 
 FIRST, SECOND, LAST = range(3)
 OUTSIDE = -1
-RANDOM_SITE = "site"
-"""The argument that numbers random operators in program order."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from functools import partial
 from itertools import accumulate
 
 from autopar.core.cluster import Cluster
+from autopar.core.collector import collector_paused
 from autopar.core.family import Family
 from autopar.core.graph import OpGraph
 from autopar.core.memory import MemoryUse
@@ -25,7 +26,7 @@ from autopar.planner.bind import decisions
 from autopar.planner.liveness import Engine
 from autopar.planner.meshes import role_names
 from autopar.planner.pins import Pins
-from autopar.planner.plan import Planned, collector_paused
+from autopar.planner.plan import Planned
 from autopar.planner.roles import batch_factors
 from autopar.planner.search import Options
 from autopar.planner.staging import Staged, pipeline_prediction

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autopar.core.collector import collector_paused
 from autopar.errors import FileFormatError, UsageError
 from autopar.models import catalog
 from autopar.models.config_file import read_config, shown
@@ -53,6 +54,7 @@ class _Request:
     overrides: Mapping[str, Any]
 
 
+@collector_paused()
 def load_model(
     spec: str,
     *,

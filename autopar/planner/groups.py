@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from autopar.core.cluster import Cluster
+from autopar.core.collector import collector_paused
 from autopar.core.graph import OpGraph
 from autopar.core.mixed import MixedCluster
 from autopar.core.plan import Plan
@@ -22,7 +23,7 @@ from autopar.planner.lengths import Task
 from autopar.planner.mixed import MixedPipelines
 from autopar.planner.pins import parse_pins
 from autopar.planner.pipelines import StagedCandidate
-from autopar.planner.plan import UNPRICED_GAIN, Planned, collector_paused, finished, may_be_pipelined
+from autopar.planner.plan import UNPRICED_GAIN, Planned, finished, may_be_pipelined
 from autopar.planner.search import Options
 from autopar.planner.shared import SharedSearch
 

@@ -1,14 +1,13 @@
 """How a plan is made, step by step."""
 
-import gc
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from autopar.core.cluster import Cluster
+from autopar.core.collector import collector_paused
 from autopar.core.graph import OpGraph
 from autopar.core.mesh import Mesh, MeshAxis
 from autopar.core.mixed import Machines
@@ -58,22 +57,6 @@ def plan_graph(
     """
     with collector_paused(), solvers():
         return _plan_graph(graph, cluster, options or Options(), progress, retrace)
-
-
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """Planning makes many small objects and no cycles; a full collection walks all of torch's objects, up to half a second each. What is left at the end
-    joins the oldest generation as it is: frozen and released at once, it is walked by the next full collection only."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if not gc.get_freeze_count():
-            gc.freeze()
-            gc.unfreeze()
-        if enabled:
-            gc.enable()
 
 
 def _plan_graph(graph: OpGraph, cluster: Cluster, options: Options, progress: Progress, retrace: Retrace) -> Planned:

@@ -1,7 +1,8 @@
 """A program cut into the stages of a pipeline: their programs built, their step simulated, their memory walked."""
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import accumulate
 
 from autopar.core.graph import block_of
@@ -20,6 +21,7 @@ from autopar.planner.liveness import Engine, Liveness, fullest
 from autopar.planner.meshes import flops_share
 from autopar.planner.states import Pricing
 from autopar.planner.work import compute_seconds, put_off_bytes, total_seconds
+from autopar.program import Program
 from autopar.stages import Stage, Stages, cut_into_stages
 
 
@@ -48,13 +50,27 @@ class Staged:
 
     @cached_property
     def _walks(self) -> tuple[Liveness, ...]:
-        programs = {id(stage.program): stage.program for stage in self.stages.stages}  # copies with equal shares are one program
-        walks = {key: Liveness.of(program) for key, program in programs.items()}
-        return tuple(walks[id(stage.program)] for stage in self.stages.stages)
+        walks = {key: Liveness.of(program) for key, program in self._kinds.items()}
+        return tuple(walks[id(program)] for program in self.stages.alike)
+
+    @cached_property
+    def _kinds(self) -> dict[int, Program]:
+        """The programs that differ in more than names."""
+        return {id(program): program for program in self.stages.alike}
 
     @cached_property
     def _states(self) -> tuple[Beside, ...]:
-        return tuple(state_of(stage.program) for stage in self.stages.stages)
+        states = {key: state_of(program) for key, program in self._kinds.items()}
+        return tuple(states[id(program)] for program in self.stages.alike)
+
+    @cached_property
+    def _moments(self) -> tuple[tuple[MemoryUse, ...], ...]:
+        """Of every stage by itself."""
+        moments = {id(walk.program): walk.moments(self.engine) for walk in {id(walk): walk for walk in self._walks}.values()}
+        return tuple(
+            tuple(_named(moment, dict(zip(program.blocks, stage.program.blocks, strict=True))) for moment in moments[id(program)])
+            for program, stage in zip(self.stages.alike, self.stages.stages, strict=True)
+        )
 
     def _cost(self, walk: Liveness, pricing: Pricing) -> StageCost:
         program = walk.program
@@ -108,7 +124,7 @@ class Staged:
             activations=max(0, in_flight), communication=RECEIVES_AHEAD * message, unsettled=SENDS_BEHIND * len(here) * message,
             temporaries=0 if self.engine.one_by_one else sum(o.temporaries for o in others),
         )  # fmt: skip
-        return fullest(self._walks[number].moments(self.engine), beside)
+        return fullest(self._moments[number], beside)
 
     def _largest_message(self, here: set[int]) -> int:
         """Bytes of the largest message that stages of one rank receive or send."""
@@ -131,8 +147,14 @@ class Staged:
         """Of the rank that receives most."""
         return max(self.stages.ledger(rank).total_bytes for rank in range(self.order.num_ranks))
 
+    def sum_of(self, rank: int, cost: Callable[[Program], float]) -> float:
+        """Of the stages of a rank."""
+        programs = [program for program, where in zip(self.stages.alike, self.stages.placement, strict=True) if where == rank]
+        costs = {id(program): cost(program) for program in {id(program): program for program in programs}.values()}
+        return sum(costs[id(program)] for program in programs)
+
     def stage_prediction(self, stage: Stage) -> StagePrediction:
-        rank, cost, graph = self.stages.placement[stage.number], self.costs[stage.number], stage.program.graph
+        rank, cost, graph = self.stages.placement[stage.number], self.costs[stage.number], self.stages.alike[stage.number].graph
         first, last = self._ends(stage.number)
         return StagePrediction(
             rank=rank,
@@ -170,16 +192,21 @@ class Staged:
         return times * (there + sum(stages.message_bytes(e.source, e.target, back=True) for e in away if e.target == stage))
 
 
+def _named(moment: MemoryUse, blocks: Mapping[str, str]) -> MemoryUse:
+    """With the block's name in another stage."""
+    what, of, where = moment.moment.partition(" of ")
+    return replace(moment, moment=f"{what}{of}{blocks.get(where, where)}")
+
+
 def pipeline_prediction(cluster: Machines, staged: Staged, tokens: int) -> Prediction:
     """The figures of the rank that computes longest, of the fullest, and of the one that receives most."""
     timeline, stages = staged.timeline, staged.stages
     step = timeline.step_time_s
     busiest = max(range(timeline.num_ranks), key=timeline.busy_s)
-    here = [stage for stage in stages.stages if stages.placement[stage.number] == busiest]
-    compute = staged.order.microbatches_of(busiest) * sum(compute_seconds(stage.program, staged.pricing.on(busiest)) for stage in here)
-    once = sum(staged.costs[stage.number].gather_s + staged.costs[stage.number].reduce_s for stage in here)
+    here = [stage for stage, rank in enumerate(stages.placement) if rank == busiest]
+    compute = staged.order.microbatches_of(busiest) * staged.sum_of(busiest, partial(compute_seconds, pricing=staged.pricing.on(busiest)))
+    once = sum(staged.costs[stage].gather_s + staged.costs[stage].reduce_s for stage in here)
     once += sum(staged.ties_s) if staged.order.shares else 0.0  # nothing of a step of copies hides their sum
-    by_rank = [[s.program for s in stages.stages if stages.placement[s.number] == rank] for rank in range(timeline.num_ranks)]
     return Prediction(
         step_time_s=step,
         compute_s=compute,
@@ -187,7 +214,7 @@ def pipeline_prediction(cluster: Machines, staged: Staged, tokens: int) -> Predi
         peak_memory_bytes=staged.worst_memory.high_bytes,
         memory=staged.worst_memory,
         communicated_bytes=staged.communicated_bytes,
-        recomputed_flops=max(sum(map(recomputed_flops, programs)) for programs in by_rank),
+        recomputed_flops=max(staged.sum_of(rank, recomputed_flops) for rank in range(timeline.num_ranks)),
         tokens_per_s=tokens / step if step else 0.0,
         mfu=flops_share(cluster, stages.whole, step),
         bubble=timeline.bubble_fraction,

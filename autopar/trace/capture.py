@@ -13,6 +13,7 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
+from autopar.core.collector import collector_paused
 from autopar.core.graph import OpGraph
 from autopar.errors import TraceError
 from autopar.trace.canonical import canonicalise
@@ -75,6 +76,7 @@ def _kwarg_names(spec: pytree.TreeSpec) -> list[str]:
     return list(spec.child(1).context or [])
 
 
+@collector_paused()
 def trace(model: nn.Module, args: tuple = (), kwargs: dict[str, Any] | None = None, *, name: str = "", float64: bool = False) -> Traced:
     """Trace a model without running it: meta tensors do. Raises TraceError naming the operator and its source line.
 

@@ -1,0 +1,83 @@
+"""Stages that are alike but for names are looked at once: what is said of each is what it costs and holds by itself."""
+
+from dataclasses import replace
+
+from autopar.core.cluster import Cluster
+from autopar.core.graph import Op, Operand, OpGraph, TensorMeta, Value
+from autopar.core.zero import Zero
+from autopar.joint.at_point import PointSearch
+from autopar.joint.deep import Deep, Sharding
+from autopar.joint.kinds import Depth
+from autopar.joint.plan import on_whole_graph
+from autopar.joint.space import Ideal, Point
+from autopar.planner.blocks import Order
+from autopar.planner.held import state_of
+from autopar.planner.liveness import Engine, Liveness, fullest
+from autopar.planner.staging import Staged
+from autopar.planner.work import total_seconds
+from tests.joint.models import LLAMA, graphs, joint_search, programs
+
+A100 = Cluster.preset("a100-sxm", nodes=1)
+DIMS = LLAMA.with_layers(16)
+
+
+def staged() -> Staged:
+    """Eight stages of two blocks on four ranks, of which the third and fifth compute one block again."""
+    joint = joint_search(DIMS, A100, 16, ("zero=1",))
+    search = PointSearch(joint, Point(4, 2, 1, 8, 2))
+    search.ideal_s(Ideal(A100, joint.run, joint.task))
+    light, heavy = Sharding.of(next(programs(search)), search.pricing, joint.run, Engine.of(A100), ("none", "full")).modes
+    depths = tuple(Depth(2, int(s in (2, 4))) for s in range(8))
+    return on_whole_graph(Deep(light, heavy, Order("interleaved", 4, 8, 2), depths), graphs(DIMS, DIMS.layers)(2)).staged
+
+
+def test_stages_that_are_alike_are_what_each_is_by_itself() -> None:
+    found = staged()
+    kinds = list(map(id, found.stages.alike))
+    assert [kinds.index(kind) for kind in kinds] == [0, 1, 2, 1, 2, 1, 1, 7]
+    for stage, kind, cost, moments, state in zip(found.stages.stages, found.stages.alike, found.costs, found._moments, found._states, strict=True):
+        program, walk = stage.program, Liveness.of(stage.program)
+        assert moments == walk.moments(found.engine)
+        assert fullest(moments, state) == fullest(walk.moments(found.engine), state_of(program))
+        forward, inputs, weights, gather, reduce, update = total_seconds(program, found.pricing).tolist()
+        assert (cost.forward_s, cost.input_gradient_s, cost.weight_gradient_s) == (forward, inputs, weights)
+        assert (cost.gather_s, cost.reduce_s, cost.step_s) == (gather, reduce, update)
+        assert cost.activation_bytes == sum(walk.kept_by_segment())
+        assert kind.ledger == program.ledger
+
+
+def test_stages_that_differ_in_any_decision_have_other_forms() -> None:
+    """A change of one thing in a stage."""
+    stage = staged().stages.stages[3].program
+    graph, v = stage.graph, stage.graph.params[0]
+    place, route = next(item for item in stage.routes.items() if graph.ops[item[0][0]].operands[item[0][1]] in graph.differentiated)
+    block = graph.segments[0].block
+    changed = [
+        replace(stage, strategies=(*stage.strategies[1:], ())),
+        replace(stage, storage={**stage.storage, v: ()}),
+        replace(stage, deferred={**stage.deferred, v: (5,)}),
+        replace(stage, produced=tuple(() if w == v else layout for w, layout in enumerate(stage.produced))),
+        replace(stage, relay={**stage.relay, v: ((),)}),
+        replace(stage, routes={**stage.routes, place: (*route, ())}),
+        replace(stage, output_routes=((),) * len(stage.output_routes)),
+        replace(stage, num_handed=0),
+        replace(stage, residency=replace(stage.residency, zero={**stage.residency.zero, v: Zero(3, (0,))})),
+        replace(stage, residency=replace(stage.residency, recompute={block: "full"})),
+        replace(stage, residency=replace(stage.residency, micro_batches=3)),
+        replace(stage, residency=replace(stage.residency, offload=True)),
+        replace(stage, graph=graph.part(range(len(graph.ops)), graph.values, graph.outputs, graph.updates, ())),
+    ]
+    forms = [program.form() for program in (stage, *changed)]
+    assert [forms.index(form) for form in forms] == list(range(len(forms)))
+
+
+def test_random_operators_are_one_call_whatever_their_site() -> None:
+    meta = TensorMeta((4,), "float32")
+    values = tuple(Value(f"x{n}", meta, "op" if n else "input") for n in range(4))
+
+    def dropout(n: int, p: float) -> Op:
+        return Op(f"dropout_{n}", "autopar.dropout.default", (n,), (n + 1,), (("input", Operand(0)), ("p", p), ("site", n)))
+
+    graph = OpGraph(values, (dropout(0, 0.1), dropout(1, 0.1), dropout(2, 0.2)), (3,))
+    assert graph.calls == (0, 0, 1)
+    assert graph.digest != replace(graph, ops=(*graph.ops[:2], replace(graph.ops[2], args=(*graph.ops[2].args[:2], ("site", 7))))).digest
