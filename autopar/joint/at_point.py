@@ -67,7 +67,8 @@ class PointSearch:
     """The sides that were asked for."""
     larger: "tuple[PointSearch, ...]" = ()
     """The same with microbatches that are several of these, the smallest first."""
-    _known: dict[tuple[tuple[int, ...], float], tuple[float, float]] = field(default_factory=dict)
+    _known: dict[tuple[int, ...], dict[float, tuple[float, float]]] = field(default_factory=dict)
+    """By sharding and limit: what its plans take at least, and up to what that was looked for."""
 
     @cached_property
     def orders(self) -> tuple[Order, ...]:
@@ -248,7 +249,7 @@ class PointSearch:
         best: Found | None = None
         left, unseen = self.tables.chosen((asking or self.first)()), 0.0
         while left := [choices for choices in left if self.least_s(choices, limit_bytes, below_s) < below_s]:
-            choices = min(left, key=lambda c: self.least_s(c, limit_bytes - unseen, below_s))
+            choices = self._soonest_of(left, limit_bytes - unseen, below_s) or left[0]
             left.remove(choices)
             sharding = self.tables.sharding(choices)
             made = self._mixed(sharding, limit_bytes, below_s)
@@ -258,7 +259,17 @@ class PointSearch:
 
     def promised_s(self, limit_bytes: float) -> float:
         """Of the sharding that is planned first: how soon the point is worth to be planned."""
-        return min((self.least_s(choices, limit_bytes * SEEN) for choices in self.tables.chosen(self.first())), default=math.inf)
+        chosen, room_bytes = self.tables.chosen(self.first()), limit_bytes * SEEN
+        soonest = self._soonest_of(chosen, room_bytes)
+        return self.least_s(soonest, room_bytes) if soonest is not None else math.inf
+
+    def _soonest_of(self, left: Sequence[tuple[int, ...]], limit_bytes: float, below_s: float = math.inf) -> tuple[int, ...] | None:
+        """The sharding with the least `least_s`, where one is under `below_s`. None is looked at more closely than it takes to know that another has less."""
+        found = None
+        for choices in sorted(left, key=lambda c: self._roomier_s(c, limit_bytes)):
+            if self._roomier_s(choices, limit_bytes) < below_s and (least := self.least_s(choices, limit_bytes, below_s)) < below_s:
+                found, below_s = choices, least
+        return found
 
     def _mixed(self, sharding: Sharding, limit_bytes: float, below_s: float) -> Found | None:
         """The best plan of a sharding within a limit that takes less than `below_s`."""
@@ -301,23 +312,40 @@ class PointSearch:
 
     def least_s(self, choices: tuple[int, ...], limit_bytes: float, enough_s: float = math.inf) -> float:
         """No plan of a sharding takes less, by the linear model of memory. No higher bound is looked for than `enough_s`."""
-        key = choices, limit_bytes
-        least, looked_for = self._known.get(key, (0.0, 0.0))
-        if least >= looked_for < enough_s:
-            least, _ = self._known[key] = self._sharding_s(choices, self._room_bytes(limit_bytes), enough_s), enough_s
+        known = self._known.setdefault(choices, {})
+        least, looked_for = known.get(limit_bytes, (self._roomier_s(choices, limit_bytes), 0.0))
+        if looked_for <= least < enough_s:
+            least, _ = known[limit_bytes] = max(least, self._sharding_s(choices, self._room_bytes(limit_bytes), enough_s)), enough_s
         return least
 
+    def _roomier_s(self, choices: tuple[int, ...], limit_bytes: float) -> float:
+        """What is known of it, with so much memory or with more."""
+        roomier = (least for limit, (least, _) in self._known.get(choices, {}).items() if limit >= limit_bytes)
+        return max(roomier, default=self._fastest_orders(choices)[0][0])
+
+    def _fastest_orders(self, choices: tuple[int, ...]) -> list[tuple[float, Order]]:
+        """Every order with what it takes at least, whatever memory there is; the fastest first."""
+        if choices not in self._orders:
+            parts = {side: self.tables.side(side).parts_of(choices) for order in self.orders for side in sides(order)}
+            found = [(self._fastest_s(order, parts.__getitem__), order) for order in self.orders]
+            self._orders[choices] = sorted(found, key=lambda pair: pair[0])
+        return self._orders[choices]
+
+    @cached_property
+    def _orders(self) -> dict[tuple[int, ...], list[tuple[float, Order]]]:
+        return {}
+
     def _sharding_s(self, choices: tuple[int, ...], room_bytes: float, enough_s: float) -> float:
-        parts, least = {side: self.tables.side(side).parts_of(choices) for order in self.orders for side in sides(order)}, enough_s
-        for fastest, order in sorted(((self._fastest_s(order, parts.__getitem__), order) for order in self.orders), key=lambda pair: (pair[1].virtual > 1, pair[0])):
+        least = enough_s
+        for fastest, order in sorted(self._fastest_orders(choices), key=lambda pair: pair[1].virtual > 1):
             if fastest < least:
                 side = sides(order)[0]
-                figures = self.tables.side(side).figures(choices)
+                parts, figures = (self.tables.side(side).parts_of(choices), self.tables.side(side).figures(choices))
                 if order.virtual > 1:
-                    least = min(least, self._even_s(order, parts[side], figures.held(_flights(order), room_bytes), room_bytes, least))
+                    least = min(least, self._even_s(order, parts, figures.held(_flights(order), room_bytes), room_bytes, least))
                     continue
                 lines = [figures.lines(flight, room) for flight, room in zip(order.in_flight, self._rooms(order, room_bytes), strict=True)]
-                least = min(least, max(fastest, self._step_s(order, parts[side], lines, self._waits(side, parts[side]))))
+                least = min(least, max(fastest, self._step_s(order, parts, lines, self._waits(side, parts))))
         return least
 
 

@@ -7,6 +7,7 @@ sharding in place of all, at the few prices of a byte at which two modes cost th
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from autopar.joint.bounds import Line, counted
 from autopar.joint.deep import Deep
@@ -39,12 +40,31 @@ class Figures:
         free = Line(min(block.seconds for block in self.blocks.values()))
         if limit_bytes == math.inf:
             return [free]
-        return [free, *(Line(self._block_s(flight, price), price * limit_bytes, price) for price in self._prices(flight))]
+        return [free, *(Line(block_s, price * limit_bytes, price) for price, block_s in self._priced(flight))]
 
     def held(self, flights: Collection[int], limit_bytes: float) -> list[Held]:
         """What bytes cost a block with so many microbatches in flight, at all prices at which it matters. Memory may have no limit."""
-        prices = sorted({price for flight in flights for price in self._prices(flight)}) if limit_bytes < math.inf else ()
-        return [Held(price, {flight: self._block_s(flight, price) for flight in flights}) for price in prices]
+        if limit_bytes == math.inf:
+            return []
+        key = tuple(flights)
+        if key not in self._held:
+            prices = sorted({price for flight in flights for price, _ in self._priced(flight)})
+            self._held[key] = [Held(price, {flight: self._block_s(flight, price) for flight in flights}) for price in prices]
+        return self._held[key]
+
+    @cached_property
+    def _held(self) -> dict[tuple[int, ...], list[Held]]:
+        return {}
+
+    def _priced(self, flight: float) -> list[tuple[float, float]]:
+        """Prices that matter, and what a block costs at them."""
+        if flight not in self._of_flight:
+            self._of_flight[flight] = [(price, self._block_s(flight, price)) for price in self._prices(flight)]
+        return self._of_flight[flight]
+
+    @cached_property
+    def _of_flight(self) -> dict[float, list[tuple[float, float]]]:
+        return {}
 
     def _block_s(self, flight: float, price: float) -> float:
         return min(block.seconds + price * block.held_bytes(flight) for block in self.blocks.values())

@@ -17,7 +17,7 @@ computed yet.
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from autopar.core.cluster import Cluster
 from autopar.core.device import Link
@@ -27,6 +27,9 @@ from autopar.joint.space import Point
 
 LARGEST = 192
 """Points whose tables are kept."""
+
+ANSWERS = 4
+"""Questions whose answers are kept."""
 
 PROVED = 4
 """Searches whose bounds are kept, for each mesh and size of microbatches."""
@@ -84,19 +87,38 @@ class Floors:
 
 
 @dataclass
-class Known:
-    """Of one model and one way to train it. It grows to its limits and no further; what was used least lately goes first."""
+class Recent:
+    """At most so many values; what was used least lately goes first."""
 
-    _kept: OrderedDict[Hashable, object] = field(default_factory=OrderedDict)
+    most: int
+    _values: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict)
+
+    def get(self, key: Hashable) -> Any:
+        """None where it is not kept."""
+        if key in self._values:
+            self._values.move_to_end(key)
+        return self._values.get(key)
+
+    def put(self, key: Hashable, value: object) -> None:
+        self._values[key] = value
+        while len(self._values) > self.most:
+            self._values.popitem(last=False)
+
+
+@dataclass
+class Known:
+    """Of one model and one way to train it. It grows to its limits and no further. `answers`: to whole questions, by all that they depend on."""
+
+    answers: Recent = field(default_factory=lambda: Recent(ANSWERS))
+    _kept: Recent = field(default_factory=lambda: Recent(LARGEST))
     _proved: dict[Hashable, list[Proved]] = field(default_factory=dict)
 
     def kept(self, key: Hashable, make: Callable[[], T]) -> T:
-        if key not in self._kept:
-            self._kept[key] = make()
-            while len(self._kept) > LARGEST:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        return self._kept[key]  # type: ignore[return-value]
+        found = self._kept.get(key)
+        if found is None:
+            found = make()
+            self._kept.put(key, found)
+        return found
 
     def add(self, about: Hashable, proved: Proved) -> None:
         """`about`: what else the bounds depend on."""

@@ -14,7 +14,7 @@ pipelines are even. Memory in the bounds is what the linear model says, which co
 import heapq
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 
 from autopar.core.units import size
@@ -69,6 +69,11 @@ class JointSearch(Given):
 
     progress: Callable[[str], None] = lambda text: None
     gap: float = GAP
+
+    @property
+    def question(self) -> Hashable:
+        """What the answer depends on beside the model."""
+        return self.run, self.batch, self.cluster, self.pins, replace(self.options, pins=()), self.gap
 
     def search(self) -> Joint:
         """Raises InfeasibleError where nothing fits. The time limit is for what comes after the first plan."""
