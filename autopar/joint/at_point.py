@@ -1,7 +1,7 @@
 """Bounds on all plans of one point, and the best of them that is found."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -16,7 +16,7 @@ from autopar.joint.envelope import Envelope
 from autopar.joint.even import Cuts, Held, even_cuts, rank_cuts
 from autopar.joint.fold import border_bytes
 from autopar.joint.given import Given
-from autopar.joint.known import SAFE, Flat, Floors, Proved
+from autopar.joint.known import SAFE, Flat, Floors, Proved, without_memory
 from autopar.joint.priced import AROUND, Priced
 from autopar.joint.space import Ideal, Point, orders
 from autopar.joint.tables import PointTables
@@ -102,7 +102,7 @@ class PointSearch:
             return found.setdefault(side, Priced(self.tables.side(side), self.tables.rough(side)))
 
         least = SAFE * self._fitting_s(priced, roughly=True)
-        self._tell(found)
+        self._tell(found, least, self.joint.limit_bytes)
         return least
 
     def fastest_s(self) -> float:
@@ -111,7 +111,7 @@ class PointSearch:
         for sooner, order in self._soonest(self._solved):
             if sooner < least:
                 least = min(least, self._fastest_of(order, sides(order)[0], self._solved))
-        self._tell(self.priced)
+        self._tell(self.priced, least, math.inf)
         return least
 
     def _soonest(self, parts: Callable[[str], Parts]) -> list[tuple[float, Order]]:
@@ -132,7 +132,7 @@ class PointSearch:
     def fitting_s(self) -> float:
         """The bound under the memory limit of every rank, by the linear model of memory; inf where not even that can be met."""
         least = self._fitting_s(self._priced)
-        self._tell(self.priced)
+        self._tell(self.priced, least, self.joint.limit_bytes)
         return least
 
     def _priced(self, side: str) -> Priced:
@@ -200,8 +200,17 @@ class PointSearch:
             least = min(least, max(self._fastest_s(order, parts), self._step_s(order, parts(side), lines, self._waits(side, parts(side)))))
         return least
 
-    def _tell(self, found: Mapping[str, Priced]) -> None:
-        """What is found out, by side, to the searches that follow."""
+    def roomier_s(self) -> float:
+        """What is known of `fitting_s` from searches of this point with more memory; 0 where nothing is."""
+        return self.joint.known.bound(self._about, self.joint.limit_bytes)
+
+    @property
+    def _about(self) -> Hashable:
+        return self.joint.about, self.joint.pins, without_memory(self.joint.cluster), self.point
+
+    def _tell(self, found: Mapping[str, Priced], least_s: float, limit_bytes: float) -> None:
+        """What is found out, by side and within a limit, to the searches that follow."""
+        self.joint.known.add_bound(self._about, limit_bytes, least_s)
         lines = {side: tuple(Flat(flight, price, priced.block_s(flight, price)) for (flight, _), price in priced.prices.items() if price) for side, priced in found.items()}
         parts = {side: priced.parts for side, priced in found.items()}
         self.joint.known.add(self.joint.about, Proved(self.joint.cluster, self.point, self.tables.operators, parts, lines))

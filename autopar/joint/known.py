@@ -32,7 +32,10 @@ ANSWERS = 4
 """Questions whose answers are kept."""
 
 PROVED = 4
-"""Searches whose bounds are kept, for each mesh and size of microbatches."""
+"""Searches whose bounds are kept, for each mesh and size of microbatches, and limits of memory for each point."""
+
+BOUNDED = 4096
+"""Points whose bounds at limits of memory are kept."""
 
 LINES = 6
 """Prices of memory that are looked at for one rank."""
@@ -112,6 +115,8 @@ class Known:
     answers: Recent = field(default_factory=lambda: Recent(ANSWERS))
     _kept: Recent = field(default_factory=lambda: Recent(LARGEST))
     _proved: dict[Hashable, list[Proved]] = field(default_factory=dict)
+    _bounds: Recent = field(default_factory=lambda: Recent(BOUNDED))
+    """By point with all that its bounds depend on: some of them, by limit of memory."""
 
     def kept(self, key: Hashable, make: Callable[[], T]) -> T:
         found = self._kept.get(key)
@@ -124,6 +129,16 @@ class Known:
         """`about`: what else the bounds depend on."""
         found = self._proved.setdefault((about, _place(proved.point, proved.cluster)), [])
         found[:] = [p for p in found if (p.cluster, p.point) != (proved.cluster, proved.point)][-PROVED + 1 :] + [proved]
+
+    def add_bound(self, about: Hashable, limit_bytes: float, least_s: float) -> None:
+        """No plan within a limit takes less. What was known of the limits before is kept too."""
+        known = self._bounds.get(about) or {}
+        others = [item for item in known.items() if item[0] != limit_bytes][-PROVED + 1 :]
+        self._bounds.put(about, {**dict(others), limit_bytes: max(least_s, known.get(limit_bytes, 0.0))})
+
+    def bound(self, about: Hashable, limit_bytes: float) -> float:
+        """What is known of plans within a limit from this one and larger ones."""
+        return SAFE * max((least for limit, least in (self._bounds.get(about) or {}).items() if limit >= limit_bytes), default=0.0)
 
     def floors(self, about: Hashable, point: Point, cluster: Cluster, ideal: Parts) -> Floors | None:
         """What is known of a point; `ideal`: its operators take no less of a step. None where nothing is."""
