@@ -17,7 +17,7 @@ from autopar.joint.even import Cuts, Held, even_cuts, rank_cuts
 from autopar.joint.fold import border_bytes
 from autopar.joint.given import Given
 from autopar.joint.known import SAFE, Flat, Floors, Proved, without_memory
-from autopar.joint.priced import AROUND, Priced
+from autopar.joint.priced import Priced, around
 from autopar.joint.space import Ideal, Point, orders
 from autopar.joint.tables import PointTables
 from autopar.planner.blocks import Order
@@ -155,7 +155,7 @@ class PointSearch:
             if order.virtual > 1:
                 prices = priced.binding((max(order.in_flight), min(order.in_flight)), room)
                 if prices and not roughly:
-                    prices = sorted({*prices, *(prices[0] * factor for factor in AROUND)})
+                    prices = sorted({*prices, *around(prices[0])})
                     for price in prices:
                         priced.look(_flights(order), price)
                     prices.append(priced.lean_price(room))  # no plan holds less than every table's least
