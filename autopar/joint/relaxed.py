@@ -1,7 +1,7 @@
 """The folded problem in parts, at prices of memory: what no plan of a point pays less for."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
