@@ -165,13 +165,18 @@ class Request:
         share = given.pop("max_memory", MEMORY_SHARE)
         if given.get("joint") is None and cluster.num_nodes == 1:
             given["joint"] = False  # dozens of plans, nearly all of which are short of memory
+        before: Planned | None = None
         while True:
             try:
                 found = self.planned(cluster, max_memory=share, **given)
             except InfeasibleError:
-                return
-            yield found
+                break
+            if before is not None and before.plan.predicted.step_time_s < found.plan.predicted.step_time_s:
+                yield before  # else this one, which was not found with more memory, is faster too
+            before = found
             share = LEANER * found.plan.predicted.memory.high_bytes / cluster.device.memory_bytes
+        if before is not None:
+            yield before
 
     def _joint(self, cluster: Cluster, options: Options, progress: Progress) -> JointSearch | None:
         """The joint search, where it is asked for or the cluster has several nodes, and the model is one row of equal blocks. Of one node `_fitting` decides."""

@@ -1,4 +1,8 @@
-"""Which search answers where nothing is asked for: that of meshes where its plan fits as it is, else the better of it and the joint one."""
+"""Which search answers where nothing is asked for: that of meshes where its plan fits as it is, else the better of it and the joint one. And the front of plans
+that hold less and less."""
+
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -49,3 +53,19 @@ def test_models_of_several_rows_are_searched_as_before() -> None:
     asked = request("t5-tiny")
     assert not asked.searches_jointly()
     assert asked.planned(NODE, max_memory=0.9).plan == request("t5-tiny").planned(NODE, joint=False).plan
+
+
+def test_the_front_leaves_out_what_a_leaner_plan_beats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the gap of a search is wide, one with less memory may find what it missed."""
+    found = [(1.0, 70), (1.2, 60), (1.5, 50), (1.4, 40), (1.6, 30), (1.6, 20)]
+
+    def planned(self: Request, cluster: Cluster, *, max_memory: float, **given: Any) -> Any:
+        fits = [pair for pair in found if pair[1] <= max_memory * NODE.device.memory_bytes]
+        if not fits:
+            raise InfeasibleError("nothing fits")
+        memory = SimpleNamespace(high_bytes=fits[0][1])
+        return SimpleNamespace(plan=SimpleNamespace(predicted=SimpleNamespace(step_time_s=fits[0][0], memory=memory)))
+
+    monkeypatch.setattr(Request, "planned", planned)
+    front = [p.plan.predicted for p in request().front(NODE)]
+    assert [(p.step_time_s, p.memory.high_bytes) for p in front] == [(1.0, 70), (1.2, 60), (1.4, 40), (1.6, 20)]

@@ -1,7 +1,7 @@
 """Bounds on all plans of one point, and the best of them that is found."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, product
@@ -16,8 +16,8 @@ from autopar.joint.envelope import Envelope
 from autopar.joint.even import Cuts, Held, even_cuts, rank_cuts
 from autopar.joint.fold import border_bytes
 from autopar.joint.given import Given
-from autopar.joint.known import SAFE, Flat, Floors, Proved
-from autopar.joint.priced import AROUND, Priced
+from autopar.joint.known import SAFE, Flat, Floors, Proved, without_memory
+from autopar.joint.priced import Priced, around
 from autopar.joint.space import Ideal, Point, orders
 from autopar.joint.tables import PointTables
 from autopar.planner.blocks import Order
@@ -67,7 +67,8 @@ class PointSearch:
     """The sides that were asked for."""
     larger: "tuple[PointSearch, ...]" = ()
     """The same with microbatches that are several of these, the smallest first."""
-    _known: dict[tuple[tuple[int, ...], float], tuple[float, float]] = field(default_factory=dict)
+    _known: dict[tuple[int, ...], dict[float, tuple[float, float]]] = field(default_factory=dict)
+    """By sharding and limit: what its plans take at least, and up to what that was looked for."""
 
     @cached_property
     def orders(self) -> tuple[Order, ...]:
@@ -101,7 +102,7 @@ class PointSearch:
             return found.setdefault(side, Priced(self.tables.side(side), self.tables.rough(side)))
 
         least = SAFE * self._fitting_s(priced, roughly=True)
-        self._tell(found)
+        self._tell(found, least, self.joint.limit_bytes)
         return least
 
     def fastest_s(self) -> float:
@@ -110,7 +111,7 @@ class PointSearch:
         for sooner, order in self._soonest(self._solved):
             if sooner < least:
                 least = min(least, self._fastest_of(order, sides(order)[0], self._solved))
-        self._tell(self.priced)
+        self._tell(self.priced, least, math.inf)
         return least
 
     def _soonest(self, parts: Callable[[str], Parts]) -> list[tuple[float, Order]]:
@@ -131,7 +132,7 @@ class PointSearch:
     def fitting_s(self) -> float:
         """The bound under the memory limit of every rank, by the linear model of memory; inf where not even that can be met."""
         least = self._fitting_s(self._priced)
-        self._tell(self.priced)
+        self._tell(self.priced, least, self.joint.limit_bytes)
         return least
 
     def _priced(self, side: str) -> Priced:
@@ -155,7 +156,7 @@ class PointSearch:
             if order.virtual > 1:
                 prices = priced.binding((max(order.in_flight), min(order.in_flight)), room)
                 if prices and not roughly:
-                    prices = sorted({*prices, *(prices[0] * factor for factor in AROUND)})
+                    prices = sorted({*prices, *around(prices[0])})
                     self._look((priced, whole), _flights(order), prices)
                     prices.append(priced.lean_price(room))  # no plan holds less than every table's least
                 held = [priced.held(_flights(order), price, whole) for price in prices]
@@ -208,8 +209,17 @@ class PointSearch:
             least = min(least, max(self._fastest_s(order, parts), self._step_s(order, parts(side), lines, self._waits(side, parts(side)))))
         return least
 
-    def _tell(self, found: Mapping[str, Priced]) -> None:
-        """What is found out, by side, to the searches that follow."""
+    def roomier_s(self) -> float:
+        """What is known of `fitting_s` from searches of this point with more memory; 0 where nothing is."""
+        return self.joint.known.bound(self._about, self.joint.limit_bytes)
+
+    @property
+    def _about(self) -> Hashable:
+        return self.joint.about, self.joint.pins, without_memory(self.joint.cluster), self.point
+
+    def _tell(self, found: Mapping[str, Priced], least_s: float, limit_bytes: float) -> None:
+        """What is found out, by side and within a limit, to the searches that follow."""
+        self.joint.known.add_bound(self._about, limit_bytes, least_s)
         lines = {side: tuple(Flat(flight, price, priced.block_s(flight, price)) for (flight, _), price in priced.prices.items() if price) for side, priced in found.items()}
         parts = {side: priced.parts for side, priced in found.items()}
         self.joint.known.add(self.joint.about, Proved(self.joint.cluster, self.point, self.tables.operators, parts, lines))
@@ -259,7 +269,7 @@ class PointSearch:
         best: Found | None = None
         left, unseen = self.tables.chosen((asking or self.first)()), 0.0
         while left := [choices for choices in left if self.least_s(choices, limit_bytes, below_s) < below_s]:
-            choices = min(left, key=lambda c: self.least_s(c, limit_bytes - unseen, below_s))
+            choices = self._soonest_of(left, limit_bytes - unseen, below_s) or left[0]
             left.remove(choices)
             sharding = self.tables.sharding(choices)
             made = self._mixed(sharding, limit_bytes, below_s)
@@ -269,7 +279,17 @@ class PointSearch:
 
     def promised_s(self, limit_bytes: float) -> float:
         """Of the sharding that is planned first: how soon the point is worth to be planned."""
-        return min((self.least_s(choices, limit_bytes * SEEN) for choices in self.tables.chosen(self.first())), default=math.inf)
+        chosen, room_bytes = self.tables.chosen(self.first()), limit_bytes * SEEN
+        soonest = self._soonest_of(chosen, room_bytes)
+        return self.least_s(soonest, room_bytes) if soonest is not None else math.inf
+
+    def _soonest_of(self, left: Sequence[tuple[int, ...]], limit_bytes: float, below_s: float = math.inf) -> tuple[int, ...] | None:
+        """The sharding with the least `least_s`, where one is under `below_s`. None is looked at more closely than it takes to know that another has less."""
+        found = None
+        for choices in sorted(left, key=lambda c: self._roomier_s(c, limit_bytes)):
+            if self._roomier_s(choices, limit_bytes) < below_s and (least := self.least_s(choices, limit_bytes, below_s)) < below_s:
+                found, below_s = choices, least
+        return found
 
     def _mixed(self, sharding: Sharding, limit_bytes: float, below_s: float) -> Found | None:
         """The best plan of a sharding within a limit that takes less than `below_s`."""
@@ -312,25 +332,41 @@ class PointSearch:
 
     def least_s(self, choices: tuple[int, ...], limit_bytes: float, enough_s: float = math.inf) -> float:
         """No plan of a sharding takes less, by the linear model of memory. No higher bound is looked for than `enough_s`."""
-        key = choices, limit_bytes
-        least, looked_for = self._known.get(key, (0.0, 0.0))
-        if least >= looked_for < enough_s:
-            least, _ = self._known[key] = self._sharding_s(choices, self._room_bytes(limit_bytes), enough_s), enough_s
+        known = self._known.setdefault(choices, {})
+        least, looked_for = known.get(limit_bytes, (self._roomier_s(choices, limit_bytes), 0.0))
+        if looked_for <= least < enough_s:
+            least, _ = known[limit_bytes] = max(least, self._sharding_s(choices, self._room_bytes(limit_bytes), enough_s)), enough_s
         return least
 
+    def _roomier_s(self, choices: tuple[int, ...], limit_bytes: float) -> float:
+        """What is known of it, with so much memory or with more."""
+        roomier = (least for limit, (least, _) in self._known.get(choices, {}).items() if limit >= limit_bytes)
+        return max(roomier, default=self._fastest_orders(choices)[0][0])
+
+    def _fastest_orders(self, choices: tuple[int, ...]) -> list[tuple[float, Order]]:
+        """Every order with what it takes at least, whatever memory there is; the fastest first."""
+        if choices not in self._orders:
+            parts = {side: self.tables.side(side).parts_of(choices) for order in self.orders for side in sides(order)}
+            found = [(self._fastest_s(order, parts.__getitem__), order) for order in self.orders]
+            self._orders[choices] = sorted(found, key=lambda pair: pair[0])
+        return self._orders[choices]
+
+    @cached_property
+    def _orders(self) -> dict[tuple[int, ...], list[tuple[float, Order]]]:
+        return {}
+
     def _sharding_s(self, choices: tuple[int, ...], room_bytes: float, enough_s: float) -> float:
-        parts, least = {side: self.tables.side(side).parts_of(choices) for side in ("passes", "whole")}, enough_s
-        whole_s, whole = parts["whole"].block, self.tables.whole.figures(choices)
-        for fastest, order in sorted(((self._fastest_s(order, parts.__getitem__), order) for order in self.orders), key=lambda pair: (pair[1].virtual > 1, pair[0])):
+        least, whole_s, whole = enough_s, self.tables.whole.parts_of(choices).block, self.tables.whole.figures(choices)
+        for fastest, order in sorted(self._fastest_orders(choices), key=lambda pair: pair[1].virtual > 1):
             if fastest < least:
-                side = sides(order)[0]
-                figures = self.tables.side(side).figures(choices)
+                relaxed = self.tables.side(sides(order)[0])
+                parts, figures = relaxed.parts_of(choices), relaxed.figures(choices)
                 if order.virtual > 1:
                     held = figures.held(_flights(order), room_bytes, whole)
-                    least = min(least, self._even_s(order, parts[side], held, room_bytes, least, whole_s=whole_s))
+                    least = min(least, self._even_s(order, parts, held, room_bytes, least, whole_s=whole_s))
                     continue
                 lines = [figures.lines(flight, room, whole) for flight, room in zip(order.in_flight, self._rooms(order, room_bytes), strict=True)]
-                least = min(least, max(fastest, self._step_s(order, parts[side], lines, self._waits(side, parts[side]))))
+                least = min(least, max(fastest, self._step_s(order, parts, lines, self._waits(sides(order)[0], parts))))
         return least
 
 

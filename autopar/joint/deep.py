@@ -164,19 +164,25 @@ def roomy_depths(sharding: Sharding, order: Order, even: Sequence[Depth], limit_
     """As even as fits where ranks have one stage each: none has more blocks than fit in the mode that holds least. None where the even ones do not
     want for room, or there is not enough for all blocks."""
     alone = [Deep(kinds, kinds, order, tuple(even)) for kinds in sharding.modes]
-    most = [max(_most_blocks(deep, rank, limit_bytes) for deep in alone) for rank in range(order.num_ranks)]
+    most = [_most_blocks(alone, rank, limit_bytes) for rank in range(order.num_ranks)]
     if sum(most) < sharding.cut.run.depth or min(most) < 1 or all(blocks.blocks <= number for blocks, number in zip(even, most)):
         return None
     return even_depths(sharding.light, len(even), most)
 
 
-def _most_blocks(deep: Deep, rank: int, limit_bytes: float) -> int:
-    """How many fit on a rank of one stage."""
-    low, high = 0, deep.light.cut.run.depth + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        fits = deep.rank_memory(rank, {rank: Depth(middle)}).high_bytes <= limit_bytes
-        low, high = (middle, high) if fits else (low, middle)
+def _most_blocks(alone: Sequence[Deep], rank: int, limit_bytes: float) -> int:
+    """How many fit on a rank of one stage in one of these, the last of which is likely to hold least."""
+    low, depth = 0, alone[0].light.cut.run.depth
+    for deep in reversed(alone):
+
+        def fits(blocks: int, deep: Deep = deep) -> bool:
+            return deep.rank_memory(rank, {rank: Depth(blocks)}).high_bytes <= limit_bytes
+
+        if low < depth and fits(low + 1):
+            low, high = low + 1, depth + 1
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (middle, high) if fits(middle) else (low, middle)
     return low
 
 

@@ -113,7 +113,7 @@ class Envelope:
             if not (self._held(flight) <= total_bytes).any():
                 raise InfeasibleError(f"no plan of the blocks holds less than {self._held(flight).min():.0f} bytes")
         for _ in range(MOST):
-            price = _highest(self._plans[:, 0], self._held(flight) - total_bytes)
+            price = _highest(self._plans[:, 0], self._held(flight), total_bytes)
             if price == 0.0 or self._known(price, price * flight):
                 break
         return price
@@ -136,14 +136,16 @@ class Envelope:
         self._plans = np.vstack([self._plans, vertex[1:]])
 
 
-def _highest(seconds: np.ndarray, over: np.ndarray) -> float:
-    """The price p >= 0 at which the least of seconds + p * over is the highest; some plan is not `over`."""
-    first = int(np.lexsort((over, seconds))[0])
+def _highest(seconds: np.ndarray, held: np.ndarray, total_bytes: float) -> float:
+    """The price p >= 0 at which the least of seconds + p * (held - total) is the highest; some plan holds no more than that. It is that at which two plans cost the
+    same, to the last bit whatever the total is."""
+    over = held - total_bytes
+    first = int(np.lexsort((held, seconds))[0])
     if over[first] <= 0:
         return 0.0
-    within = min(np.flatnonzero(over <= 0), key=lambda i: (over[i], seconds[i]))
+    within = min(np.flatnonzero(over <= 0), key=lambda i: (held[i], seconds[i]))
     while True:
-        price = (seconds[within] - seconds[first]) / (over[first] - over[within])
+        price = (seconds[within] - seconds[first]) / (held[first] - held[within])
         costs = seconds + price * over
         lowest = int(costs.argmin())
         if price <= 0 or costs[lowest] >= costs[within] - 1e-12 * abs(seconds[within]):

@@ -6,7 +6,8 @@ sharding in place of all, at the few prices of a byte at which two modes cost th
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from autopar.joint.bounds import Line, counted
 from autopar.joint.deep import Deep
@@ -28,7 +29,7 @@ class Block:
         return self.state_bytes + counted(flight) * self.kept_bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Figures:
     """Of one sharding, by mode of recomputation."""
 
@@ -37,13 +38,34 @@ class Figures:
     def lines(self, flight: float, limit_bytes: float, whole: "Figures") -> list[Line]:
         """What a rank of so much memory with so many microbatches in flight can do of the step, whatever modes its blocks are in. Memory may have no limit. `whole`:
         of all that it costs, where these are passes alone."""
-        prices = [0.0, *(self._prices(flight) if limit_bytes < math.inf else ())]
-        return [Line(self._block_s(flight, price), price * limit_bytes if price else 0.0, price, whole._block_s(flight, price)) for price in prices]
+        lines = self._lines(flight, whole)
+        return [lines[0], *(replace(line, relief_s=line.price * limit_bytes) for line in lines[1:])] if limit_bytes < math.inf else lines[:1]
+
+    def _lines(self, flight: float, whole: "Figures") -> list[Line]:
+        """Of no memory, the first of free memory."""
+        key = flight, whole
+        if key not in self._of_flight:
+            prices = [0.0, *self._prices(flight)]
+            self._of_flight[key] = [Line(self._block_s(flight, price), 0.0, price, whole._block_s(flight, price)) for price in prices]
+        return self._of_flight[key]
+
+    @cached_property
+    def _of_flight(self) -> dict[tuple[float, "Figures"], list[Line]]:
+        return {}
 
     def held(self, flights: Collection[int], limit_bytes: float, whole: "Figures") -> list[Held]:
         """What bytes cost a block with so many microbatches in flight, at all prices at which it matters. Memory may have no limit."""
-        prices = sorted({price for flight in flights for price in self._prices(flight)}) if limit_bytes < math.inf else ()
-        return [Held(price, {f: self._block_s(f, price) for f in flights}, {f: whole._block_s(f, price) for f in flights}) for price in prices]
+        if limit_bytes == math.inf:
+            return []
+        key = tuple(flights), whole
+        if key not in self._held:
+            prices = sorted({line.price for flight in flights for line in self._lines(flight, whole)[1:]})
+            self._held[key] = [Held(price, {f: self._block_s(f, price) for f in flights}, {f: whole._block_s(f, price) for f in flights}) for price in prices]
+        return self._held[key]
+
+    @cached_property
+    def _held(self) -> dict[tuple[tuple[int, ...], "Figures"], list[Held]]:
+        return {}
 
     def _block_s(self, flight: float, price: float) -> float:
         return min(block.seconds + price * block.held_bytes(flight) for block in self.blocks.values())

@@ -17,7 +17,7 @@ computed yet.
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from autopar.core.cluster import Cluster
 from autopar.core.device import Link
@@ -28,8 +28,14 @@ from autopar.joint.space import Point
 LARGEST = 192
 """Points whose tables are kept."""
 
+ANSWERS = 4
+"""Questions whose answers are kept."""
+
 PROVED = 4
-"""Searches whose bounds are kept, for each mesh and size of microbatches."""
+"""Searches whose bounds are kept, for each mesh and size of microbatches, and limits of memory for each point."""
+
+BOUNDED = 4096
+"""Points whose bounds at limits of memory are kept."""
 
 LINES = 6
 """Prices of memory that are looked at for one rank."""
@@ -84,24 +90,55 @@ class Floors:
 
 
 @dataclass
-class Known:
-    """Of one model and one way to train it. It grows to its limits and no further; what was used least lately goes first."""
+class Recent:
+    """At most so many values; what was used least lately goes first."""
 
-    _kept: OrderedDict[Hashable, object] = field(default_factory=OrderedDict)
+    most: int
+    _values: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict)
+
+    def get(self, key: Hashable) -> Any:
+        """None where it is not kept."""
+        if key in self._values:
+            self._values.move_to_end(key)
+        return self._values.get(key)
+
+    def put(self, key: Hashable, value: object) -> None:
+        self._values[key] = value
+        while len(self._values) > self.most:
+            self._values.popitem(last=False)
+
+
+@dataclass
+class Known:
+    """Of one model and one way to train it. It grows to its limits and no further. `answers`: to whole questions, by all that they depend on."""
+
+    answers: Recent = field(default_factory=lambda: Recent(ANSWERS))
+    _kept: Recent = field(default_factory=lambda: Recent(LARGEST))
     _proved: dict[Hashable, list[Proved]] = field(default_factory=dict)
+    _bounds: Recent = field(default_factory=lambda: Recent(BOUNDED))
+    """By point with all that its bounds depend on: some of them, by limit of memory."""
 
     def kept(self, key: Hashable, make: Callable[[], T]) -> T:
-        if key not in self._kept:
-            self._kept[key] = make()
-            while len(self._kept) > LARGEST:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        return self._kept[key]  # type: ignore[return-value]
+        found = self._kept.get(key)
+        if found is None:
+            found = make()
+            self._kept.put(key, found)
+        return found
 
     def add(self, about: Hashable, proved: Proved) -> None:
         """`about`: what else the bounds depend on."""
         found = self._proved.setdefault((about, _place(proved.point, proved.cluster)), [])
         found[:] = [p for p in found if (p.cluster, p.point) != (proved.cluster, proved.point)][-PROVED + 1 :] + [proved]
+
+    def add_bound(self, about: Hashable, limit_bytes: float, least_s: float) -> None:
+        """No plan within a limit takes less. What was known of the limits before is kept too."""
+        known = self._bounds.get(about) or {}
+        others = [item for item in known.items() if item[0] != limit_bytes][-PROVED + 1 :]
+        self._bounds.put(about, {**dict(others), limit_bytes: max(least_s, known.get(limit_bytes, 0.0))})
+
+    def bound(self, about: Hashable, limit_bytes: float) -> float:
+        """What is known of plans within a limit from this one and larger ones."""
+        return SAFE * max((least for limit, least in (self._bounds.get(about) or {}).items() if limit >= limit_bytes), default=0.0)
 
     def floors(self, about: Hashable, point: Point, cluster: Cluster, ideal: Parts) -> Floors | None:
         """What is known of a point; `ideal`: its operators take no less of a step. None where nothing is."""

@@ -92,8 +92,12 @@ def joint_search(family: Family, batch: int, cluster: Cluster, options: Options,
 def planned_jointly(search: JointSearch, graph: Callable[[int], OpGraph], tokens: int = 0) -> Planned:
     """The fastest plan found that fits on the whole graph too; `graph`: of so many samples, with all blocks. Raises InfeasibleError.
 
-    Three blocks tell the memory of the whole to a few percent; where it is more, the plan's point is planned again within less.
+    Three blocks tell the memory of the whole to a few percent; where it is more, the plan's point is planned again within less. A question that was asked
+    before, and whose search ended before its budget did, has its answer again.
     """
+    answers, question = search.known.answers, (search.question, tokens)
+    if (known := answers.get(question)) is not None:
+        return known
     joint = search.search()
     left = list(joint.found)
     while left:
@@ -101,7 +105,10 @@ def planned_jointly(search: JointSearch, graph: Callable[[int], OpGraph], tokens
         left.remove(found)
         whole = on_whole_graph(found.deep, graph(found.point.samples))
         if whole.memory.high_bytes <= search.limit_bytes:
-            return Planned(_plan(joint, found, whole, search.cluster, tokens), whole.program, others=partial(_others, joint, found, graph, search))
+            planned = Planned(_plan(joint, found, whole, search.cluster, tokens), whole.program, others=partial(_others, joint, found, graph, search))
+            if joint.in_time:
+                answers.put(question, planned)
+            return planned
         less = min(0.99, search.limit_bytes / whole.memory.high_bytes) * found.limit_bytes
         again = found.search.plan(less) if less > LEAST * search.limit_bytes else None
         left += [again] if again is not None else []

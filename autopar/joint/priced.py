@@ -13,8 +13,14 @@ from autopar.joint.relaxed import Relaxed
 STEPS = 2
 """Numbers of microbatches in flight for which prices are looked for, between two powers of two. Any price makes a bound."""
 
-AROUND = (0.5, 0.7, 1.0, 1.4, 2.0)
-"""Times the price that goes with what a rank holds in the mean: what bytes cost blocks that are on the longest chains more or less often than others."""
+AROUND = range(-2, 3)
+"""Steps from the price that goes with what a rank holds in the mean: what bytes cost blocks that are on the longest chains more or less often than others. The steps
+are halves of powers of two, so that limits of memory near to each other share them."""
+
+
+def around(price: float) -> list[float]:
+    near = round(2 * math.log2(price))
+    return [2.0 ** ((near + step) / 2) for step in AROUND]
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """The folded problem in parts, at prices of memory: what no plan of a point pays less for."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -45,10 +45,16 @@ class Relaxed:
         """All blocks alone, with the activations of one microbatch."""
         return prepare(self.folded.part(0), (SECONDS, BYTES))
 
-    def parts_of(self, choices: Sequence[int]) -> Parts:
+    def parts_of(self, choices: tuple[int, ...]) -> Parts:
         """The same of one sharding."""
-        block, first, last = (terms.of_plan([choices[n] for n in nodes])[0] for nodes, terms in self._terms)
-        return Parts(block / self.depth, first, last)
+        if choices not in self._parts:
+            block, first, last = (terms.of_plan([choices[n] for n in nodes])[0] for nodes, terms in self._terms)
+            self._parts[choices] = Parts(block / self.depth, first, last)
+        return self._parts[choices]
+
+    @cached_property
+    def _parts(self) -> dict[tuple[int, ...], Parts]:
+        return {}
 
     def figures(self, choices: tuple[int, ...]) -> Figures:
         """Of one sharding, whatever modes its blocks are in."""

@@ -14,7 +14,7 @@ pipelines are even. Memory in the bounds is what the linear model says, which co
 import heapq
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 
 from autopar.core.units import size
@@ -69,6 +69,11 @@ class JointSearch(Given):
 
     progress: Callable[[str], None] = lambda text: None
     gap: float = GAP
+
+    @property
+    def question(self) -> Hashable:
+        """What the answer depends on beside the model."""
+        return self.run, self.batch, self.cluster, self.pins, replace(self.options, pins=()), self.gap
 
     def search(self) -> Joint:
         """Raises InfeasibleError where nothing fits. The time limit is for what comes after the first plan."""
@@ -132,10 +137,10 @@ class JointSearch(Given):
     def _tighten(self, heap: list["Waiting"], waiting: "Waiting", looked: list[int]) -> None:
         """By what is known of others, else by the next level. So the levels that a point goes through depend on those, but what it is planned by does not."""
         bound, level, search = waiting.bound, waiting.level, waiting.search
-        floor = 0.0 if waiting.floored else search.floor_s()
-        if floor > waiting.key:
-            heapq.heappush(heap, replace(waiting, key=floor, floored=True))
-            return
+        for n, floor_s in enumerate((search.roomier_s, search.floor_s)[waiting.floors :], waiting.floors + 1):
+            if (floor := floor_s()) > waiting.key:
+                heapq.heappush(heap, replace(waiting, key=floor, floors=n))
+                return
         looked[level + 1] += 1
         bound = max(bound, (search.fastest_s, search.rough_s, search.fitting_s)[level]())
         if bound < math.inf:
@@ -153,14 +158,14 @@ class JointSearch(Given):
 
 @dataclass(frozen=True, order=True, slots=True)
 class Waiting:
-    """A point with its `bound`, which is that of its level. Its `key` may be higher: a bound that other searches left."""
+    """A point with its `bound`, which is that of its level. Its `key` may be higher: a bound that other searches left. Of those so many `floors` were looked at."""
 
     key: float
     level: int
     number: int
     bound: float = field(compare=False)
     search: PointSearch = field(compare=False)
-    floored: bool = field(default=False, compare=False)
+    floors: int = field(default=0, compare=False)
 
 
 def _larger(search: PointSearch, others: Sequence[PointSearch]) -> tuple[PointSearch, ...]:

@@ -50,6 +50,7 @@ class PointTables:
     keeping: Keeping
     pins: Pins
     _shardings: dict[tuple[int, ...], Sharding] = field(default_factory=dict)
+    _last: tuple[tuple[float, float, str], Prepared, TableStore] | None = None
 
     @cached_property
     def built(self) -> tuple[SearchProblem, Ports]:
@@ -115,55 +116,69 @@ class PointTables:
 
     def chosen(self, asking: Iterable[Asked]) -> list[tuple[int, ...]]:
         """The choices of each sharding, once."""
-        store, shared, asking = TableStore(), None, list(asking)
+        asking = list(asking)
         for asked in asking:
-            about = asked.flight, asked.price, asked.how
             if asked not in self._cheapest:
-                prepared = self._prepared(asked.flight, asked.how)
-                if about != shared:
-                    store, shared = prepared.store(Price(1.0, asked.price)), about
-                self._cheapest[asked] = self._least(prepared, asked, store)
+                free = asked.zero is None and asked.fixed is None
+                found = self._bought(asked.flight, asked.price, asked.how).choices if free else self._least(asked)
+                # blocks are kept, as recomputation is decided later
+                self._cheapest[asked] = None if found is None else tuple([0 if n in self.whole.modes else c for n, c in enumerate(found)])
         return list(dict.fromkeys(choices for asked in asking if (choices := self._cheapest[asked]) is not None))
 
     @cached_property
     def _cheapest(self) -> dict[Asked, tuple[int, ...] | None]:
         return {}
 
-    def _least(self, prepared: Prepared, asked: Asked, store: TableStore) -> tuple[int, ...] | None:
-        """The choices of the folded problem that cost least; what is returned has blocks kept, as recomputation is decided later. None where none may be
-        joined to what is fixed."""
+    def _least(self, asked: Asked) -> tuple[int, ...] | None:
+        """The choices of the folded problem that cost least. None where none may be joined to what is fixed."""
+        prepared, store = self._at_price(asked.flight, asked.price, asked.how)
         allowed = self._of_stage(asked.zero)
         if asked.fixed is not None:
             node, state = asked.fixed
             allowed[node] = allowed.get(node, True) & (np.arange(prepared.shrunk.problem.nodes[node].num_states) == state)
         try:
-            found = prepared.shrunk.restore(prepared.minimise(Price(1.0, asked.price), store, allowed).choices)
+            return prepared.shrunk.restore(prepared.minimise(Price(1.0, asked.price), store, allowed).choices)
         except InfeasibleError:
             return None
-        return tuple([0 if n in self.whole.modes else c for n, c in enumerate(found)])
+
+    def _bought(self, flight: float, price: float, how: str) -> Bought:
+        """The same with nothing fixed."""
+        key = flight, price, how
+        if key not in self._free:
+            prepared, store = self._at_price(*key)
+            choices = prepared.minimise(Price(1.0, price), store).choices
+            self._free[key] = Bought(prepared.shrunk.restore(choices), *prepared.terms.of_plan(choices))
+        return self._free[key]
+
+    @cached_property
+    def _free(self) -> dict[tuple[float, float, str], Bought]:
+        return {}
 
     def between(self, flight: float, low: float, high: float, how: str) -> list[float]:
         """Of two prices of a byte and those between them, one for every plan that is the cheapest at any (Eisner and Severance 1976): where two of them cost
         the same, another costs less, or none between does."""
-        prepared, prices = self._prepared(flight, how), [low, high]
-
-        def cheapest(price: float) -> Bought:
-            choices = prepared.minimise(Price(1.0, price)).choices
-            return Bought(choices, *prepared.terms.of_plan(choices))
-
-        todo = deque([(cheapest(low), cheapest(high))])
+        prices = [low, high]
+        todo = deque([(self._bought(flight, low, how), self._bought(flight, high, how))])
         while todo and len(prices) < MOST_PRICES:
             fast, lean = todo.popleft()
             if fast.memory_bytes > lean.memory_bytes:
                 price = (lean.cost_s - fast.cost_s) / (fast.memory_bytes - lean.memory_bytes)
-                found = cheapest(price)
+                found = self._bought(flight, price, how)
                 if found.at(price) < fast.at(price) * (1 - 1e-9):
                     prices.append(price)
                     todo += [(fast, found), (found, lean)]
         return prices
 
+    def _at_price(self, flight: float, price: float, how: str) -> tuple[Prepared, TableStore]:
+        """The folded problem with so many microbatches in flight, and what its minima at a price share. The last one is at hand."""
+        key = flight, price, how
+        if self._last is None or self._last[0] != key:
+            same = self._last is not None and self._last[0][::2] == key[::2]
+            prepared = self._last[1] if same else self._prepared(flight, how)
+            self._last = key, prepared, prepared.store(Price(1.0, price))
+        return self._last[1:]
+
     def _prepared(self, flight: float, how: str) -> Prepared:
-        """The folded problem with so many microbatches in flight."""
         if how not in self._alone:
             form = self.whole.leaner if how == GATHERED and self.whole.leaner is not None else self.whole
             problem = form.folded.problem

@@ -12,6 +12,7 @@ from autopar.joint.known import Known, least_ratio
 from autopar.joint.plan import planned_jointly
 from autopar.joint.search import Joint, JointSearch
 from autopar.models.load import load_model
+from autopar.planner.plan import Planned
 from autopar.request import Request
 from tests.joint.brute_force import drawn
 from tests.joint.models import LLAMA, graphs, joint_search
@@ -40,6 +41,30 @@ def test_plans_of_changed_questions_are_those_of_new_ones() -> None:
     ]  # fmt: skip
     for cluster, batch, share in asked:
         assert plan_text(cluster, batch, share, known) == plan_text(cluster, batch, share, Known()), (cluster, batch, share)
+
+
+def test_a_question_asked_before_has_its_answer_again_where_it_was_searched_to_the_end() -> None:
+    known = Known()
+
+    def planned(share: float = 0.9, **limit: float) -> Planned:
+        search = joint_search(LLAMA, A100, 16, ("zero=1",), share, known=known)
+        return planned_jointly(replace(search, options=replace(search.options, **limit)), graphs(LLAMA, LLAMA.layers))
+
+    first = planned()
+    assert planned() is first and planned(0.5) is not first and planned(time_limit_s=60.0) is not first
+    for share in (0.8, 0.7, 0.6):
+        planned(share)
+    assert planned() is not first and planned().plan == first.plan
+    cut = planned(time_limit_s=0.0)
+    assert cut.plan.proof.status.startswith("budget") and planned(time_limit_s=0.0) is not cut
+
+
+def test_bounds_within_more_memory_hold_within_less() -> None:
+    known = Known()
+    for limit, least in ((9.0, 1.0), (7.0, 2.0), (8.0, 1.5), (7.0, 1.9)):
+        known.add_bound("a point", limit, least)
+    assert [known.bound("a point", limit) for limit in (9.5, 9.0, 7.5, 7.0, 1.0)] == pytest.approx([0.0, 1.0, 1.5, 2.0, 2.0], rel=1e-3)
+    assert known.bound("another", 1.0) == 0.0
 
 
 def test_requests_for_another_batch_share_what_is_known() -> None:
