@@ -154,17 +154,22 @@ class Redistribution:
         n, graph, table = len(self.layouts), step_graph(self.layouts), self.seconds
         on_best = table[:, graph.src] + self._step_seconds <= table[:, graph.dst] * (1 + RELATIVE_TIE)
         kinds = np.array([1 if step.forward == "all_gather" else 2 if step.forward in COLLECTIVES else 0 for step in graph.steps])
-        gathers, others, local = (np.flatnonzero(kinds == kind) for kind in (1, 2, 0))
+        gathers, others = (np.flatnonzero(kinds == kind) for kind in (1, 2))
         forward_s = np.array([self.price("all_gather", graph.steps[s].axis, self.local_bytes[graph.src[s]]) for s in gathers.tolist()])
-        kept, found = np.array(self.local_bytes)[graph.dst[others]], np.zeros((2, n, n))
+        ends, found = np.zeros((2, len(graph.steps), n)), np.zeros((2, n, n))  # by target or step, then by source
+        ends[1, others] = np.array(self.local_bytes)[graph.dst[others], None]
+        ends[:, ~on_best.T] = np.inf
+        by_target = np.argsort(graph.dst, kind="stable")
+        targets, first = np.unique(graph.dst[by_target], return_index=True)
+        taken = on_best.T[gathers]
         for _ in self.mesh.axes:  # one axis after the other is gathered
-            before = found[:, :, graph.src[gathers]]
-            least = np.full((2, n, n), np.inf)  # by target, then by source
-            for which, more in enumerate((forward_s, 0.0)):
-                for steps, end in ((gathers, before[which] + more), (others, (0.0, kept)[which]), (local, 0.0)):
-                    np.minimum.at(least[which], graph.dst[steps], np.where(on_best[:, steps], end, np.inf).T)
-            found = np.where(np.isinf(least), 0.0, least).transpose(0, 2, 1)
+            before = found[:, graph.src[gathers]]
+            before[0] += forward_s[:, None]
+            ends[:, gathers] = np.where(taken, before, np.inf)
+            least = np.minimum.reduceat(ends[:, by_target], first, axis=1)
+            found[:, targets] = np.where(np.isinf(least), 0.0, least)
             found[:, range(n), range(n)] = 0.0
+        found = found.transpose(0, 2, 1)
         return found[0], found[1]
 
     def path(self, src: Layout, dst: Layout) -> tuple[Step, ...]:
