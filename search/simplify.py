@@ -115,9 +115,8 @@ def canonical(problem: SearchProblem) -> SearchProblem:
         parts = [(*edges.tables[code // 2], bool(code % 2)) for code in turned[starts[n] : stops[n]].tolist()]
         merged.append(at_edges.of(*unique.merged(parts)))
     number = np.array(merged, dtype=int)[kind]
-    return replace(
-        problem, nodes=Nodes(nodes.names, seen[nodes.number], at_nodes.tables), edges=Edges(ends[0, starts], ends[1, starts], number, at_edges.tables)
-    )
+    found = Nodes(nodes.names, seen[nodes.number], at_nodes.tables), Edges(ends[0, starts], ends[1, starts], number, at_edges.tables)
+    return replace(problem.derived(*found), copies=problem.copies)
 
 
 class _UniqueTables:

@@ -22,6 +22,8 @@ Key = tuple[Operand, ...]
 
 TILE_ENTRIES = 32_768  # of one partial result: 256 KiB, so that a tile and its buffer stay in the second-level cache
 
+SUM_ENTRIES = 131_072  # that are added up at once before their least is taken: 1 MiB, which is faster than a call for every state
+
 
 class TableStore:
     """Append-only: tables by number, the eliminations done with them, and the best states looked up so far."""
@@ -180,19 +182,16 @@ def _clip(tile: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
 
 
 def _minimise_tile(views: list[np.ndarray], out: np.ndarray) -> None:
-    """out = min over axis 0 of the broadcast sum of the views."""
+    """out = min over axis 0 of the broadcast sum of the views, of some states at a time."""
     num_states = views[0].shape[0]
-    if num_states * out.size <= TILE_ENTRIES:
-        total = views[0] + views[1]
-        for view in views[2:]:
-            total = total + view
-        np.min(np.broadcast_to(total, (num_states, *out.shape)), axis=0, out=out)
-        return
-    buffer = np.empty(out.shape)
-    for state in range(num_states):
-        total = out if state == 0 else buffer
-        np.add(views[0][state], views[1][state], out=total)
-        for view in views[2:]:
-            np.add(total, view[state], out=total)
-        if state:
-            np.minimum(out, buffer, out=out)
+    some = max(1, SUM_ENTRIES // out.size)
+    buffer = np.empty((min(some, num_states), *out.shape))
+    for first in range(0, num_states, some):
+        part = views if some >= num_states else [view[first : first + some] for view in views]
+        total = np.add(part[0], part[1], out=buffer[: len(part[0])])
+        for view in part[2:]:
+            total += view
+        if first == 0:
+            total.min(axis=0, out=out)
+        else:
+            np.minimum(out, total.min(axis=0), out=out)

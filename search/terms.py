@@ -13,6 +13,9 @@ import numpy as np
 
 from autopar.core.problem import SearchProblem
 
+MANY = 8
+"""Nodes or edges with one table, from which an index into it is faster than to read entry by entry."""
+
 
 class Terms:
     """What the nodes and edges of one problem contribute to plans."""
@@ -51,8 +54,36 @@ class Terms:
     def of_plan(self, choices: Sequence[int]) -> tuple[float, float]:
         """(seconds, bytes) of a plan, as `evaluate` gives them."""
         states = np.asarray(choices, dtype=int)
-        nodes, edges = self.of_nodes(states), self.of_edges(states[self.u], states[self.v])
-        return math.fsum([*nodes[0].tolist(), *edges[0].tolist()]), math.fsum([self.base_memory_bytes, *nodes[1].tolist(), *edges[1].tolist()])
+        chosen, (nodes, edges) = states.tolist(), self._few
+        at_nodes = [(cost_s(chosen[n]), held(chosen[n])) for cost_s, held, n in nodes]
+        at_edges = [(cost_s(chosen[u], chosen[v]), held(chosen[u], chosen[v]) if held is not None else 0.0) for cost_s, held, u, v in edges]
+        seconds, held_bytes = [[pair[k] for pairs in (at_nodes, at_edges) for pair in pairs] for k in (0, 1)]
+        held_bytes.append(self.base_memory_bytes)
+        for tables, members in self._nodes:
+            if len(members) >= MANY:
+                _read(tables, (states[members],), seconds, held_bytes)
+        for tables, members in self._edges:
+            if len(members) >= MANY:
+                _read(tables, (states[self.u[members]], states[self.v[members]]), seconds, held_bytes)
+        return math.fsum(seconds), math.fsum(held_bytes)
+
+    @cached_property
+    def _few(self) -> tuple[list[tuple[Any, Any, int]], list[tuple[Any, Any, int, int]]]:
+        """Of nodes and edges that share their tables with few: how to read their seconds and bytes, and where they are."""
+        nodes = [(cost_s.item, held.item, n) for (cost_s, held), members in self._nodes if len(members) < MANY for n in members.tolist()]
+        u, v = self.u.tolist(), self.v.tolist()
+        edges = [
+            (cost_s.item, None if held is None else held.item, u[n], v[n]) for (cost_s, held), members in self._edges if len(members) < MANY for n in members.tolist()
+        ]
+        return nodes, edges
+
+
+def _read(tables: tuple[np.ndarray, Any], index: tuple[np.ndarray, ...], seconds: list[float], held_bytes: list[float]) -> None:
+    """Adds what the tables say there."""
+    cost_s, memory_bytes = tables
+    seconds += cost_s[index].tolist()
+    if memory_bytes is not None:
+        held_bytes += memory_bytes[index].tolist()
 
 
 def _by_table(number: np.ndarray, tables: Sequence[tuple[np.ndarray, Any]]) -> list[tuple[tuple[np.ndarray, Any], np.ndarray]]:

@@ -105,7 +105,7 @@ class Nodes(Sequence[Node]):
         number, first = first_seen(2 * self.number + kept)
         more = _Scaled(times)
         tables = [(cost_s, held if kept[n] else more(held)) for n in first.tolist() for cost_s, held in (self.tables[self.number[n]],)]
-        return _without_faults(Nodes(self.names, number, tables), self.faults)
+        return without_faults(Nodes(self.names, number, tables), self.faults)
 
     def __len__(self) -> int:
         return len(self.number)
@@ -172,7 +172,7 @@ class Edges(Sequence[Edge]):
         """With so many times the bytes."""
         more = _Scaled(times)
         tables = [(cost_s, None if held is None else more(held)) for cost_s, held in self.tables]
-        return _without_faults(Edges(self.u, self.v, self.number, tables), self.faults)
+        return without_faults(Edges(self.u, self.v, self.number, tables), self.faults)
 
     def __len__(self) -> int:
         return len(self.number)
@@ -196,8 +196,8 @@ class _Scaled:
         return self._made[id(array)]
 
 
-def _without_faults(columns: T, faults: tuple[tuple[int, str], ...]) -> T:
-    """What has no fault has none with more bytes: nothing is looked at again."""
+def without_faults(columns: T, faults: tuple[tuple[int, str], ...]) -> T:
+    """Of tables that are parts, sums or multiples of such as have no `faults`: they have none either, and are not looked at again."""
     if not faults:
         vars(columns)["faults"] = ()
     return columns

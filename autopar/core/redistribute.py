@@ -57,6 +57,15 @@ class StepGraph:
     dst: np.ndarray
     after: np.ndarray
 
+    @cached_property
+    def by_target(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The numbers of all steps by the layout that they lead to, and of each what it does forwards: an "all_gather", an "other" collective or neither; every
+        layout that some lead to, and the first of these."""
+        order = np.argsort(self.dst, kind="stable")
+        forward = [self.steps[s].forward for s in order.tolist()]
+        kinds = np.array([name if name == "all_gather" else "other" if name in COLLECTIVES else "local" for name in forward])
+        return order, kinds, *np.unique(self.dst[order], return_index=True)
+
 
 @lru_cache(maxsize=256)
 def step_graph(layouts: tuple[Layout, ...]) -> StepGraph:
@@ -152,20 +161,24 @@ class Redistribution:
         """Where what all-gathers bring is not kept but gathered again, [layouts, layouts]: seconds of those that the route from layout i to layout j ends in,
         and the bytes that are kept for them beside layout i. A local step at the end counts for neither. Of equal routes the least of each."""
         n, graph, table = len(self.layouts), step_graph(self.layouts), self.seconds
-        on_best = table[:, graph.src] + self._step_seconds <= table[:, graph.dst] * (1 + RELATIVE_TIE)
-        kinds = np.array([1 if step.forward == "all_gather" else 2 if step.forward in COLLECTIVES else 0 for step in graph.steps])
-        gathers, others, local = (np.flatnonzero(kinds == kind) for kind in (1, 2, 0))
-        forward_s = np.array([self.price("all_gather", graph.steps[s].axis, self.local_bytes[graph.src[s]]) for s in gathers.tolist()])
-        kept, found = np.array(self.local_bytes)[graph.dst[others]], np.zeros((2, n, n))
+        order, kinds, targets, first = graph.by_target
+        src, dst = graph.src[order], graph.dst[order]
+        on_best = table[:, src] + self._step_seconds[order] <= table[:, dst] * (1 + RELATIVE_TIE)
+        off_best = np.where(on_best, 0.0, np.inf).T  # by step, then by source
+        gathers, others = np.flatnonzero(kinds == "all_gather"), np.flatnonzero(kinds == "other")
+        calls = [(graph.steps[s].axis, self.local_bytes[graph.src[s]]) for s in order[gathers].tolist()]
+        prices = {call: self.price("all_gather", *call) for call in dict.fromkeys(calls)}
+        forward_s = np.array([prices[call] for call in calls])
+        ends, found = np.stack([off_best, off_best]), np.zeros((2, n, n))
+        ends[1, others] += np.array(self.local_bytes)[dst[others], None]
         for _ in self.mesh.axes:  # one axis after the other is gathered
-            before = found[:, :, graph.src[gathers]]
-            least = np.full((2, n, n), np.inf)  # by target, then by source
-            for which, more in enumerate((forward_s, 0.0)):
-                for steps, end in ((gathers, before[which] + more), (others, (0.0, kept)[which]), (local, 0.0)):
-                    np.minimum.at(least[which], graph.dst[steps], np.where(on_best[:, steps], end, np.inf).T)
-            found = np.where(np.isinf(least), 0.0, least).transpose(0, 2, 1)
+            before = found[:, src[gathers]]
+            before[0] += forward_s[:, None]
+            ends[:, gathers] = before + off_best[gathers]
+            least = np.minimum.reduceat(ends, first, axis=1)
+            found[:, targets] = np.where(np.isinf(least), 0.0, least)
             found[:, range(n), range(n)] = 0.0
-        return found[0], found[1]
+        return found[0].T, found[1].T
 
     def path(self, src: Layout, dst: Layout) -> tuple[Step, ...]:
         """The steps of the cheapest route, the fewest of equals; raises LayoutError where there is none."""

@@ -5,15 +5,16 @@ its costs are those of a block times how many there are. Between neighbours lie 
 problem costs every plan whose blocks are alike exactly what the problem of the whole depth does, and its bound is one on all such plans.
 """
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
+from autopar.core.columns import Edge, Edges, Node, Nodes, first_seen
 from autopar.core.graph import DTYPE_BYTES, OpGraph
-from autopar.core.problem import Edge, Node, SearchProblem
+from autopar.core.problem import SearchProblem
 from autopar.core.unroll import Run
 from autopar.errors import UsageError
 from autopar.planner.problem import Ports
@@ -74,10 +75,25 @@ class Folded:
 
     def part(self, side: int) -> SearchProblem:
         """The decisions of one side alone: no plan pays less for them."""
-        kept = self.nodes_of(side)
-        number = {n: k for k, n in enumerate(kept)}
-        edges = tuple(replace(e, u=number[e.u], v=number[e.v]) for e in self.problem.edges if e.u in number and e.v in number)
-        return SearchProblem(tuple(self.problem.nodes[n] for n in kept), edges)
+        return self._parts[side]
+
+    @cached_property
+    def _parts(self) -> tuple[SearchProblem, ...]:
+        return tuple(map(self._part, range(3)))
+
+    def _part(self, side: int) -> SearchProblem:
+        nodes, edges = self.problem.node_columns, self.problem.edge_columns
+        kept = np.array(self.nodes_of(side), dtype=int)
+        place = np.full(len(nodes), -1)
+        place[kept] = np.arange(len(kept))
+        u, v = place[edges.u], place[edges.v]
+        inside = (u >= 0) & (v >= 0)
+        of_nodes, of_edges = nodes.number[kept], edges.number[inside]
+        (number, first), (across, first_across) = first_seen(of_nodes), first_seen(of_edges)
+        return replace(self.problem, memory_limit_bytes=None, base_memory_bytes=0.0).derived(
+            Nodes([nodes.names[n] for n in kept], number, [nodes.tables[n] for n in of_nodes[first]]),
+            Edges(u[inside], v[inside], across, [edges.tables[n] for n in of_edges[first_across]]),
+        )
 
     def unfolded(self, choices: Sequence[int]) -> tuple[int, ...]:
         """The choices of the short graph's problem."""
@@ -90,15 +106,19 @@ class Unfoldable(UsageError):
 
 def fold(graph: OpGraph, run: Run, problem: SearchProblem, ports: Ports) -> Folded:
     """Raises Unfoldable where the three blocks differ in what they may do."""
-    return _Fold(graph, run, problem, ports).folded()
+    return Fold(graph, run, ports).folded(problem)
 
 
 @dataclass
-class _Fold:
+class Fold:
+    """Which decisions are one, whatever they cost: problems that differ in the tables of edges share it. A cache, not a value."""
+
     graph: OpGraph
     run: Run
-    problem: SearchProblem
     ports: Ports
+    _of_nodes: tuple[Nodes | None, Any] = (None, None)
+    _of_edges: tuple[np.ndarray | None, Any] = (None, None)
+    _products: dict[tuple[float, int], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
     @cached_property
     def of_op(self) -> tuple[int | None, ...]:
@@ -130,7 +150,7 @@ class _Fold:
     @cached_property
     def roles(self) -> tuple[tuple[int | None, tuple], ...]:
         """Per node its place, and a name that it shares with those that play its part in other blocks."""
-        found: list[tuple[int | None, tuple]] = [(None, ("alone", n)) for n in range(len(self.problem.nodes))]
+        found: list[tuple[int | None, tuple]] = [(None, ("alone", n)) for n in range(len(self.ports.states))]
         starts = {segment.block: segment.ops.start for segment in self.graph.segments if segment.block in shown(self.run)}
         for i, node in self.ports.op_node.items():
             place = self.of_op[i]
@@ -154,39 +174,68 @@ class _Fold:
         found = {self.roles[u][0], self.roles[v][0]} - {None}
         return times(self.run, BORDER if len(found) > 1 or BORDER in found else found.pop() if found else None)
 
-    def folded(self) -> Folded:
+    @cached_property
+    def node(self) -> tuple[int, ...]:
         number: dict[tuple, int] = {}
-        node = tuple([number.setdefault(name, len(number)) for _, name in self.roles])
-        seconds: list[np.ndarray] = [np.zeros(0)] * len(number)
-        memory: list[np.ndarray] = [np.zeros(0)] * len(number)
-        names, shown = [""] * len(number), [0] * len(number)
-        for n, old in enumerate(self.problem.nodes):
-            new, often = node[n], times(self.run, self.roles[n][0])
+        return tuple([number.setdefault(name, len(number)) for _, name in self.roles])
+
+    def folded(self, problem: SearchProblem) -> Folded:
+        """Raises Unfoldable."""
+        names, seconds, memory = map(list, self._nodes(problem.node_columns))
+        edges, node = problem.edge_columns, self.node
+        often: dict[tuple[int, int, int], float] = {}
+        for u, v, number, more in zip(edges.u.tolist(), edges.v.tolist(), edges.number.tolist(), self._often(edges)):
+            key = node[u], node[v], number
+            often[key] = often.get(key, 0.0) + more
+        found = []
+        for (u, v, number), some in often.items():
+            cost_s, held = edges.tables[number]
+            if u == v:
+                seconds[u] = seconds[u] + some * np.diag(cost_s)
+                memory[u] = memory[u] + (0.0 if held is None else np.diag(some * held))
+            else:
+                found.append(Edge(u, v, self._times(some, cost_s), None if held is None else self._times(some, held)))
+        nodes = tuple([Node(*three) for three in zip(names, seconds, memory, strict=True)])
+        return Folded(problem.derived(nodes, tuple(found)), node, self._sides_of_nodes)
+
+    def _nodes(self, nodes: Nodes) -> tuple[list[str], list[np.ndarray], list[np.ndarray]]:
+        """Names, seconds and bytes of what is folded. Problems that differ in their edges have the same nodes."""
+        if nodes is not self._of_nodes[0]:
+            self._of_nodes = nodes, self._folded_nodes(nodes)
+        return self._of_nodes[1]
+
+    def _folded_nodes(self, nodes: Nodes) -> tuple[list[str], list[np.ndarray], list[np.ndarray]]:
+        number = max(self.node, default=-1) + 1
+        names, seconds, memory = [""] * number, [np.zeros(0)] * number, [np.zeros(0)] * number
+        for new, old, (place, _) in zip(self.node, nodes, self.roles, strict=True):
+            often = times(self.run, place)
             if names[new] and len(seconds[new]) != old.num_states:
                 raise Unfoldable(f"{old.name} has {old.num_states} states, {names[new]} has {len(seconds[new])}")
             seconds[new] = often * old.cost_s + (seconds[new] if names[new] else 0.0)
             memory[new] = often * old.memory_bytes + (memory[new] if names[new] else 0.0)
             names[new] = names[new] or old.name
-            shown[new] += 1
-        edges: dict[tuple[int, int, int, int], list] = defaultdict(lambda: [0.0, None])
-        for edge in self.problem.edges:
-            entry = edges[node[edge.u], node[edge.v], id(edge.cost_s), id(edge.memory_bytes)]
-            entry[0] += self._edge_times(edge.u, edge.v)
-            entry[1] = edge
-        found = []
-        for (u, v, *_), (often, edge) in edges.items():
-            held = None if edge.memory_bytes is None else often * edge.memory_bytes
-            if u == v:
-                seconds[u] = seconds[u] + often * np.diag(edge.cost_s)
-                memory[u] = memory[u] + (0.0 if held is None else np.diag(held))
-            else:
-                found.append(Edge(u, v, often * edge.cost_s, held))
-        nodes = tuple([Node(*three) for three in zip(names, seconds, memory, strict=True)])
-        where_of: dict[int, int | None] = {}
-        for n, (new, where) in enumerate(zip(node, self._sides())):
-            where_of[new] = where if where_of.get(new, where) == where else None
-        problem = SearchProblem(nodes, tuple(found), self.problem.memory_limit_bytes, self.problem.base_memory_bytes)
-        return Folded(problem, node, tuple(where_of[n] for n in range(len(number))))
+        return names, seconds, memory
+
+    def _often(self, edges: Edges) -> Sequence[float]:
+        """Of every edge. Problems that differ in their tables have the same ends."""
+        if edges.u is not self._of_edges[0]:
+            self._of_edges = edges.u, [self._edge_times(u, v) for u, v in zip(edges.u.tolist(), edges.v.tolist())]
+        return self._of_edges[1]
+
+    def _times(self, often: float, table: np.ndarray) -> np.ndarray:
+        """The product, once."""
+        key = often, id(table)
+        if key not in self._products:
+            self._products[key] = table, often * table  # the table beside it: an id is only a name while its object lives
+        return self._products[key][1]
+
+    @cached_property
+    def _sides_of_nodes(self) -> tuple[int | None, ...]:
+        """Of those of the folded problem."""
+        found: dict[int, int | None] = {}
+        for new, where in zip(self.node, self._sides()):
+            found[new] = where if found.get(new, where) == where else None
+        return tuple([found[n] for n in range(len(found))])
 
     def _sides(self) -> list[int | None]:
         """Of every node of the short graph's problem."""

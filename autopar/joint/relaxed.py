@@ -1,13 +1,15 @@
 """The folded problem in parts, at prices of memory: what no plan of a point pays less for."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 
-from autopar.core.problem import Edge, SearchProblem
+from autopar.core.columns import Edges, Numbering
+from autopar.core.problem import SearchProblem
 from autopar.joint.bounds import Parts
 from autopar.joint.envelope import Vertex
 from autopar.joint.figures import Block, Figures
@@ -17,6 +19,8 @@ from autopar.search.elimination import Minimum, Prepared, prepare
 from autopar.search.simplify import BYTES, SECONDS, Price
 from autopar.search.solve import solve
 from autopar.search.terms import Terms
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -133,27 +137,28 @@ class Relaxed:
 
 def passes_alone(problem: SearchProblem, once_s: Mapping[int, np.ndarray]) -> SearchProblem:
     """A problem without the seconds that its edges cost `once_s` a step."""
-    known: dict[tuple[int, int], np.ndarray] = {}
-
-    def less(edge: Edge, once: np.ndarray) -> Edge:
-        key = id(edge.cost_s), id(once)
-        if key not in known:
-            known[key] = (edge.cost_s - once).clip(min=0.0)
-        return replace(edge, cost_s=known[key])
-
-    return replace(problem, edges=tuple(less(e, once_s[n]) if n in once_s else e for n, e in enumerate(problem.edges)))
+    return _with_tables(problem, once_s, lambda cost_s, held, once: ((cost_s - once).clip(min=0.0), held))
 
 
 def with_gathers(problem: SearchProblem, gathers: Mapping[int, Gathers], *, again: bool) -> SearchProblem:
     """A problem in which what all-gathers bring is kept, or not kept but gathered again for the backward."""
-    known: dict[tuple[int, int], np.ndarray] = {}
 
-    def formed(edge: Edge, found: Gathers) -> Edge:
-        if not again:
-            return replace(edge, memory_bytes=found.kept_bytes)
-        key = id(edge.cost_s), id(found)
-        if key not in known:
-            known[key] = edge.cost_s + found.again_s
-        return replace(edge, cost_s=known[key], memory_bytes=found.again_bytes)
+    def formed(cost_s: np.ndarray, _: np.ndarray | None, found: Gathers) -> Table:
+        return (cost_s + found.again_s, found.again_bytes) if again else (cost_s, found.kept_bytes)
 
-    return replace(problem, edges=tuple(formed(e, gathers[n]) if n in gathers else e for n, e in enumerate(problem.edges)))
+    return _with_tables(problem, gathers, formed)
+
+
+Table = tuple[np.ndarray, np.ndarray | None]
+
+
+def _with_tables(problem: SearchProblem, by_edge: Mapping[int, T], made: Callable[[np.ndarray, np.ndarray | None, T], Table]) -> SearchProblem:
+    """With seconds and bytes of some edges `made` of what they were. Edges that were alike are."""
+    edges, found, known = problem.edge_columns, Numbering(), dict[tuple[int, int], int]()
+    numbers = []
+    for n, number in enumerate(edges.number.tolist()):
+        what = by_edge.get(n)
+        if (key := (number, id(what))) not in known:
+            known[key] = found.of(*(edges.tables[number] if what is None else made(*edges.tables[number], what)))
+        numbers.append(known[key])
+    return problem.derived(problem.nodes, Edges(edges.u, edges.v, np.array(numbers, dtype=int), found.tables))

@@ -16,7 +16,7 @@ from autopar.joint.asked import FEW, GATHERED, KEPT, Asked
 from autopar.joint.bounds import Parts
 from autopar.joint.deep import Sharding
 from autopar.joint.envelope import Envelope
-from autopar.joint.fold import fold, places, sides, times
+from autopar.joint.fold import Fold, places, sides, times
 from autopar.joint.relaxed import Relaxed, passes_alone, with_gathers
 from autopar.joint.space import Point
 from autopar.planner.decode import decode
@@ -96,10 +96,14 @@ class PointTables:
                 found[side[i]] += times(self.run, place[i]) * float(problem.nodes[node].cost_s.min())
         return Parts(found[0] / self.run.depth, found[1], found[2])
 
+    @cached_property
+    def _fold(self) -> Fold:
+        return Fold(self.task.graph, self.run, self.built[1])
+
     def _relaxed(self, problem: SearchProblem) -> Relaxed:
         ports, found = self.built[1], None
         for again in reversed(self._forms):
-            folded = fold(self.task.graph, self.run, with_gathers(problem, ports.gathers, again=again), ports)
+            folded = self._fold.folded(with_gathers(problem, ports.gathers, again=again))
             params = frozenset(folded.node[n] for n in ports.param_node.values())
             modes = {folded.node[n]: tuple(_in_form(mode, again=again) for mode in ports.states[n].modes) for n in ports.block_node.values()}
             found = Relaxed(folded, params, self.run.depth, self.point.num_ranks, modes, found)

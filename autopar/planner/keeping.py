@@ -153,6 +153,29 @@ class Sharding:
         once = found.gather_s + found.reduce_s + self.update_s(meta, layout, zero, use.live)
         return found.forward_s + found.backward_s, once
 
+    def edge_seconds(
+        self, meta: TensorMeta, src: Sequence[Layout], zeros: Sequence[Zero | None], dst: Sequence[Layout], use: Use
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """By how a parameter is stored and how it is used: seconds of moves and of ZeRO's exchanges in the passes of one microbatch, and once a step. Its gradient
+        over axes where it is stored whole and used as R is summed once a step, in one go."""
+        lifted = [tuple(R if p == I and meta.requires_grad else p for p in x) for x in src]
+        red = self.pricing.redistribution(meta, (*src, *dst, *lifted), grad=meta.requires_grad)
+        # of the layout a parameter is used in, only its R axes say what is deferred
+        partial = np.array([[p == R for p in used] for used in dst])
+        _, columns, of_column = np.unique(partial, axis=0, return_index=True, return_inverse=True)
+        start = np.empty((len(src), len(columns)), dtype=int)
+        passes, once = (np.empty(start.shape) for _ in range(2))
+        for s, (stored, zero) in enumerate(zip(src, zeros)):
+            known: dict[tuple[int, ...], tuple[float, float]] = {}
+            for group, column in enumerate(columns.tolist()):
+                axes = deferred_axes(stored, dst[column]) if meta.requires_grad else ()
+                if axes not in known:
+                    known[axes] = self.seconds(meta, stored, zero, axes, use)
+                start[s, group] = red.index[lift(stored, axes)]
+                passes[s, group], once[s, group] = known[axes]
+        of_column, end = of_column.reshape(-1), [red.index[used] for used in dst]
+        return red.seconds[start[:, of_column], end], passes[:, of_column], once[:, of_column]
+
     def update_s(self, meta: TensorMeta, layout: Layout, zero: Zero | None, live: bool) -> float:
         """Seconds of the optimizer's step, which reads the gradient, and reads and writes the parameter and its state; and of adding up the gradients
         of all microbatches, each of which is read and added to the sum."""

@@ -10,14 +10,14 @@ import numpy as np
 from autopar.core.again import computed_again, kept_by_selective, read_again
 from autopar.core.columns import Edges, Nodes, Numbering
 from autopar.core.graph import OpGraph, TensorMeta
-from autopar.core.layout import I, Layout, R
+from autopar.core.layout import I, Layout
 from autopar.core.mesh import Mesh
 from autopar.core.problem import SearchProblem
 from autopar.core.redistribute import layout_space
 from autopar.core.residency import computes_again
 from autopar.core.rule import OpRule
 from autopar.errors import PinConflictError
-from autopar.planner.keeping import Keeping, Sharding, Use, deferred_axes, lift, recompute_tables, uses
+from autopar.planner.keeping import Keeping, Sharding, Use, recompute_tables, uses
 from autopar.planner.roles import Constraints
 from autopar.planner.saved import Gathers, counted_bytes, moved_bytes, saved_values, wanting
 from autopar.planner.states import Pricing, States, layout_states, op_states
@@ -77,6 +77,8 @@ class ProblemBuilder:
         self._op_cache: dict[tuple, States] = {}
         self._edge_cache: dict[tuple, int] = {}
         self._mode_cache: dict[tuple, tuple[np.ndarray, np.ndarray] | None] = {}
+        self._copied_modes: dict[tuple, tuple[np.ndarray, np.ndarray] | None] = {}
+        self._role: dict[int, tuple[int, int]] = {}
         self._gathers_cache: dict[tuple, Gathers] = {}
         self.gathers: dict[int, Gathers] = {}
         self._once_cache: dict[tuple, np.ndarray] = {}
@@ -176,6 +178,7 @@ class ProblemBuilder:
         ops, nodes = [segment.ops.start + offset for offset in copied.ops], range(first, first + len(copied.ops))
         self.ops.update(zip(ops, nodes))
         self.op_of.update(zip(nodes, ops))
+        self._role.update([(i, (id(copied), offset)) for i, offset in zip(ops, copied.ops)])
         self.names += [graph.ops[i].name for i in ops]
         self.states += copied.states
         self.numbers += copied.numbers
@@ -326,25 +329,8 @@ class ProblemBuilder:
         keeping, times = self.keeping, self.keeping.micro_batches
         summed = times if self.pricing.cluster.host.update_bytes_per_s else 1  # where the optimizer's step is priced, it adds the gradients of all up
         about = ("param edge", meta, source.result_layouts, source.zeros, dst, use, self.sharding.axes, replace(keeping, micro_batches=summed))
-        moves, passes, once = self.pricing.kept(about, lambda: self._param_seconds(meta, source, dst, use))
+        moves, passes, once = self.pricing.kept(about, lambda: self.sharding.edge_seconds(meta, source.result_layouts[0], source.zeros, dst, use))
         return times * moves + times * passes + once, once
-
-    def _param_seconds(self, meta: TensorMeta, source: States, dst: Sequence[Layout], use: Use) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of moves and of ZeRO's exchanges in the passes of one microbatch, and once a step. A parameter's gradient over axes where it is stored whole and used
-        as R is summed once a step, in one go."""
-        src = source.result_layouts[0]
-        lifted = [tuple(R if p == I and meta.requires_grad else p for p in x) for x in src]
-        red = self.pricing.redistribution(meta, (*src, *dst, *lifted), grad=meta.requires_grad)
-        end = np.array([red.index[used] for used in dst])
-        partial = np.array([[p == R for p in used] for used in dst])
-        moves, passes, once = (np.empty((len(src), len(dst))) for _ in range(3))
-        for group in np.unique(partial, axis=0):  # of the layout a parameter is used in, only its R axes say what is deferred
-            columns = np.flatnonzero((partial == group).all(axis=1))
-            for s, (stored, zero) in enumerate(zip(src, source.zeros)):
-                axes = deferred_axes(stored, dst[columns[0]]) if meta.requires_grad else ()
-                moves[s, columns] = red.seconds[red.index[lift(stored, axes)], end[columns]]
-                passes[s, columns], once[s, columns] = self.sharding.seconds(meta, stored, zero, axes, use)
-        return moves, passes, once
 
     def _leaves_block(self, i: int, v: int) -> bool:
         """Whether a result is used outside the block that makes it."""
@@ -366,7 +352,7 @@ class ProblemBuilder:
                 continue
             if block not in found:
                 found[block] = self._add(block, states)
-            tables = self._mode_tables(i)
+            tables = self._mode_tables_of_copies(i)
             if tables is not None:
                 self.edges.append((found[block], self.ops[i], self._edge_tables.of(*tables)))
         return found
@@ -375,6 +361,13 @@ class ProblemBuilder:
         """Over how many ranks the result of each state is still to be summed: kept is a part of the sum, not an addend."""
         sizes = self.mesh.sizes
         return np.array([math.prod(sizes[a] for a, p in enumerate(layout) if p.kind == "P") for layout in states.result_layouts[0]])
+
+    def _mode_tables_of_copies(self, i: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Of an operator, found once for its copies."""
+        key = self._role[i], self.again.get(i), tuple([v in self.read_again for v in self.graph.ops[i].results])
+        if key not in self._copied_modes:
+            self._copied_modes[key] = self._mode_tables(i)
+        return self._copied_modes[key]
 
     def _mode_tables(self, i: int) -> tuple[np.ndarray, np.ndarray] | None:
         """Seconds and bytes of an operator by the mode of its block and its own state; None where they are nothing."""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -31,16 +32,27 @@ def moved_bytes(meta: TensorMeta, src: Sequence[Layout], dst: Sequence[Layout], 
     """Bytes of the copy that the backward keeps: none where the value lies as it was produced. Where the copy is kept `instead` of that, only
     what it has more of (of `addends`, more than the rank's part of their sum); so much was received, and is kept even of a block that is computed again,
     which repeats no collective."""
+    before, size = counted_bytes(meta, src, mesh, addends=addends), counted_bytes(meta, dst, mesh)
+    return np.where(_same(tuple(src), tuple(dst)), 0.0, (size - instead * before[:, None]).clip(min=0.0))
+
+
+@lru_cache(maxsize=1 << 12)
+def _same(src: tuple[Layout, ...], dst: tuple[Layout, ...]) -> np.ndarray:
+    """Whether a value lies alike in two layouts."""
     known: dict[Layout, int] = {}
     here, there = (np.array([known.setdefault(without_r(x), len(known)) for x in layouts]) for layouts in (src, dst))
-    before, size = counted_bytes(meta, src, mesh, addends=addends), counted_bytes(meta, dst, mesh)
-    return np.where(here[:, None] == there, 0.0, (size - instead * before[:, None]).clip(min=0.0))
+    return here[:, None] == there
 
 
 def counted_bytes(meta: TensorMeta, layouts: Sequence[Layout], mesh: Mesh, *, addends: bool = False) -> np.ndarray:
     """Local bytes by layout; of `addends` those of a part of their sum."""
-    cut = "SP" if addends else "S"
-    return np.array([meta.num_bytes / math.prod(axis.size for axis, p in zip(mesh.axes, layout) if p.kind in cut) for layout in layouts])
+    return meta.num_bytes / _parts(tuple(layouts), mesh.sizes, "SP" if addends else "S")
+
+
+@lru_cache(maxsize=1 << 12)
+def _parts(layouts: tuple[Layout, ...], sizes: tuple[int, ...], cut: str) -> np.ndarray:
+    """In how many parts each cuts a value."""
+    return np.array([math.prod([size for size, p in zip(sizes, layout) if p.kind in cut]) for layout in layouts])
 
 
 def wanting(graph: OpGraph, i: int) -> list[int]:

@@ -216,7 +216,9 @@ def op_states(
     moved = (np.array([m.num_bytes for m in operands], dtype=np.int64)[:, None] // ways.operand_parts).sum(axis=0) + result_bytes.sum(axis=0)
     moved = moved + (beside if rule.cost == "pointwise" else 0.0)  # kernels of attention keep theirs on the chip
     dtype = results[0].dtype if results else "float32"
-    priced = [pricing.compute(work_of(rule, s, mesh, f, m, dtype)) for s, f, m in zip(ways.strategies, flops.tolist(), moved.tolist(), strict=True)]
+    calls = list(zip(flops.tolist(), moved.tolist(), ways.strategies if rule.product is not None else ways.degree.tolist(), strict=True))
+    works = {call: pricing.compute(work_of(rule, s, mesh, *call[:2], dtype)) for call, s in dict(zip(calls, ways.strategies)).items()}
+    priced = [works[call] for call in calls]
     forward_s = np.array([there for there, *_ in priced])
     seconds = forward_s + (np.array([inputs + weights for _, inputs, weights in priced]) if differentiable else 0.0) + _inner_seconds(rule, ways.strategies, pricing, dtype, differentiable=differentiable)
     kept_bytes = beside if differentiable else np.zeros(len(beside))
