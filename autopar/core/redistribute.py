@@ -86,7 +86,7 @@ def step_graph(layouts: tuple[Layout, ...]) -> StepGraph:
     return StepGraph(tuple(step for steps in found for _, step in steps), src, dst, after)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)
 def _sorts_of_steps(layouts: tuple[Layout, ...], sizes: tuple[int, ...]) -> tuple[tuple[tuple[Step, int], ...], np.ndarray]:
     """(a step of every kind, in how many parts its layout cuts the tensor), and by step of the graph which of them it is: steps of the same kinds, axis and local
     bytes have one price."""
