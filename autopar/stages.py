@@ -101,7 +101,12 @@ class Stages:
         first: dict[Hashable, Program] = {}
         return tuple(first.setdefault(forms[id(stage.program)], stage.program) for stage in self.stages)
 
-    @property
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """The first operator of each, by its number in the whole graph."""
+        return _first_ops(self.whole.graph, self.pipeline)
+
+    @cached_property
     def placement(self) -> tuple[int, ...]:
         return tuple(s % self.pipeline.num_ranks for s in range(len(self.stages)))
 

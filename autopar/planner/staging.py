@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from autopar.core.graph import block_of
 from autopar.core.memory import MemoryUse
@@ -170,11 +170,9 @@ class Staged:
 
     def _ends(self, stage: int) -> tuple[str, str]:
         """The first and the last block or module of a stage."""
-        ops, starts = self.stages.whole.graph.ops, ("", *self.stages.pipeline.starts)
-        stage = 0 if self.stages.pipeline.shares else stage  # copies are whole
-        number = {op.name: i for i, op in enumerate(ops)} | {"": 0}
-        end = number[starts[stage + 1]] if stage + 1 < len(starts) else len(ops)
-        paths = [block_of(op.module_path) or op.module_path for op in ops[number[starts[stage]] : end] if op.module_path]
+        ops = self.stages.whole.graph.ops
+        start, end = list(pairwise((*self.stages.starts, len(ops))))[0 if self.stages.pipeline.shares else stage]  # copies are whole
+        paths = [block_of(op.module_path) or op.module_path for op in ops[start:end] if op.module_path]
         return (paths[0], paths[-1]) if paths else ("", "")
 
     def _in_flight(self, stage: int) -> int:
