@@ -9,7 +9,7 @@ from itertools import chain
 from autopar.core.memory import MemoryUse
 from autopar.core.problem import evaluate
 from autopar.joint import asked
-from autopar.joint.asked import AGAIN, GATHERED, KEPT, Asked
+from autopar.joint.asked import KEPT, Asked
 from autopar.joint.bounds import Line, Parts, counted, least_step_s, sides
 from autopar.joint.deep import Deep, Sharding, mixed, roomy_depths
 from autopar.joint.envelope import Envelope
@@ -136,8 +136,8 @@ class PointSearch:
 
     def _priced(self, side: str) -> Priced:
         if side not in self.priced:
-            relaxed = self.tables.side(side)
-            self.priced[side] = Priced(relaxed, Envelope(relaxed.forms, TOLERANCE))
+            solved = self.tables.side(side)
+            self.priced[side] = Priced(solved, Envelope(solved.forms, TOLERANCE))
         return self.priced[side]
 
     def _fitting_s(self, asked: Callable[[str], Priced], *, roughly: bool = False) -> float:
@@ -253,7 +253,7 @@ class PointSearch:
             sharding = self.tables.sharding(choices)
             made = self._mixed(sharding, limit_bytes, below_s)
             best, below_s = (made, made.step_s) if made is not None else (best, below_s)
-            unseen = max(0.0, self.tables.whole.figures(choices).unseen_bytes(made.deep if made else sharding.leanest(self.orders[0])))
+            unseen = max(0.0, self.tables.side("whole").figures(choices).unseen_bytes(made.deep if made else sharding.leanest(self.orders[0])))
         return best
 
     def promised_s(self, limit_bytes: float) -> float:
@@ -274,11 +274,11 @@ class PointSearch:
         return Found(self, sharding, best, limit_bytes) if best is not None else None
 
     def first(self) -> Iterator[Asked]:
-        return asked.first(self.keeping.stages, self._prices, self._ways)
+        return asked.first(self.keeping.stages, self._prices, self.tables.ways)
 
     def fine(self) -> Iterator[Asked]:
         for flight, low, high in asked.finer(self._prices):
-            for how in self._ways:
+            for how in self.tables.ways:
                 yield from (Asked(flight, price, None, how) for price in self.tables.between(flight, low, high, how))
 
     def lean(self) -> Iterator[Asked]:
@@ -287,17 +287,13 @@ class PointSearch:
         (fastest,) = self.tables.chosen([Asked(1.0, 0.0, None, KEPT)])
         seconds, num_bytes = evaluate(whole.in_flight(flight).problem, fastest)
         price = seconds / max(num_bytes, 1.0)
-        around = asked.around(self.tables.sizes if self.tables.few else (), self.keeping.stages, flight, price, self._ways)
-        return chain(asked.leaner(flight, price, self._ways), around)
+        around = asked.around(self.tables.sizes if self.tables.few else (), self.keeping.stages, flight, price, self.tables.ways)
+        return chain(asked.leaner(flight, price, self.tables.ways), around)
 
     @property
     def _prices(self) -> list[tuple[float, float]]:
         """Microbatches in flight, and the price of a byte that goes with them."""
         return sorted({(flight, price) for priced in self.priced.values() for (flight, _), price in priced.prices.items() if price})
-
-    @property
-    def _ways(self) -> tuple[str, ...]:
-        return (AGAIN,) if self.tables.whole.leaner is None else (AGAIN, GATHERED)
 
     def least_s(self, choices: tuple[int, ...], limit_bytes: float, enough_s: float = math.inf) -> float:
         """No plan of a sharding takes less, by the linear model of memory. No higher bound is looked for than `enough_s`."""

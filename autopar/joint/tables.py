@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -12,12 +12,13 @@ from autopar.core.problem import Edge, SearchProblem
 from autopar.core.residency import GATHER, gathers_again
 from autopar.core.unroll import Run
 from autopar.errors import InfeasibleError
-from autopar.joint.asked import FEW, GATHERED, KEPT, Asked
+from autopar.joint.asked import AGAIN, FEW, GATHERED, KEPT, Asked
 from autopar.joint.bounds import Parts
 from autopar.joint.deep import Sharding
 from autopar.joint.envelope import Envelope
 from autopar.joint.fold import fold, places, sides, times
 from autopar.joint.relaxed import Relaxed, passes_alone, with_gathers
+from autopar.joint.solved import Answers, Solved
 from autopar.joint.space import Point
 from autopar.planner.decode import decode
 from autopar.planner.keeping import Keeping
@@ -49,6 +50,8 @@ class PointTables:
     pricing: Pricing
     keeping: Keeping
     pins: Pins
+    answers: Answers = field(default_factory=Answers)
+    """To all that a search asks but for programs."""
     _shardings: dict[tuple[int, ...], Sharding] = field(default_factory=dict)
 
     @cached_property
@@ -67,8 +70,22 @@ class PointTables:
         problem, ports = self.built
         return self._relaxed(passes_alone(problem, ports.once_s))
 
-    def side(self, side: str) -> Relaxed:
-        return self.whole if side == "whole" else self.passes
+    def side(self, side: str) -> Solved:
+        """What is known of either."""
+        if side not in self._sides:
+            found = None
+            for form in reversed(range(len(self._forms))):
+                found = Solved((side, form), partial(self._form, side, form), self.run.depth, self.point.num_ranks, self.answers, found)
+            assert found is not None
+            self._sides[side] = found
+        return self._sides[side]
+
+    @cached_property
+    def _sides(self) -> dict[str, Solved]:
+        return {}
+
+    def _form(self, side: str, form: int) -> Relaxed:
+        return (self.whole if side == "whole" else self.passes).forms[form]
 
     def rough(self, side: str) -> Envelope:
         """What is known of the blocks, by whoever asks: an answer depends on what was asked before, within its tolerance."""
@@ -85,9 +102,17 @@ class PointTables:
         """Whether blocks gather again what all-gathers bring, of all that they may do."""
         return tuple(sorted(set(map(gathers_again, self.keeping.programs))))
 
-    @cached_property
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """In which blocks may be computed again."""
+        return (AGAIN,) if len(self._forms) == 1 else (AGAIN, GATHERED)
+
+    @property
     def operators(self) -> Parts:
         """What every operator takes of a step at least, whatever the links do: those with collectives inside are left out."""
+        return self.answers.of("operators", self._operators)
+
+    def _operators(self) -> Parts:
         graph, rules, (problem, ports) = self.task.graph, self.task.rules, self.built
         place, side, found = places(self.run, graph), sides(self.run, graph), [0.0, 0.0, 0.0]
         for i, node in ports.op_node.items():
@@ -101,7 +126,7 @@ class PointTables:
             folded = fold(self.task.graph, self.run, with_gathers(problem, ports.gathers, again=again), ports)
             params = frozenset(folded.node[n] for n in ports.param_node.values())
             modes = {folded.node[n]: tuple(_in_form(mode, again=again) for mode in ports.states[n].modes) for n in ports.block_node.values()}
-            found = Relaxed(folded, params, self.run.depth, self.point.num_ranks, modes, found)
+            found = Relaxed(folded, params, self.run.depth, modes, found)
         assert found is not None
         return found
 
@@ -118,16 +143,12 @@ class PointTables:
         store, shared, asking = TableStore(), None, list(asking)
         for asked in asking:
             about = asked.flight, asked.price, asked.how
-            if asked not in self._cheapest:
+            if asked not in self.answers:
                 prepared = self._prepared(asked.flight, asked.how)
                 if about != shared:
                     store, shared = prepared.store(Price(1.0, asked.price)), about
-                self._cheapest[asked] = self._least(prepared, asked, store)
-        return list(dict.fromkeys(choices for asked in asking if (choices := self._cheapest[asked]) is not None))
-
-    @cached_property
-    def _cheapest(self) -> dict[Asked, tuple[int, ...] | None]:
-        return {}
+                self.answers[asked] = self._least(prepared, asked, store)
+        return list(dict.fromkeys(choices for asked in asking if (choices := self.answers[asked]) is not None))
 
     def _least(self, prepared: Prepared, asked: Asked, store: TableStore) -> tuple[int, ...] | None:
         """The choices of the folded problem that cost least; what is returned has blocks kept, as recomputation is decided later. None where none may be
@@ -145,6 +166,9 @@ class PointTables:
     def between(self, flight: float, low: float, high: float, how: str) -> list[float]:
         """Of two prices of a byte and those between them, one for every plan that is the cheapest at any (Eisner and Severance 1976): where two of them cost
         the same, another costs less, or none between does."""
+        return self.answers.of(("between", flight, low, high, how), lambda: self._between(flight, low, high, how))
+
+    def _between(self, flight: float, low: float, high: float, how: str) -> list[float]:
         prepared, prices = self._prepared(flight, how), [low, high]
 
         def cheapest(price: float) -> Bought:
@@ -177,10 +201,10 @@ class PointTables:
         """By how blocks may be computed again, with one microbatch in flight."""
         return {}
 
-    @cached_property
+    @property
     def sizes(self) -> list[int]:
         """How many states every node of the folded problem has."""
-        return self.whole.folded.problem.node_columns.sizes.tolist()
+        return self.answers.of("sizes", lambda: self.whole.folded.problem.node_columns.sizes.tolist())
 
     @property
     def few(self) -> bool:
