@@ -78,6 +78,11 @@ class PointSearch:
         return self.joint.tables(self.point)
 
     @property
+    def has_tables(self) -> bool:
+        """Whether there is more of them than answers."""
+        return "tables" in vars(self) and self.tables.are_made
+
+    @property
     def keeping(self) -> Keeping:
         return self.tables.keeping
 
