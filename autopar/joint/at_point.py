@@ -9,7 +9,7 @@ from itertools import chain, product
 from autopar.core.memory import MemoryUse
 from autopar.core.problem import evaluate
 from autopar.joint import asked
-from autopar.joint.asked import AGAIN, GATHERED, KEPT, Asked
+from autopar.joint.asked import KEPT, Asked
 from autopar.joint.bounds import Line, Parts, counted, least_step_s, sides
 from autopar.joint.deep import Deep, Sharding, mixed, roomy_depths
 from autopar.joint.envelope import Envelope
@@ -79,6 +79,11 @@ class PointSearch:
         return self.joint.tables(self.point)
 
     @property
+    def has_tables(self) -> bool:
+        """Whether there is more of them than answers."""
+        return "tables" in vars(self) and self.tables.are_made
+
+    @property
     def keeping(self) -> Keeping:
         return self.tables.keeping
 
@@ -137,8 +142,8 @@ class PointSearch:
 
     def _priced(self, side: str) -> Priced:
         if side not in self.priced:
-            relaxed = self.tables.side(side)
-            self.priced[side] = Priced(relaxed, Envelope(relaxed.forms, TOLERANCE))
+            solved = self.tables.side(side)
+            self.priced[side] = Priced(solved, Envelope(solved.forms, TOLERANCE))
         return self.priced[side]
 
     def _fitting_s(self, asked: Callable[[str], Priced], *, roughly: bool = False) -> float:
@@ -274,7 +279,7 @@ class PointSearch:
             sharding = self.tables.sharding(choices)
             made = self._mixed(sharding, limit_bytes, below_s)
             best, below_s = (made, made.step_s) if made is not None else (best, below_s)
-            unseen = max(0.0, self.tables.whole.figures(choices).unseen_bytes(made.deep if made else sharding.leanest(self.orders[0])))
+            unseen = max(0.0, self.tables.side("whole").figures(choices).unseen_bytes(made.deep if made else sharding.leanest(self.orders[0])))
         return best
 
     def promised_s(self, limit_bytes: float) -> float:
@@ -305,11 +310,11 @@ class PointSearch:
         return Found(self, sharding, best, limit_bytes) if best is not None else None
 
     def first(self) -> Iterator[Asked]:
-        return asked.first(self.keeping.stages, self._prices, self._ways)
+        return asked.first(self.keeping.stages, self._prices, self.tables.ways)
 
     def fine(self) -> Iterator[Asked]:
         for flight, low, high in asked.finer(self._prices):
-            for how in self._ways:
+            for how in self.tables.ways:
                 yield from (Asked(flight, price, None, how) for price in self.tables.between(flight, low, high, how))
 
     def lean(self) -> Iterator[Asked]:
@@ -318,17 +323,13 @@ class PointSearch:
         (fastest,) = self.tables.chosen([Asked(1.0, 0.0, None, KEPT)])
         seconds, num_bytes = evaluate(whole.in_flight(flight).problem, fastest)
         price = seconds / max(num_bytes, 1.0)
-        around = asked.around(self.tables.sizes if self.tables.few else (), self.keeping.stages, flight, price, self._ways)
-        return chain(asked.leaner(flight, price, self._ways), around)
+        around = asked.around(self.tables.sizes if self.tables.few else (), self.keeping.stages, flight, price, self.tables.ways)
+        return chain(asked.leaner(flight, price, self.tables.ways), around)
 
     @property
     def _prices(self) -> list[tuple[float, float]]:
         """Microbatches in flight, and the price of a byte that goes with them."""
         return sorted({(flight, price) for priced in self.priced.values() for (flight, _), price in priced.prices.items() if price})
-
-    @property
-    def _ways(self) -> tuple[str, ...]:
-        return (AGAIN,) if self.tables.whole.leaner is None else (AGAIN, GATHERED)
 
     def least_s(self, choices: tuple[int, ...], limit_bytes: float, enough_s: float = math.inf) -> float:
         """No plan of a sharding takes less, by the linear model of memory. No higher bound is looked for than `enough_s`."""
@@ -356,11 +357,12 @@ class PointSearch:
         return {}
 
     def _sharding_s(self, choices: tuple[int, ...], room_bytes: float, enough_s: float) -> float:
-        least, whole_s, whole = enough_s, self.tables.whole.parts_of(choices).block, self.tables.whole.figures(choices)
+        whole_s, whole = self.tables.side("whole").parts_of(choices).block, self.tables.side("whole").figures(choices)
+        least = enough_s
         for fastest, order in sorted(self._fastest_orders(choices), key=lambda pair: pair[1].virtual > 1):
             if fastest < least:
-                relaxed = self.tables.side(sides(order)[0])
-                parts, figures = relaxed.parts_of(choices), relaxed.figures(choices)
+                solved = self.tables.side(sides(order)[0])
+                parts, figures = solved.parts_of(choices), solved.figures(choices)
                 if order.virtual > 1:
                     held = figures.held(_flights(order), room_bytes, whole)
                     least = min(least, self._even_s(order, parts, held, room_bytes, least, whole_s=whole_s))

@@ -35,6 +35,9 @@ class Figures:
 
     blocks: Mapping[str, Block]
 
+    def __reduce__(self) -> tuple:
+        return Figures, (self.blocks,)  # without what follows from them
+
     def lines(self, flight: float, limit_bytes: float, whole: "Figures") -> list[Line]:
         """What a rank of so much memory with so many microbatches in flight can do of the step, whatever modes its blocks are in. Memory may have no limit. `whole`:
         of all that it costs, where these are passes alone."""

@@ -8,7 +8,7 @@ from autopar.errors import InfeasibleError
 from autopar.joint.bounds import Line, Parts, counted
 from autopar.joint.envelope import LEAN, Envelope
 from autopar.joint.even import Held
-from autopar.joint.relaxed import Relaxed
+from autopar.joint.solved import Solved
 
 STEPS = 2
 """Numbers of microbatches in flight for which prices are looked for, between two powers of two. Any price makes a bound."""
@@ -25,20 +25,20 @@ def around(price: float) -> list[float]:
 
 @dataclass
 class Priced:
-    """By an `envelope` of what they are `relaxed` to. A cache, not a value."""
+    """By an `envelope` of a problem's forms. A cache, not a value."""
 
-    relaxed: Relaxed
+    solved: Solved
     envelope: Envelope
     prices: dict[tuple[float, float], float] = field(default_factory=dict)
     """Of a byte, by microbatches in flight and memory of a rank: those that were asked for."""
 
     @property
     def parts(self) -> Parts:
-        return self.relaxed.parts
+        return self.solved.parts
 
     def block_s(self, flight: float, price: float) -> float:
         """A block of a step takes at least so many seconds, its bytes included."""
-        return self.envelope.low(price, price * counted(flight)) / self.relaxed.depth
+        return self.envelope.low(price, price * counted(flight)) / self.solved.depth
 
     def line(self, flight: float, price: float, limit_bytes: float, whole: "Priced | None" = None) -> Line:
         """What a rank of so much memory with so many microbatches in flight can do of the step; `whole`: of all that it costs, where these are passes alone."""
@@ -60,12 +60,12 @@ class Priced:
 
     def lean_price(self, limit_bytes: float) -> float:
         """At which hardly anything but bytes counts."""
-        return LEAN * self.envelope.fastest_s / max(self.relaxed.num_ranks * limit_bytes, 1.0)
+        return LEAN * self.envelope.fastest_s / max(self.solved.num_ranks * limit_bytes, 1.0)
 
     def _price(self, flight: float, limit_bytes: float) -> float:
         near = 2.0 ** (math.floor(STEPS * math.log2(flight)) / STEPS) if flight > 0 else 0.0
         if (near, limit_bytes) not in self.prices:
-            total = self.relaxed.num_ranks * limit_bytes
+            total = self.solved.num_ranks * limit_bytes
             try:
                 price = self.envelope.best_price(counted(near), total)
             except InfeasibleError:

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass
 class Relaxed:
-    """Of a run of `depth` blocks on `num_ranks`; `params`, `modes`: nodes of the folded problem, those of modes with the names of their states. A cache, not
+    """Of a run of `depth` blocks; `params`, `modes`: nodes of the folded problem, those of modes with the names of their states. A cache, not
     a value.
 
     `leaner`: the form of the problem in which blocks gather again what all-gathers bring, where they may do that and keep it.
@@ -34,15 +34,13 @@ class Relaxed:
     folded: Folded
     params: frozenset[int]
     depth: int
-    num_ranks: int
     modes: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     leaner: "Relaxed | None" = None
 
-    @cached_property
-    def parts(self) -> Parts:
-        """Seconds of a block, and of what is before and behind the run, each at its least."""
-        block, first, last = self.at(0.0, 0.0).bound_s, *(solve(self.folded.part(side), use_ilp="never").bound_s for side in (1, 2))
-        return Parts(block / self.depth, first, last)
+    def ends(self) -> tuple[float, float]:
+        """The least seconds of what is before and behind the run."""
+        first, last = (solve(self.folded.part(side), use_ilp="never").bound_s for side in (1, 2))
+        return first, last
 
     @cached_property
     def _block(self) -> Prepared:
@@ -50,27 +48,12 @@ class Relaxed:
         return prepare(self.folded.part(0), (SECONDS, BYTES))
 
     def parts_of(self, choices: tuple[int, ...]) -> Parts:
-        """The same of one sharding."""
-        if choices not in self._parts:
-            block, first, last = (terms.of_plan([choices[n] for n in nodes])[0] for nodes, terms in self._terms)
-            self._parts[choices] = Parts(block / self.depth, first, last)
-        return self._parts[choices]
-
-    @cached_property
-    def _parts(self) -> dict[tuple[int, ...], Parts]:
-        return {}
+        """Seconds of one sharding: of a block, and of what is before and behind the run."""
+        block, first, last = (terms.of_plan([choices[n] for n in nodes])[0] for nodes, terms in self._terms)
+        return Parts(block / self.depth, first, last)
 
     def figures(self, choices: tuple[int, ...]) -> Figures:
         """Of one sharding, whatever modes its blocks are in."""
-        if choices not in self._figures:
-            self._figures[choices] = self._figures_of(choices)
-        return self._figures[choices]
-
-    @cached_property
-    def _figures(self) -> dict[tuple[int, ...], Figures]:
-        return {}
-
-    def _figures_of(self, choices: tuple[int, ...]) -> Figures:
         found: dict[str, Block] = {}
         for form in self.forms:
             nodes, terms = form._terms[0]
@@ -92,15 +75,8 @@ class Relaxed:
 
     def at(self, state_price: float, kept_price: float) -> Vertex:
         """What all blocks take at least in this form at these prices of a byte of their state, and of one that they keep of a microbatch in flight."""
-        key = state_price, kept_price
-        if key not in self._vertices:
-            flight = kept_price / state_price if state_price else 1.0
-            self._vertices[key] = self._vertex(self._in_flight(flight).minimise(Price(1.0, state_price)))
-        return self._vertices[key]
-
-    @cached_property
-    def _vertices(self) -> dict[tuple[float, float], Vertex]:
-        return {}
+        flight = kept_price / state_price if state_price else 1.0
+        return self._vertex(self._in_flight(flight).minimise(Price(1.0, state_price)))
 
     @cached_property
     def least_bytes(self) -> tuple[float, float]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 
 from autopar.core.units import size
 from autopar.errors import InfeasibleError
+from autopar.joint.ahead import Ahead, Job, most_helpers
 from autopar.joint.at_point import Found, PointSearch
 from autopar.joint.deep import shifted
 from autopar.joint.given import Given
@@ -69,6 +70,7 @@ class JointSearch(Given):
 
     progress: Callable[[str], None] = lambda text: None
     gap: float = GAP
+    helpers: int = field(default_factory=most_helpers)
 
     @property
     def question(self) -> Hashable:
@@ -77,7 +79,6 @@ class JointSearch(Given):
 
     def search(self) -> Joint:
         """Raises InfeasibleError where nothing fits. The time limit is for what comes after the first plan."""
-        end = math.inf
         ideal = Ideal(self.cluster, self.run, self.task)
         heap: list[Waiting] = []
         free = self.options.free_micro_batches or self.pins.micro_batch is not None  # its number of samples is pinned, and what of dp follows is searched
@@ -92,18 +93,24 @@ class JointSearch(Given):
                 f"no pipeline of {self.run.depth} blocks, mesh and microbatches of {self.batch} samples go with these pins on {self.cluster.name}: degrees and microbatches must divide"
                 " devices and batch; leave one of the pins out"
             )
+        with Ahead(searches, self._bounds, self.helpers) as ahead:
+            return self._best_first(heap, ahead)
+
+    def _best_first(self, heap: list["Waiting"], ahead: Ahead) -> Joint:
+        end, best = math.inf, math.inf
         num_points, looked, found, closed = len(heap), [len(heap), 0, 0, 0, 0], [], math.inf
-        best = math.inf
         planned: list[tuple[float, PointSearch]] = []
         ready: list[Waiting] = []  # to be planned, by what they promise
         while (ready or (heap and heap[0].key < best * (1 - self.gap))) and time.perf_counter() < end:
             promised = ready[0].key if ready else math.inf  # no point promises less than its bound
+            ahead.offer([(waiting.key, waiting.job) for waiting in heap], best * (1 - self.gap))
             if heap and heap[0].key < min(promised, best * (1 - self.gap)) and len(ready) < AHEAD:
                 waiting = heapq.heappop(heap)
                 self.progress(f"searching {waiting.search.point}: bound {waiting.bound:.4g} s, best {best:.4g} s")
                 if waiting.level < PROMISING:
-                    self._tighten(heap, waiting, looked)
+                    self._tighten(heap, waiting, looked, ahead)
                 else:
+                    ahead.settle(waiting.job)
                     heapq.heappush(ready, replace(waiting, key=waiting.search.promised_s(self.limit_bytes)))
                 continue
             waiting = heapq.heappop(ready)
@@ -118,10 +125,10 @@ class JointSearch(Given):
         closed = min([closed, *(waiting.bound for waiting in ready)])
         in_time = not ready and (not heap or heap[0].key >= best * (1 - self.gap))
         while heap and heap[0].level < PROMISING and heap[0].key < min(best, closed) < math.inf and in_time:
-            self._tighten(heap, heapq.heappop(heap), looked)
+            self._tighten(heap, heapq.heappop(heap), looked, ahead)
         bound = min(closed, heap[0].key if heap else math.inf)
         if bound < best * (1 - self.gap):
-            self._look_further(found, planned, best, end)
+            self._look_further(found, planned, best, end, self.helpers if ahead.started else 0)
         if not found:
             raise InfeasibleError(
                 f"none of {num_points} ways to lay {self.run.depth} blocks on {self.cluster.name} fits {size(self.limit_bytes)} of a device; "
@@ -134,7 +141,12 @@ class JointSearch(Given):
         best = found[0].step_s
         return Joint(tuple(found), min(bound, best), num_points, tuple(looked), in_time)
 
-    def _tighten(self, heap: list["Waiting"], waiting: "Waiting", looked: list[int]) -> None:
+    @property
+    def _bounds(self) -> tuple[Callable[[PointSearch], float], ...]:
+        """By level. The last is no bound but says which point is planned next."""
+        return PointSearch.fastest_s, PointSearch.rough_s, PointSearch.fitting_s, lambda search: search.promised_s(self.limit_bytes)
+
+    def _tighten(self, heap: list["Waiting"], waiting: "Waiting", looked: list[int], ahead: Ahead) -> None:
         """By what is known of others, else by the next level. So the levels that a point goes through depend on those, but what it is planned by does not."""
         bound, level, search = waiting.bound, waiting.level, waiting.search
         for n, floor_s in enumerate((search.roomier_s, search.floor_s)[waiting.floors :], waiting.floors + 1):
@@ -142,18 +154,31 @@ class JointSearch(Given):
                 heapq.heappush(heap, replace(waiting, key=floor, floors=n))
                 return
         looked[level + 1] += 1
-        bound = max(bound, (search.fastest_s, search.rough_s, search.fitting_s)[level]())
+        ahead.settle(waiting.job)
+        bound = max(bound, self._bounds[level](search))
         if bound < math.inf:
             heapq.heappush(heap, Waiting(bound, level + 1, waiting.number, bound, search))
 
-    def _look_further(self, found: list[Found], planned: Sequence[tuple[float, PointSearch]], best: float, end: float) -> None:
+    def _look_further(self, found: list[Found], planned: Sequence[tuple[float, PointSearch]], best: float, end: float, helpers: int) -> None:
         """Adds what is better: at the few points of the best plans, and, while there is time, at those that may be far better than what was found."""
         near = [made.search for made in sorted(found, key=lambda made: made.step_s)[:FINE]]
+        with Ahead(near, [_finer], helpers) as ahead:
+            if len(near) > 1:
+                ahead.start()
+                ahead.offer([(0.0, Job(n, 0)) for n in range(len(near))], math.inf)
+            for n in range(len(near)):
+                ahead.settle(Job(n, 0))
         for search, asking in [*((s, s.fine) for s in near), *((s, s.lean) for bound, s in planned if bound < best * (1 - (self.gap if s.tables.few else FAR)))]:
             made = search.plan(self.limit_bytes, best, asking) if search in near or time.perf_counter() < end else None
             if made is not None:
                 found.append(made)
                 best = made.step_s
+
+
+def _finer(search: PointSearch) -> float:
+    """Only so that it is known when the point is planned."""
+    search.tables.chosen(search.fine())
+    return math.inf
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -166,6 +191,10 @@ class Waiting:
     bound: float = field(compare=False)
     search: PointSearch = field(compare=False)
     floors: int = field(default=0, compare=False)
+
+    @property
+    def job(self) -> Job:
+        return Job(self.number, self.level)
 
 
 def _larger(search: PointSearch, others: Sequence[PointSearch]) -> tuple[PointSearch, ...]:

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -12,12 +12,13 @@ from autopar.core.problem import Edge, SearchProblem
 from autopar.core.residency import GATHER, gathers_again
 from autopar.core.unroll import Run
 from autopar.errors import InfeasibleError
-from autopar.joint.asked import FEW, GATHERED, KEPT, Asked
+from autopar.joint.asked import AGAIN, FEW, GATHERED, KEPT, Asked
 from autopar.joint.bounds import Parts
 from autopar.joint.deep import Sharding
 from autopar.joint.envelope import Envelope
 from autopar.joint.fold import Fold, places, sides, times
 from autopar.joint.relaxed import Relaxed, passes_alone, with_gathers
+from autopar.joint.solved import Answers, Solved
 from autopar.joint.space import Point
 from autopar.planner.decode import decode
 from autopar.planner.keeping import Keeping
@@ -49,6 +50,8 @@ class PointTables:
     pricing: Pricing
     keeping: Keeping
     pins: Pins
+    answers: Answers = field(default_factory=Answers)
+    """To all that a search asks but for programs."""
     _shardings: dict[tuple[int, ...], Sharding] = field(default_factory=dict)
     _last: tuple[tuple[float, float, str], Prepared, TableStore] | None = None
 
@@ -56,6 +59,10 @@ class PointTables:
     def built(self) -> tuple[SearchProblem, Ports]:
         constraints = Constraints(self.point.mesh, self.pins, strict=bool(self.pins.mesh_axes))
         return ProblemBuilder(self.task.graph, self.task.rules, self.task.batch, self.pricing, constraints, self.keeping).build(None)
+
+    @property
+    def are_made(self) -> bool:
+        return "built" in vars(self)
 
     @cached_property
     def whole(self) -> Relaxed:
@@ -68,8 +75,22 @@ class PointTables:
         problem, ports = self.built
         return self._relaxed(passes_alone(problem, ports.once_s))
 
-    def side(self, side: str) -> Relaxed:
-        return self.whole if side == "whole" else self.passes
+    def side(self, side: str) -> Solved:
+        """What is known of either."""
+        if side not in self._sides:
+            found = None
+            for form in reversed(range(len(self._forms))):
+                found = Solved((side, form), partial(self._form, side, form), self.run.depth, self.point.num_ranks, self.answers, found)
+            assert found is not None
+            self._sides[side] = found
+        return self._sides[side]
+
+    @cached_property
+    def _sides(self) -> dict[str, Solved]:
+        return {}
+
+    def _form(self, side: str, form: int) -> Relaxed:
+        return (self.whole if side == "whole" else self.passes).forms[form]
 
     def rough(self, side: str) -> Envelope:
         """What is known of the blocks, by whoever asks: an answer depends on what was asked before, within its tolerance."""
@@ -86,9 +107,17 @@ class PointTables:
         """Whether blocks gather again what all-gathers bring, of all that they may do."""
         return tuple(sorted(set(map(gathers_again, self.keeping.programs))))
 
-    @cached_property
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """In which blocks may be computed again."""
+        return (AGAIN,) if len(self._forms) == 1 else (AGAIN, GATHERED)
+
+    @property
     def operators(self) -> Parts:
         """What every operator takes of a step at least, whatever the links do: those with collectives inside are left out."""
+        return self.answers.of("operators", self._operators)
+
+    def _operators(self) -> Parts:
         graph, rules, (problem, ports) = self.task.graph, self.task.rules, self.built
         place, side, found = places(self.run, graph), sides(self.run, graph), [0.0, 0.0, 0.0]
         for i, node in ports.op_node.items():
@@ -106,7 +135,7 @@ class PointTables:
             folded = self._fold.folded(with_gathers(problem, ports.gathers, again=again))
             params = frozenset(folded.node[n] for n in ports.param_node.values())
             modes = {folded.node[n]: tuple(_in_form(mode, again=again) for mode in ports.states[n].modes) for n in ports.block_node.values()}
-            found = Relaxed(folded, params, self.run.depth, self.point.num_ranks, modes, found)
+            found = Relaxed(folded, params, self.run.depth, modes, found)
         assert found is not None
         return found
 
@@ -122,16 +151,12 @@ class PointTables:
         """The choices of each sharding, once."""
         asking = list(asking)
         for asked in asking:
-            if asked not in self._cheapest:
+            if asked not in self.answers:
                 free = asked.zero is None and asked.fixed is None
                 found = self._bought(asked.flight, asked.price, asked.how).choices if free else self._least(asked)
                 # blocks are kept, as recomputation is decided later
-                self._cheapest[asked] = None if found is None else tuple([0 if n in self.whole.modes else c for n, c in enumerate(found)])
-        return list(dict.fromkeys(choices for asked in asking if (choices := self._cheapest[asked]) is not None))
-
-    @cached_property
-    def _cheapest(self) -> dict[Asked, tuple[int, ...] | None]:
-        return {}
+                self.answers[asked] = None if found is None else tuple([0 if n in self.whole.modes else c for n, c in enumerate(found)])
+        return list(dict.fromkeys(choices for asked in asking if (choices := self.answers[asked]) is not None))
 
     def _least(self, asked: Asked) -> tuple[int, ...] | None:
         """The choices of the folded problem that cost least. None where none may be joined to what is fixed."""
@@ -147,20 +172,19 @@ class PointTables:
 
     def _bought(self, flight: float, price: float, how: str) -> Bought:
         """The same with nothing fixed."""
-        key = flight, price, how
-        if key not in self._free:
-            prepared, store = self._at_price(*key)
-            choices = prepared.minimise(Price(1.0, price), store).choices
-            self._free[key] = Bought(prepared.shrunk.restore(choices), *prepared.terms.of_plan(choices))
-        return self._free[key]
+        return self.answers.of(("bought", flight, price, how), lambda: self._buy(flight, price, how))
 
-    @cached_property
-    def _free(self) -> dict[tuple[float, float, str], Bought]:
-        return {}
+    def _buy(self, flight: float, price: float, how: str) -> Bought:
+        prepared, store = self._at_price(flight, price, how)
+        choices = prepared.minimise(Price(1.0, price), store).choices
+        return Bought(prepared.shrunk.restore(choices), *prepared.terms.of_plan(choices))
 
     def between(self, flight: float, low: float, high: float, how: str) -> list[float]:
         """Of two prices of a byte and those between them, one for every plan that is the cheapest at any (Eisner and Severance 1976): where two of them cost
         the same, another costs less, or none between does."""
+        return self.answers.of(("between", flight, low, high, how), lambda: self._between(flight, low, high, how))
+
+    def _between(self, flight: float, low: float, high: float, how: str) -> list[float]:
         prices = [low, high]
         todo = deque([(self._bought(flight, low, how), self._bought(flight, high, how))])
         while todo and len(prices) < MOST_PRICES:
@@ -196,10 +220,10 @@ class PointTables:
         """By how blocks may be computed again, with one microbatch in flight."""
         return {}
 
-    @cached_property
+    @property
     def sizes(self) -> list[int]:
         """How many states every node of the folded problem has."""
-        return self.whole.folded.problem.node_columns.sizes.tolist()
+        return self.answers.of("sizes", lambda: self.whole.folded.problem.node_columns.sizes.tolist())
 
     @property
     def few(self) -> bool:
