@@ -1,10 +1,10 @@
 """Processes beside the search that find out ahead what it will ask of the points that it is likely to come to.
 
-The search goes its way as if it were alone. Before it looks at a point it takes over what a helper has answered of it; what a helper has not begun it finds out
-itself. An answer depends on its question alone (`solved.Answers`), and is taken over only where the search asks it: so plans, bounds and what was looked
+The search goes its way as if it were alone. Before it looks at a point it takes over what the helper of that point has answered, for which it waits; a point that
+no helper was asked of it looks at itself. An answer depends on its question alone (`solved.Answers`), and is taken over only where the search asks it: so plans, bounds and what was looked
 at are the same however many helpers there are, and whatever becomes of them.
 
-A helper is forked when the search has shown that it has work to share. It knows what the search knew then, keeps the tables of its points, computes with numpy
+Helpers are forked when the search has shown that it has work to share. Each knows what the search knew then, keeps the tables of its points, computes with numpy
 alone, and ends with the search: killed, or by itself when nobody is there to ask it.
 """
 
@@ -24,16 +24,16 @@ from typing import Any, NamedTuple
 from autopar.joint.at_point import PointSearch
 
 MOST = 4
-"""Processes of a search, with its own: what it does alone is about a fifth of all."""
+"""Helpers, at most: what the search does alone was a fifth to a third of the processor seconds where it was measured."""
 
 QUEUED = 3
 """Jobs that a helper has at once, so that it need not wait while the search plans a point."""
 
 ALONE = 4
-"""Points that nothing was known of are looked at before there are helpers: a fork takes as long as a fifth of one of them, and most questions ask of few."""
+"""So many points that nothing was known of are looked at before there are helpers: most questions ask of no more."""
 
 PATIENCE_S = 30.0
-"""For an answer that was begun. Who takes longer is ended, and the search finds it out itself."""
+"""For a word of a helper that is waited for. One that says none for longer is ended, and the search finds out itself."""
 
 
 class Job(NamedTuple):

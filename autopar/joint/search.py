@@ -66,7 +66,7 @@ class Joint:
 
 @dataclass
 class JointSearch(Given):
-    """Of all points of what is given."""
+    """Of all points of what is given. `helpers`: processes beside this one, at most, on which nothing but the time it takes depends."""
 
     progress: Callable[[str], None] = lambda text: None
     gap: float = GAP

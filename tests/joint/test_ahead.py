@@ -21,7 +21,7 @@ from tests.joint.brute_force import drawn
 from tests.joint.models import LLAMA, graphs, joint_search
 
 A100 = Cluster.preset("a100-sxm", nodes=2, devices_per_node=4)
-HELPERS = (0, 1, 2, 4)
+HELPERS = (0, 1, 3)
 
 pytestmark = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="processes cannot be forked here")
 
@@ -46,9 +46,9 @@ def asked(share: float = 0.3, **given: object) -> JointSearch:
     return joint_search(LLAMA, A100, 16, memory_share=share, **given)
 
 
-@pytest.mark.parametrize("share", [0.9, 0.25, 0.01])
+@pytest.mark.parametrize("share", [0.9, 0.3])
 def test_plans_do_not_depend_on_the_number_of_helpers(share: float) -> None:
-    alone, *others = (outcome(asked(share, helpers=number, gap=0.0)) for number in HELPERS)
+    alone, *others = (outcome(asked(share, helpers=number)) for number in HELPERS)
     assert all(other == alone for other in others)
     assert not multiprocessing.active_children()
 
@@ -64,7 +64,7 @@ def test_neither_does_what_is_said_of_them_nor_what_is_known_afterwards() -> Non
     assert all(other == said[0] for other in said)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_random_small_problems(seed: int) -> None:
     instance = drawn(seed)
     held = instance.search().search().best.memory.high_bytes
