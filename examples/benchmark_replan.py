@@ -23,6 +23,10 @@ from autopar.request import Request
 
 SEQ = 8192
 SWEEP = 20
+LARGE = ("llama-3.1-70b", 128, 1024)
+"""Model, nodes and samples of a batch."""
+SMALL = ("llama-3.1-8b", 1, 64)
+FRONT = ("llama-3.1-70b", 8, 256)
 Row = tuple[str, float, float, Plan | None]
 
 
@@ -43,33 +47,36 @@ def planned(request: Request, cluster: Cluster, max_memory: float = 0.9) -> Plan
 
 def replanned() -> Iterator[Row]:
     """70B on 1,024 GPUs, and what may change."""
-    cluster, request = Cluster.preset("h100-sxm", 128), request_of("llama-3.1-70b", 1024)
+    model, nodes, batch = LARGE
+    cluster, request = Cluster.preset("h100-sxm", nodes), request_of(model, batch)
     yield timed("cold", lambda: planned(request, cluster))
     yield timed("the same", lambda: planned(request, cluster))
     yield timed("bandwidth between nodes x 1.1", lambda: planned(request, changed(cluster, ["inter_node.bandwidth*=1.1"])))
     yield timed("bandwidth between nodes x 2", lambda: planned(request, changed(cluster, ["inter_node.bandwidth*=2"])))
+    yield timed("memory 85 %", lambda: planned(request, cluster, 0.85))
     yield timed("memory 70 %", lambda: planned(request, cluster, 0.7))
-    yield timed("batch 2,048", lambda: planned(request.with_batch(2048), cluster))
-    yield timed("half the nodes", lambda: planned(request, changed(cluster, ["num_nodes=64"])))
+    yield timed("twice the batch", lambda: planned(request.with_batch(2 * batch), cluster))
+    yield timed("half the nodes", lambda: planned(request, changed(cluster, [f"num_nodes={nodes // 2}"])))
 
 
 def swept() -> Iterator[Row]:
     """8B on 8 GPUs over the bandwidth of its links."""
-    cluster, request = Cluster.preset("h100-sxm", 1), request_of("llama-3.1-8b", 64)
+    model, nodes, batch = SMALL
+    cluster, request = Cluster.preset("h100-sxm", nodes), request_of(model, batch)
     for n in range(SWEEP):
         factor = f"{0.25 * 16 ** (n / (SWEEP - 1)):.4g}"
         yield timed(f"bandwidth x {factor}", lambda factor=factor: planned(request, changed(cluster, [f"intra_node.bandwidth*={factor}"])))
 
 
 def front() -> Iterator[Row]:
-    """70B on 64 GPUs from the fastest plan to the leanest."""
-    cluster, request = Cluster.preset("h100-sxm", 8), request_of("llama-3.1-70b", 256)
+    """70B on 64 GPUs from the fastest plan to the leanest. A plan is known to be on the front when the one behind it is."""
+    model, nodes, batch = FRONT
+    cluster, request = Cluster.preset("h100-sxm", nodes), request_of(model, batch)
     plans = request.front(cluster, joint=True)
     row = timed("fastest", lambda: next(plans, None))
     while row[3] is not None:
         yield row
         row = timed("holds less", lambda: next(plans, None))
-    yield row
 
 
 PARTS: dict[str, Callable[[], Iterator[Row]]] = {"replan": replanned, "sweep": swept, "front": front}

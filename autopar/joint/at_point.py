@@ -269,7 +269,7 @@ class PointSearch:
         """The best plan of the point within a limit that takes less than `below_s`: every sharding that is asked for and may be best, every order, as little
         recomputation as fits.
 
-        The most promising sharding is planned first: what a rank holds beside what the linear model counts is about the same for all.
+        The most promising sharding is planned first: what a rank holds beside what the linear model counts is about the same for all, so that of the first will do.
         """
         best: Found | None = None
         left, unseen = self.tables.chosen((asking or self.first)()), 0.0
@@ -279,7 +279,7 @@ class PointSearch:
             sharding = self.tables.sharding(choices)
             made = self._mixed(sharding, limit_bytes, below_s)
             best, below_s = (made, made.step_s) if made is not None else (best, below_s)
-            unseen = max(0.0, self.tables.side("whole").figures(choices).unseen_bytes(made.deep if made else sharding.leanest(self.orders[0])))
+            unseen = unseen or max(0.0, self.tables.side("whole").figures(choices).unseen_bytes(made.deep if made else sharding.leanest(self.orders[0])))
         return best
 
     def promised_s(self, limit_bytes: float) -> float:
