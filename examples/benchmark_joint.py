@@ -8,11 +8,15 @@ candidate, about 9 CPU h for its default space (both measured elsewhere on two c
 Meta AutoParallel 198 s for 8B on one given mesh (trace 30, build 88, solve 80: its own report).
 """
 
+import glob
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -28,18 +32,44 @@ CASES = {
 }
 LIMITS = {"405b": (30.0, 4.0)}
 LIMIT = (15.0, 4.0)
+LOOK_S = 0.2
 
 
 def planned(model: str, cluster: str, batch: int, seq: int) -> dict:
-    """One case in a process of its own, with its wall and CPU seconds and its peak memory in GiB."""
+    """One case in a process of its own, with wall and CPU seconds and the peak memory in GiB, of it and the helpers that its search forks."""
     command = [sys.executable, "-m", "autopar", "plan", model, "--cluster", cluster, "--batch", str(batch), "--seq", str(seq), "--joint", "--json"]
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    most, ended = [0.0], threading.Event()
+    watch = threading.Thread(target=lambda: _watch(process.pid, most, ended))
+    watch.start()
     text = process.stdout.read() if process.stdout else ""
     _, status, used = os.wait4(process.pid, 0)
+    ended.set()
+    watch.join()
     if os.waitstatus_to_exitcode(status) not in (0, 4):
         raise SystemExit(f"{' '.join(command[1:])} failed")
-    return json.loads(text) | {"wall_s": time.perf_counter() - start, "cpu_s": used.ru_utime + used.ru_stime, "gib": used.ru_maxrss / 2**20}
+    return json.loads(text) | {"wall_s": time.perf_counter() - start, "cpu_s": used.ru_utime + used.ru_stime, "gib": max(most[0], used.ru_maxrss / 2**20)}
+
+
+def _watch(session: int, most: list[float], ended: threading.Event) -> None:
+    """The most GiB that the processes of a session held at once, what they share counted once. Only where there is /proc."""
+    while not ended.wait(LOOK_S):
+        most[0] = max(most[0], sum(_gib(Path(entry)) for entry in glob.glob("/proc/[0-9]*") if _session(Path(entry)) == session))
+
+
+def _session(process: Path) -> int:
+    with suppress(OSError):
+        return int((process / "stat").read_text().rpartition(")")[2].split()[3])
+    return -1
+
+
+def _gib(process: Path) -> float:
+    with suppress(OSError):
+        for line in (process / "smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) / 2**20
+    return 0.0
 
 
 def main(only: Annotated[str | None, typer.Option(help=f"One of {', '.join(CASES)}.")] = None) -> None:
