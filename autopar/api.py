@@ -93,7 +93,7 @@ def _whole(plan: Plan, traced: Traced, weights: Weights, device: torch.device, s
     rank.offload = program.residency.offload
     mesh = device_mesh(program.mesh, device)
     stored_mesh = device_mesh(program.mesh, HOST) if rank.offload else mesh
-    return SpmdModule(program, built.module, built.inputs, built.positions, traced, weights, rank, mesh, stored_mesh)
+    return SpmdModule(program, built, traced, weights, rank, mesh, stored_mesh)
 
 
 def _staged(plan: Plan, traced: Traced, weights: Weights, device: torch.device, seed: int, own: Schedule | None) -> ParallelModule:
@@ -110,7 +110,7 @@ def _staged(plan: Plan, traced: Traced, weights: Weights, device: torch.device, 
         built = build(program, traced, device, split_backward=splits)
         rank = places.stage_rank_of(plan.mesh)
         rank.offload = offload
-        module.add_stage(number, Share(program, built.module, built.inputs, built.positions, traced.constants, weights, rank, stored_mesh, module), splits=splits)
+        module.add_stage(number, Share(program, built, traced.constants, weights, rank, stored_mesh, module, module.lasting), splits=splits)
     return module
 
 

@@ -4,7 +4,7 @@ The predicted ledger, the static check and the rewriter all read this one object
 """
 
 import math
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -191,17 +191,62 @@ class Program:
 
     @cached_property
     def move_of(self) -> Mapping[tuple[int, Route], Move]:
-        """By value and route up to and with the step, which is made for the first operator that uses it."""
+        """By value and route up to and with the step, which is made for the first operator that uses it; of what is computed once those that stand for all."""
         seen: dict[tuple[int, Route], Move] = {}
         for value, route, live in self.moving():
             for n, step in enumerate(route_steps(route), start=1):
                 key = (value, route[: n + 1])
+                key = self.once.get(key, key)
                 if key not in seen:
                     again = step.forward in COLLECTIVES and self.becomes.get(key) == AGAIN
                     seen[key] = Move(value, route[n - 1], step, live, again=again)
                 elif live and not seen[key].live:
                     seen[key] = replace(seen[key], live=True)
         return seen
+
+    @cached_property
+    def once(self) -> Mapping[Tensor, Tensor]:
+        """Tensors that are the same for every microbatch, `graph.once` along all routes -> the first that is made alike, which stands for all: it is
+        computed once a step and kept through it. What is given, and not moved, is in no need of that, and stands for itself."""
+        graph, produced = self.graph, self.produced
+        found = {(v, (produced[v],)): (v, (produced[v],)) for v in graph.given if v in graph.once}
+        made: dict[Hashable, tuple[int, ...]] = {}
+        moved: dict[Hashable, Tensor] = {}
+
+        def at(v: int, tail: Route) -> Tensor:
+            route = self.full_route(v, tail)
+            for n in range(1, len(route)):
+                if (v, route[: n + 1]) not in found:
+                    found[v, route[: n + 1]] = moved.setdefault((found[v, route[:n]], route[n]), (v, route[: n + 1]))
+            return found[v, route]
+
+        for i, op in enumerate(graph.ops):
+            operands = [at(v, self.routes[i, k]) for k, v in enumerate(op.operands) if v in graph.once]
+            if self.made_once(i):
+                first = made.setdefault((graph.calls[i], tuple(operands), self.strategies[i]), op.results)
+                found.update(((v, (produced[v],)), (same, (produced[same],))) for v, same in zip(op.results, first, strict=True))
+        for v, route in zip(graph.finals, (*self.output_routes, *self.update_routes), strict=True):
+            if v in graph.once:
+                at(v, route)
+        return found
+
+    def made_once(self, op: int) -> bool:
+        """Whether an operator's results are the same for every microbatch."""
+        return not self.graph.once.isdisjoint(self.graph.ops[op].results)
+
+    def standing(self, ops: Iterable[int] | None = None) -> list[Tensor]:
+        """What stands for the tensors of these that some operators take, or all of them and the outputs, in program order: the same places in programs of
+        the same form."""
+        uses = [(v, self.routes[i, k]) for i in (range(len(self.graph.ops)) if ops is None else ops) for k, v in enumerate(self.graph.ops[i].operands)]
+        uses += zip(self.graph.finals, (*self.output_routes, *self.update_routes), strict=True) if ops is None else ()
+        routes = [(v, self.full_route(v, tail)) for v, tail in uses if v in self.graph.once]
+        return [self.once[v, route[:n]] for v, route in routes for n in range(1, len(route) + 1)]
+
+    @cached_property
+    def communicates_once(self) -> bool:
+        """Whether that takes communication, which every stage of a rank does for itself; else what several of them read is there once."""
+        moved = any(move.step.forward in COLLECTIVES for move in self.moves if move.value in self.graph.once)
+        return moved or any(self.made_once(i) and any(c == ("cut", x.factor) for x in rule.inner for c in self.strategies[i]) for i, rule in enumerate(self.rules) if rule.inner)
 
     def mode(self, s: int) -> str:
         """What segment s keeps for its backward."""
@@ -210,11 +255,11 @@ class Program:
     def in_modes(self, recompute: Mapping[str, str]) -> "Program":
         """The same under other modes of recomputation."""
         made = replace(self, residency=replace(self.residency, recompute=recompute))
-        vars(made)["_parts"] = self._parts  # they have no modes, and a search asks for many
+        vars(made).update(_parts=self._parts, once=self.once)  # they have no modes, and a search asks for many
         return made
 
     def parts(self, s: int) -> tuple[Part, ...]:
-        """The moves and operators of a segment, in the order in which they are emitted. Tensors are named (value, route)."""
+        """The moves and operators of a segment that every microbatch makes, in the order in which they are emitted. Tensors are named (value, route)."""
         if s not in self._parts:
             self._parts[s] = tuple(self._parts_of(s))
         return self._parts[s]
@@ -226,10 +271,10 @@ class Program:
     def _parts_of(self, s: int) -> Iterator[Part]:
         graph, live, segment = self.graph, self.graph.differentiated, self.graph.segments[s]
         made: set[Tensor] = set()
-        for i in segment.ops:
+        for i in (i for i in segment.ops if not self.made_once(i)):
             op, rule = graph.ops[i], self.rules[i]
             operands = [(v, self.full_route(v, self.routes[i, k])) for k, v in enumerate(op.operands)]
-            for v, route in operands:
+            for v, route in (x for x in operands if x[0] not in graph.once):
                 for n, step in enumerate(route_steps(route), start=1):
                     key = (v, route[: n + 1])
                     if key not in made and self._first_user[key] in segment.ops:
@@ -270,7 +315,7 @@ class Program:
         """Operator -> the part of its forward that is done a second time."""
         graph, found = self.graph, dict[int, float]()
         shares = computed_again(graph, self.rules) if self.replays else {}
-        for i in (i for s in self.replays if computes_again(self.mode(s)) for i in graph.segments[s].ops if i in shares):
+        for i in (i for s in self.replays if computes_again(self.mode(s)) for i in graph.segments[s].ops if i in shares and not self.made_once(i)):
             op = graph.ops[i]
             spared = kept_by_selective(op, [graph.values[v].meta for v in op.operands]) and self.becomes[op.results[0], (self.produced[op.results[0]],)] != AGAIN
             found |= {} if spared else {i: shares[i]}
@@ -295,14 +340,13 @@ class Program:
     def _entries(self) -> Iterator[tuple[LedgerKey, int]]:
         live, times = self.graph.differentiated, self.residency.micro_batches
         for move in self.moves:
-            size = self.local_bytes(move.value, move.src) * times
+            size = self.local_bytes(move.value, move.src) * (1 if move.value in self.graph.once else times)
             step = move.step
             if step.forward in COLLECTIVES:
                 yield self.key(step.forward, (step.axis,)), size * (1 + move.again)
             if step.backward in COLLECTIVES and move.live:
                 yield self.key(step.backward, (step.axis,)), round(step_input_bytes(step.backward, step, self.mesh, size, backward=True))
-        for key, size in self._inner_entries(live):
-            yield key, size * times
+        yield from self._inner_entries(live, times)
         for value in self.graph.params:
             yield from self._state_entries(value, value in live, times)
 
@@ -332,11 +376,16 @@ class Program:
             if live:
                 yield ("to_host", "host", 1), part * (reduced if rest or cut else width) * sums
 
-    def _inner_entries(self, live: frozenset[int]) -> Iterator[tuple[LedgerKey, int]]:
-        for op, rule, strategy in [found for found in zip(self.graph.ops, self.rules, self.strategies) if found[1].inner]:
+    def _inner_entries(self, live: frozenset[int], times: int) -> Iterator[tuple[LedgerKey, int]]:
+        done: set[Tensor] = set()
+        for i, op, rule, strategy in [(i, *found) for i, found in enumerate(zip(self.graph.ops, self.rules, self.strategies)) if found[1].inner]:
+            result = op.results[0], (self.produced[op.results[0]],)
+            if self.once.get(result) in done:
+                continue
+            done.update([self.once[result]] if self.made_once(i) else [])
             for inner in rule.inner:
                 size = rule.local_numel(inner.dims, strategy, self.mesh) * DTYPE_BYTES[self.graph.values[op.results[0]].meta.dtype]
-                count = inner.forward + (inner.backward if op.operands[0] in live else 0)
+                count = (inner.forward + (inner.backward if op.operands[0] in live else 0)) * (1 if self.made_once(i) else times)
                 for axis, choice in enumerate(strategy):
                     if choice == ("cut", inner.factor):
                         yield self.key(inner.primitive, (axis,)), size * count

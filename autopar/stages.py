@@ -263,7 +263,7 @@ class _Cutter:
             differentiate=(*seeds, *(v for v in handed if v in answered and v not in seeds)),
         )  # fmt: skip
         params = {v: None for v in graph.params if v in held}
-        return replace(
+        made = replace(
             whole, graph=part,
             rules=tuple(whole.rules[i] for i in ops), strategies=tuple(whole.strategies[i] for i in ops),
             storage={v: whole.storage[v] for v in params}, deferred={v: whole.deferred[v] for v in params},
@@ -274,6 +274,8 @@ class _Cutter:
             residency=replace(whole.residency, zero={v: z for v, z in whole.residency.zero.items() if v in params}),
             num_handed=len(handed),
         )  # fmt: skip
+        vars(made).update(once=whole.once, communicates_once=whole.communicates_once)  # what stands for all does so in every stage
+        return made
 
     def _check(self, pipeline: Pipeline, stages: Sequence[Stage]) -> None:
         for stage in stages:

@@ -162,7 +162,7 @@ def verify(
         whole = [_Piece(once, _tensors(once, batch, wide), 1.0)]
     make = _make_optimizer(dtype)
     modules = [
-        SimulatedModule(stage.program, b.module, b.inputs, b.positions, {v: x for v, x in values.items() if stage.program.graph.values[v].role != "elsewhere"}, make, seed, splits=splits)
+        SimulatedModule(stage.program, b, {v: x for v, x in values.items() if stage.program.graph.values[v].role != "elsewhere"}, make, seed, splits=splits)
         for stage, b in zip(stages.stages, built)
     ]
     mesh = SimulatedPipeline(stages, schedule, modules)

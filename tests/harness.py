@@ -177,6 +177,11 @@ class Lockstep:
         results = Simulation(self.ranks).run(self.module, rows)
         return list(zip(*(outs for outs, _ in results))), list(zip(*(updates for _, updates in results)))
 
+    def once(self, module: GraphModule, inputs: Sequence[Sequence[torch.Tensor]]) -> list[tuple[torch.Tensor, ...]]:
+        """What a module returns that runs once a step."""
+        rows = [[column[r] for column in inputs] for r in range(len(self.ranks))]
+        return list(zip(*Simulation(self.ranks).run(module, rows)))
+
     def counted(self, predicted: Ledger) -> bool:
         """Whether every rank counted what was predicted."""
         return all(rank.counter.ledger == predicted for rank in self.ranks)

@@ -95,7 +95,7 @@ def simulated(work: Work, plan: Plan) -> SimulatedPipeline:
         built = build(stage.program, work.traced, split_backward=splits)
         here = {v: x for v, x in enumerate(stage.program.graph.values) if x.role in ("param", "buffer", "constant")}
         values = {v: work.values[x.source[0]] for v, x in here.items()}
-        modules.append(SimulatedModule(stage.program, built.module, built.inputs, built.positions, values, sgd, splits=splits))
+        modules.append(SimulatedModule(stage.program, built, values, sgd, splits=splits))
     return SimulatedPipeline(stages, schedule_of(stages), modules)
 
 

@@ -117,7 +117,7 @@ def counted_bytes(name: str, program: Program) -> int:
     graph, built = program.graph, build(program, traced)
     known = {**dict(model.module.named_parameters()), **dict(model.module.named_buffers()), **traced.constants}
     values = {v: known[x.source[0]].detach() for v, x in enumerate(graph.values) if x.role in ("param", "buffer", "constant")}
-    module = SimulatedModule(program, built.module, built.inputs, built.positions, values, lambda params: torch.optim.SGD(params, lr=0.1))
+    module = SimulatedModule(program, built, values, lambda params: torch.optim.SGD(params, lr=0.1))
     inputs = zip((v for v, x in enumerate(graph.values) if x.role == "input"), traced.flat_inputs((), dict(model.kwargs)), strict=True)
     module.start()
     with Made() as made:

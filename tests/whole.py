@@ -136,7 +136,8 @@ class ModelCase:
                 distribute(x, program.storage[v], mesh, self.gen) if v in program.storage else [x.clone() for _ in range(mesh.num_ranks)]
             )
             columns[v] = [part.requires_grad_(self.graph.values[v].meta.requires_grad) for part in parts]
-        outs, updates = lockstep.run_all([columns[v] for v in built.inputs])
+        once = lockstep.once(built.once, [columns[v] for v in built.once_inputs])
+        outs, updates = lockstep.run_all([*(columns[v] for v in built.inputs), *once])
         outcome = self._check_outputs(program, outs, updates)
         losses = self._loss(outs)
         run_backward(losses, [torch.ones_like(y) for y in losses])

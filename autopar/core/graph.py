@@ -16,6 +16,12 @@ DTYPE_BYTES: Mapping[str, int] = {
 RANDOM_SITE = "site"
 """The argument, the last of a random operator, that numbers these in program order."""
 
+DRAWING = ("bernoulli", "binomial", "cauchy", "exponential", "geometric", "log_normal", "multinomial", "normal", "poisson", "rand", "rrelu", "standard_gamma", "uniform")
+"""What names of operators begin with that draw numbers of torch's own, without a site."""
+
+MAY_DRAW = ("dropout", "attention", "gru", "lstm", "rnn")
+"""What names contain of operators that draw some, depending on their arguments."""
+
 
 @dataclass(frozen=True, slots=True)
 class TensorMeta:
@@ -65,6 +71,12 @@ class Op:
     args: tuple[tuple[str, Any], ...] = ()
     module_path: str = ""
     source: str = ""
+
+    @property
+    def draws(self) -> bool:
+        """Whether its results may be random."""
+        name = self.kind.partition(".")[2].lstrip("_")
+        return name.startswith(DRAWING) or any(part in name for part in MAY_DRAW)
 
 
 def named(values: Sequence[Value], ops: Sequence[Op]) -> tuple[tuple[Value, ...], tuple[Op, ...]]:
@@ -178,6 +190,17 @@ class OpGraph:
         return frozenset(found)
 
     @cached_property
+    def once(self) -> frozenset[int]:
+        """Ids of the values that are the same for every microbatch of a step: buffers that no microbatch changes, constants, and what is made of these or of
+        nothing (masks, tables of positions), without chance."""
+        changing = {buffer for buffer, _ in self.updates}
+        found = {v for v in self.given if self.values[v].role in ("buffer", "constant") and v not in changing}
+        for op in self.ops:
+            if found.issuperset(op.operands) and not op.draws:
+                found.update(op.results)
+        return frozenset(found)
+
+    @cached_property
     def seeds(self) -> tuple[int, ...]:
         """Outputs that a training step differentiates: the scalar loss where there is one, else every floating output."""
         if self.differentiate is not None:
@@ -274,9 +297,9 @@ class OpGraph:
     def part(
         self, ops: Sequence[int], values: tuple[Value, ...], outputs: tuple[int, ...], updates: tuple[tuple[int, int], ...], differentiate: tuple[int, ...]
     ) -> "OpGraph":
-        """Some of the operators, on the same values in other roles. What numbers metas and calls here numbers them there."""
+        """Some of the operators, on the same values in other roles. What numbers metas and calls here numbers them there; what no microbatch changes stays so."""
         made = replace(self, values=values, ops=tuple([self.ops[i] for i in ops]), outputs=outputs, updates=updates, differentiate=differentiate)
-        vars(made).update(metas=self.metas, calls=tuple([self.calls[i] for i in ops]))
+        vars(made).update(metas=self.metas, calls=tuple([self.calls[i] for i in ops]), once=self.once)
         return made
 
     def text(self) -> str:

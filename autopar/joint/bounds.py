@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autopar.planner.blocks import Order
-from autopar.planner.liveness import MARGIN
+from autopar.planner.held import MARGIN
 
 PRECISION = 1e-6
 """Of the bound, relative."""

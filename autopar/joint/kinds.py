@@ -22,7 +22,7 @@ from autopar.planner.held import Beside, state_of
 from autopar.planner.liveness import Engine, Liveness, fullest
 from autopar.planner.states import Pricing
 from autopar.planner.work import put_off_bytes, total_seconds
-from autopar.program import Program
+from autopar.program import Program, Tensor
 from autopar.schedules.held import held_counts
 from autopar.stages import Stages, cut_into_stages
 
@@ -85,6 +85,30 @@ class Cut:
     @cached_property
     def states(self) -> Sequence[Beside]:
         return PerKind(lambda kind: state_of(self.programs[kind]))
+
+    @cached_property
+    def _middle_alone(self) -> frozenset[Tensor]:
+        """What the block in the middle takes of what is computed once a step, and no other operator does."""
+        program, block = self.program, shown(self.run)[MIDDLE]
+        inside, beside = [], []
+        for segment in program.graph.segments:
+            (inside if segment.block == block else beside).extend(program.standing(segment.ops))
+        return frozenset(inside).difference(beside)
+
+    def lasting_bytes(self, held: tuple[tuple[int, int], ...]) -> int:
+        """What a rank that holds stages of these kinds and numbers of blocks computes once a step and keeps: what several of them read is there once."""
+        if held not in self._lasting:
+            of_stages = [self.walks[kind].steps.lasting for kind, _ in held]
+            shared = of_stages if self.program.communicates_once else [{there: size for lasting in of_stages for there, size in lasting.items()}]
+            sizes = self.walks[ALL if held[0][0] == ALL else MIDDLE].steps.lasting
+            alone = sum(size for there, size in sizes.items() if there <= self._middle_alone)
+            more = sum(blocks - SHOWN_BY[kind] for kind, blocks in held) + (0 if self.program.communicates_once else max(0, [k for k, _ in held].count(MIDDLE) - 1))
+            self._lasting[held] = sum(sum(sizes.values()) for sizes in shared) + more * alone
+        return self._lasting[held]
+
+    @cached_property
+    def _lasting(self) -> dict[tuple[tuple[int, int], ...], int]:
+        return {}
 
     @cached_property
     def arriving_bytes(self) -> Sequence[int]:
@@ -233,7 +257,9 @@ class Mixture:
     def _state(self, held: tuple[tuple[int, int], ...]) -> dict[str, int]:
         """What a rank holds between passes of stages of these kinds and numbers of blocks."""
         states = self.light.cut.states
-        return {part: sum(getattr(states[k], part) + (blocks - SHOWN_BY[k]) * getattr(states[MIDDLE], part) for k, blocks in held) for part in STATE}
+        found = {part: sum(getattr(states[k], part) + (blocks - SHOWN_BY[k]) * getattr(states[MIDDLE], part) for k, blocks in held) for part in STATE}
+        found["parameters"] += self.light.cut.lasting_bytes(held)
+        return found
 
     def least_bytes(self, order: Order, rank: int, held: Mapping[int, tuple[int, int]]) -> np.ndarray:
         """[number + 1]: no `peak` is lower with so many blocks of the rank in the heavier mode, those of the first of its stages; `held`: kind and blocks by stage.
@@ -252,6 +278,7 @@ class Mixture:
     def _computing(kinds: Kinds, kind: int, whole: Mapping[str, int], kept: int, queued: Beside) -> MemoryUse:
         """While a stage of this kind computes in one of the modes: what it has of the `whole` state and of the `kept` bytes is its own, the rest lies beside it."""
         parts = {part: max(0, total - getattr(kinds.cut.states[kind], part)) for part, total in whole.items()}
+        parts["parameters"] = max(0, parts["parameters"] - kinds.cut.lasting_bytes(((kind, SHOWN_BY[kind]),)))
         if kinds.cut.engine.one_by_one:
             parts["temporaries"] = 0
         return kinds.peak(kind, replace(queued, **parts, activations=max(0, kept - kinds.kept_bytes[kind])))

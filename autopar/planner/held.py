@@ -1,19 +1,24 @@
 """What a rank holds of each parameter, and how gradients and gathered weights travel: the sizes behind `runtime/store.py`, `reducer.py`
-and `units.py`."""
+and `units.py`; and what lies beside a program that computes."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
 from autopar.core.buckets import chunks
 from autopar.core.graph import DTYPE_BYTES
 from autopar.core.layout import local_outer
+from autopar.core.memory import MemoryUse
 from autopar.cost_models.memory import adam
 from autopar.planner.allocator import Memory
 from autopar.program import Program
 
+MARGIN = 0.03
+"""Of what lives within a step: alignment, scratch memory of kernels, scalars."""
+
+UPDATE = "the optimizer step"
 
 class Held(NamedTuple):
     """One parameter on one rank, in bytes. `working`: the copy that is computed with (whole where it is gathered); `stored`: the part
@@ -212,3 +217,14 @@ def state_of(program: Program) -> Beside:
     gradients = sum(h.working if h.stage < 2 else h.reduced for h in trained)
     updated = 0 if program.residency.offload else sum(h.stored for h in trained)
     return Beside(parameters=parts["parameters"], gradients=gradients, optimizer=parts["optimizer"], temporaries=updated)
+
+
+def fullest(alone: Iterable[MemoryUse], beside: Beside) -> MemoryUse:
+    """Of the moments of a program, with what lies beside it: all the time but for activations and messages, which are gone when the optimizer steps."""
+    found = []
+    for moment in alone:
+        other = replace(beside, activations=0, communication=0, unsettled=0) if moment.moment == UPDATE else replace(beside, temporaries=0)
+        parts = {part: size + getattr(other, part) for part, size in moment.parts}
+        peak = replace(moment, **parts)
+        found.append(peak.with_margin(round(MARGIN * (peak.activations + peak.temporaries + peak.communication)) + other.unsettled))
+    return max(found, key=lambda peak: peak.expected_bytes)

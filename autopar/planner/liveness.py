@@ -10,7 +10,7 @@ as it is while this program runs. What is received is kept until it has been dif
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from autopar.core.again import KEPT, UNREAD
@@ -19,13 +19,10 @@ from autopar.core.cluster import Cluster
 from autopar.core.memory import MemoryUse
 from autopar.core.residency import computes_again
 from autopar.planner.allocator import Memory
-from autopar.planner.held import Beside, Group, Held, Holdings, received_bytes, resident
+from autopar.planner.held import UPDATE, Beside, Group, Held, Holdings, fullest, received_bytes, resident
 from autopar.planner.regather import gathers, regathered
-from autopar.planner.steps import Run, Step, Steps, steps_of
+from autopar.planner.steps import ONCE, Run, Step, Steps, steps_of
 from autopar.program import Program
-
-MARGIN = 0.03
-"""Of what lives within a step: alignment, scratch memory of kernels, scalars."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +37,6 @@ class Engine:
     def of(cls, cluster: Cluster) -> "Engine":
         return cls(receives=cluster.is_local, one_by_one=cluster.is_local)
 
-
-UPDATE = "the optimizer step"
 
 Values = dict[int, int]
 """Node that owns memory -> storage."""
@@ -101,6 +96,15 @@ class _Walk:
         """Whether a segment is computed again."""
         return s < len(self.program.graph.segments) and computes_again(self.program.mode(s))
 
+    # --- once a step -------------------------------------------------------------------------------------------------
+
+    def once(self) -> None:
+        """What is the same for all microbatches, kept until the next step."""
+        values: Values = {}
+        self._run(ONCE, values, "once a step", keep=False)
+        for storage in values.values():
+            self.memory.move(storage, "parameters")
+
     # --- forward -----------------------------------------------------------------------------------------------------
 
     def forward(self) -> None:
@@ -119,7 +123,7 @@ class _Walk:
         self._drop(values.values())  # the loss has read them
 
     def _run(self, s: int, values: Values, what: str, *, keep: bool) -> None:
-        memory, replay, run = self.memory, self.program.replays.get(s, ()), self.steps.runs[s]
+        memory, replay, run = self.memory, self.program.replays.get(s, ()), self.steps.once if s == ONCE else self.steps.runs[s]
         numbers, expiring, tape, saved = run.numbers, run.expiring, self.taped.setdefault(s, {}), self.saved.setdefault(s, {})
         again, taping = what != "forward", bool(replay) and not keep
         assert not replay or len(replay) == len(run.script.steps), "steps are the parts of a segment"
@@ -356,6 +360,7 @@ class Liveness:
         """For each segment, and for what leads to the outputs, the bytes of its results that one microbatch keeps from forward to backward; what
         comes from other stages is counted with the first."""
         walk = self._walk(Engine())
+        walk.once()
         walk.forward()
         first = [*walk.first_storage, walk.memory.num_storages]
         kept = [walk.memory.held_between(a, b) for a, b in zip(first, first[1:])]
@@ -365,6 +370,7 @@ class Liveness:
         """The fullest moment of the passes, and the optimizer step; of a rank that holds nothing else."""
         walk = self._walk(engine)
         memory, residency = walk.memory, self.program.residency
+        walk.once()
         walk.refresh()
         times = min(residency.micro_batches, 3)
         for m in range(times):
@@ -386,14 +392,3 @@ def kept_by_segment(program: Program) -> tuple[int, ...]:
 def memory_use(program: Program, engine: Engine = Engine(), beside: Beside = Beside()) -> MemoryUse:
     """The fullest moment of a training step with AdamW on one rank."""
     return fullest(Liveness.of(program).moments(engine), beside)
-
-
-def fullest(alone: Iterable[MemoryUse], beside: Beside) -> MemoryUse:
-    """Of the moments of a program, with what lies beside it: all the time but for activations and messages, which are gone when the optimizer steps."""
-    found = []
-    for moment in alone:
-        other = replace(beside, activations=0, communication=0, unsettled=0) if moment.moment == UPDATE else replace(beside, temporaries=0)
-        parts = {part: size + getattr(other, part) for part, size in moment.parts}
-        peak = replace(moment, **parts)
-        found.append(peak.with_margin(round(MARGIN * (peak.activations + peak.temporaries + peak.communication)) + other.unsettled))
-    return max(found, key=lambda peak: peak.expected_bytes)

@@ -1,6 +1,6 @@
 """A program cut into the stages of a pipeline: their programs built, their step simulated, their memory walked."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import accumulate, pairwise
@@ -64,6 +64,15 @@ class Staged:
         return tuple(states[id(program)] for program in self.stages.alike)
 
     @cached_property
+    def _lasting(self) -> tuple[Mapping[Hashable, int], ...]:
+        """What every stage computes once a step and keeps: bytes by what stages of a rank may share."""
+        return tuple(map(self._lasting_of, self.stages.stages, self._walks))
+
+    def _lasting_of(self, stage: Stage, walk: Liveness) -> dict[Hashable, int]:
+        named, alone = dict(zip(walk.program.standing(), stage.program.standing(), strict=True)), stage.number if stage.program.communicates_once else None
+        return {(frozenset(map(named.__getitem__, there)), alone): size for there, size in walk.steps.lasting.items()}
+
+    @cached_property
     def _moments(self) -> tuple[tuple[MemoryUse, ...], ...]:
         """Of every stage by itself."""
         moments = {id(walk.program): walk.moments(self.engine) for walk in {id(walk): walk for walk in self._walks}.values()}
@@ -117,10 +126,11 @@ class Staged:
         rank = self.stages.placement[number]
         here = [stage.number for stage in self.stages.stages if self.stages.placement[stage.number] == rank]
         others = [self._states[other] for other in here if other != number]
+        lasting = {same: size for other in here for same, size in self._lasting[other].items() if same not in self._lasting[number]}
         message = self._largest_message(set(here))
         in_flight = self.timeline.peak_bytes(rank) - self.costs[number].activation_bytes
         beside = Beside(
-            parameters=sum(o.parameters for o in others), gradients=sum(o.gradients for o in others), optimizer=sum(o.optimizer for o in others),
+            parameters=sum(o.parameters for o in others) + sum(lasting.values()), gradients=sum(o.gradients for o in others), optimizer=sum(o.optimizer for o in others),
             activations=max(0, in_flight), communication=RECEIVES_AHEAD * message, unsettled=SENDS_BEHIND * len(here) * message,
             temporaries=0 if self.engine.one_by_one else sum(o.temporaries for o in others),
         )  # fmt: skip

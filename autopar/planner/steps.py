@@ -18,7 +18,10 @@ from autopar.core.layout import Layout
 from autopar.core.moves import COLLECTIVES
 from autopar.core.strides import Strides, row_major
 from autopar.planner.storages import WRITTEN_OUT, Node, backward_workspace, forward_workspace, in_flight, move_shares, new_gradient_bytes, result_strides
-from autopar.program import Program, Route, route_steps
+from autopar.program import Program, Route, Tensor, route_steps
+
+ONCE = -1
+"""In place of the number of a segment: what is computed once a step, before all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,7 @@ class Step:
 class Script:
     """What segments that are copies of each other do alike, on nodes of its own numbering.
 
-    The nodes that it makes are 0, 1, ...; those that it is `given` are -1, -2, ...: (entry of the segment, route, whether the owner of that
+    The nodes that it makes are 0, 1, ...; those that it is `given` are -1, -2, ...: (value of the segment, route, whether the owner of that
     node is meant). `owners` of the nodes it makes, None for what a rank holds anyway; `found`: (value of the segment, route, node);
     `inputs`: owners of what it reads and does not make; `contributions`: (given node, how many steps contribute to its gradient);
     `last_use`: owner that it makes -> the last step that reads it.
@@ -104,9 +107,12 @@ class Run:
 @dataclass(frozen=True)
 class Steps:
     """`runs[s]`: segment s; one more at the end for what leads to the outputs. `ends`: for every output, then every update, the node whose
-    memory it lies in, if any, and whether a gradient comes back. `seeds`: (node, bytes) that the backward starts from; `leaves`: node -> parameter."""
+    memory it lies in, if any, and whether a gradient comes back. `seeds`: (node, bytes) that the backward starts from; `leaves`: node -> parameter.
+    `once`: what is computed before the first microbatch of a step; `lasting`: tensors that are kept of it, those that lie in one memory -> its bytes."""
 
     runs: tuple[Run, ...]
+    once: Run
+    lasting: Mapping[frozenset[Tensor], int]
     ends: tuple[tuple[int | None, bool], ...]
     seeds: tuple[tuple[int, int], ...]
     leaves: Mapping[int, int]
@@ -115,7 +121,7 @@ class Steps:
 @dataclass
 class _Builder:
     """`nodes`, `owners` and `names` (value, route) by number; `found`: value -> route -> node. `base`: the first node of the segment at hand;
-    `given`: earlier node -> its local number."""
+    `given`: earlier node -> its local number; `standing`: node of each tensor that stands for all that are the same (`Program.once`)."""
 
     program: Program
     nodes: list[Node] = field(default_factory=list)
@@ -128,6 +134,7 @@ class _Builder:
     given: dict[int, int] = field(default_factory=dict)
     given_as: list[tuple[int, Route, bool]] = field(default_factory=list)
     local_value: dict[int, int] = field(default_factory=dict)
+    standing: dict[Tensor, int] = field(default_factory=dict)
     made: dict[tuple, Node] = field(default_factory=dict)
 
     def build(self) -> Steps:
@@ -136,6 +143,7 @@ class _Builder:
             if graph.values[v].role != "elsewhere":
                 layout = program.produced[v]
                 self._add(v, layout, (layout,), held=True)
+        once, lasting = self._once()
         known: dict[Any, Script] = {}
         scripts: list[Numbered] = []
         bases = []
@@ -155,7 +163,29 @@ class _Builder:
         seeds = tuple((n, self.nodes[n].num_bytes) for v, n in zip(graph.outputs, ends) if v in graph.seeds)
         leaves = {self.found[v][program.produced[v],]: v for v in graph.params}
         runs = self._runs(scripts, bases, {o for n in ends if (o := self.owners[n]) is not None})
-        return Steps(runs, tuple((self.owners[n], self.nodes[n].live) for n in ends), seeds, leaves)
+        return Steps(runs, once, lasting, tuple((self.owners[n], self.nodes[n].live) for n in ends), seeds, leaves)
+
+    def _once(self) -> tuple[Run, dict[frozenset[Tensor], int]]:
+        """What is computed once a step, and what of it is kept. To all that follows that is there anyway."""
+        program, graph = self.program, self.program.graph
+        self._start({})
+        read: list[tuple[int, Route]] = []
+        for i, op in enumerate(graph.ops):
+            if program.made_once(i):
+                self.place = op.module_path or op.name
+                self._op(i)
+            else:
+                read += [(v, program.routes[i, k]) for k, v in enumerate(op.operands) if v in graph.once]
+        read += [end for end in zip(graph.finals, (*program.output_routes, *program.update_routes), strict=True) if end[0] in graph.once]
+        nodes = dict.fromkeys(self._moved(v, route) for v, route in read)
+        script, numbers = self._finish()
+        tensors, inside = {n: x for x, n in self.standing.items()}, dict[int, list[Tensor]]()
+        for n in nodes:
+            if (owner := self.owners[n]) is not None:
+                inside.setdefault(owner, []).append(tensors[n])
+        run = Run("", script, numbers, script.expiring(frozenset(o - self.base for o in inside), ()))
+        self.owners[self.base :] = [None] * (len(self.nodes) - self.base)
+        return run, {frozenset(there): self.nodes[o].num_bytes for o, there in inside.items()}
 
     def _runs(self, scripts: Sequence[Numbered], bases: Sequence[int], ends: set[int]) -> tuple[Run, ...]:
         """With what expires where; `ends` never do. `bases`: the first node that each segment makes."""
@@ -201,7 +231,7 @@ class _Builder:
         graph = self.program.graph
         segment, wiring = graph.segments[s], graph.wirings[s]
         self._start({v: n for n, v in enumerate(wiring.values)})
-        for i in segment.ops:
+        for i in (i for i in segment.ops if not self.program.made_once(i)):
             self.place = "" if segment.block else graph.ops[i].module_path or graph.ops[i].name
             self._op(i)
         return self._finish()
@@ -233,14 +263,14 @@ class _Builder:
     def _copy(self, s: int, script: Script) -> Sequence[int]:
         """The numbers of the nodes of one more copy."""
         wiring, base = self.program.graph.wirings[s], len(self.nodes)
+        values = wiring.values
         given = []
-        for entry, route, is_owner in script.given:
-            n = self.found[wiring.entries[entry]][route]
+        for value, route, is_owner in script.given:
+            n = self.found[values[value]][route]
             given.append(self.owners[n] if is_owner else n)
         numbers = [*range(base, base + len(script.made)), *reversed(given)]
         self.nodes += script.made
         self.owners += [None if o is None else numbers[o] for o in script.owners]
-        values = wiring.values
         self.names += [(values[v], route) for v, route, _ in script.found]
         seen = {*range(len(wiring.entries)), *wiring.crossing}  # nobody looks for the others
         for v, route, n in script.found:
@@ -278,7 +308,16 @@ class _Builder:
         self.owners.append(None if held else n if source is None else self.owners[source])
         self.names.append((v, route))
         self.found.setdefault(v, {})[route] = n
+        if (v, route) in self.program.once:
+            self.standing[self.program.once[v, route]] = n
         return n
+
+    def _there(self, v: int, route: Route) -> bool:
+        """Whether a value is there at the end of a route, made for it or for another that is the same."""
+        found, same = self.found.setdefault(v, {}), self.program.once.get((v, route))
+        if route not in found and same in self.standing:
+            found[route] = self.standing[same]
+        return route in found
 
     def _made(self, results: Sequence[int]) -> tuple[tuple[int, int], ...]:
         return tuple((n - self.base, self.nodes[n].num_bytes) for n in results if self.owners[n] == n)
@@ -286,7 +325,7 @@ class _Builder:
     def _moved(self, v: int, tail: Route) -> int:
         route, found = self.program.full_route(v, tail), self.found[v]
         for n, step in enumerate(route_steps(route), start=1):
-            if route[: n + 1] not in found:
+            if not self._there(v, route[: n + 1]):
                 self._move(v, found[route[:n]], step.forward, step.backward, route[: n + 1])
         return found[route]
 
@@ -311,6 +350,8 @@ class _Builder:
     def _op(self, i: int) -> None:
         program, graph = self.program, self.program.graph
         op, rule, strategy = graph.ops[i], program.rules[i], program.strategies[i]
+        if program.made_once(i) and all(self._there(v, (program.produced[v],)) for v in op.results):
+            return
         operands = tuple(self._moved(v, program.routes[i, k]) for k, v in enumerate(op.operands))
         given = [self.nodes[n] for n in operands]
         results = tuple(self._result(op, i, v, operands) for v in op.results)

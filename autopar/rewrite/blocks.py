@@ -1,10 +1,9 @@
-"""Splits a flat emitted graph into one `GraphModule` per segment; equal segments share one module.
+"""Splits a flat emitted graph into what is computed once a step and one `GraphModule` per segment; equal segments share one module.
 
 A segment whose weights are gathered for it, or which is computed again in the backward, is called through `run_block`.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,27 +11,22 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from autopar.program import Program
-from autopar.rewrite.emit import Emitted
+from autopar.rewrite.emit import ONCE, Emitted
 from autopar.runtime.block import run_block
+from autopar.runtime.built import Built
 
 Segment = list[Node]
 
 
-@dataclass(frozen=True)
-class Split:
-    """The top module, and for every segment with gathered weights where they stand among its arguments: value -> position."""
-
-    module: GraphModule
-    positions: Mapping[int, Mapping[int, int]]
-
-
 def _segments(graph: Graph) -> list[Segment]:
-    """The nodes of every segment, in order."""
+    """The nodes of every segment, in order, without what is computed once."""
     runs: list[tuple[int, Segment]] = []
     for node in graph.nodes:
         if node.op in ("placeholder", "output"):
             continue
         segment = node.meta["segment"]
+        if segment == ONCE:
+            continue
         if not runs or runs[-1][0] != segment:
             runs.append((segment, []))
         runs[-1][1].append(node)
@@ -67,6 +61,7 @@ class _Splitter:
     def __init__(self, emitted: Emitted, program: Program) -> None:
         self.flat, self.program = emitted.graph, program
         placeholders = [n for n in self.flat.nodes if n.op == "placeholder"]
+        self.inputs = emitted.inputs
         self.value_of = dict(zip(placeholders[1:], emitted.inputs))
         self.top = Graph()
         self.modules = nn.Module()
@@ -74,15 +69,29 @@ class _Splitter:
         self.mapped: dict[Node, Node] = {}
         self.positions: dict[int, dict[int, int]] = {}
 
-    def split(self) -> Split:
+    def split(self) -> Built:
         for node in self.flat.nodes:
             if node.op == "placeholder":
                 self.mapped[node] = self.top.placeholder(node.name)
+        once = [node for node in self.flat.nodes if node.meta.get("segment") == ONCE]
+        kept = _outputs(once)
+        for node in kept:
+            self.mapped[node] = self.top.placeholder(node.name)
         for segment in _segments(self.flat):
             self._add(segment)
         result = next(n for n in self.flat.nodes if n.op == "output")
         self.top.output(torch.fx.map_arg(result.args[0], lambda n: self.mapped[n]))
-        return Split(GraphModule(self.modules, self.top, "Program"), self.positions)
+        module = GraphModule(self.modules, self.top, "Program")
+        return Built(module, self.inputs, self.positions, *self._once(once, kept), self.program.communicates_once)
+
+    def _once(self, nodes: Segment, kept: Sequence[Node]) -> tuple[GraphModule, tuple[int, ...]]:
+        """The module of what is computed once, and the values that it takes."""
+        graph = Graph()
+        inner = {node: graph.placeholder(node.name) for node in self.flat.nodes if node.op == "placeholder" and (node not in self.value_of or not node.users.keys().isdisjoint(nodes))}
+        for node in nodes:
+            inner[node] = graph.node_copy(node, lambda n: inner[n])
+        graph.output(tuple(inner[n] for n in kept))
+        return GraphModule(nn.Module(), graph, "Once"), tuple(self.value_of[n] for n in inner if n in self.value_of)
 
     def _add(self, nodes: Segment) -> None:
         inputs, outputs = _inputs(nodes), _outputs(nodes)
@@ -152,6 +161,6 @@ def _pick(values: tuple, k: int) -> Any:
     return values[k]
 
 
-def split_into_blocks(emitted: Emitted, program: Program) -> Split:
+def split_into_blocks(emitted: Emitted, program: Program) -> Built:
     """A top module that calls one module per segment; segments that print the same share one."""
     return _Splitter(emitted, program).split()

@@ -1,11 +1,8 @@
 """Program to runnable modules: emit, check, spell, split."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
 
 from autopar.program import Program
 from autopar.rewrite.again import mark_results
@@ -16,15 +13,7 @@ from autopar.rewrite.last import sum_at_last
 from autopar.rewrite.spelling import spell
 from autopar.rewrite.split import put_off_weight_gradients
 from autopar.rewrite.tied import add_rows_where_tied
-
-
-@dataclass(frozen=True)
-class Built:
-    """The emitted module, the value ids of its placeholders (after `mesh`), and by segment the positions of gathered parameters."""
-
-    module: GraphModule
-    inputs: tuple[int, ...]
-    positions: Mapping[int, Mapping[int, int]]
+from autopar.runtime.built import Built
 
 
 def build(program: Program, traced: Any, device: torch.device | None = None, *, split_backward: bool = False) -> Built:
@@ -41,5 +30,4 @@ def build(program: Program, traced: Any, device: torch.device | None = None, *, 
         add_rows_where_tied(emitted, program, device)
     spell(emitted.graph)
     mark_results(emitted, program)
-    split = split_into_blocks(emitted, program)
-    return Built(split.module, emitted.inputs, split.positions)
+    return split_into_blocks(emitted, program)

@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 from autopar.core.layout import Layout, R, local_outer
 from autopar.core.moves import PRIMITIVES, Step, legal_step
 from autopar.errors import LayoutError, VerificationError
-from autopar.program import Program, Route, route_steps, without_r
+from autopar.program import Program, Route, Tensor, route_steps, without_r
 from autopar.runtime.moves import PAIR_OF
 
 
@@ -64,7 +64,7 @@ def check_emitted(program: Program, graph: Graph) -> None:
         if node.op == "call_function" and node.target in PAIR_OF and "route" in node.meta:
             key = (node.meta["route"], PAIR_OF[node.target], node.args[2], tuple(sorted(node.kwargs.items())))
             found[key] = found.get(key, 0) + 1
-            _check_source(node)
+            _check_source(program, node)
     for key in expected - found.keys():
         raise VerificationError(f"the emitted program lacks the move {key[1][0]} over {key[2]} on the way {key[0]}")
     for key, count in found.items():
@@ -73,9 +73,13 @@ def check_emitted(program: Program, graph: Graph) -> None:
 
 
 def _expected_moves(program: Program) -> set[tuple]:
-    expected = set()
+    expected, there = set(), set[Tensor]()
     for _, v, route, _ in _routes(program):
         for n, step in enumerate(route_steps(route), start=1):
+            same = program.once.get((v, route[: n + 1]))
+            if same in there:
+                continue
+            there.update(() if same is None else (same,))
             pair = PRIMITIVES[step.src.kind, step.dst.kind]
             expected.add(((v, route[: n + 1]), pair, program.mesh.names[step.axis], tuple(sorted(move_arguments(program, step, route[n - 1]).items()))))
     return expected
@@ -93,12 +97,13 @@ def move_arguments(program: Program, step: Step, src: Layout) -> dict[str, int]:
     return {k: n for k, n in kwargs.items() if not (k.endswith("outer") and n == 1)}
 
 
-def _check_source(node: Node) -> None:
+def _check_source(program: Program, node: Node) -> None:
     """A move takes the value as the step before it left it."""
     value, route = node.meta["route"]
     source = node.args[0]
     before = source.meta.get("route") if isinstance(source, Node) else None
-    if before is not None and before != (value, route[:-1]):
-        raise VerificationError(f"move {node.name} continues {before}, not {(value, route[:-1])}")
+    expected = value, route[:-1]
+    if before is not None and program.once.get(before, before) != program.once.get(expected, expected):
+        raise VerificationError(f"move {node.name} continues {before}, not {expected}")
     if before is None and len(route) != 2:
         raise VerificationError(f"move {node.name} skips the first steps of {route}")

@@ -16,10 +16,14 @@ from autopar.rewrite.lower import Site, lower
 from autopar.runtime.moves import MOVES
 from autopar.trace.canonical import bound
 
+ONCE = -1
+"""The segment of what is computed once a step."""
+
 
 @dataclass(frozen=True)
 class Emitted:
-    """The flat emitted graph. Placeholders: `mesh`, then every parameter, buffer, constant and input in value order."""
+    """The flat emitted graph. Placeholders: `mesh`, then every parameter, buffer, constant and input in value order. Nodes say which segment they are of,
+    and of what is computed once, which tensor they make for all that are the same (`Program.once`)."""
 
     graph: Graph
     inputs: tuple[int, ...]
@@ -54,26 +58,40 @@ class _Emitter:
         return Emitted(self.graph, tuple(self.inputs))
 
     def _op(self, i: int) -> None:
-        op = self.program.graph.ops[i]
+        op, once = self.program.graph.ops[i], self.program.made_once(i)
+        if once and all(self._known(v, (self.program.produced[v],)) for v in op.results):
+            return
         node = self.source[self.node_of[op.results[0]]]
         moved = iter([self._moved(v, self.program.routes[i, k]) for k, v in enumerate(op.operands)])
         args = {name: _replace(value, moved) for name, value in bound(node).items()}
         first = self._last()
         result = lower(Site(self.graph, self.program, i, node.target, args, self.mesh, self.device))
-        self._tag(first, op.module_path)
+        self._tag(first, op.module_path, once=once)
         if isinstance(result, Node):
             result.meta["made"] = (op.results[0], (self.program.produced[op.results[0]],))
         for j, v in enumerate(op.results):
-            out = self._result(result, node, j)
-            self.nodes[v, (self.program.produced[v],)] = out
+            self._add(v, (self.program.produced[v],), self._result(result, node, j, once))
 
-    def _result(self, result: Any, node: Node, j: int) -> Node:
+    def _known(self, v: int, route: Route) -> bool:
+        """Whether a value is there at the end of a route, made for it or for another that is the same."""
+        same = self.program.once.get((v, route))
+        if same in self.nodes:
+            self.nodes[v, route] = self.nodes[same]
+        return (v, route) in self.nodes
+
+    def _add(self, v: int, route: Route, node: Node) -> None:
+        self.nodes[v, route] = node
+        if (v, route) in self.program.once:
+            node.meta["same"] = same = self.program.once[v, route]
+            self.nodes[same] = node
+
+    def _result(self, result: Any, node: Node, j: int, once: bool) -> Node:
         if isinstance(result, (list, tuple)):
             return result[j]
         if isinstance(node.meta["val"], torch.Tensor):
             return result
         item = self.graph.call_function(operator.getitem, (result, j))
-        item.meta["segment"] = self.segment
+        item.meta["segment"] = ONCE if once else self.segment
         return item
 
     def _moved(self, v: int, tail: Route) -> Node:
@@ -81,11 +99,11 @@ class _Emitter:
         route = self.program.full_route(v, tail)
         for n, step in enumerate(route_steps(route), start=1):
             key = (v, route[: n + 1])
-            if key not in self.nodes:
+            if not self._known(*key):
                 before = self.nodes[v, route[:n]]
                 first = self._last()
-                self.nodes[key] = self._step(before, step, route[n - 1])
-                self._tag(first, "")
+                self._add(*key, self._step(before, step, route[n - 1]))
+                self._tag(first, "", once=v in self.program.graph.once)
                 self.nodes[key].meta["route"] = key
         return self.nodes[v, route]
 
@@ -96,9 +114,9 @@ class _Emitter:
     def _last(self) -> Node:
         return next(iter(reversed(self.graph.nodes)))
 
-    def _tag(self, first: Node, path: str) -> None:
+    def _tag(self, first: Node, path: str, *, once: bool) -> None:
         for node in _after(first):
-            node.meta.setdefault("segment", self.segment)
+            node.meta.setdefault("segment", ONCE if once else self.segment)
             node.meta.setdefault("module_path", path)
 
 

@@ -16,7 +16,7 @@ def sum_at_last(emitted: Emitted, program: Program) -> None:
     divided = {op.operands[0] for op in program.graph.ops if op.kind == str(QUOTIENT) and _by_a_number(program, op.operands, op.results[0])}
     for node in reversed(emitted.graph.nodes):
         value, _ = node.meta.get("route", (None, ()))  # sums inside an operator have none
-        if node.target is SUM and value in divided:
+        if node.target is SUM and value in divided and value not in program.graph.once:
             [quotient, *others] = node.users
             if not others and quotient.target is QUOTIENT:
                 _swap(emitted.graph, node, quotient)

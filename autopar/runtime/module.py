@@ -1,7 +1,7 @@
 """The module a user trains: parameters as DTensors in their storage layout, forward through the emitted program."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -10,11 +10,12 @@ import torch.utils._pytree as pytree  # the public alias lacks unflatten by spec
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.fx import GraphModule
 
 from autopar.core.layout import Layout
 from autopar.core.ledger import Ledger
 from autopar.program import Program
+from autopar.runtime.built import Built
+from autopar.runtime.lasting import Lasting
 from autopar.runtime.microbatches import Batch, loss_weights, split_batch
 from autopar.runtime.rank import Counter, Rank, Stream
 from autopar.runtime.share import ParameterTree, Share
@@ -98,13 +99,12 @@ class SpmdModule(ParallelModule):
     """
 
     def __init__(
-        self, program: Program, emitted: GraphModule, inputs: Sequence[int], positions: Mapping[int, Mapping[int, int]], traced: Any, weights: Weights, rank: Rank,
-        mesh: DeviceMesh, stored_mesh: DeviceMesh,
-    ) -> None:  # fmt: skip
+        self, program: Program, built: Built, traced: Any, weights: Weights, rank: Rank, mesh: DeviceMesh, stored_mesh: DeviceMesh
+    ) -> None:
         """`mesh` is that of the computation, `stored_mesh` that of the parameters (the host's under offload)."""
         super().__init__()
         self._program, self._rank, self._device_mesh, self._traced = program, rank, mesh, traced
-        self._share = Share(program, emitted, inputs, positions, traced.constants, weights, rank, stored_mesh, self)
+        self._share = Share(program, built, traced.constants, weights, rank, stored_mesh, self, Lasting())
         self._user_inputs = [v for v, value in enumerate(program.graph.values) if value.role == "input"]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

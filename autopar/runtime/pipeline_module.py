@@ -18,6 +18,7 @@ from autopar.core.schedule import Schedule
 from autopar.core.timeline import Timeline
 from autopar.errors import UsageError
 from autopar.runtime.distributed import GroupExchange, Places
+from autopar.runtime.lasting import Lasting
 from autopar.runtime.microbatches import Batch, loss_weights, split_batch
 from autopar.runtime.module import ParallelModule
 from autopar.runtime.post import ProcessPost
@@ -75,6 +76,7 @@ class PipelineModule(ParallelModule):
         self._stages, self._schedule, self._forward_schedule, self._traced, self._places = stages, schedule, forward_schedule, traced, places
         self._runs: dict[int, StageRun] = {}
         self._shares: dict[int, Share] = {}
+        self.lasting = Lasting()
         self._walk: Walk | None = None
         self._epoch_s = time.time() - time.perf_counter()
 
@@ -108,6 +110,7 @@ class PipelineModule(ParallelModule):
         flat = [self._traced.flat_inputs((), piece) if isinstance(piece, dict) else self._traced.flat_inputs(piece, {}) for piece in pieces]
         inputs = [dict(zip(numbers, tensors)) for tensors in flat]
         self._copy_twins()
+        self.lasting.clear()
         for number in schedule.by_first_use(self._places.rank):
             self._runs[number].start(inputs, weights, {}, len(schedule.microbatches(number)))
         if training:

@@ -1,16 +1,17 @@
 """One rank's share of a program: its stored parameters and buffers, the emitted code, and the sums of its gradients."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.fx import GraphModule
 
 from autopar.core.layout import Layout
 from autopar.program import Program
+from autopar.runtime.built import Built
+from autopar.runtime.lasting import Lasting
 from autopar.runtime.rank import Rank
 from autopar.runtime.reducer import Bucket, Reducer
 from autopar.runtime.store import Store
@@ -21,10 +22,10 @@ class Share:
     """What `ParallelModule` computes with. `constants` by name; the buffers are those of `tree`, where parameters are added too."""
 
     def __init__(
-        self, program: Program, emitted: GraphModule, inputs: Sequence[int], positions: Mapping[int, Mapping[int, int]], constants: Mapping[str, torch.Tensor],
-        weights: Weights, rank: Rank, stored_mesh: DeviceMesh, tree: "ParameterTree",
+        self, program: Program, built: Built, constants: Mapping[str, torch.Tensor], weights: Weights, rank: Rank, stored_mesh: DeviceMesh, tree: "ParameterTree",
+        lasting: Lasting,
     ) -> None:  # fmt: skip
-        self.program, self.emitted, self.inputs, self.rank = program, emitted, tuple(inputs), rank
+        self.program, self.built, self.rank, self.lasting = program, built, rank, lasting
         self.store = Store(program, weights, rank, stored_mesh)
         self._fixed: dict[int, torch.Tensor] = {}
         for v, parameter in self.store.parameters.items():
@@ -36,20 +37,27 @@ class Share:
                 self._fixed[v] = tree.add_buffer(name, weights.get(name).clone().to(rank.device), persistent=name in weights.persistent)
             elif value.role == "constant":
                 self._fixed[v] = constants[value.source[0]].to(rank.device)
-        rank.units, sharded = self.store.units(positions, lambda bucket, grads: self.reducer.scatter(bucket, grads))
+        rank.units, sharded = self.store.units(built.positions, lambda bucket, grads: self.reducer.scatter(bucket, grads))
         buckets: list[Bucket] = [*sharded, *self.store.buckets()]
         leaves = {v: x for v, x in self.store.leaves.items() if program.residency.stage(v) < 3 or self.store.kind(v).stage < 3}
         self.reducer = Reducer(buckets, leaves, rank, self._deliver)
 
     def refresh(self) -> None:
-        """Take over what the optimizer left in the stored parameters."""
+        """Begin a step: take over what the optimizer left in the stored parameters, and what the user left in buffers."""
+        self.lasting.clear()
+        self._once()
         self.store.refresh()
         self._forget_units()
 
     def begin_refresh(self) -> None:
         """`refresh` that `compute` waits for: until then the parameters are on their way."""
+        self._once()
         self.store.begin_refresh()
         self._forget_units()
+
+    def _once(self) -> list[torch.Tensor]:
+        """What is the same for all microbatches of a step."""
+        return self.lasting.of(self.built, [self.rank, *(self._fixed[v] for v in self.built.once_inputs)])
 
     def _forget_units(self) -> None:
         for unit in self.rank.units.values():
@@ -59,8 +67,8 @@ class Share:
         """The program's outputs, from what is neither parameter nor buffer, by value number."""
         self.store.end_refresh()
         leaves, fixed = self.store.leaves, self._fixed
-        values = [leaves[v] if v in leaves else fixed[v] if v in fixed else given[v] for v in self.inputs]
-        outputs, updates = self.emitted(self.rank, *values)
+        values = [leaves[v] if v in leaves else fixed[v] if v in fixed else given[v] for v in self.built.inputs]
+        outputs, updates = self.built.module(self.rank, *values, *self._once())
         for x in outputs:
             if x.grad_fn is not None:
                 x.grad_fn.metadata[Share] = self  # a backward needs what the hooks of the leaves know only weakly
@@ -105,8 +113,8 @@ class Share:
 
     @property
     def code(self) -> str:
-        """The emitted program, as text: the top level and every distinct block."""
-        return "\n".join(part.code.strip() for part in (self.emitted, *self.emitted.children()))
+        """The emitted program, as text: what is computed once a step, the top level and every distinct block."""
+        return self.built.code
 
 
 class _Holder(nn.Module):

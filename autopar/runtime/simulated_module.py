@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
 
 from autopar.program import Program
+from autopar.runtime.built import Built
 from autopar.runtime.pieces import Cut
 from autopar.runtime.rank import Rank
 from autopar.runtime.reducer import make_dense
@@ -25,15 +25,14 @@ MakeOptimizer = Callable[[list[torch.Tensor]], torch.optim.Optimizer]
 class SimulatedModule:
     """Every rank's stored parameters and the program that trains them.
 
-    `values`: whole parameters, buffers and constants by value number; `inputs`: the value numbers of the emitted placeholders.
+    `values`: whole parameters, buffers and constants by value number.
     """
 
     def __init__(
-        self, program: Program, module: GraphModule, inputs: Sequence[int], positions: Mapping[int, Mapping[int, int]], values: Mapping[int, torch.Tensor],
-        make: MakeOptimizer, seed: int = 0, *, splits: bool = False,
-    ) -> None:  # fmt: skip
+        self, program: Program, built: Built, values: Mapping[int, torch.Tensor], make: MakeOptimizer, seed: int = 0, *, splits: bool = False
+    ) -> None:
         self.splits = splits
-        self.program, self.module, self.inputs = program, module, tuple(inputs)
+        self.program, self.built = program, built
         self.ranks: list[Rank] = simulated_ranks(program.mesh, seed=seed)
         graph = program.graph
         self.trained = [v for v in graph.params if graph.values[v].meta.requires_grad]
@@ -43,7 +42,7 @@ class SimulatedModule:
         self.optimizers = [make([mine[v] for v in self.trained]) for mine in self.stored]
         for rank in self.ranks:
             rank.offload = program.residency.offload
-        units = {segment: _Units(self, segment, position) for segment, position in positions.items()}
+        units = {segment: _Units(self, segment, position) for segment, position in built.positions.items()}
         self.simulation = Simulation(self.ranks, units)
 
     def _parts(self, values: Mapping[int, torch.Tensor], rank: Rank) -> dict[int, torch.Tensor]:
@@ -112,8 +111,10 @@ class SimulatedModule:
         return getattr(torch, self.program.residency.precision.reduced(self.program.graph.values[v].meta.dtype))
 
     def start(self) -> None:
-        """Begin a step: take over what the optimizers left."""
+        """Begin a step: take over what the optimizers left, and compute what is the same for all microbatches."""
         self._refresh()
+        with torch.no_grad():
+            self.once = self.simulation.run(self.built.once, [[fixed[v] for v in self.built.once_inputs] for fixed in self.fixed])
         for optimizer in self.optimizers:
             optimizer.zero_grad()
 
@@ -121,10 +122,10 @@ class SimulatedModule:
         """The program's outputs from what is neither parameter nor buffer, by value number."""
         self.ranks[0].stream.microbatch = microbatch
         rows = [
-            [leaves[v] if v in leaves else fixed[v] if v in fixed else given[v][r] for v in self.inputs]
+            [leaves[v] if v in leaves else fixed[v] if v in fixed else given[v][r] for v in self.built.inputs] + list(self.once[r])
             for r, (leaves, fixed) in enumerate(zip(self.leaves, self.fixed))
         ]
-        results = self.simulation.run(self.module, rows)
+        results = self.simulation.run(self.built.module, rows)
         self._update_buffers([updates for _, updates in results])
         return [list(column) for column in zip(*(outputs for outputs, _ in results))]
 
