@@ -346,7 +346,7 @@ class Program:
                 yield self.key(step.forward, (step.axis,)), size * (1 + move.again)
             if step.backward in COLLECTIVES and move.live:
                 yield self.key(step.backward, (step.axis,)), round(step_input_bytes(step.backward, step, self.mesh, size, backward=True))
-        yield from self._inner_entries(live, times)
+        yield from self._inner_entries(live)
         for value in self.graph.params:
             yield from self._state_entries(value, value in live, times)
 
@@ -376,7 +376,7 @@ class Program:
             if live:
                 yield ("to_host", "host", 1), part * (reduced if rest or cut else width) * sums
 
-    def _inner_entries(self, live: frozenset[int], times: int) -> Iterator[tuple[LedgerKey, int]]:
+    def _inner_entries(self, live: frozenset[int]) -> Iterator[tuple[LedgerKey, int]]:
         done: set[Tensor] = set()
         for i, op, rule, strategy in [(i, *found) for i, found in enumerate(zip(self.graph.ops, self.rules, self.strategies)) if found[1].inner]:
             result = op.results[0], (self.produced[op.results[0]],)
@@ -385,7 +385,7 @@ class Program:
             done.update([self.once[result]] if self.made_once(i) else [])
             for inner in rule.inner:
                 size = rule.local_numel(inner.dims, strategy, self.mesh) * DTYPE_BYTES[self.graph.values[op.results[0]].meta.dtype]
-                count = (inner.forward + (inner.backward if op.operands[0] in live else 0)) * (1 if self.made_once(i) else times)
+                count = (inner.forward + (inner.backward if op.operands[0] in live else 0)) * (1 if self.made_once(i) else self.residency.micro_batches)
                 for axis, choice in enumerate(strategy):
                     if choice == ("cut", inner.factor):
                         yield self.key(inner.primitive, (axis,)), size * count

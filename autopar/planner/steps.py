@@ -121,7 +121,8 @@ class Steps:
 @dataclass
 class _Builder:
     """`nodes`, `owners` and `names` (value, route) by number; `found`: value -> route -> node. `base`: the first node of the segment at hand;
-    `given`: earlier node -> its local number; `standing`: node of each tensor that stands for all that are the same (`Program.once`)."""
+    `given`: earlier node -> its local number; `called`: node that stands for others -> what the segment calls it; `standing`: node of each tensor that stands for all that are
+    the same (`Program.once`)."""
 
     program: Program
     nodes: list[Node] = field(default_factory=list)
@@ -134,6 +135,7 @@ class _Builder:
     given: dict[int, int] = field(default_factory=dict)
     given_as: list[tuple[int, Route, bool]] = field(default_factory=list)
     local_value: dict[int, int] = field(default_factory=dict)
+    called: dict[int, tuple[int, Route]] = field(default_factory=dict)
     standing: dict[Tensor, int] = field(default_factory=dict)
     made: dict[tuple, Node] = field(default_factory=dict)
 
@@ -224,7 +226,7 @@ class _Builder:
         return (-1 if segment.block else s, wiring.form, program.strategies[segment.ops.start : segment.ops.stop], tuple(entries), made, routes)
 
     def _start(self, local_value: dict[int, int]) -> None:
-        self.base, self.steps, self.given, self.given_as, self.local_value = len(self.nodes), [], {}, [], local_value
+        self.base, self.steps, self.given, self.given_as, self.local_value, self.called = len(self.nodes), [], {}, [], local_value, {}
         self.place = "outputs"
 
     def _script(self, s: int) -> Numbered:
@@ -283,7 +285,7 @@ class _Builder:
         if n >= self.base:
             return n - self.base
         if n not in self.given:
-            v, route = self.names[n]
+            v, route = self.called.get(n, self.names[n])
             self._give(n, (self.local_value.get(v, -1), route, False))
             owner = self.owners[n]
             if owner is not None and owner not in self.given:
@@ -327,6 +329,8 @@ class _Builder:
         for n, step in enumerate(route_steps(route), start=1):
             if not self._there(v, route[: n + 1]):
                 self._move(v, found[route[:n]], step.forward, step.backward, route[: n + 1])
+        if v in self.program.graph.once:
+            self.called[found[route]] = v, route
         return found[route]
 
     def _move(self, v: int, source: int, forward: str, backward: str, route: Route) -> None:
