@@ -9,10 +9,18 @@ from torch import nn
 
 import autopar
 from autopar.core.graph import Op
+from autopar.joint.at_point import PointSearch
+from autopar.joint.deep import Deep, Sharding, even_depths
+from autopar.joint.known import Known
+from autopar.joint.plan import joint_search, on_whole_graph
+from autopar.joint.space import Ideal, Point
 from autopar.planner.bind import bind
-from autopar.planner.liveness import Liveness, kept_by_segment
+from autopar.planner.blocks import Order
+from autopar.planner.liveness import Engine, Liveness, kept_by_segment
+from autopar.planner.pins import Pins
 from autopar.planner.steps import steps_of
 from autopar.program import Program
+from autopar.request import Request, quiet
 from autopar.rewrite.build import build
 from autopar.runtime.lasting import Lasting
 from autopar.runtime.microbatches import split_batch
@@ -20,6 +28,7 @@ from autopar.runtime.simulate import simulated_ranks
 from autopar.runtime.simulated_module import SimulatedModule
 from autopar.stages import cut_into_stages
 from autopar.trace.capture import Traced, trace
+from tests.joint.models import programs
 from tests.test_kept import SCALARS, Made
 
 SEQ, WIDTH, HEADS = 24, 16, 2
@@ -150,6 +159,23 @@ def test_stages_of_a_rank_have_one_of_each(schedule: str, ranks: int) -> None:
         staged = [Liveness.of(stages.stages[s].program).steps.lasting for s in here]
         assert size_of(held, model) == sum({there: size for sizes in staged for there, size in sizes.items()}.values())
         assert sum(x.dtype == torch.bool and x.numel() == MASK for x in {id(x): x for x in held}.values()) == 1
+
+
+@pytest.mark.parametrize("ranks,virtual", [(1, 1), (2, 1), (2, 2), (4, 2)])
+def test_three_blocks_tell_what_a_rank_of_the_whole_model_holds_once(ranks: int, virtual: int) -> None:
+    """Of masks one, of what a block makes of its own buffer one for each."""
+    request = Request(Masked(8), batch(32))
+    joint = joint_search(request.family, 32, autopar.Cluster.preset("a100-sxm", nodes=1), request.options(), Pins(), quiet, Known())
+    search = PointSearch(joint, Point(ranks, 8 // ranks, 1, 4, 8))
+    search.ideal_s(Ideal(joint.cluster, joint.run, joint.task))
+    light = Sharding.of(next(programs(search)), search.pricing, joint.run, Engine.of(joint.cluster), ("none",)).light
+    order = Order("1f1b" if virtual == 1 else "interleaved", ranks, 4, virtual)
+    deep = Deep(light, light, order, even_depths(light, order.num_stages))
+    staged = on_whole_graph(deep, request.family.graph(8)).staged
+    for rank in range(ranks):
+        whole = {there: size for s in deep.held(rank) for there, size in staged._lasting[s].items()}
+        assert light.cut.lasting_bytes(tuple((deep._kind(s), deep.depths[s].blocks) for s in deep.held(rank))) == sum(whole.values())
+        assert sum(whole.values()) >= MASK + 4 * SEQ * sum(deep.depths[s].blocks for s in deep.held(rank))
 
 
 def test_buffers_that_were_changed_between_steps_are_read_again() -> None:

@@ -56,9 +56,10 @@ def sides(run: Run, graph: OpGraph) -> tuple[int, ...]:
 
 
 def border_bytes(graph: OpGraph, run: Run) -> int:
-    """What one block of the run makes for the next."""
+    """What one block of the run makes for the next. What depends on no parameter a stage computes where it is read."""
     place = places(run, graph)
-    crossing = {v for i, op in enumerate(graph.ops) if place[i] == 1 for v in op.operands if v in graph.producer and place[graph.producer[v][0]] == 0}
+    made = (v for i, op in enumerate(graph.ops) if place[i] == 1 for v in op.operands if v in graph.producer and v in graph.searched)
+    crossing = {v for v in made if place[graph.producer[v][0]] == 0}
     return sum(graph.values[v].meta.numel * DTYPE_BYTES[graph.values[v].meta.dtype] for v in crossing)
 
 

@@ -101,7 +101,7 @@ class _Walk:
     def once(self) -> None:
         """What is the same for all microbatches, kept until the next step."""
         values: Values = {}
-        self._run(ONCE, values, "once a step", keep=False)
+        self._run(ONCE, values, "preparation", keep=False)
         for storage in values.values():
             self.memory.move(storage, "parameters")
 
