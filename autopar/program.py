@@ -245,8 +245,9 @@ class Program:
     @cached_property
     def communicates_once(self) -> bool:
         """Whether that takes communication, which every stage of a rank does for itself; else what several of them read is there once."""
-        moved = any(move.step.forward in COLLECTIVES for move in self.moves if move.value in self.graph.once)
-        return moved or any(self.made_once(i) and any(c == ("cut", x.factor) for x in rule.inner for c in self.strategies[i]) for i, rule in enumerate(self.rules) if rule.inner)
+        inner = ((i, x.factor) for i, rule in enumerate(self.rules) if rule.inner and self.made_once(i) for x in rule.inner)
+        moved = (step for _, route in self.once for step in route_steps(route))
+        return any(step.forward in COLLECTIVES for step in moved) or any(choice == ("cut", factor) for i, factor in inner for choice in self.strategies[i])
 
     def mode(self, s: int) -> str:
         """What segment s keeps for its backward."""
