@@ -1,8 +1,9 @@
 """A program cut into the stages of a pipeline, each a program of its own.
 
 Values keep their numbers. A stage holds the operators of its range that depend on a parameter, and all those that do not (masks,
-positions) which it needs: the inputs they are made of are on every rank, so computing them again costs less than sending. Whatever else crosses a
-cut goes from the stage that makes it straight to each that reads it, once, in the layout in which it is handed to its users there.
+positions) which it needs: the inputs they are made of are on every rank, so computing them again costs less than sending; what is made of
+no input either is there once for all stages of a rank. Whatever else crosses a cut goes from the stage that makes it straight to each that
+reads it, once, in the layout in which it is handed to its users there.
 """
 
 import math

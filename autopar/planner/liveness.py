@@ -1,9 +1,9 @@
 """How much memory a rank holds when most is held: the emitted program walked step by step, every tensor from its making to its last use.
 
-What is walked is what the runtime does: the forward of every segment, whose values die at their last use unless the backward reads
-them; the backward in reverse, with gradients in the memory that autograd gives them (those of sums and views share it); what blocks
-compute again; weights gathered one unit ahead; gradients in buckets; the optimizer. Microbatches after the second are like it, so at most
-three are walked: one on empty gradients, one on full ones, one that ends in the reduction.
+What is walked is what the runtime does: what is the same for all microbatches, and is kept through them; the forward of every segment, whose
+values die at their last use unless the backward reads them; the backward in reverse, with gradients in the memory that autograd gives them (those of
+sums and views share it); what blocks compute again; weights gathered one unit ahead; gradients in buckets; the optimizer. Microbatches after the
+second are like it, so at most three are walked: one on empty gradients, one on full ones, one that ends in the reduction.
 
 A stage of a pipeline is a program of its own. What its rank holds besides (`Beside`: other microbatches in flight, its other stages) stays
 as it is while this program runs. What is received is kept until it has been differentiated, and so is what is handed on.

@@ -22,5 +22,5 @@ class Built:
     @property
     def code(self) -> str:
         """As text: what is computed once, the top level and every distinct block."""
-        parts = (self.once, self.module, *self.module.children()) if any(n.op == "call_function" for n in self.once.graph.nodes) else (self.module, *self.module.children())
-        return "\n".join(part.code.strip() for part in parts)
+        once = [self.once] if any(node.op == "call_function" for node in self.once.graph.nodes) else []
+        return "\n".join(part.code.strip() for part in (*once, self.module, *self.module.children()))
