@@ -238,7 +238,7 @@ class PointSearch:
         return self._even_s(order, step, cuts=cuts) if order.virtual > 1 else self._step_s(order, step, [[Line(step.block)]] * order.num_ranks, one)
 
     def _step_s(self, order: Order, ends: Parts, lines: Sequence[Sequence[Line]], one: Parts) -> float:
-        return least_step_s(order, self.joint.run.depth, lines, ends, one) / self._faster(order)
+        return least_step_s(order, self.joint.run.depth, lines, ends, one, self._message_s) / self._faster(order)
 
     def _even_s(
         self, order: Order, step: Parts, held: Sequence[Held] = (), room_bytes: float = 0.0, enough_s: float = math.inf, *, whole_s: float = 0.0,
