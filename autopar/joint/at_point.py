@@ -19,7 +19,7 @@ from autopar.joint.given import Given
 from autopar.joint.known import SAFE, Flat, Floors, Proved, without_memory
 from autopar.joint.priced import Priced, around
 from autopar.joint.space import Ideal, Point, orders
-from autopar.joint.tables import PointTables
+from autopar.joint.tables import STANDING, PointTables
 from autopar.planner.blocks import Order
 from autopar.planner.keeping import Keeping
 from autopar.planner.states import Pricing
@@ -147,7 +147,7 @@ class PointSearch:
         return self.priced[side]
 
     def _fitting_s(self, asked: Callable[[str], Priced], *, roughly: bool = False) -> float:
-        least, room = math.inf, self._room_bytes(self.joint.limit_bytes)
+        least, room = math.inf, self.joint.limit_bytes
 
         def parts(side: str) -> Parts:
             return asked(side).parts
@@ -181,10 +181,6 @@ class PointSearch:
             if priced is not None:
                 priced.look(flights, price)
 
-    def _room_bytes(self, limit_bytes: float) -> float:
-        """What a rank may hold by the linear model. Gradients of a single microbatch, which are no more than parameters, grow as activations go."""
-        return limit_bytes * (2.0 if self.point.num_microbatches == 1 else 1.0)
-
     def _rooms(self, order: Order, room_bytes: float) -> list[float]:
         """What every rank has of it for its blocks: what a stage receives for every microbatch in flight lies beside that which its blocks make."""
         received = [self._border_bytes * sum(counted(flight) for flight in by_stage) for by_stage in order.in_flight_by_stage]
@@ -201,7 +197,8 @@ class PointSearch:
         def parts(side: str) -> Parts:
             return self.priced[side].parts if side in self.priced else floors.parts.get(side, floors.parts.get("passes", self.ideal))
 
-        least, limit = math.inf, self._room_bytes(self.joint.limit_bytes)
+        least = math.inf
+        limit = self.joint.limit_bytes / (STANDING if self.point.num_microbatches == 1 else 1.0)  # searches of more count all of the state
         for sooner, order in self._soonest(parts):
             side, most = sides(order)[0], max(order.in_flight)
             free = Line(parts(side).block)
@@ -238,7 +235,7 @@ class PointSearch:
         return self._even_s(order, step, cuts=cuts) if order.virtual > 1 else self._step_s(order, step, [[Line(step.block)]] * order.num_ranks, one)
 
     def _step_s(self, order: Order, ends: Parts, lines: Sequence[Sequence[Line]], one: Parts) -> float:
-        return least_step_s(order, self.joint.run.depth, lines, ends, one) / self._faster(order)
+        return least_step_s(order, self.joint.run.depth, lines, ends, one, self._message_s) / self._faster(order)
 
     def _even_s(
         self, order: Order, step: Parts, held: Sequence[Held] = (), room_bytes: float = 0.0, enough_s: float = math.inf, *, whole_s: float = 0.0,
@@ -336,7 +333,7 @@ class PointSearch:
         known = self._known.setdefault(choices, {})
         least, looked_for = known.get(limit_bytes, (self._roomier_s(choices, limit_bytes), 0.0))
         if looked_for <= least < enough_s:
-            least, _ = known[limit_bytes] = max(least, self._sharding_s(choices, self._room_bytes(limit_bytes), enough_s)), enough_s
+            least, _ = known[limit_bytes] = max(least, self._sharding_s(choices, limit_bytes, enough_s)), enough_s
         return least
 
     def _roomier_s(self, choices: tuple[int, ...], limit_bytes: float) -> float:

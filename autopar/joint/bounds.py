@@ -6,8 +6,10 @@ any price p of a byte, with g(p) the least c + p b of all that could be chosen f
     n g(p) <= n c + p n b <= T + p L,     so     n <= floor((T + p L) / g(p))
 
 (the Lagrangian dual, with a price of its own for every rank; blocks are whole). The first and the last rank do what lies before and behind the run besides.
-A rank also waits: for the ranks before it to forward the first microbatch, and at the end for them to take the last gradient back. And all wait for the first
-rank to exchange the parameters of its k blocks, before the first pass and after the last. Say a block takes c seconds of passes and y of such exchange: then
+A rank also waits: for the ranks before it to forward the first microbatch, and at the end for them to take the last gradient back. If there are j
+ranks behind it, it goes forward j + 1 times, waits until those have taken the first microbatch there and back, and at the end of the step until they did so with
+the last one: the chain through both has all but j of its passes there and back, and twice those of the ranks behind it. And all wait for the first rank to exchange
+the parameters of its k blocks, before the first pass and after the last. Say a block takes c seconds of passes and y of such exchange: then
 
     n c + k y + p n b  =  (n - k) (c + p b) + k (c + y + p b)  <=  T + p L,
 
@@ -59,13 +61,14 @@ def counted(flight: float) -> float:
     return flight + MARGIN * max(0.0, flight - 1)
 
 
-def least_step_s(order: Order, depth: int, lines: Sequence[Sequence[Line]], ends_s: Parts, pass_s: Parts) -> float:
+def least_step_s(order: Order, depth: int, lines: Sequence[Sequence[Line]], ends_s: Parts, pass_s: Parts, message_s: float = 0.0) -> float:
     """No step in this order is shorter; inf where the memory of the ranks is too little for `depth` blocks.
 
-    `lines`: by rank, of a whole step; `ends_s`: what is at the ends takes no less of a step; `pass_s`: nor do parts of one microbatch.
+    `lines`: by rank, of a whole step; `ends_s`: what is at the ends takes no less of a step; `pass_s`: nor do parts of one microbatch; `message_s`: nor does what
+    a rank hands to the next.
     """
-    ranks = _Ranks(depth, lines, ends_s, pass_s)
-    high = (depth * max(line.with_exchange_s for of_rank in lines for line in of_rank) + ends_s.first + ends_s.last) * 2
+    ranks = _Ranks(depth, lines, ends_s, pass_s, message_s, _turned(order, lines, pass_s))
+    high = (depth * max(line.with_exchange_s for of_rank in lines for line in of_rank) + ends_s.first + ends_s.last + 2 * len(lines) * message_s) * 2
     if math.isinf(high) or not ranks.can(high):
         return math.inf
     low = 0.0
@@ -76,6 +79,26 @@ def least_step_s(order: Order, depth: int, lines: Sequence[Sequence[Line]], ends
 
 
 @dataclass(frozen=True, slots=True)
+class Turned:
+    """What a rank with others behind it does between the first and the last microbatch that it waits for: `share` of its passes. `lines`: of its own blocks in
+    place of blocks behind it."""
+
+    share: float
+    lines: Sequence[Line]
+
+
+def _turned(order: Order, lines: Sequence[Sequence[Line]], pass_s: Parts) -> list[Turned | None]:
+    """By rank. None where the last microbatch goes forward before the first comes back, or there is nothing to wait for."""
+    found: list[Turned | None] = []
+    number, twice_s = order.num_microbatches, 2 * pass_s.block
+    for behind, of_rank in zip(reversed(range(len(lines))), lines):
+        share = 1 - behind / number
+        turned = [Line(share * n.block_s - twice_s, share * n.relief_s, n.price, share * n.with_exchange_s - twice_s) for n in of_rank]
+        found.append(Turned(share, [line for line in turned if line.block_s > 0]) if behind and twice_s and number > behind + 1 else None)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
 class _Ranks:
     """See `least_step_s`."""
 
@@ -83,6 +106,8 @@ class _Ranks:
     lines: Sequence[Sequence[Line]]
     ends_s: Parts
     pass_s: Parts
+    message_s: float
+    turned: Sequence[Turned | None]
 
     def can(self, step_s: float) -> bool:
         """Whether all ranks together can do all blocks in this time."""
@@ -91,25 +116,40 @@ class _Ranks:
             return True
         if all(line.with_exchange_s == line.block_s for of_rank in self.lines for line in of_rank):
             return False
-        others = self._with(1, step_s) - 1  # the fewer blocks the first rank has, the more the others can do
+        others = self._with(1, step_s, turning=False) - 1  # the fewer blocks the first rank has, the more the others can do
         return any(self._with(first, step_s) >= self.depth for first in range(most - 1, max(0, self.depth - others - 1), -1))
 
     def _of_first(self, step_s: float) -> int:
         left = step_s - self.ends_s.first - (self.ends_s.last if len(self.lines) == 1 else 0.0)
-        return self._whole(min((left + line.relief_s) / line.with_exchange_s for line in self.lines[0]))
+        turned = self.turned[0]
+        number = min((left + line.relief_s) / line.with_exchange_s for line in self.lines[0])
+        if turned is not None:
+            left_s = step_s - turned.share * self.ends_s.first - self._turning_s(0, 0)
+            number = min([number, *((left_s + line.relief_s) / line.whole_s for line in turned.lines)])
+        return self._whole(number)
 
     def _whole(self, blocks: float) -> int:
         return max(0, min(math.floor(blocks * (1 + PRECISION)), self.depth))
 
-    def _with(self, first: int, step_s: float) -> int:
+    def _with(self, first: int, step_s: float, *, turning: bool = True) -> int:
         """How many blocks all can do where the first rank does so many. A block of another rank keeps those behind it waiting a microbatch's work on it; that
-        costs them no more than one block, so each may take all it can."""
+        costs them no more than one block, so each may take all it can: there is less behind them to wait for then."""
         found, last = first, len(self.lines) - 1
         for rank in range(1, len(self.lines)):
-            own_s = step_s - (self.ends_s.last if rank == last else 0.0)
-            left_s = own_s - self.pass_s.first - found * self.pass_s.block
-            found += self._whole(min(_behind(line, first, left_s, own_s) for line in self.lines[rank]))
+            own_s, turned = step_s - (self.ends_s.last if rank == last else 0.0), self.turned[rank] if turning else None
+            left_s = own_s - self.pass_s.first - found * self.pass_s.block - 2 * rank * self.message_s
+            number = min(_behind(line, first, left_s, own_s) for line in self.lines[rank])
+            if turned is not None:
+                left_s = step_s - self.pass_s.first - self._turning_s(rank, found)
+                number = min([number, *(_behind(line, first, left_s, math.inf) for line in turned.lines)])
+            found += self._whole(number)
         return found
+
+    def _turning_s(self, rank: int, before: int) -> float:
+        """What the first and the last microbatch take on other ranks and between them, of blocks: once on so many `before`, twice on the others, as if its own
+        were among those."""
+        messages = 2 * rank + 4 * (len(self.lines) - 1 - rank)
+        return (2 * self.depth - before) * self.pass_s.block + 2 * self.pass_s.last + messages * self.message_s
 
 
 def _behind(line: Line, first: int, left_s: float, own_s: float) -> float:

@@ -28,7 +28,8 @@ class Relaxed:
     """Of a run of `depth` blocks; `params`, `modes`: nodes of the folded problem, those of modes with the names of their states. A cache, not
     a value.
 
-    `leaner`: the form of the problem in which blocks gather again what all-gathers bring, where they may do that and keep it.
+    `leaner`: the form of the problem in which blocks gather again what all-gathers bring, where they may do that and keep it. `standing`: the share of the state
+    that is there when most is kept.
     """
 
     folded: Folded
@@ -36,6 +37,7 @@ class Relaxed:
     depth: int
     modes: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     leaner: "Relaxed | None" = None
+    standing: float = 1.0
 
     def ends(self) -> tuple[float, float]:
         """The least seconds of what is before and behind the run."""
@@ -61,7 +63,7 @@ class Relaxed:
                 states = np.array([k if node in form.modes else choices[node] for node in nodes])
                 seconds, held = terms.of_plan(states)
                 state = math.fsum(form.folded.problem.nodes[n].memory_bytes[s] for n, s in zip(nodes, states) if n in form.params)
-                found[mode] = Block(seconds / self.depth, state / self.depth, max(0.0, held - state) / self.depth)
+                found[mode] = Block(seconds / self.depth, state * self.standing / self.depth, max(0.0, held - state) / self.depth)
         return Figures(found)
 
     @cached_property
@@ -75,8 +77,9 @@ class Relaxed:
 
     def at(self, state_price: float, kept_price: float) -> Vertex:
         """What all blocks take at least in this form at these prices of a byte of their state, and of one that they keep of a microbatch in flight."""
-        flight = kept_price / state_price if state_price else 1.0
-        return self._vertex(self._in_flight(flight).minimise(Price(1.0, state_price)))
+        price = state_price * self.standing
+        flight = kept_price / price if price else 1.0
+        return self._vertex(self._in_flight(flight).minimise(Price(1.0, price)))
 
     @cached_property
     def least_bytes(self) -> tuple[float, float]:
@@ -84,13 +87,13 @@ class Relaxed:
         problem = self._block.shrunk.problem
         least = [float(node.memory_bytes.min()) for node in problem.nodes]
         moved = (float(edge.memory_bytes.min()) for edge in problem.edges if edge.memory_bytes is not None)
-        return sum(least[n] for n in self._block_params), sum(held for n, held in enumerate(least) if n not in self._block_params) + sum(moved)
+        return self.standing * sum(least[n] for n in self._block_params), sum(held for n, held in enumerate(least) if n not in self._block_params) + sum(moved)
 
     def _vertex(self, found: Minimum) -> Vertex:
         seconds, held = self._block.terms.of_plan(found.choices)
         nodes = self._block.shrunk.problem.nodes
         state = math.fsum(nodes[n].memory_bytes[found.choices[n]] for n in self._block_params)
-        return Vertex(found.bound, seconds, state, max(0.0, held - state))
+        return Vertex(found.bound, seconds, state * self.standing, max(0.0, held - state))
 
     @cached_property
     def _block_params(self) -> frozenset[int]:

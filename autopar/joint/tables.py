@@ -36,6 +36,9 @@ from autopar.search.tables import TableStore
 ROUGH = 1e-2
 """Of the seconds of the blocks: how much less a bound may be that only says which points are looked at."""
 
+STANDING = 0.5
+"""Of the state, where there is a single microbatch: gradients, which are no more than parameters, are made as activations go."""
+
 MOST_PRICES = 40
 """That are looked at between two."""
 
@@ -135,7 +138,7 @@ class PointTables:
             folded = self._fold.folded(with_gathers(problem, ports.gathers, again=again))
             params = frozenset(folded.node[n] for n in ports.param_node.values())
             modes = {folded.node[n]: tuple(_in_form(mode, again=again) for mode in ports.states[n].modes) for n in ports.block_node.values()}
-            found = Relaxed(folded, params, self.run.depth, modes, found)
+            found = Relaxed(folded, params, self.run.depth, modes, found, STANDING if self.point.num_microbatches == 1 else 1.0)
         assert found is not None
         return found
 

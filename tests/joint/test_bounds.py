@@ -14,7 +14,10 @@ from autopar.joint.figures import Block, Figures
 from autopar.planner.blocks import Order, step_seconds
 
 A100 = Cluster.preset("a100-sxm")
-ORDERS = [Order("1f1b", 1, 3), Order("1f1b", 2, 4), Order("1f1b", 3, 7), Order("interleaved", 2, 4, 2), Order("interleaved", 2, 2, 4), Order("interleaved", 4, 8, 2)]
+ORDERS = [
+    *(Order("1f1b", ranks, number) for ranks, number in ((1, 3), (2, 4), (3, 4), (3, 7), (4, 9))),
+    *(Order("interleaved", ranks, number, virtual) for ranks, number, virtual in ((2, 4, 2), (2, 2, 4), (4, 8, 2))),
+]
 DEPTH = {1: 3, 2: 9, 3: 10, 4: 9, 8: 17}
 
 
@@ -25,6 +28,7 @@ class Drawn:
         random, self.order = Random(seed), order
         self.forward, self.backward, self.again = random.uniform(0.1, 1), random.uniform(0.2, 2), random.uniform(0.05, 0.5)
         self.gather, self.reduce = random.choice([0.0, 0.3, 2.0]), random.choice([0.0, 0.5, 3.0])
+        self.message = random.choice([0.0, 0.1, 1.0])
         self.first, self.last, self.state = random.choice([0.0, 0.3]), random.choice([0.0, 0.8]), random.choice([0.0, 1.0])
         self.room = random.uniform(0.4, 1.1) * DEPTH[order.num_stages] / order.num_ranks * (self.state + max(order.in_flight))
 
@@ -44,8 +48,8 @@ class Drawn:
                 )  # fmt: skip
             if left > 1e-9:
                 return None
-        edges = tuple(Edge(s, s + 1) for s in range(order.num_stages - 1))
-        return step_seconds(order, A100, tuple(costs[s] for s in range(order.num_stages)), edges, (EdgeCost(activation_s=0.0, gradient_s=0.0),) * len(edges), (), ())
+        edges, message = tuple(Edge(s, s + 1) for s in range(order.num_stages - 1)), EdgeCost(activation_s=self.message, gradient_s=self.message)
+        return step_seconds(order, A100, tuple(costs[s] for s in range(order.num_stages)), edges, (message,) * len(edges), (), ())
 
     def bound_s(self) -> float:
         """As the search bounds one sharding, with margins of memory left out of what is counted."""
@@ -58,10 +62,10 @@ class Drawn:
         room = self.room * 1.05  # what is counted has a margin
         if order.virtual > 1:
             held = figures.held({f for of_rank in order.in_flight_by_stage for f in of_rank}, room, whole)
-            return even_cuts(order, depth).least_step_s(parts, 0.0, held, [room] * order.num_ranks, whole_s=passes + once)
+            return even_cuts(order, depth).least_step_s(parts, self.message, held, [room] * order.num_ranks, whole_s=passes + once)
         if order.num_ranks == 1:
             figures, parts = whole, Parts(passes + once, parts.first, parts.last)
-        return least_step_s(order, depth, [figures.lines(flight, room, whole) for flight in order.in_flight], parts, one)
+        return least_step_s(order, depth, [figures.lines(flight, room, whole) for flight in order.in_flight], parts, one, self.message)
 
 
 def cuts_of(drawn: Drawn) -> list[list[int]]:
@@ -83,4 +87,4 @@ def test_no_cut_is_faster_than_the_bound(order: Order) -> None:
         bound = drawn.bound_s()
         assert bound <= min(steps, default=float("inf")) * (1 + 1e-5), seed
         ratios += [bound / min(steps)] if steps else []
-    assert len(ratios) > 20 and sum(ratios) / len(ratios) > 0.85  # and it is no trifle
+    assert len(ratios) > 20 and sum(ratios) / len(ratios) > (0.95 if order.virtual == 1 else 0.85)  # and it is no trifle

@@ -36,6 +36,19 @@ def test_no_block_holds_less_than_its_figures_say_or_is_faster(dims: Dims, point
             assert found.kept_bytes <= kinds.kept_inside * (1 + ROUNDING), kinds.mode
 
 
+@pytest.mark.parametrize("zero", range(4))
+def test_of_a_single_microbatch_no_more_state_counts_than_is_there_without_gradients(zero: int) -> None:
+    """Most is kept when the forward ends; gradients are made behind it."""
+    joint = joint_search(GPT, Cluster.preset("a100-sxm", 2), 32, (f"zero={zero}",), memory_share=SHARE[GPT])
+    for point in (Point(1, 4, 4, 1, 32), Point(2, 8, 1, 1, 32)):
+        search = PointSearch(joint, point)
+        search.fitting_s()
+        for choices in search.tables.chosen(search.first()):
+            there = search.tables.sharding(choices).cut.states[1]
+            for block in search.tables.whole.figures(choices).blocks.values():
+                assert 0 < block.state_bytes <= (there.parameters + there.optimizer) * (1 + ROUNDING)
+
+
 @pytest.mark.parametrize("negated", [False, True], ids=["read", "unread"])
 def test_what_the_next_block_does_not_read_is_kept_only_where_blocks_begin_again(negated: bool) -> None:
     row, options = Row(256, 256, 128, negated=negated), Options(precision=Precision(master="float32"), free_micro_batches=True)
