@@ -197,6 +197,14 @@ class Request:
         """Whether the joint search takes the model and what is fixed of the plan."""
         return self._may_join(self.options(**given))
 
+    def trace_ahead(self, clusters: Sequence[Machines], **given: Any) -> bool:
+        """Whether all plans on these clusters are made from a few short traces. If so they are there when this returns, and torch is not needed any more."""
+        options = self.options(**given)
+        short = all(isinstance(c, Cluster) and (options.joint or self._weighs_both(c, options) or (options.joint is None and c.num_nodes > 1)) for c in clusters)
+        if found := short and self._may_join(options):
+            self.family.graph(1)  # traced by itself
+        return found
+
     def _may_join(self, options: Options) -> bool:
         try:
             check_in_space(options, parse_pins(options.pins))

@@ -2,8 +2,8 @@
 
     python examples/benchmark_replan.py [--only replan]
 
-All plans of a part are made in one process, as a service or `autopar whatif` makes them; the first is cold, but for imports and the model. CPU seconds beside
-those of the clock are of that process and of the helpers that a large search forks.
+All plans of a part are made in one process, as a service makes them; `autopar whatif --sweep` shares a row out over several. The first is cold, but for imports
+and the model. CPU seconds beside those of the clock are of that process and of the helpers that a large search forks.
 """
 
 import os

@@ -1,6 +1,7 @@
 """`autopar whatif`: the plan again on a changed machine, on a row of them, or with less and less memory."""
 
 import math
+from collections.abc import Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +29,7 @@ from autopar.cli.points import Point, given, print_points
 from autopar.cli.units import duration, size
 from autopar.core.change import changed
 from autopar.core.collector import collector_paused
+from autopar.core.forked import Say, found_of_row, most_processes
 from autopar.core.mixed import Machines, parse_machines
 from autopar.core.units import shown
 from autopar.errors import InfeasibleError, UsageError
@@ -39,6 +41,9 @@ if TYPE_CHECKING:
     from autopar.request import Request
 
 MAX_POINTS = 200
+FEW = 3
+"""Machines that are planned for one after the other: the search has helpers of its own."""
+
 SAME = "as it is"
 
 Changes = Annotated[list[str] | None, typer.Option("--set", help="inter_node.bandwidth*=2, device.memory=40GB, num_nodes=4; may be repeated, all together are one machine.")]
@@ -69,9 +74,8 @@ def whatif(
         loaded = load_model(model, batch=global_batch(batch, largest, micro_batches), seq=seq, device="meta", dtype=asked.dtype)
         request = Request(loaded.module, loaded.kwargs)
         points, options = [], {**given(asked), "tokens": loaded.tokens_per_batch}
-        for text, machine in clusters.items() if not front else ():
-            progress(f"planning with {text}")
-            points.append(_point(request, text, machine, options))
+        if not front:
+            points = _on_each(request, clusters, options, progress)
         for found in islice(request.front(base, **options), MAX_POINTS) if front else ():
             held = size(found.plan.predicted.memory.high_bytes)
             progress(f"planning with less than {held}")
@@ -85,10 +89,21 @@ def whatif(
     return 0
 
 
-def _point(request: "Request", name: str, cluster: Machines, options: dict[str, Any]) -> Point:
-    """What one search knows is left to the next."""
+def _on_each(request: "Request", clusters: Mapping[str, Machines], options: dict[str, Any], progress: Say) -> list[Point]:
+    """Several at a time, where nothing is left to be traced. What one search knows is left to the next."""
+    names, machines = list(clusters), list(clusters.values())
+
+    def find(n: int, say: Say) -> Point:
+        say(f"planning with {names[n]}")
+        return _point(request, names[n], machines[n], options, lambda text: say(f"{names[n]}: {text}"))
+
+    processes = most_processes() if len(names) > FEW and request.trace_ahead(machines, **options) else 0
+    return found_of_row(find, len(names), processes, progress)
+
+
+def _point(request: "Request", name: str, cluster: Machines, options: dict[str, Any], progress: Say) -> Point:
     try:
-        plan = request.planned(cluster, **options).plan
+        plan = request.planned(cluster, progress=progress, **options).plan
     except InfeasibleError as error:
         return Point(name, None, None, str(error))
     return Point(name, plan, request.appraised(plan, cluster))

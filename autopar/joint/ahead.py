@@ -4,27 +4,21 @@ The search goes its way as if it were alone. Before it looks at a point it takes
 no helper was asked of it looks at itself. An answer depends on its question alone (`solved.Answers`), and is taken over only where the search asks it: so plans, bounds and what was looked
 at are the same however many helpers there are, and whatever becomes of them.
 
-Helpers are forked when the search has shown that it has work to share. Each knows what the search knew then, keeps the tables of its points, computes with numpy
-alone, and ends with the search: killed, or by itself when nobody is there to ask it.
+Helpers are forked (`core.forked`) when the search has shown that it has work to share. Each keeps the tables of its points.
 """
 
 import math
-import multiprocessing
-import os
-import signal
-import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from autopar.core.forked import end, forked
 from autopar.joint.at_point import PointSearch
-
-MOST = 4
-"""Helpers, at most: what the search does alone was a fifth to a third of the processor seconds where it was measured."""
 
 QUEUED = 3
 """Jobs that a helper has at once, so that it need not wait while the search plans a point."""
@@ -52,41 +46,18 @@ Step = Callable[[PointSearch], float]
 """Looks at a point; what it finds out is among the `Answers` of that."""
 
 
-def most_helpers() -> int:
-    """As many as there are cores for this process, where there are several and it may be forked: the search itself waits most of the time."""
-    if "fork" not in multiprocessing.get_all_start_methods() or multiprocessing.current_process().daemon:
-        return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MOST, cores) if cores > 1 else 0
-
-
 @dataclass(eq=False)
 class Helper:
     """One process, and what it was asked and has not answered."""
 
-    process: multiprocessing.process.BaseProcess
+    process: BaseProcess
     connection: Connection
     asked: set[Job] = field(default_factory=set)
 
     @classmethod
     def forked(cls, searches: Sequence[PointSearch], steps: Sequence[Step], others: Iterable["Helper"]) -> "Helper":
         """Raises OSError where there can be none."""
-        context = multiprocessing.get_context("fork")
-        ours, its = context.Pipe()
-        inherited = [ours, *(other.connection for other in others)]
-        process = context.Process(target=_serve, args=(its, inherited, searches, steps), daemon=True)
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is for the search, which then ends the helper
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # of other threads, which hold no lock that the search takes
-                process.start()
-        except OSError:
-            ours.close()
-            raise
-        finally:
-            its.close()
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        return cls(process, ours)
+        return cls(*forked(_serve, [other.connection for other in others], searches, steps))
 
     def tell(self, key: float, job: Job) -> None:
         """To do a job; those of the lowest key first."""
@@ -103,32 +74,23 @@ class Helper:
         return found
 
     def close(self) -> None:
-        self.process.kill()
-        self.process.join()
-        self.process.close()
-        self.connection.close()
+        end(self.process, self.connection)
 
 
-def _serve(questions: Connection, inherited: Iterable[Connection], searches: Sequence[PointSearch], steps: Sequence[Step]) -> None:
+def _serve(questions: Connection, searches: Sequence[PointSearch], steps: Sequence[Step]) -> None:
     """Answer until nobody is there to ask."""
-    for connection in inherited:  # else their ends would never be seen as closed
-        connection.close()
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    for stream in range(3):
-        os.dup2(nowhere, stream)
     left: dict[Job, float] = {}
-    with suppress(EOFError, OSError):
-        while True:
-            while not left or questions.poll():
-                key, job = questions.recv()
-                left[job] = key
-            job = min(left, key=lambda job: (left[job], job))
-            del left[job]
-            answers = searches[job.number].tables.answers
-            before, bound = len(answers), math.inf
-            with suppress(Exception):  # the search will find out itself
-                bound = steps[job.level](searches[job.number])
-            questions.send((job, Done(bound, dict(islice(answers.items(), before, None)))))
+    while True:
+        while not left or questions.poll():
+            key, job = questions.recv()
+            left[job] = key
+        job = min(left, key=lambda job: (left[job], job))
+        del left[job]
+        answers = searches[job.number].tables.answers
+        before, bound = len(answers), math.inf
+        with suppress(Exception):  # the search will find out itself
+            bound = steps[job.level](searches[job.number])
+        questions.send((job, Done(bound, dict(islice(answers.items(), before, None)))))
 
 
 @dataclass

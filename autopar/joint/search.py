@@ -17,9 +17,10 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 
+from autopar.core.forked import most_processes
 from autopar.core.units import size
 from autopar.errors import InfeasibleError
-from autopar.joint.ahead import Ahead, Job, most_helpers
+from autopar.joint.ahead import Ahead, Job
 from autopar.joint.at_point import Found, PointSearch
 from autopar.joint.deep import shifted
 from autopar.joint.given import Given
@@ -70,7 +71,7 @@ class JointSearch(Given):
 
     progress: Callable[[str], None] = lambda text: None
     gap: float = GAP
-    helpers: int = field(default_factory=most_helpers)
+    helpers: int = field(default_factory=most_processes)
 
     @property
     def question(self) -> Hashable:

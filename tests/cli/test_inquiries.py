@@ -73,6 +73,19 @@ def test_whatif_plans_again(call: Call) -> None:
     assert "another plan" in call("whatif", *GIVEN[:3], "--batch", "65536", "--sweep", "intra_node.latency*=0.001..10000:3").out
 
 
+def test_a_row_of_machines_is_planned_as_each_is_alone(call: Call, tmp_path: Path) -> None:
+    """Whatever processes there are, and whatever one learns of its neighbours."""
+    config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_layer": 4, "n_embd": 256, "n_head": 4, "n_positions": 64, "vocab_size": 96}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    given = ("whatif", tmp_path, "--cluster", "a100-sxm:2x2", "--batch", "32", "--seq", "64", "--json")
+    called = call(*given, "--sweep", "inter_node.bandwidth*=0.01..10:4")
+    assert (called.code, called.err) == (0, "")
+    swept = json.loads(called.out)["plans"]
+    assert [p["name"] for p in swept] == [f"inter_node.bandwidth*={factor}" for factor in ("0.01", "0.1", "1", "10")]
+    for p in swept[::2]:
+        assert json.loads(call(*given, "--set", p["name"]).out)["plans"][1] == p
+
+
 def test_the_front_ends_with_the_leanest_plan(call: Call) -> None:
     called = call("whatif", *GIVEN, "--pin", "dp=4", "--front", "--json")
     assert (called.code, called.err) == (0, "")

@@ -11,7 +11,7 @@ import pytest
 from autopar.core.cluster import Cluster
 from autopar.errors import InfeasibleError
 from autopar.joint import ahead
-from autopar.joint.ahead import Helper, most_helpers
+from autopar.joint.ahead import Helper
 from autopar.joint.at_point import PointSearch
 from autopar.joint.known import Known
 from autopar.joint.plan import planned_jointly
@@ -144,12 +144,3 @@ def test_a_helper_ends_when_nobody_asks_any_more() -> None:
         helper.process.join(30)
         assert helper.process.exitcode == 0
         helper.process.close()
-
-
-def test_there_is_no_helper_for_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
-    assert most_helpers() == 0
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
-    assert most_helpers() == ahead.MOST
-    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])
-    assert most_helpers() == 0

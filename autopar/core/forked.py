@@ -1,0 +1,143 @@
+"""Processes forked from this one: each knows what it knew then, computes with numpy alone, and ends with it, killed, or by itself when nobody is there to ask it."""
+
+import multiprocessing
+import os
+import signal
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing import connection
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any, TypeVar
+
+MOST = 4
+"""At most: what a search does alone was a fifth to a third of the processor seconds where it was measured, and each has memory of its own."""
+
+PATIENCE_S = 60.0
+"""For a word of a process that works on one of a row. One that says none for longer is ended."""
+
+T = TypeVar("T")
+Say = Callable[[str], None]
+
+
+def most_processes() -> int:
+    """As many as there are cores for this process, where there are several and it may be forked: itself it waits most of the time."""
+    if "fork" not in multiprocessing.get_all_start_methods() or multiprocessing.current_process().daemon:
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MOST, cores) if cores > 1 else 0
+
+
+def forked(serve: Callable[..., None], others: Iterable[Connection], *given: Any) -> tuple[BaseProcess, Connection]:
+    """A process in which `serve` answers at the other end of a connection; `others`: those to processes forked before. Raises OSError where there can be none."""
+    context = multiprocessing.get_context("fork")
+    ours, its = context.Pipe()
+    process = context.Process(target=_alone, args=([ours, *others], serve, its, *given), daemon=True)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is for this process, which then ends the other
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of other threads, which hold no lock that planning takes
+            process.start()
+    except OSError:
+        ours.close()
+        raise
+    finally:
+        its.close()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return process, ours
+
+
+def end(process: BaseProcess, its: Connection) -> None:
+    process.kill()
+    process.join()
+    process.close()
+    its.close()
+
+
+def _alone(inherited: Iterable[Connection], serve: Callable[..., None], *given: Any) -> None:
+    for other in inherited:  # else their ends would never be seen as closed
+        other.close()
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for stream in range(3):
+        os.dup2(nowhere, stream)
+    with suppress(EOFError, OSError):
+        serve(*given)
+
+
+@dataclass(eq=False)
+class Worker:
+    """One process, the part of the row that is its own, and the one that it is at."""
+
+    process: BaseProcess
+    connection: Connection
+    part: deque[int]
+    at: int | None = None
+    heard_s: float = 0.0
+
+    def ask(self, number: int | None) -> None:
+        self.at, self.heard_s = number, time.monotonic()
+        with suppress(OSError):  # that it is gone is seen where its answer is waited for
+            self.connection.send(number)
+
+
+def found_of_row(find: Callable[[int, Say], T], number: int, processes: int, say: Say) -> list[T]:
+    """What `find` finds out of each of a row, by place: it may `say` what it is doing, and what it finds depends on the place alone.
+
+    Every process goes from the begin of its part of the row to the end, so that what it learned at one place is near at hand for the next; where it is through, it
+    takes the last of the longest part that is left. What fails in a process, or is left by one that is gone, is found here.
+    """
+    count, found = min(processes, number), dict[int, T]()
+    parts = [deque(range(number * n // count, number * (n + 1) // count)) for n in range(count)]
+    workers: list[Worker] = []
+    try:
+        with suppress(OSError):
+            for part in parts:
+                workers.append(Worker(*forked(_find, [worker.connection for worker in workers], find), part))
+        for worker in workers:
+            worker.ask(_next(worker.part, parts))
+        while busy := [worker for worker in workers if worker.at is not None]:
+            ready = connection.wait([worker.connection for worker in busy], PATIENCE_S)
+            for worker in busy:
+                if worker.connection in ready:
+                    _hear(worker, parts, found, find, say)
+                elif time.monotonic() - worker.heard_s > PATIENCE_S:
+                    worker.at = None
+                    worker.process.kill()
+    finally:
+        for worker in workers:
+            end(worker.process, worker.connection)
+    return [found[n] if n in found else find(n, say) for n in range(number)]
+
+
+def _next(own: deque[int], parts: Iterable[deque[int]]) -> int | None:
+    longest = max(parts, key=len)
+    return own.popleft() if own else longest.pop() if longest else None
+
+
+def _hear(worker: Worker, parts: Iterable[deque[int]], found: dict[int, T], find: Callable[[int, Say], T], say: Say) -> None:
+    """One word: what it is doing, or what it has found, if it has."""
+    number, worker.heard_s = worker.at, time.monotonic()
+    assert number is not None, "it was asked"
+    try:
+        word = worker.connection.recv()
+    except (EOFError, OSError):
+        worker.at = None
+        return
+    if isinstance(word, str):
+        say(word)
+        return
+    worker.ask(_next(worker.part, parts))
+    found[number] = word[0] if word else find(number, say)
+
+
+def _find(asked: Connection, find: Callable[[int, Say], object]) -> None:
+    """Until nobody asks."""
+    while (number := asked.recv()) is not None:
+        answer: tuple[object, ...] = ()
+        with suppress(Exception):  # who asks will find out itself
+            answer = (find(number, asked.send),)
+        asked.send(answer)

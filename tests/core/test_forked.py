@@ -1,0 +1,104 @@
+"""What processes beside this one find out of a row is what this one would; they end with it, however it ends."""
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+
+import pytest
+
+from autopar.core import forked
+from autopar.core.forked import Say, found_of_row, most_processes
+
+needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="processes cannot be forked here")
+
+
+def squares(number: int, processes: int, say: Say = lambda text: None, fault: Callable[[], None] = lambda: None) -> list[int]:
+    """With a `fault` at every third place, but not in this process."""
+    here = os.getpid()
+
+    def find(n: int, say: Say) -> int:
+        say(f"at {n}")
+        if os.getpid() != here and n % 3 == 2:
+            fault()
+        return n * n
+
+    return found_of_row(find, number, processes, say)
+
+
+@needs_fork
+@pytest.mark.parametrize("processes", [0, 1, 2, 4])
+@pytest.mark.parametrize("number", [0, 1, 2, 7])
+def test_a_row_is_in_order_whoever_finds_it(number: int, processes: int) -> None:
+    said: list[str] = []
+    assert squares(number, processes, said.append) == [n * n for n in range(number)]
+    assert sorted(said) == [f"at {n}" for n in range(number)]
+    assert not multiprocessing.active_children()
+
+
+@needs_fork
+def test_each_goes_along_its_own_part_and_helps_at_the_end_of_the_longest() -> None:
+    def find(n: int, say: Say) -> tuple[int, float]:
+        time.sleep(0.2 if n >= 6 else 0.01)
+        return os.getpid(), time.monotonic()
+
+    found = found_of_row(find, 12, 2, lambda text: None)
+    first, second = found[0][0], found[6][0]
+    assert first != second and all(found[n][0] == first for n in range(6))
+    shared = [found[n][0] for n in range(6, 12)]
+    assert shared == sorted(shared, key=lambda process: process != second) and shared[-1] == first
+    assert [found[n][1] for n in range(6)] == sorted(found[n][1] for n in range(6))
+
+
+@needs_fork
+def test_what_processes_fail_at_is_found_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong() -> None:
+        print("not for anybody")
+        raise RuntimeError
+
+    expected = [n * n for n in range(9)]
+    assert squares(9, 2, fault=wrong) == expected
+    assert squares(9, 2, fault=lambda: os.kill(os.getpid(), signal.SIGKILL)) == expected
+    monkeypatch.setattr(forked, "PATIENCE_S", 0.3)
+    assert squares(9, 2, fault=lambda: time.sleep(600)) == expected
+    assert not multiprocessing.active_children()
+
+
+@needs_fork
+def test_an_error_is_that_of_this_process() -> None:
+    def find(n: int, say: Say) -> int:
+        raise ValueError(f"{n} in {os.getpid()}")
+
+    with pytest.raises(ValueError, match=f"in {os.getpid()}"):
+        found_of_row(find, 4, 2, lambda text: None)
+    assert not multiprocessing.active_children()
+
+
+@needs_fork
+def test_no_process_is_left_behind_by_an_interrupt(capfd: pytest.CaptureFixture[str]) -> None:
+    def interrupt(text: str) -> None:
+        children = multiprocessing.active_children()
+        assert children
+        for child in children:
+            os.kill(child.pid, signal.SIGINT)  # as the terminal does; they leave it to this one
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        squares(4, 2, interrupt)
+    assert not multiprocessing.active_children()
+    assert capfd.readouterr() == ("", "")
+
+
+@needs_fork
+def test_processes_of_a_row_have_none_of_their_own() -> None:
+    assert found_of_row(lambda n, say: most_processes(), 2, 2, lambda text: None) == [0, 0]
+
+
+def test_there_is_none_for_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+    assert most_processes() == 0
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    assert most_processes() == (forked.MOST if "fork" in multiprocessing.get_all_start_methods() else 0)
+    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])
+    assert most_processes() == 0
