@@ -39,14 +39,18 @@ from autopar.runtime.tape import Tape, product
 BATCHES = 5
 """Timed runs of a computation, of which the lower quartile counts: what disturbs only adds."""
 
-ROUNDS = 15
-"""Turns of what ranks do together, of which the median counts: of a difference what disturbs may take away."""
+ROUNDS = 30
+"""Turns of what ranks do together, of which the mean of the middle half counts: what disturbs adds or takes away, and ranks fall into step in one way
+or another, for which a median would jump between."""
 
 SELDOM = 3
-"""What takes longer than a run takes its turn in every so-manieth round: it varies less."""
+"""A call that takes longer than a turn should has its turn in every so-manieth round: it varies less."""
 
 RUN_S = 0.04
-"""Seconds of a run, at least of one call."""
+"""Processor seconds of a run of a computation, at least of one call."""
+
+TURN_S = 0.02
+"""Seconds of such a turn."""
 
 MAX_CALLS = 200
 
@@ -90,7 +94,7 @@ def _keep_memory() -> None:
 
 
 def processor_seconds(call: Call) -> float:
-    calls, _ = _num_calls(lambda number: _processor_s(call, number))
+    calls, _ = _num_calls(partial(_processor_s, call), RUN_S)
     return _mean_over_ranks(sorted(_processor_s(call, calls) for _ in range(BATCHES))[BATCHES // 4])
 
 
@@ -102,8 +106,8 @@ class Comparison(NamedTuple):
 
 
 def _in_rounds(compared: dict[Task, Comparison]) -> dict[Task, float]:
-    """Seconds by the clock that each call takes beyond the one beside it: the median of runs side by side."""
-    runs = {task: _num_calls(partial(_clock_s, both.with_it)) for task, both in compared.items()}
+    """Seconds by the clock that each call takes beyond the one beside it."""
+    runs = {task: _num_calls(partial(_clock_s, both.with_it), TURN_S) for task, both in compared.items()}
     added: dict[Task, list[float]] = {task: [] for task in compared}
     draw = random.Random(0)  # the same on all ranks
     for n in range(ROUNDS):
@@ -112,14 +116,20 @@ def _in_rounds(compared: dict[Task, Comparison]) -> dict[Task, float]:
             if n % SELDOM == 0 or not is_long:
                 both = compared[task]
                 added[task].append(_clock_s(both.with_it, calls) - _clock_s(both.without, calls))
-    return {task: max(statistics.median(_means_over_ranks(turns)), 1e-6) for task, turns in added.items()}
+    return {task: max(_middle(_means_over_ranks(turns)), 1e-6) for task, turns in added.items()}
 
 
-def _num_calls(run: Callable[[int], float]) -> tuple[int, bool]:
-    """Calls that make a run, the same on every rank, and whether one takes longer than that."""
+def _middle(values: Sequence[float]) -> float:
+    """The mean of the middle half."""
+    quarter = len(values) // 4
+    return statistics.fmean(sorted(values)[quarter : len(values) - quarter])
+
+
+def _num_calls(run: Callable[[int], float], seconds: float) -> tuple[int, bool]:
+    """Calls that take so long together, the same on every rank, and whether one takes longer than that."""
     run(2)
     once_s = _mean_over_ranks(run(1))
-    return min(MAX_CALLS, max(1, int(RUN_S / once_s))), once_s > RUN_S
+    return min(MAX_CALLS, max(1, int(seconds / once_s))), once_s > seconds
 
 
 def _processor_s(call: Call, calls: int) -> float:
