@@ -50,7 +50,8 @@ RUN_S = 0.04
 """Processor seconds of a run of a computation, at least of one call."""
 
 TURN_S = 0.02
-"""Seconds of such a turn."""
+"""Seconds of such a turn. Groups that go on for long fall out of step with each other, and one computes while the other talks, which no step comes to
+(4 ranks on 2 cores, an all-reduce of pairs: 2.4 ms in runs of 7 calls, 1.0 ms in runs of 50)."""
 
 MAX_CALLS = 200
 

@@ -17,7 +17,7 @@ from autopar.errors import FileFormatError
 from autopar.planner.states import Pricing
 from autopar.planner.work import compute_seconds
 from autopar.profiler import calibrate
-from autopar.profiler.machine import measure
+from autopar.profiler.machine import _middle, measure
 from autopar.profiler.samples import SAMPLES, forward_of
 from autopar.profiler.samples import tasks as sample_tasks
 from autopar.profiler.tasks import Cache, Task
@@ -150,6 +150,13 @@ def test_what_an_older_version_measured_is_measured_anew(tmp_path: Path) -> None
     assert cache.read() == {}
     cache.add([(Task("send", (2, 1024)), 1e-3)])
     assert cache.read() == {"send 2x1024 float32": 1e-3}
+
+
+def test_what_disturbs_a_few_turns_moves_no_mean_of_the_middle_half() -> None:
+    calm = [1.0, 2.0] * 10
+    disturbed = calm[:-8] + [9.0] * 4 + [-9.0] * 4
+    assert _middle(calm) == _middle(disturbed) == pytest.approx(1.5)
+    assert _middle([3.0]) == 3.0
 
 
 @pytest.mark.gloo
