@@ -61,7 +61,7 @@ def _bar() -> Iterator["Progress"]:
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as bar:
-        row = bar.add_task("starting processes", total=None)
+        row = bar.add_task("measuring", total=None)
         yield lambda task, done, total: bar.update(row, description=task.key, completed=done, total=total)
 
 

@@ -4,11 +4,11 @@
     2. kernels     single calls of every kind of kernel, in turns: what a call takes and which share of the ceilings it reaches, what an exponential takes
     3. blocks      forward and backward of small transformers: with the kernels known, what is left to backwards, and to what lies between operators
     4. runtime     the optimizer's step; microbatches of a block, beside the block: what a forward or backward costs beside its operators
-    5. talk        every collective over sizes and group sizes: its start, its hop, its rate
+    5. talk        every collective over sizes and group sizes, messages one way at a time: its start, its hop, its rate
 
 Every count that a price is fitted to comes from the cost models themselves, asked with a price of one: there is no second formula. All ranks measure
 at once; a process alone on its core is faster by the crowding of the cluster, processes per core, which is also what processor seconds are multiplied
-with. What this leaves out: memory bandwidth that is free while others wait, and time in which a collective keeps no core busy.
+with. What this leaves out: memory bandwidth that is free while others wait, and that others may compute while a collective leaves cores idle.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ from autopar.planner.work import compute_seconds, pieces
 from autopar.profiler import fit
 from autopar.profiler.samples import SAMPLES, backward_of
 from autopar.profiler.samples import tasks as sample_tasks
-from autopar.profiler.tasks import Cache, Task
+from autopar.profiler.tasks import TOGETHER, Cache, Task
 from autopar.profiler.tasks import Measured as Seconds
 from autopar.program import Program
 
@@ -39,13 +39,15 @@ PASSES = (1 << 14, 1 << 16, 1 << 18, 1 << 20)
 BLOCKS = ((1, 8, 64, 8), (1, 64, 64, 8), (4, 64, 128, 8), (1, 64, 256, 8), (2, 64, 256, 8), (4, 64, 256, 8), (8, 64, 256, 8), (1, 128, 512, 8), (4, 128, 512, 4))
 """(batch, sequence, width, layers). As deep as models are: two layers, over and over, stay in the caches, where an operator takes half as long."""
 
-SMALL = (1, 4, 32, 4)
+SMALL = (1, 4, 32, 1)
 """The block whose microbatches are counted: next to nothing to compute."""
 
 UPDATE = (48, 1 << 16)
 WATCHED = 64
 SIZES = (1 << 10, 1 << 17, 1 << 20, 1 << 22, 1 << 23)
-MICRO_BATCHES = (4, 16)
+FURTHER = 8
+"""Microbatches that are counted, beyond a few."""
+
 FREE = 1e30
 """A rate at which nothing takes time."""
 
@@ -100,7 +102,7 @@ def tasks_for(num_processes: int) -> tuple[Task, ...]:
     found += [Task("block", shape) for shape in BLOCKS]
     found += [Task("update", UPDATE), Task("watched", (WATCHED,))]
     found += [Task(primitive, (n, size)) for primitive in MEASURED_COLLECTIVES for n in _group_sizes(num_processes) for size in SIZES]
-    return (*found, Task("block", SMALL), *(Task("accumulate", (number, *SMALL)) for number in MICRO_BATCHES))
+    return (*found, Task("microbatches", (FURTHER, *SMALL)))
 
 
 def _group_sizes(num_processes: int) -> tuple[int, ...]:
@@ -110,11 +112,18 @@ def _group_sizes(num_processes: int) -> tuple[int, ...]:
 def fitted(base: Cluster, seconds: Seconds) -> Calibration:
     """The cluster that explains these measurements best; `base` says how many processes there are, on how many cores."""
     fits: list[tuple[str, fit.Fit]] = []
-    wall = {task: value * base.crowding for task, value in seconds.items()}  # of a process among all the others
+    wall = {task: value * _by_clock(task, base.crowding) for task, value in seconds.items()}
     device = _device(base, wall, fits)
     link = _link(replace(base, device=device), wall, fits)
     cluster = replace(base, device=device, intra_node=link, inter_node=link)
     return Calibration(replace(cluster, host=_host(cluster, wall)), seconds, tuple(fits))
+
+
+def _by_clock(task: Task, crowding: float) -> float:
+    """What to multiply seconds of a task with, to have those that pass for a process among all the others."""
+    if task.op not in TOGETHER:
+        return crowding
+    return min(1.0, crowding / 2) if task.op == "send" else 1.0  # there and back one after the other: half of the ranks leave their cores to the rest
 
 
 def _digits(value: float) -> float:
@@ -303,9 +312,9 @@ def _host(cluster: Cluster, seconds: Seconds) -> Host:
 
 
 def _action_s(seconds: Seconds) -> float:
-    """Of what each further microbatch of a small block takes, half of the part that is no operator of it: for a forward and a backward."""
-    (few, few_s), (many, many_s) = sorted(_of(seconds, "accumulate"), key=lambda row: row[0].shape)
-    return max(0.0, (many_s - few_s) / (many.shape[0] - few.shape[0]) - seconds[Task("block", SMALL)]) / 2
+    """Of what each further microbatch of a small block takes beside the block, half: for a forward and a backward."""
+    ((task, added_s),) = _of(seconds, "microbatches")
+    return added_s / task.shape[0] / 2
 
 
 def write(calibration: Calibration, path: Path) -> None:

@@ -31,7 +31,8 @@ class Fit:
 def linear(counts: Sequence[Sequence[float]], seconds: Sequence[float], known: Sequence[float] | None = None) -> Fit:
     """Prices p >= 0 for which counts @ p, and `known` seconds beside it, is near `seconds`, each error taken relative to its own seconds.
 
-    Every price is tried as zero where the best solution makes it negative: the counts are few, so all such choices are looked at.
+    Every price is tried as zero where the best solution makes it negative: the counts are few, so all such choices are looked at. Of counts that only
+    come together one has the price of all.
     """
     measured = np.asarray(seconds, dtype=float)
     beside = np.zeros(len(measured)) if known is None else np.asarray(known, dtype=float)
@@ -42,7 +43,10 @@ def linear(counts: Sequence[Sequence[float]], seconds: Sequence[float], known: S
         scale = np.abs(table[:, chosen]).max(axis=0)
         if not scale.all():
             continue
-        found = np.linalg.lstsq(table[:, chosen] / scale, left, rcond=None)[0] / scale
+        found, _, rank, _ = np.linalg.lstsq(table[:, chosen] / scale, left, rcond=None)
+        if rank < len(chosen):
+            continue
+        found = found / scale
         error = float(((table[:, chosen] @ found - left) ** 2).sum())
         if (found >= 0).all() and error < best_error:
             best, best_error = np.zeros(table.shape[1]), error

@@ -6,10 +6,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from autopar.core.device import MEASURED_COLLECTIVES
 from autopar.core.json_file import read_json
 from autopar.errors import FileFormatError, UsageError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+OUTDATED = (1,)
+"""Versions under whose names other things were measured: they are measured anew."""
+
 MAX_CACHE_BYTES = 4 << 20
 
 
@@ -26,8 +30,11 @@ class Task:
         return f"{self.op} {'x'.join(map(str, self.shape))} {self.dtype}"
 
 
+TOGETHER = (*MEASURED_COLLECTIVES, "microbatches")
+"""Tasks whose seconds are by the clock, until all ranks are done; those of others are processor seconds of a rank."""
+
 Measured = Mapping[Task, float]
-"""Processor seconds of a rank for one call of a task, while all ranks do the same."""
+"""Seconds of one call of a task, while all ranks do the same."""
 
 
 def device_name() -> str:
@@ -73,6 +80,8 @@ class Cache:
         if not self.path.exists():
             return {}
         data = read_json(self.path, MAX_CACHE_BYTES)
+        if data.get("schema_version") in OUTDATED:
+            return {}
         seconds = data.get("seconds")
         if data.get("schema_version") != SCHEMA_VERSION or not isinstance(seconds, dict) or not all(map(_is_row, seconds.values())):
             raise FileFormatError(f"{self.path}: holds no measurements of `autopar calibrate`; remove it, or give another --cache")

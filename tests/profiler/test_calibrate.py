@@ -17,7 +17,7 @@ from autopar.errors import FileFormatError
 from autopar.planner.states import Pricing
 from autopar.planner.work import compute_seconds
 from autopar.profiler import calibrate
-from autopar.profiler.machine import measure
+from autopar.profiler.machine import _middle, measure
 from autopar.profiler.samples import SAMPLES, forward_of
 from autopar.profiler.samples import tasks as sample_tasks
 from autopar.profiler.tasks import Cache, Task
@@ -47,7 +47,7 @@ TRUTH = replace(
 
 
 def seconds_of(task: Task) -> float:
-    """Processor seconds of a task on processes that are just what `TRUTH` says."""
+    """What is measured of a task on processes that are just what `TRUTH` says: processor seconds, by the clock what ranks do together."""
     device, crowding = TRUTH.device, TRUTH.crowding
     if task.op == "matmul":
         return 2 * math.prod(task.shape) / device.peak(task.dtype) / crowding
@@ -62,11 +62,10 @@ def seconds_of(task: Task) -> float:
     if task.op == "block":
         program = calibrate._program(task)
         return compute_seconds(program, Pricing(replace(Cluster.local(1), device=device), program.mesh)) / crowding
-    if task.op == "accumulate":
-        number, *block = task.shape
-        return 0.1 + number * (seconds_of(Task("block", tuple(block))) + 2 * 3e-3 / crowding)
+    if task.op == "microbatches":
+        return task.shape[0] * 2 * 3e-3
     size, num_bytes = task.shape
-    return collective_seconds(TRUTH, Mesh.of(a=RANKS // size, b=size), task.op, (1,), float(num_bytes)) / crowding
+    return collective_seconds(TRUTH, Mesh.of(a=RANKS // size, b=size), task.op, (1,), float(num_bytes))
 
 
 def sampled(task: Task, *, backward: bool) -> float:
@@ -78,8 +77,7 @@ def sampled(task: Task, *, backward: bool) -> float:
 @pytest.fixture
 def few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tracing is what a fit takes its time for."""
-    monkeypatch.setattr(calibrate, "BLOCKS", ((1, 8, 64, 1), (8, 64, 64, 1), (16, 64, 256, 1)))
-    monkeypatch.setattr(calibrate, "SMALL", (1, 4, 32, 1))
+    monkeypatch.setattr(calibrate, "BLOCKS", ((1, 4, 32, 1), (1, 8, 64, 1), (8, 64, 64, 1), (16, 64, 256, 1)))
 
 
 def test_the_cluster_of_synthetic_measurements_is_recovered(few_blocks: None, tmp_path: Path) -> None:
@@ -107,6 +105,16 @@ def test_the_cluster_of_synthetic_measurements_is_recovered(few_blocks: None, tm
     assert all(cluster.device.source_of(number).status == "measured" for number in ("memory_bandwidth", "peak", "matmul_efficiency", "kernel_launch"))
 
 
+def test_a_message_takes_half_of_there_and_back_where_every_rank_has_a_core(few_blocks: None) -> None:
+    """Ranks that share a core leave theirs to others for that half."""
+    seconds = {task: seconds_of(task) for task in calibrate.tasks_for(RANKS)}
+    mesh = Mesh.of(a=2, b=2)
+    for cores, share in ((2.0, 1.0), (1.0, 1.0), (RANKS, 0.5)):
+        cluster = calibrate.fitted(replace(Cluster.local(RANKS), host=Host(cores=cores)), seconds).cluster
+        want = share * (collective_seconds(TRUTH, mesh, "send", (1,), 1e6) - 5e-5)
+        assert collective_seconds(cluster, mesh, "send", (1,), 1e6) - cluster.device.kernel_launch_s == pytest.approx(want, rel=0.03)
+
+
 def test_what_is_known_is_not_measured_again(few_blocks: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = Cache(tmp_path / "deep" / "seconds.json", "this machine, 4 processes")
     tasks = calibrate.tasks_for(RANKS)
@@ -128,7 +136,7 @@ def test_what_is_known_is_not_measured_again(few_blocks: None, tmp_path: Path, m
     assert cache.read() == {} and Cache(cache.path, "another machine").read() == {tasks[-1].key: 1.0}
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"schema_version": 1, "seconds": {"m": {"matmul": -1}}}', '{"schema_version": 1, "seconds": {"m": 3}}', "noise"])
+@pytest.mark.parametrize("text", ["[]", "{}", '{"schema_version": 2, "seconds": {"m": {"matmul": -1}}}', '{"schema_version": 2, "seconds": {"m": 3}}', "noise"])
 def test_a_file_that_is_no_cache_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "cache.json").write_text(text)
     with pytest.raises(FileFormatError, match="cache.json") as raised:
@@ -136,11 +144,26 @@ def test_a_file_that_is_no_cache_is_refused(text: str, tmp_path: Path) -> None:
     assert "\n" not in str(raised.value)
 
 
+def test_what_an_older_version_measured_is_measured_anew(tmp_path: Path) -> None:
+    (tmp_path / "cache.json").write_text('{"schema_version": 1, "seconds": {"m": {"send 2x1024 float32": 0.5}}}')
+    cache = Cache(tmp_path / "cache.json", "m")
+    assert cache.read() == {}
+    cache.add([(Task("send", (2, 1024)), 1e-3)])
+    assert cache.read() == {"send 2x1024 float32": 1e-3}
+
+
+def test_what_disturbs_a_few_turns_moves_no_mean_of_the_middle_half() -> None:
+    calm = [1.0, 2.0] * 10
+    disturbed = calm[:-8] + [9.0] * 4 + [-9.0] * 4
+    assert _middle(calm) == _middle(disturbed) == pytest.approx(1.5)
+    assert _middle([3.0]) == 3.0
+
+
 @pytest.mark.gloo
 def test_tasks_are_timed_on_real_ranks(long: bool) -> None:
-    """Every kind of them in the long form: what is accumulated is traced on every rank."""
+    """Every kind of them in the long form: steps of microbatches are traced on every rank."""
     kinds = [Task("matmul", (64, 64, 64)), Task("stream", (1024,)), Task("layer norm", (8, 16)), Task("layer norm backward", (8, 16)), Task("loss", (4, 8)), Task("update", (2, 64)), Task("watched", (4,)), Task("all_reduce", (2, 1024)), Task("send", (2, 1024))]
-    kinds += [Task("block", (1, 8, 64, 1)), Task("accumulate", (2, 1, 8, 64, 1)), *(Task(name, (2, 1024)) for name in MEASURED_COLLECTIVES[1:4])] if long else []
+    kinds += [Task("block", (1, 8, 64, 1)), Task("microbatches", (2, 1, 8, 64, 1)), *(Task(name, (2, 1024)) for name in MEASURED_COLLECTIVES[1:4])] if long else []
     found: list[tuple[Task, float]] = []
     launch(measure, 2, kinds, on_message=found.append)
     assert [task for task, _ in found] == kinds and all(0 < seconds < 10 for _, seconds in found)

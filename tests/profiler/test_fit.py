@@ -38,6 +38,15 @@ def test_no_price_is_negative() -> None:
     assert linear(counts, [3.0, 2.0, 1.0]).prices[1] == 0.0
 
 
+def test_of_counts_that_only_come_together_one_has_the_price_of_all() -> None:
+    """However little noise tells them apart."""
+    rng = np.random.default_rng(1)
+    counts = np.stack([np.ones(12), np.ones(12), np.exp(rng.uniform(5, 15, 12))], axis=1)
+    for _ in range(20):
+        found = linear(counts, counts @ [1e-3, 2e-3, 1e-8] * np.exp(rng.normal(0, 0.01, 12))).prices
+        assert found[1] == 0.0 and found[0] == pytest.approx(3e-3, rel=0.05)
+
+
 @pytest.mark.parametrize("truth", [(2e-5, 1e-11, 3e-10), (5e-6, 4e-11, 1e-10)])
 def test_a_roofline_is_recovered_though_counts_depend_on_prices(truth: tuple[float, float, float]) -> None:
     """Each row has operators, each under one of two ceilings; which, only the prices tell; and something that no price says."""
