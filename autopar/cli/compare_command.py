@@ -10,6 +10,7 @@ from autopar.cli.options import (
     Batch,
     ClusterName,
     Debug,
+    DType,
     Joint,
     Json,
     MicroBatches,
@@ -19,9 +20,9 @@ from autopar.cli.options import (
     Pipelines,
     Seq,
     checked_pins,
+    default_dtype,
     global_batch,
 )
-from autopar.cli.plan_command import DType, default_dtype
 from autopar.cli.points import SEARCHED, pins_of, point, print_points
 from autopar.core.collector import collector_paused
 from autopar.core.mixed import parse_machines

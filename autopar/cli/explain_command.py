@@ -13,6 +13,7 @@ from autopar.cli.options import (
     Batch,
     ClusterName,
     Debug,
+    DType,
     Joint,
     Json,
     MicroBatches,
@@ -22,9 +23,9 @@ from autopar.cli.options import (
     Pipelines,
     Seq,
     checked_pins,
+    default_dtype,
     global_batch,
 )
-from autopar.cli.plan_command import DType, default_dtype
 from autopar.cli.points import Point, difference, given, pins_of, point, print_points
 from autopar.cli.units import duration
 from autopar.core.collector import collector_paused

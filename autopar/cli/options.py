@@ -41,6 +41,7 @@ Seq = Annotated[int | None, typer.Option("--seq", min=1, max=LARGEST_COUNT, help
 PinTexts = Annotated[
     list[str] | None, typer.Option("--pin", help="dp=2, tp=4, pp=2, schedule=1f1b, virtual=2, zero=3, recompute=full, micro_batch=2 or '*.mlp.*=tp:o'; may be repeated.")
 ]
+DType = Annotated[str | None, typer.Option("--dtype", help="Of weights and computation. [default: float32 on local:N, else bfloat16]")]
 MicroBatches = Annotated[
     int | None, typer.Option("--micro-batches", min=1, max=LARGEST_COUNT, help="Passes that make one step; they share the batch. [default: 1, or what suits a pipeline]")
 ]
@@ -79,6 +80,11 @@ def asked_for(plan: Plan | None, dtype: str | None, default: str) -> str:
     if dtype is not None and dtype != found:
         raise UsageError(f"--dtype {dtype}: the plan is for {found}; leave the option out, or plan again")
     return found
+
+
+def default_dtype(cluster: Machines) -> str:
+    """What people train in: 16 bits on accelerators, 32 in processes of this machine."""
+    return "float32" if cluster.name.startswith("local:") else "bfloat16"
 
 
 def checked_pins(texts: Sequence[str] | None, cluster: Machines) -> tuple[str, ...]:

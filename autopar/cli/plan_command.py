@@ -14,6 +14,7 @@ from autopar.cli.options import (
     Batch,
     ClusterName,
     Debug,
+    DType,
     Joint,
     Json,
     MicroBatches,
@@ -24,8 +25,10 @@ from autopar.cli.options import (
     Seq,
     checked_pins,
     checked_share,
+    default_dtype,
     global_batch,
 )
+from autopar.cli.searching import search
 from autopar.core.collector import collector_paused
 from autopar.core.mixed import Machines, parse_machines
 from autopar.core.objective import Objective
@@ -43,7 +46,6 @@ BUDGET_ENDED = 4
 LONGEST_BUDGET_S = 7 * 24 * 3600.0
 VERIFIED_DTYPES = ("float32", "bfloat16")
 
-DType = Annotated[str | None, typer.Option("--dtype", help="Of weights and computation. [default: float32 on local:N, else bfloat16]")]
 Budget = Annotated[float, typer.Option("--budget", help="Seconds that the search of one mesh may take, or the joint search behind its first plan.")]
 MaxMemory = Annotated[float, typer.Option("--max-memory", help="Share of a device's memory that the plan may use.")]
 OutFile = Annotated[Path | None, typer.Option("--out", "-o", help="Write the plan to this file.")]
@@ -87,24 +89,6 @@ def plan(
             print_looked(output(), chosen)
         print_plan(output(), found, part, tokens=_counts_tokens(loaded), next_command=given.next_command(loaded))
     return BUDGET_ENDED if found.proof.status.startswith("budget") and not allow_gap else 0
-
-
-def default_dtype(cluster: Machines) -> str:
-    """What people train in: 16 bits on accelerators, 32 in processes of this machine."""
-    return "float32" if cluster.name.startswith("local:") else "bfloat16"
-
-
-def search(
-    loaded: "LoadedModel", cluster: Machines, asked: Asked, objective: Objective = Objective(), *, budget_s: float = 30.0, max_memory: float = 0.9, progress: Any
-) -> tuple["Chosen", dict[str, float]]:
-    """The plan with what it was chosen from, and the seconds of tracing and searching."""
-    from autopar.api import plan_timed
-
-    found, seconds = plan_timed(
-        loaded.module, cluster, loaded.kwargs, pins=asked.pins, micro_batches=asked.micro_batches, offload=asked.offload, pipelines=asked.pipelines, tokens=loaded.tokens_per_batch,
-        objective=objective, time_limit_s=budget_s, max_memory=max_memory, joint=asked.joint, progress=progress,
-    )  # fmt: skip
-    return found.named(loaded.name), seconds
 
 
 def _longest(text: str) -> float:

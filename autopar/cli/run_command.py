@@ -66,7 +66,7 @@ def run(
     kind = asked_for(given, dtype, "float32")
     corpus = None if text is None else _read(text)
     with working("loading torch") as progress:
-        from autopar.cli.plan_command import search
+        from autopar.cli.searching import search
         from autopar.cli.training import Job, draws_random_numbers, on_one_process, token_input
         from autopar.models.load import load_model
 

@@ -60,7 +60,7 @@ def verify(
     narrow = asked_for(given, "bfloat16" if dtype == "bfloat16" else None, "float32")
     with working("loading torch") as progress:
         from autopar.api import verify as compare
-        from autopar.cli.plan_command import search
+        from autopar.cli.searching import search
         from autopar.models.load import load_model
 
         samples = global_batch(batch, machines, given.residency.micro_batches if given else micro_batches)
