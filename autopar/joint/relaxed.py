@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 
 from autopar.core.columns import Edges, Numbering
-from autopar.core.problem import SearchProblem
+from autopar.core.problem import Edge, SearchProblem
 from autopar.joint.bounds import Parts
 from autopar.joint.envelope import Vertex
 from autopar.joint.figures import Block, Figures
@@ -21,6 +21,9 @@ from autopar.search.solve import solve
 from autopar.search.terms import Terms
 
 T = TypeVar("T")
+
+Allowed = tuple[tuple[int, tuple[int, ...]], ...]
+"""Nodes of the folded problem, and the states that each of them may be in."""
 
 
 @dataclass
@@ -103,6 +106,16 @@ class Relaxed:
         """The blocks with so many microbatches in flight."""
         return self._block if flight == 1 else self._block.with_bytes(self._block.shrunk.problem.in_flight(flight, self._block_params))
 
+    def where(self, states: Allowed) -> "Relaxed":
+        """This form where nodes may be in these of their states alone."""
+        return replace(self, folded=replace(self.folded, problem=in_states(self.folded.problem, {n: np.array(some) for n, some in states})), leaner=None)
+
+    def bytes_at(self, state_price: float, kept_price: float) -> dict[int, float]:
+        """Of what blocks choose at these prices, but for modes: what each node takes of the state, or of what a microbatch keeps."""
+        choices = self._in_flight(kept_price / state_price).minimise(Price(1.0, state_price)).choices
+        nodes = self._block.shrunk.problem.nodes
+        return {n: float(nodes[k].memory_bytes[choices[k]]) for k, n in enumerate(self.folded.nodes_of(0)) if n not in self.modes}
+
     @cached_property
     def _flights(self) -> dict[float, Folded]:
         return {}
@@ -141,3 +154,16 @@ def _with_tables(problem: SearchProblem, by_edge: Mapping[int, T], made: Callabl
             known[key] = found.of(*(edges.tables[number] if what is None else made(*edges.tables[number], what)))
         numbers.append(known[key])
     return problem.derived(problem.nodes, Edges(edges.u, edges.v, np.array(numbers, dtype=int), found.tables))
+
+
+def in_states(problem: SearchProblem, states: Mapping[int, np.ndarray]) -> SearchProblem:
+    """With these states alone of some nodes, numbered anew."""
+    nodes = tuple([replace(node, cost_s=node.cost_s[states[n]], memory_bytes=node.memory_bytes[states[n]]) if n in states else node for n, node in enumerate(problem.nodes)])
+    edges = tuple([_between(edge, states) if edge.u in states or edge.v in states else edge for edge in problem.edges])
+    return replace(problem, nodes=nodes, edges=edges)
+
+
+def _between(edge: Edge, states: Mapping[int, np.ndarray]) -> Edge:
+    """An edge of these states alone."""
+    rows, columns = (states.get(end, np.arange(size)) for end, size in zip((edge.u, edge.v), edge.cost_s.shape))
+    return Edge(edge.u, edge.v, *(None if table is None else table[np.ix_(rows, columns)] for table in (edge.cost_s, edge.memory_bytes)))

@@ -1,6 +1,6 @@
 """What was found out of the problems of a point: small answers, which hold whoever found them, in place of tables that are made where another is asked."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -57,3 +57,6 @@ class Solved:
 
     def figures(self, choices: tuple[int, ...]) -> Figures:
         return self._asked(lambda relaxed: relaxed.figures(choices), "figures", choices)
+
+    def bytes_at(self, state_price: float, kept_price: float) -> Mapping[int, float]:
+        return self._asked(lambda relaxed: relaxed.bytes_at(state_price, kept_price), "bytes at", state_price, kept_price)

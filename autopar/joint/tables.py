@@ -1,14 +1,14 @@
 """What a point's plans may do and what that costs, whatever the limit of memory: the folded problem, its bounds, and the programs of its shardings."""
 
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
 from autopar.core.layout import Layout
-from autopar.core.problem import Edge, SearchProblem
+from autopar.core.problem import SearchProblem
 from autopar.core.residency import GATHER, gathers_again
 from autopar.core.unroll import Run
 from autopar.errors import InfeasibleError
@@ -17,7 +17,7 @@ from autopar.joint.bounds import Parts
 from autopar.joint.deep import Sharding
 from autopar.joint.envelope import Envelope
 from autopar.joint.fold import Fold, places, sides, times
-from autopar.joint.relaxed import Relaxed, passes_alone, with_gathers
+from autopar.joint.relaxed import Allowed, Relaxed, in_states, passes_alone, with_gathers
 from autopar.joint.solved import Answers, Solved
 from autopar.joint.space import Point
 from autopar.planner.decode import decode
@@ -81,12 +81,19 @@ class PointTables:
     def side(self, side: str) -> Solved:
         """What is known of either."""
         if side not in self._sides:
-            found = None
-            for form in reversed(range(len(self._forms))):
-                found = Solved((side, form), partial(self._form, side, form), self.run.depth, self.point.num_ranks, self.answers, found)
-            assert found is not None
-            self._sides[side] = found
+            self._sides[side] = self._solved(side, (side,), lambda relaxed: relaxed)
         return self._sides[side]
+
+    def case(self, side: str, states: Allowed) -> Solved:
+        """The same where nodes of the folded problem may be in these of their states alone."""
+        return self._solved(side, (side, states), lambda relaxed: relaxed.where(states))
+
+    def _solved(self, side: str, about: tuple, made: Callable[[Relaxed], Relaxed]) -> Solved:
+        found = None
+        for form in reversed(range(len(self._forms))):
+            found = Solved((*about, form), lambda form=form: made(self._form(side, form)), self.run.depth, self.point.num_ranks, self.answers, found)
+        assert found is not None
+        return found
 
     @cached_property
     def _sides(self) -> dict[str, Solved]:
@@ -214,7 +221,7 @@ class PointTables:
             form = self.whole.leaner if how == GATHERED and self.whole.leaner is not None else self.whole
             problem = form.folded.problem
             apart = frozenset(range(len(problem.nodes))) if self.few else form.params
-            self._alone[how] = prepare(_at_first(problem, frozenset(form.modes)) if how == KEPT else problem, (SECONDS, BYTES), apart=apart)
+            self._alone[how] = prepare(in_states(problem, {n: np.zeros(1, dtype=int) for n in form.modes}) if how == KEPT else problem, (SECONDS, BYTES), apart=apart)
         alone = self._alone[how]
         return alone.with_bytes(alone.shrunk.problem.in_flight(flight, self.whole.params))
 
@@ -250,16 +257,3 @@ def _nearest(states: States, zero: int) -> np.ndarray:
     for layout, distance in zip(states.result_layouts[0], off, strict=True):
         nearest[layout] = min(distance, nearest.get(layout, distance))
     return np.array([off[n] == nearest[layout] for n, layout in enumerate(states.result_layouts[0])])
-
-
-def _at_first(problem: SearchProblem, decided: frozenset[int]) -> SearchProblem:
-    """With nodes that are `decided` in their first state."""
-    kept = [slice(0, 1) if n in decided else slice(None) for n in range(len(problem.nodes))]
-    nodes = tuple([replace(node, cost_s=node.cost_s[k], memory_bytes=node.memory_bytes[k]) if n in decided else node for n, (node, k) in enumerate(zip(problem.nodes, kept))])
-    edges = tuple([_between(edge, kept[edge.u], kept[edge.v]) if decided & {edge.u, edge.v} else edge for edge in problem.edges])
-    return replace(problem, nodes=nodes, edges=edges)
-
-
-def _between(edge: Edge, rows: slice, columns: slice) -> Edge:
-    """An edge of these states alone."""
-    return Edge(edge.u, edge.v, edge.cost_s[rows, columns], None if edge.memory_bytes is None else edge.memory_bytes[rows, columns])
