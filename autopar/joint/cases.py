@@ -6,7 +6,7 @@ all parts is one on every plan; the part with the least is parted again (Land an
 """
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,8 +22,11 @@ from autopar.joint.solved import Solved
 MOST = 24
 """Parts of a point that are looked at."""
 
-ASIDE = 1.25
-"""Times and parts of a price that binds: what is the cheapest there is what blocks mix."""
+ASIDE, CLOSE = 1.25, 1.01
+"""Times and parts of a price that binds at which is looked for what blocks mix: what is the cheapest there, and costs so many times the least at most at the price itself."""
+
+LITTLE = 1 + 1e-4
+"""Times the bound of what is parted: where no part has more, memory is not what blocks mix for."""
 
 
 @dataclass(frozen=True, order=True)
@@ -37,17 +40,15 @@ class Case:
 
 def bound_by_cases(search: PointSearch, enough_s: float) -> float:
     """No plan of the point takes less. No higher bound is looked for than `enough_s`."""
-    cases = [Case(search.fitting_s(), (), search.priced)]
-    looked = 0
+    cases, looked = [Case(search.fitting_s(), (), search.priced)], 0
     while cases[0].bound_s < enough_s and looked < MOST:
-        case = cases[0]
-        parts = _parted(search, case)
-        if not parts:
+        parts = [_looked_at(search, cases[0], states) for states in _parted(search, cases[0])]
+        if not parts or min(parts).bound_s < cases[0].bound_s * LITTLE:
             break
+        heapq.heapreplace(cases, parts[0])
+        for part in parts[1:]:
+            heapq.heappush(cases, part)
         looked += len(parts)
-        heapq.heapreplace(cases, _looked_at(search, case, parts[0]))
-        for states in parts[1:]:
-            heapq.heappush(cases, _looked_at(search, case, states))
     return cases[0].bound_s
 
 
@@ -75,8 +76,8 @@ def _parted(search: PointSearch, case: Case) -> tuple[Allowed, ...]:
     for priced in case.priced.values():
         for (flight, _), price in priced.prices.items():
             most = max(most, counted(flight))
-            for near in (price / ASIDE, price * ASIDE) if price else ():
-                for node, num_bytes in _cheapest(priced.solved, near, near * counted(flight)).items():
+            for chosen in _close(priced.solved, price, counted(flight)) if price else ():
+                for node, num_bytes in chosen.items():
                     held.setdefault(node, set()).add(num_bytes)
     params, nodes = search.tables.whole.params, search.tables.whole.folded.problem.nodes
     apart = {node: (max(found) - min(found)) * (1.0 if node in params else most) for node, found in held.items()}
@@ -89,6 +90,11 @@ def _parted(search: PointSearch, case: Case) -> tuple[Allowed, ...]:
     return tuple(tuple(sorted((states | {node: tuple(left[part].tolist())}).items())) for part in (lean, ~lean))
 
 
-def _cheapest(solved: Solved, state_price: float, kept_price: float) -> Mapping[int, float]:
-    """What the nodes of blocks hold that are the cheapest of all forms."""
-    return min(solved.forms, key=lambda form: form.at(state_price, kept_price).bound_s).bytes_at(state_price, kept_price)
+def _close(solved: Solved, price: float, flight: float) -> Iterator[Mapping[int, float]]:
+    """What the nodes of blocks hold that cost about as little as any at a price of a byte."""
+    least = min(form.at(price, price * flight).bound_s for form in solved.forms)
+    for near in (price / ASIDE, price, price * ASIDE):
+        form = min(solved.forms, key=lambda form: form.at(near, near * flight).bound_s)
+        found = form.at(near, near * flight)
+        if found.seconds + price * (found.state_bytes + flight * found.kept_bytes) <= CLOSE * least:
+            yield form.bytes_at(near, near * flight)

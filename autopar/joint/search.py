@@ -22,6 +22,7 @@ from autopar.core.units import size
 from autopar.errors import InfeasibleError
 from autopar.joint.ahead import Ahead, Job
 from autopar.joint.at_point import Found, PointSearch
+from autopar.joint.cases import bound_by_cases
 from autopar.joint.deep import shifted
 from autopar.joint.given import Given
 from autopar.joint.space import Ideal, points
@@ -127,7 +128,10 @@ class JointSearch(Given):
         in_time = not ready and (not heap or heap[0].key >= best * (1 - self.gap))
         while heap and heap[0].level < PROMISING and heap[0].key < min(best, closed) < math.inf and in_time:
             self._tighten(heap, heapq.heappop(heap), looked, ahead)
-        bound = min(closed, heap[0].key if heap else math.inf)
+        rest = heap[0].key if heap else math.inf
+        if min(closed, rest) < best * (1 - self.gap) <= rest and in_time:
+            closed = self._by_cases([(waiting.bound, waiting.search) for waiting in ready] + planned, best * (1 - self.gap))
+        bound = min(closed, rest)
         if bound < best * (1 - self.gap):
             self._look_further(found, planned, best, end, self.helpers if ahead.started else 0)
         if not found:
@@ -159,6 +163,18 @@ class JointSearch(Given):
         bound = max(bound, self._bounds[level](search))
         if bound < math.inf:
             heapq.heappush(heap, Waiting(bound, level + 1, waiting.number, bound, search))
+
+    def _by_cases(self, planned: Sequence[tuple[float, PointSearch]], enough: float) -> float:
+        """The bound on all of these points; the lowest are raised, until one cannot be raised to `enough`."""
+        left = sorted(planned, key=lambda pair: pair[0])
+        for n, (bound, search) in enumerate(left):
+            if bound >= enough:
+                break
+            self.progress(f"looking at {search.point} by cases: bound {bound:.4g} s")
+            left[n] = max(bound, bound_by_cases(search, enough)), search
+            if left[n][0] < enough:
+                break
+        return min(bound for bound, _ in left)
 
     def _look_further(self, found: list[Found], planned: Sequence[tuple[float, PointSearch]], best: float, end: float, helpers: int) -> None:
         """Adds what is better: at the few points of the best plans, and, while there is time, at those that may be far better than what was found."""
