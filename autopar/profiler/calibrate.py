@@ -36,7 +36,7 @@ from autopar.program import Program
 MATMULS = ((64, 64, 64), (128, 256, 256), (256, 256, 1024), (512, 512, 512), (1024, 1024, 1024))
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 PASSES = (1 << 14, 1 << 16, 1 << 18, 1 << 20)
-BLOCKS = ((1, 8, 64, 8), (1, 64, 64, 8), (4, 64, 128, 8), (1, 64, 256, 8), (2, 64, 256, 8), (4, 64, 256, 8), (8, 64, 256, 8), (1, 128, 512, 8), (4, 128, 512, 4))
+BLOCKS = ((1, 4, 32, 4), (1, 8, 64, 8), (1, 64, 64, 8), (4, 64, 128, 8), (1, 64, 256, 8), (2, 64, 256, 8), (4, 64, 256, 8), (8, 64, 256, 8), (1, 128, 512, 8), (4, 128, 512, 4))
 """(batch, sequence, width, layers). As deep as models are: two layers, over and over, stay in the caches, where an operator takes half as long."""
 
 SMALL = (1, 4, 32, 1)
