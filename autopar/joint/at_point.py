@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, product
 
@@ -16,12 +16,13 @@ from autopar.joint.envelope import Envelope
 from autopar.joint.even import Cuts, Held, even_cuts, rank_cuts
 from autopar.joint.fold import border_bytes
 from autopar.joint.given import Given
-from autopar.joint.known import SAFE, Flat, Floors, Proved, without_memory
+from autopar.joint.known import SAFE, Flat, Floors, Proved, Winner, without_memory
 from autopar.joint.priced import Priced, around
 from autopar.joint.space import Ideal, Point, orders
 from autopar.joint.tables import PointTables
 from autopar.planner.blocks import Order
 from autopar.planner.keeping import Keeping
+from autopar.planner.liveness import Engine
 from autopar.planner.states import Pricing
 
 TOLERANCE = 3e-4
@@ -36,12 +37,13 @@ SEEN = 0.97
 
 @dataclass(frozen=True)
 class Found:
-    """A plan that fits `limit_bytes`, and the search of its point."""
+    """A plan that fits `limit_bytes`, and the search of its point. `like`: where its sharding is from, if another search found it."""
 
     search: "PointSearch"
     sharding: Sharding
     deep: Deep
     limit_bytes: float
+    like: Winner | None = None
 
     @property
     def point(self) -> Point:
@@ -56,6 +58,17 @@ class Found:
         return self.deep.memory
 
 
+    def within(self, limit_bytes: float) -> "Found | None":
+        """The same sharding in less memory."""
+        made = self.search.planned(self.sharding, limit_bytes)
+        return replace(made, like=self.like) if made is not None else None
+
+    @property
+    def winner(self) -> Winner:
+        """For searches that follow."""
+        return Winner(self.point, self.sharding, self.like.asked if self.like is not None else self.search.tables.asked_for(self.sharding))
+
+
 @dataclass
 class PointSearch:
     """All plans of one point."""
@@ -63,6 +76,8 @@ class PointSearch:
     joint: Given
     point: Point
     ideal: Parts = Parts(0.0)
+    free_s: float = 0.0
+    """The bound from operators that are cut evenly, where it was asked for."""
     priced: dict[str, Priced] = field(default_factory=dict)
     """The sides that were asked for."""
     larger: "tuple[PointSearch, ...]" = ()
@@ -97,7 +112,8 @@ class PointSearch:
         """The bound from operators that are cut evenly."""
         one = ideal.seconds(self.point.samples, self.point.outer, self.point.inner)
         step = self.ideal = one.times(self.point.num_microbatches)
-        return min((self._free_s(order, step, one, rank_cuts) for order in self.orders), default=math.inf)
+        self.free_s = min((self._free_s(order, step, one, rank_cuts) for order in self.orders), default=math.inf)
+        return self.free_s
 
     def rough_s(self) -> float:
         """The bound under the memory limit as near as is needed to tell points apart."""
@@ -277,10 +293,23 @@ class PointSearch:
             choices = self._soonest_of(left, limit_bytes - unseen, below_s) or left[0]
             left.remove(choices)
             sharding = self.tables.sharding(choices)
-            made = self._mixed(sharding, limit_bytes, below_s)
+            made = self.planned(sharding, limit_bytes, below_s)
             best, below_s = (made, made.step_s) if made is not None else (best, below_s)
             unseen = unseen or max(0.0, self.tables.side("whole").figures(choices).unseen_bytes(made.deep if made else sharding.leanest(self.orders[0])))
         return best
+
+    def plan_like(self, winner: Winner, limit_bytes: float, below_s: float = math.inf) -> Found | None:
+        """The same with the sharding of another search, where it may be that of this point."""
+        cut, number = winner.sharding.cut, self.point.num_microbatches
+        residency = cut.program.residency
+        if (winner.point.mesh, winner.point.samples) != (self.point.mesh, self.point.samples) or (residency.micro_batches == 1) != (number == 1):
+            return None
+        sharding = winner.sharding
+        if cut.pricing is not self.pricing or residency.micro_batches != number:
+            program = replace(cut.program, residency=replace(residency, micro_batches=number))
+            sharding = Sharding.of(program, self.pricing, self.joint.run, Engine.of(self.pricing.cluster), self.keeping.programs)
+        found = self.planned(sharding, limit_bytes, below_s)
+        return replace(found, like=winner) if found is not None else None
 
     def promised_s(self, limit_bytes: float) -> float:
         """Of the sharding that is planned first: how soon the point is worth to be planned."""
@@ -296,7 +325,7 @@ class PointSearch:
                 found, below_s = choices, least
         return found
 
-    def _mixed(self, sharding: Sharding, limit_bytes: float, below_s: float) -> Found | None:
+    def planned(self, sharding: Sharding, limit_bytes: float, below_s: float = math.inf) -> Found | None:
         """The best plan of a sharding within a limit that takes less than `below_s`."""
         best: Deep | None = None
         for order in self.orders:
@@ -311,6 +340,14 @@ class PointSearch:
 
     def first(self) -> Iterator[Asked]:
         return asked.first(self.keeping.stages, self._prices, self.tables.ways)
+
+    def likely(self) -> Iterator[Asked]:
+        """The same with hardly more than the price that binds the fullest rank, as near as is known at little cost."""
+        yield from asked.first(self.keeping.stages, (), self.tables.ways)
+        order = self.orders[0]
+        priced, flight = Priced(self.tables.side(sides(order)[0]), self.tables.rough(sides(order)[0])), max(order.in_flight)
+        for price in priced.binding([flight], self._room_bytes(self.joint.limit_bytes)):
+            yield from asked.around_price(flight, price, self.tables.ways)
 
     def fine(self) -> Iterator[Asked]:
         for flight, low, high in asked.finer(self._prices):

@@ -21,7 +21,9 @@ from typing import Any, TypeVar
 
 from autopar.core.cluster import Cluster
 from autopar.core.device import Link
+from autopar.joint.asked import Asked
 from autopar.joint.bounds import Line, Parts
+from autopar.joint.deep import Sharding
 from autopar.joint.even import Held
 from autopar.joint.space import Point
 
@@ -37,6 +39,9 @@ PROVED = 4
 BOUNDED = 4096
 """Points whose bounds at limits of memory are kept."""
 
+WINNERS = 4
+"""Plans that searches found which are planned again first by those that have only so much time."""
+
 LINES = 6
 """Prices of memory that are looked at for one rank."""
 
@@ -44,6 +49,15 @@ SAFE = 1 - 6e-4
 """Bounds from elsewhere are taken for so much less, so that none is above that which the search itself would find: twice the `at_point.TOLERANCE` of those."""
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Winner:
+    """Of the plans that a search found, one of the fastest: at which point, of which sharding, and what that answered."""
+
+    point: Point
+    sharding: Sharding
+    asked: tuple[Asked, ...]
 
 
 @dataclass(frozen=True)
@@ -113,7 +127,10 @@ class Known:
     """Of one model and one way to train it. It grows to its limits and no further. `answers`: to whole questions, by all that they depend on."""
 
     answers: Recent = field(default_factory=lambda: Recent(ANSWERS))
+    took_s: dict[str, float] = field(default_factory=dict)
+    """See `Clock`."""
     _kept: Recent = field(default_factory=lambda: Recent(LARGEST))
+    _won: dict[Hashable, tuple[Winner, ...]] = field(default_factory=dict)
     _proved: dict[Hashable, list[Proved]] = field(default_factory=dict)
     _bounds: Recent = field(default_factory=lambda: Recent(BOUNDED))
     """By point with all that its bounds depend on: some of them, by limit of memory."""
@@ -124,6 +141,17 @@ class Known:
             found = make()
             self._kept.put(key, found)
         return found
+
+    def add_winners(self, about: Hashable, found: Sequence[Winner]) -> None:
+        """The best first."""
+        several: dict[Hashable, Winner] = {}
+        for winner in (*found, *self.winners(about)):
+            several.setdefault((winner.point, winner.asked or winner.sharding), winner)
+        self._won[about] = tuple(several.values())[:WINNERS]
+
+    def winners(self, about: Hashable) -> tuple[Winner, ...]:
+        """Of the searches before, those of the last one first."""
+        return self._won.get(about, ())
 
     def add(self, about: Hashable, proved: Proved) -> None:
         """`about`: what else the bounds depend on."""

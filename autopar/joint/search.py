@@ -13,7 +13,6 @@ pipelines are even. Memory in the bounds is what the linear model says, which co
 
 import heapq
 import math
-import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -21,9 +20,12 @@ from autopar.core.units import size
 from autopar.errors import InfeasibleError
 from autopar.joint.ahead import Ahead, Job, most_helpers
 from autopar.joint.at_point import Found, PointSearch
+from autopar.joint.clock import FINISHED, Clock
 from autopar.joint.deep import shifted
+from autopar.joint.early import Early
 from autopar.joint.given import Given
 from autopar.joint.space import Ideal, points
+from autopar.planner.search import Options
 
 GAP = 0.01
 """A plan this near to the bound is near enough: the cost model is off by more."""
@@ -42,6 +44,16 @@ FINE = 3
 
 PROMISING = 3
 """The level of points that are to be planned."""
+
+EARLY = 8
+"""Points that are planned early under a budget of seconds."""
+
+HELPED_S = 5.0
+"""Helpers are not worth to be forked for less."""
+
+KNOWN, PLANNED, FINER, SHIFTED = "bounds known of others", "a plan of a point", "more shardings of a point", "blocks shifted"
+LEVELS = "fastest", "roughly within memory", "within memory", "promised"
+"""Kinds of work that a search under a budget begins where they would end in time."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +89,17 @@ class JointSearch(Given):
         """What the answer depends on beside the model."""
         return self.run, self.batch, self.cluster, self.pins, replace(self.options, pins=()), self.gap
 
+    @property
+    def free_question(self) -> Hashable:
+        """The same without a budget."""
+        free = Options()
+        return replace(self, options=replace(self.options, budget_s=free.budget_s, budget_points=free.budget_points)).question
+
     def search(self) -> Joint:
-        """Raises InfeasibleError where nothing fits. The time limit is for what comes after the first plan."""
+        """Raises InfeasibleError where nothing fits. The time limit is for what comes after the first plan. A budget is for all: likely plans come first, and
+        bounds take what is left of it."""
+        clock = Clock(took_s=self.known.took_s)
+        clock.ends_in(self.options.budget_s - self.known.took_s.get(FINISHED, 0.0))
         ideal = Ideal(self.cluster, self.run, self.task)
         heap: list[Waiting] = []
         free = self.options.free_micro_batches or self.pins.micro_batch is not None  # its number of samples is pinned, and what of dp follows is searched
@@ -93,73 +114,109 @@ class JointSearch(Given):
                 f"no pipeline of {self.run.depth} blocks, mesh and microbatches of {self.batch} samples go with these pins on {self.cluster.name}: degrees and microbatches must divide"
                 " devices and batch; leave one of the pins out"
             )
-        with Ahead(searches, self._bounds, self.helpers) as ahead:
-            return self._best_first(heap, ahead)
+        with Ahead(searches, self._bounds, self.helpers if self.options.budget_s > HELPED_S else 0) as ahead:
+            joint = self._best_first(heap, ahead, clock)
+        self.known.add_winners(self.about, [made.winner for made in joint.found[:FINE]])
+        return joint
 
-    def _best_first(self, heap: list["Waiting"], ahead: Ahead) -> Joint:
-        end, best = math.inf, math.inf
-        num_points, looked, found, closed = len(heap), [len(heap), 0, 0, 0, 0], [], math.inf
+    def _best_first(self, heap: list["Waiting"], ahead: Ahead, clock: Clock) -> Joint:
+        num_points, looked, closed = len(heap), [len(heap), 0, 0, 0, 0], math.inf
+        found = self._early(ahead.searches, clock, looked)
+        best = min((made.step_s for made in found), default=math.inf)
         planned: list[tuple[float, PointSearch]] = []
         ready: list[Waiting] = []  # to be planned, by what they promise
-        while (ready or (heap and heap[0].key < best * (1 - self.gap))) and time.perf_counter() < end:
+        while ready or (heap and heap[0].key < best * (1 - self.gap)):
             promised = ready[0].key if ready else math.inf  # no point promises less than its bound
+            looks = heap and heap[0].key < min(promised, best * (1 - self.gap)) and len(ready) < (AHEAD if found or not self.options.has_budget else 1)
+            if looks and clock.allows(KNOWN) and self._raised(heap, clock):
+                continue
+            if found and not self._goes_on(clock, LEVELS[heap[0].level] if looks else PLANNED):
+                break
             ahead.offer([(waiting.key, waiting.job) for waiting in heap], best * (1 - self.gap))
-            if heap and heap[0].key < min(promised, best * (1 - self.gap)) and len(ready) < AHEAD:
+            if looks:
                 waiting = heapq.heappop(heap)
                 self.progress(f"searching {waiting.search.point}: bound {waiting.bound:.4g} s, best {best:.4g} s")
-                if waiting.level < PROMISING:
-                    self._tighten(heap, waiting, looked, ahead)
-                else:
-                    ahead.settle(waiting.job)
-                    heapq.heappush(ready, replace(waiting, key=waiting.search.promised_s(self.limit_bytes)))
+                with clock.timed(LEVELS[waiting.level]):
+                    self._look(waiting, heap, ready, looked, ahead)
                 continue
             waiting = heapq.heappop(ready)
             looked[-1] += 1
             closed = min(closed, waiting.bound)
             planned.append((waiting.bound, waiting.search))
-            made = waiting.search.plan(self.limit_bytes, best * NEAR)
+            with clock.timed(PLANNED):
+                made = waiting.search.plan(self.limit_bytes, best * NEAR)
             if made is not None:
-                end = min(end, time.perf_counter() + self.options.time_limit_s)
+                clock.ends_in(self.options.time_limit_s)
                 found.append(made)
                 best = min(best, made.step_s)
         closed = min([closed, *(waiting.bound for waiting in ready)])
         in_time = not ready and (not heap or heap[0].key >= best * (1 - self.gap))
-        while heap and heap[0].level < PROMISING and heap[0].key < min(best, closed) < math.inf and in_time:
-            self._tighten(heap, heapq.heappop(heap), looked, ahead)
+        while heap and heap[0].level < PROMISING and heap[0].key < min(best, closed) < math.inf and in_time and self._goes_on(clock, LEVELS[heap[0].level]):
+            if not self._raised(heap, clock):
+                self._tighten(heap, heapq.heappop(heap), looked, ahead)
         bound = min(closed, heap[0].key if heap else math.inf)
-        if bound < best * (1 - self.gap):
-            self._look_further(found, planned, best, end, self.helpers if ahead.started else 0)
+        if bound < best * (1 - self.gap) and (not self.options.has_budget or self._goes_on(clock, FINER)):
+            self._look_further(found, planned, best, clock, self.helpers if ahead.started else 0)
         if not found:
             raise InfeasibleError(
                 f"none of {num_points} ways to lay {self.run.depth} blocks on {self.cluster.name} fits {size(self.limit_bytes)} of a device; "
                 "use more nodes or devices with more memory, or a larger --max-memory"
             )
         found.sort(key=lambda f: (f.step_s, f.point.num_ranks, f.point.inner))
-        uneven = shifted(found[0].sharding, found[0].deep, self.limit_bytes)
+        with clock.timed(SHIFTED):
+            uneven = shifted(found[0].sharding, found[0].deep, self.limit_bytes) if not self.options.has_budget or clock.allows(SHIFTED) else found[0].deep
         if uneven is not found[0].deep:
             found.insert(0, replace(found[0], deep=uneven))  # beside the other, which may fit where this does not on the whole graph
         best = found[0].step_s
         return Joint(tuple(found), min(bound, best), num_points, tuple(looked), in_time)
+
+    def _early(self, searches: Sequence[PointSearch], clock: Clock, looked: list[int]) -> list[Found]:
+        """Under a budget: see `Early`."""
+        if not self.options.has_budget:
+            return []
+        early = Early(searches, self.known.winners(self.about), self.limit_bytes, clock, self.options.budget_points or EARLY)
+        early.plan()
+        looked[-1] += early.num_planned
+        return early.found
+
+    def _goes_on(self, clock: Clock, work: str) -> bool:
+        """Where there is a plan."""
+        return self.options.budget_points is None and clock.allows(work)
 
     @property
     def _bounds(self) -> tuple[Callable[[PointSearch], float], ...]:
         """By level. The last is no bound but says which point is planned next."""
         return PointSearch.fastest_s, PointSearch.rough_s, PointSearch.fitting_s, lambda search: search.promised_s(self.limit_bytes)
 
+    def _look(self, waiting: "Waiting", heap: list["Waiting"], ready: list["Waiting"], looked: list[int], ahead: Ahead) -> None:
+        """By the next level."""
+        if waiting.level < PROMISING:
+            self._tighten(heap, waiting, looked, ahead)
+        else:
+            ahead.settle(waiting.job)
+            heapq.heappush(ready, replace(waiting, key=waiting.search.promised_s(self.limit_bytes)))
+
+    @staticmethod
+    def _raised(heap: list["Waiting"], clock: Clock) -> bool:
+        """The least bound by what is known of others, before its next level. So the levels that a point goes through depend on those, but what it is planned by does not."""
+        waiting = heap[0]
+        if waiting.level < PROMISING:
+            with clock.timed(KNOWN):
+                for n, floor_s in enumerate((waiting.search.roomier_s, waiting.search.floor_s)[waiting.floors :], waiting.floors + 1):
+                    if (floor := floor_s()) > waiting.key:
+                        heapq.heapreplace(heap, replace(waiting, key=floor, floors=n))
+                        return True
+        return False
+
     def _tighten(self, heap: list["Waiting"], waiting: "Waiting", looked: list[int], ahead: Ahead) -> None:
-        """By what is known of others, else by the next level. So the levels that a point goes through depend on those, but what it is planned by does not."""
-        bound, level, search = waiting.bound, waiting.level, waiting.search
-        for n, floor_s in enumerate((search.roomier_s, search.floor_s)[waiting.floors :], waiting.floors + 1):
-            if (floor := floor_s()) > waiting.key:
-                heapq.heappush(heap, replace(waiting, key=floor, floors=n))
-                return
+        bound, level = waiting.bound, waiting.level
         looked[level + 1] += 1
         ahead.settle(waiting.job)
-        bound = max(bound, self._bounds[level](search))
+        bound = max(bound, self._bounds[level](waiting.search))
         if bound < math.inf:
-            heapq.heappush(heap, Waiting(bound, level + 1, waiting.number, bound, search))
+            heapq.heappush(heap, Waiting(bound, level + 1, waiting.number, bound, waiting.search))
 
-    def _look_further(self, found: list[Found], planned: Sequence[tuple[float, PointSearch]], best: float, end: float, helpers: int) -> None:
+    def _look_further(self, found: list[Found], planned: Sequence[tuple[float, PointSearch]], best: float, clock: Clock, helpers: int) -> None:
         """Adds what is better: at the few points of the best plans, and, while there is time, at those that may be far better than what was found."""
         near = [made.search for made in sorted(found, key=lambda made: made.step_s)[:FINE]]
         with Ahead(near, [_finer], helpers) as ahead:
@@ -169,10 +226,12 @@ class JointSearch(Given):
             for n in range(len(near)):
                 ahead.settle(Job(n, 0))
         for search, asking in [*((s, s.fine) for s in near), *((s, s.lean) for bound, s in planned if bound < best * (1 - (self.gap if s.tables.few else FAR)))]:
-            made = search.plan(self.limit_bytes, best, asking) if search in near or time.perf_counter() < end else None
-            if made is not None:
-                found.append(made)
-                best = made.step_s
+            if (search in near and not self.options.has_budget) or clock.allows(FINER):
+                with clock.timed(FINER):
+                    made = search.plan(self.limit_bytes, best, asking)
+                if made is not None:
+                    found.append(made)
+                    best = made.step_s
 
 
 def _finer(search: PointSearch) -> float:
