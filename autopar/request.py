@@ -36,6 +36,10 @@ LEANER = 0.97
 """A plan of the front holds at most so much of what the one before it holds."""
 
 
+FIRST_POINTS, MORE_POINTS = 16, 3
+"""Points that are planned for the first plan of a front under a budget, and for each of the others."""
+
+
 def quiet(text: str) -> None:
     """The default progress: none."""
 
@@ -159,16 +163,19 @@ class Request:
             return whole
         return min(found, whole or found, key=lambda p: p.plan.predicted.step_time_s)
 
-    def front(self, cluster: Machines, **given: Any) -> Iterator[Planned]:
+    def front(self, cluster: Machines, *, budget_s: float = math.inf, **given: Any) -> Iterator[Planned]:
         """The front of time against memory: the fastest plan of all the memory, then the fastest that holds so much less than the one before it, until none
-        does. `given`: of `planned`, `max_memory` where the front begins."""
+        does. `given`: of `planned`, `max_memory` where the front begins. `budget_s`: for all plans that the joint search makes, each of them from those before it
+        by so much work that they are the same wherever that is done in time."""
         if isinstance(cluster, MixedCluster):
             raise UsageError(f"the front of time against memory on {cluster.name}: devices of groups have memory of their own; ask for one group")
-        share = given.pop("max_memory", MEMORY_SHARE)
+        share, end = given.pop("max_memory", MEMORY_SHARE), time.perf_counter() + budget_s
         if given.get("joint") is None and cluster.num_nodes == 1:
             given["joint"] = False  # dozens of plans, nearly all of which are short of memory
         before: Planned | None = None
         while True:
+            if budget_s < math.inf:
+                given |= {"budget_s": max(0.0, end - time.perf_counter()), "budget_points": FIRST_POINTS if before is None else MORE_POINTS}
             try:
                 found = self.planned(cluster, max_memory=share, **given)
             except InfeasibleError:

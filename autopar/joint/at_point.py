@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, product
 
@@ -22,7 +22,6 @@ from autopar.joint.space import Ideal, Point, orders
 from autopar.joint.tables import PointTables
 from autopar.planner.blocks import Order
 from autopar.planner.keeping import Keeping
-from autopar.planner.liveness import Engine
 from autopar.planner.states import Pricing
 
 TOLERANCE = 3e-4
@@ -56,17 +55,6 @@ class Found:
     @property
     def memory(self) -> MemoryUse:
         return self.deep.memory
-
-
-    def within(self, limit_bytes: float) -> "Found | None":
-        """The same sharding in less memory."""
-        made = self.search.planned(self.sharding, limit_bytes)
-        return replace(made, like=self.like) if made is not None else None
-
-    @property
-    def winner(self) -> Winner:
-        """For searches that follow."""
-        return Winner(self.point, self.sharding, self.like.asked if self.like is not None else self.search.tables.asked_for(self.sharding))
 
 
 @dataclass
@@ -281,11 +269,12 @@ class PointSearch:
 
     # --- plans -----------------------------------------------------------------------------------------------------------
 
-    def plan(self, limit_bytes: float, below_s: float = math.inf, asking: Callable[[], Iterable[Asked]] | None = None) -> Found | None:
+    def plan(self, limit_bytes: float, below_s: float = math.inf, asking: Callable[[], Iterable[Asked]] | None = None, ended: Callable[[], bool] = bool) -> Found | None:
         """The best plan of the point within a limit that takes less than `below_s`: every sharding that is asked for and may be best, every order, as little
         recomputation as fits.
 
         The most promising sharding is planned first: what a rank holds beside what the linear model counts is about the same for all, so that of the first will do.
+        `ended`: whether there is no time for another.
         """
         best: Found | None = None
         left, unseen = self.tables.chosen((asking or self.first)()), 0.0
@@ -295,21 +284,10 @@ class PointSearch:
             sharding = self.tables.sharding(choices)
             made = self.planned(sharding, limit_bytes, below_s)
             best, below_s = (made, made.step_s) if made is not None else (best, below_s)
+            if ended():
+                break
             unseen = unseen or max(0.0, self.tables.side("whole").figures(choices).unseen_bytes(made.deep if made else sharding.leanest(self.orders[0])))
         return best
-
-    def plan_like(self, winner: Winner, limit_bytes: float, below_s: float = math.inf) -> Found | None:
-        """The same with the sharding of another search, where it may be that of this point."""
-        cut, number = winner.sharding.cut, self.point.num_microbatches
-        residency = cut.program.residency
-        if (winner.point.mesh, winner.point.samples) != (self.point.mesh, self.point.samples) or (residency.micro_batches == 1) != (number == 1):
-            return None
-        sharding = winner.sharding
-        if cut.pricing is not self.pricing or residency.micro_batches != number:
-            program = replace(cut.program, residency=replace(residency, micro_batches=number))
-            sharding = Sharding.of(program, self.pricing, self.joint.run, Engine.of(self.pricing.cluster), self.keeping.programs)
-        found = self.planned(sharding, limit_bytes, below_s)
-        return replace(found, like=winner) if found is not None else None
 
     def promised_s(self, limit_bytes: float) -> float:
         """Of the sharding that is planned first: how soon the point is worth to be planned."""
@@ -325,10 +303,10 @@ class PointSearch:
                 found, below_s = choices, least
         return found
 
-    def planned(self, sharding: Sharding, limit_bytes: float, below_s: float = math.inf) -> Found | None:
-        """The best plan of a sharding within a limit that takes less than `below_s`."""
+    def planned(self, sharding: Sharding, limit_bytes: float, below_s: float = math.inf, first: int = 1) -> Found | None:
+        """The best plan of a sharding within a limit that takes less than `below_s`. `first`: so many stages a rank are looked at before others."""
         best: Deep | None = None
-        for order in self.orders:
+        for order in sorted(self.orders, key=lambda order: order.virtual != first):
             even = sharding.even(order.num_stages)
             made = mixed(sharding, order, even, limit_bytes, below_s)
             if made is None and order.virtual == 1 < order.num_ranks and Deep(sharding.light, sharding.light, order, even).least_s < below_s:

@@ -11,6 +11,9 @@ FADING = 0.8
 """How much of what a kind of work took counts the next time, where that takes less."""
 
 
+UNKNOWN_S = 0.2
+"""For a kind of work that was not done yet."""
+
 FINISHED = "a plan on the whole graph"
 """What is left to do behind a search."""
 
@@ -24,7 +27,7 @@ class Clock:
     took_s: dict[str, float] = field(default_factory=dict)
 
     def allows(self, work: str) -> bool:
-        return self.end_s == math.inf or time.perf_counter() + self.took_s.get(work, 0.0) < self.end_s
+        return self.end_s == math.inf or time.perf_counter() + self.took_s.get(work, UNKNOWN_S) < self.end_s
 
     def ends_in(self, seconds: float) -> None:
         """At the latest."""

@@ -53,9 +53,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Winner:
-    """Of the plans that a search found, one of the fastest: at which point, of which sharding, and what that answered."""
+    """Of the plans that a search found, one of the fastest: at which point, of how many stages a rank, of which sharding, and what that answered."""
 
     point: Point
+    virtual: int
     sharding: Sharding
     asked: tuple[Asked, ...]
 

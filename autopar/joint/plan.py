@@ -113,7 +113,7 @@ def planned_jointly(search: JointSearch, graph: Callable[[int], OpGraph], tokens
                 answers.put(question, planned)
             return planned
         less = min(0.99, search.limit_bytes / whole.memory.high_bytes) * found.limit_bytes
-        if less > LEAST * search.limit_bytes and (again := found.within(less) if search.options.has_budget else found.search.plan(less)) is not None:
+        if less > LEAST * search.limit_bytes and (again := found.search.planned(found.sharding, less) if search.options.has_budget else found.search.plan(less)) is not None:
             left.append(again)
     raise InfeasibleError(
         f"every plan found for {whole.program.graph.name} holds more than {size(search.limit_bytes)} of a device's memory, the last "

@@ -20,9 +20,9 @@ from autopar.core.units import size
 from autopar.errors import InfeasibleError
 from autopar.joint.ahead import Ahead, Job, most_helpers
 from autopar.joint.at_point import Found, PointSearch
-from autopar.joint.clock import FINISHED, Clock
+from autopar.joint.clock import FINISHED, UNKNOWN_S, Clock
 from autopar.joint.deep import shifted
-from autopar.joint.early import Early
+from autopar.joint.early import Early, winner_of
 from autopar.joint.given import Given
 from autopar.joint.space import Ideal, points
 from autopar.planner.search import Options
@@ -99,7 +99,7 @@ class JointSearch(Given):
         """Raises InfeasibleError where nothing fits. The time limit is for what comes after the first plan. A budget is for all: likely plans come first, and
         bounds take what is left of it."""
         clock = Clock(took_s=self.known.took_s)
-        clock.ends_in(self.options.budget_s - self.known.took_s.get(FINISHED, 0.0))
+        clock.ends_in(self.options.budget_s - self.known.took_s.get(FINISHED, UNKNOWN_S))
         ideal = Ideal(self.cluster, self.run, self.task)
         heap: list[Waiting] = []
         free = self.options.free_micro_batches or self.pins.micro_batch is not None  # its number of samples is pinned, and what of dp follows is searched
@@ -116,7 +116,7 @@ class JointSearch(Given):
             )
         with Ahead(searches, self._bounds, self.helpers if self.options.budget_s > HELPED_S else 0) as ahead:
             joint = self._best_first(heap, ahead, clock)
-        self.known.add_winners(self.about, [made.winner for made in joint.found[:FINE]])
+        self.known.add_winners(self.about, [winner_of(made) for made in joint.found[:FINE]])
         return joint
 
     def _best_first(self, heap: list["Waiting"], ahead: Ahead, clock: Clock) -> Joint:
