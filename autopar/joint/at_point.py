@@ -16,7 +16,7 @@ from autopar.joint.envelope import Envelope
 from autopar.joint.even import Cuts, Held, even_cuts, rank_cuts
 from autopar.joint.fold import border_bytes
 from autopar.joint.given import Given
-from autopar.joint.known import SAFE, Flat, Floors, Proved, Winner, without_memory
+from autopar.joint.known import SAFE, Flat, Floors, Proved, Tried, without_memory
 from autopar.joint.priced import Priced, around
 from autopar.joint.space import Ideal, Point, orders
 from autopar.joint.tables import PointTables
@@ -42,7 +42,7 @@ class Found:
     sharding: Sharding
     deep: Deep
     limit_bytes: float
-    like: Winner | None = None
+    like: Tried | None = None
 
     @property
     def point(self) -> Point:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-
 FADING = 0.8
 """How much of what a kind of work took counts the next time, where that takes less."""
 

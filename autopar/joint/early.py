@@ -1,8 +1,9 @@
 """Plans that are likely to be among the best, made before bounds are: what a search begins with that has only so much time.
 
-What earlier searches of the model found is planned first, for the machine, batch and memory that are asked for: their shardings where meshes and microbatches are
-those, else what the same questions find. Where nothing is known, a point of each number of ranks. Then those next to the best plan's point, as long as there are
-any: better plans move on to others. Nothing rests on this but which plans there are when the time is over.
+Points that earlier searches of the model planned are planned again first, for the machine, batch and memory that are asked for: by the shardings that they had, where
+mesh and microbatches are the same, and by those that the same questions find. Where nothing is known, a point of each number of ranks is. Then those next to the best
+plan's point, as long as there are any: better plans move on to others. With less memory no point has a faster plan than with more; so what was no faster than the best
+plan is now, is not planned again. Nothing rests on this but which plans there are when the time is over.
 """
 
 import math
@@ -12,12 +13,18 @@ from dataclasses import dataclass, field, replace
 from autopar.joint.at_point import Found, PointSearch
 from autopar.joint.clock import Clock
 from autopar.joint.deep import Sharding
-from autopar.joint.known import Winner
+from autopar.joint.known import Tried
 from autopar.joint.space import Point
 from autopar.planner.liveness import Engine
 
 NEXT = 1.0
 """Doublings and halvings between the best plan's point and those that are looked at beside it."""
+
+SLACK = 1.05
+"""Plans that take so much longer than the best are made too: with less memory they may be better."""
+
+FEW = 4
+"""Points of another machine or batch that are looked for again on this one."""
 
 SHARDING, LIKELY = "a plan of a sharding", "likely shardings"
 """Kinds of work."""
@@ -25,54 +32,62 @@ SHARDING, LIKELY = "a plan of a sharding", "likely shardings"
 
 @dataclass
 class Early:
-    """`searches`: the points; `most`: so many are planned at most."""
+    """`searches`: the points; `tried`: those that were planned before, the best first, `here`: on this machine, for this batch. So many are planned at `most`."""
 
     searches: Sequence[PointSearch]
-    winners: Sequence[Winner]
+    tried: Sequence[Tried]
+    here: bool
     limit_bytes: float
     clock: Clock
     most: int
     found: list[Found] = field(default_factory=list)
-    """Each is better than those before it."""
-    num_planned: int = 0
+    """The best last."""
+    now: dict[Point, Tried] = field(default_factory=dict)
+    """What was planned of them."""
     _seen: set[Point] = field(default_factory=set)
 
     @property
     def best_s(self) -> float:
-        return min((found.step_s for found in self.found), default=math.inf)
+        return self.found[-1].step_s if self.found else math.inf
 
     def plan(self) -> None:
-        for winner, search in self._like_winners():
-            if have_one_mesh(search.point, winner.point) and self._goes_on(SHARDING) and self._may_be_better(search):
+        for tried, search in self._again() if not self.here else ():
+            if have_one_mesh(search.point, tried.point) and self._goes_on(SHARDING) and self._may_be_better(search):
                 with self.clock.timed(SHARDING):
-                    self._add(plan_like(search, winner, self.limit_bytes, self.best_s))
-        asked = [asked for winner in self.winners for asked in winner.asked]
+                    self._add(search, plan_like(search, tried, self.limit_bytes, self.best_s))
+        asked = [asked for tried in self.tried[:FEW] for asked in tried.asked]
         for search in self._upcoming():
-            if self.num_planned >= self.most or not self._goes_on(LIKELY):
+            if len(self._seen) >= self.most or not self._goes_on(LIKELY):
                 break
             self._seen.add(search.point)
-            self.num_planned += 1
             with self.clock.timed(LIKELY):
                 likely = list(dict.fromkeys((*asked, *search.likely())))
                 search.tables.chosen(likely)
-            self._add(search.plan(self.limit_bytes, self.best_s, lambda likely=likely: likely, lambda: not self.clock.allows(SHARDING)))
+            self._add(search, search.plan(self.limit_bytes, self.best_s * SLACK, lambda likely=likely: likely, lambda: not self.clock.allows(SHARDING)))
 
-    def _add(self, made: Found | None) -> None:
-        if made is not None:
+    def _add(self, search: PointSearch, made: Found | None) -> None:
+        if made is not None and made.step_s < self.best_s:
             self.found.append(made)
+        slow = Tried(search.point, self.best_s * SLACK, self.limit_bytes)
+        self.now[search.point] = tried(made) if made is not None else self.now.get(search.point, slow)
 
     def _goes_on(self, work: str) -> bool:
         return not self.found or self.clock.allows(work)
 
     def _upcoming(self) -> Iterator[PointSearch]:
-        for search in [search for _, search in self._like_winners()] or self._of_all_ranks():
-            if search.point not in self._seen and self._may_be_better(search):
+        for before, search in self._again() if self.tried else ((None, search) for search in self._of_all_ranks()):
+            slower = self.here and before is not None and before.limit_bytes >= self.limit_bytes and before.step_s >= self.best_s
+            if search.point not in self._seen and not slower and self._may_be_better(search):
                 yield search
-        while self.found and (left := next(filter(self._may_be_better, self._beside(self.found[-1].point)), None)):
-            yield left
+        while self.found and (beside := next(filter(self._may_be_better, self._beside(self.found[-1].point)), None)):
+            yield beside
 
-    def _like_winners(self) -> Iterator[tuple[Winner, PointSearch]]:
-        return ((winner, min(self.searches, key=lambda search: (distance(search.point, winner.point), search.free_s))) for winner in self.winners)
+    def _again(self) -> Iterator[tuple[Tried, PointSearch]]:
+        """What was tried, with the points that are as near to it as any."""
+        for tried in self.tried if self.here else self.tried[:FEW]:
+            far = [distance(search.point, tried.point) for search in self.searches]
+            nearest = [search for search, found in zip(self.searches, far, strict=True) if found == min(far)]
+            yield from ((tried, search) for search in sorted(nearest, key=lambda search: search.free_s) if not self.here or search.point == tried.point)
 
     def _of_all_ranks(self) -> Iterator[PointSearch]:
         """One sample for each rank of the outer axis, and an inner axis as long as can be: such points are seldom the best, and seldom far from it."""
@@ -82,15 +97,13 @@ class Early:
         yield from sorted(by_ranks.values(), key=lambda search: search.free_s)
 
     def _beside(self, centre: Point) -> list[PointSearch]:
-        """What was not looked at next to a point, the nearest first and of equals what may be the fastest."""
-        near = [(far, n) for n, search in enumerate(self.searches) if search.point not in self._seen and (far := distance(search.point, centre)) <= NEXT]
+        """What was never planned next to a point, the nearest first and of equals what may be the fastest."""
+        seen = self._seen | ({tried.point for tried in self.tried} if self.here else set())
+        near = [(far, n) for n, search in enumerate(self.searches) if search.point not in seen and (far := distance(search.point, centre)) <= NEXT]
         return [self.searches[n] for _, n in sorted(near, key=lambda pair: (pair[0], self.searches[pair[1]].free_s, pair[1]))]
 
     def _may_be_better(self, search: PointSearch) -> bool:
-        if search.free_s < self.best_s and max(search.roomier_s(), search.floor_s()) < self.best_s:
-            return True
-        self._seen.add(search.point)
-        return False
+        return search.free_s < self.best_s and max(search.roomier_s(), search.floor_s()) < self.best_s
 
 
 def distance(one: Point, other: Point) -> float:
@@ -105,18 +118,20 @@ def have_one_mesh(one: Point, other: Point) -> bool:
     return (one.mesh, one.samples, one.num_microbatches > 1) == (other.mesh, other.samples, other.num_microbatches > 1)
 
 
-def plan_like(search: PointSearch, winner: Winner, limit_bytes: float, below_s: float = math.inf) -> Found | None:
+def plan_like(search: PointSearch, like: Tried, limit_bytes: float, below_s: float = math.inf) -> Found | None:
     """The best plan of a point with the sharding of another, which has the same mesh."""
-    sharding, number = winner.sharding, search.point.num_microbatches
+    sharding, number = like.sharding, search.point.num_microbatches
+    if sharding is None:
+        return None
     cut, residency = sharding.cut, sharding.cut.program.residency
     if cut.pricing is not search.pricing or residency.micro_batches != number:
         program = replace(cut.program, residency=replace(residency, micro_batches=number))
         sharding = Sharding.of(program, search.pricing, search.joint.run, Engine.of(search.pricing.cluster), search.keeping.programs)
-    found = search.planned(sharding, limit_bytes, below_s, winner.virtual)
-    return replace(found, like=winner) if found is not None else None
+    found = search.planned(sharding, limit_bytes, below_s, like.virtual)
+    return replace(found, like=like) if found is not None else None
 
 
-def winner_of(found: Found) -> Winner:
+def tried(found: Found) -> Tried:
     """For searches that follow."""
     asked = found.like.asked if found.like is not None else found.search.tables.asked_for(found.sharding)
-    return Winner(found.point, found.deep.order.virtual, found.sharding, asked)
+    return Tried(found.point, found.step_s, found.limit_bytes, found.deep.order.virtual, found.sharding, asked)

@@ -15,7 +15,7 @@ computed yet.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -39,9 +39,6 @@ PROVED = 4
 BOUNDED = 4096
 """Points whose bounds at limits of memory are kept."""
 
-WINNERS = 4
-"""Plans that searches found which are planned again first by those that have only so much time."""
-
 LINES = 6
 """Prices of memory that are looked at for one rank."""
 
@@ -52,13 +49,16 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Winner:
-    """Of the plans that a search found, one of the fastest: at which point, of how many stages a rank, of which sharding, and what that answered."""
+class Tried:
+    """What became of a point that was planned: how long a step takes, within which limit, by how many stages a rank and which sharding, and what questions found that.
+    No sharding: a step takes no less, or hardly."""
 
     point: Point
-    virtual: int
-    sharding: Sharding
-    asked: tuple[Asked, ...]
+    step_s: float
+    limit_bytes: float
+    virtual: int = 1
+    sharding: Sharding | None = None
+    asked: tuple[Asked, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,10 @@ class Recent:
             self._values.move_to_end(key)
         return self._values.get(key)
 
+    def items(self) -> list[tuple[Any, Any]]:
+        """What was put last comes last."""
+        return list(self._values.items())
+
     def put(self, key: Hashable, value: object) -> None:
         self._values[key] = value
         while len(self._values) > self.most:
@@ -131,7 +135,7 @@ class Known:
     took_s: dict[str, float] = field(default_factory=dict)
     """See `Clock`."""
     _kept: Recent = field(default_factory=lambda: Recent(LARGEST))
-    _won: dict[Hashable, tuple[Winner, ...]] = field(default_factory=dict)
+    _tried: Recent = field(default_factory=lambda: Recent(ANSWERS))
     _proved: dict[Hashable, list[Proved]] = field(default_factory=dict)
     _bounds: Recent = field(default_factory=lambda: Recent(BOUNDED))
     """By point with all that its bounds depend on: some of them, by limit of memory."""
@@ -143,16 +147,17 @@ class Known:
             self._kept.put(key, found)
         return found
 
-    def add_winners(self, about: Hashable, found: Sequence[Winner]) -> None:
-        """The best first."""
-        several: dict[Hashable, Winner] = {}
-        for winner in (*found, *self.winners(about)):
-            several.setdefault((winner.point, winner.asked or winner.sharding), winner)
-        self._won[about] = tuple(several.values())[:WINNERS]
+    def add_tried(self, about: Hashable, question: Hashable, found: Iterable[Tried]) -> None:
+        """Of a `question` on what it is `about`, whatever the limit of memory; what follows on a point takes the place of what was there."""
+        several = self._tried.get((about, question)) or {}
+        several.update((tried.point, tried) for tried in found)
+        self._tried.put((about, question), several)
 
-    def winners(self, about: Hashable) -> tuple[Winner, ...]:
-        """Of the searches before, those of the last one first."""
-        return self._won.get(about, ())
+    def tried(self, about: Hashable, question: Hashable) -> tuple[list[Tried], bool]:
+        """Of the question, or else of the one before it; the fastest first. Whether it is of the question."""
+        several = [found for (what, asked), found in self._tried.items() if what == about and asked == question]
+        lately = several or [found for (what, _), found in self._tried.items() if what == about]
+        return sorted(lately[-1].values(), key=lambda tried: tried.step_s) if lately else [], bool(several)
 
     def add(self, about: Hashable, proved: Proved) -> None:
         """`about`: what else the bounds depend on."""

@@ -22,8 +22,9 @@ from autopar.joint.ahead import Ahead, Job, most_helpers
 from autopar.joint.at_point import Found, PointSearch
 from autopar.joint.clock import FINISHED, UNKNOWN_S, Clock
 from autopar.joint.deep import shifted
-from autopar.joint.early import Early, winner_of
+from autopar.joint.early import Early, tried
 from autopar.joint.given import Given
+from autopar.joint.known import without_memory
 from autopar.joint.space import Ideal, points
 from autopar.planner.search import Options
 
@@ -95,6 +96,11 @@ class JointSearch(Given):
         free = Options()
         return replace(self, options=replace(self.options, budget_s=free.budget_s, budget_points=free.budget_points)).question
 
+    @property
+    def _roomy_question(self) -> Hashable:
+        """What steps depend on beside memory."""
+        return without_memory(self.cluster), self.batch
+
     def search(self) -> Joint:
         """Raises InfeasibleError where nothing fits. The time limit is for what comes after the first plan. A budget is for all: likely plans come first, and
         bounds take what is left of it."""
@@ -116,7 +122,7 @@ class JointSearch(Given):
             )
         with Ahead(searches, self._bounds, self.helpers if self.options.budget_s > HELPED_S else 0) as ahead:
             joint = self._best_first(heap, ahead, clock)
-        self.known.add_winners(self.about, [winner_of(made) for made in joint.found[:FINE]])
+        self.known.add_tried(self.about, self._roomy_question, [tried(made) for made in reversed(joint.found)])
         return joint
 
     def _best_first(self, heap: list["Waiting"], ahead: Ahead, clock: Clock) -> Joint:
@@ -174,9 +180,13 @@ class JointSearch(Given):
         """Under a budget: see `Early`."""
         if not self.options.has_budget:
             return []
-        early = Early(searches, self.known.winners(self.about), self.limit_bytes, clock, self.options.budget_points or EARLY)
+        before, here = self.known.tried(self.about, self._roomy_question)
+        early = Early(searches, before, here, self.limit_bytes, clock, self.options.budget_points or EARLY)
         early.plan()
-        looked[-1] += early.num_planned
+        self.known.add_tried(self.about, self._roomy_question, early.now.values())
+        looked[-1] += len(early.now)
+        if not early.found and here and self.options.budget_points is not None:
+            raise InfeasibleError(f"none of {len(early.now)} points that were planned again fits {size(self.limit_bytes)} of a device; plan without a budget to know whether another does")
         return early.found
 
     def _goes_on(self, clock: Clock, work: str) -> bool:
