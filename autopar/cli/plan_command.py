@@ -2,8 +2,10 @@
 
 import json as json_text
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -44,7 +46,7 @@ LONGEST_BUDGET_S = 7 * 24 * 3600.0
 VERIFIED_DTYPES = ("float32", "bfloat16")
 
 DType = Annotated[str | None, typer.Option("--dtype", help="Of weights and computation. [default: float32 on local:N, else bfloat16]")]
-Budget = Annotated[float, typer.Option("--budget", help="Seconds that the search of one mesh may take, or the joint search behind its first plan.")]
+Budget = Annotated[float | None, typer.Option("--budget", help="Seconds that the joint search may take, or that of one mesh. [default: 30, which the joint search has behind its first plan]")]
 MaxMemory = Annotated[float, typer.Option("--max-memory", help="Share of a device's memory that the plan may use.")]
 OutFile = Annotated[Path | None, typer.Option("--out", "-o", help="Write the plan to this file.")]
 Best = Annotated[str, typer.Option("--objective", help="time, memory (of the fullest device), devices (the fewest) or cost (device-seconds a step).")]
@@ -56,13 +58,13 @@ AllowGap = Annotated[bool, typer.Option("--allow-gap", help="Exit 0, not 4, when
 def plan(
     model: ModelName, cluster: ClusterName, batch: Batch = None, seq: Seq = None, dtype: DType = None, pin: PinTexts = None,
     micro_batches: MicroBatches = None, offload: Offload = False, pipelines: Pipelines = False, joint: Joint = None, objective: Best = "time", within: Within = None,
-    fewer_devices: FewerDevices = False, budget: Budget = 30.0, max_memory: MaxMemory = 0.9, out: OutFile = None, allow_gap: AllowGap = False, json: Json = False, debug: Debug = False,
+    fewer_devices: FewerDevices = False, budget: Budget = None, max_memory: MaxMemory = 0.9, out: OutFile = None, allow_gap: AllowGap = False, json: Json = False, debug: Debug = False,
 ) -> int:  # fmt: skip
     """Find the best layout of MODEL on a cluster. Needs no device, no weights and no network."""
     machines = parse_machines(cluster)
     check_name(model)
     asked = Asked(pins=checked_pins(pin, machines), micro_batches=micro_batches, offload=offload, pipelines=pipelines, dtype=dtype or default_dtype(machines), joint=joint)
-    checked_share("--budget", budget, LONGEST_BUDGET_S)
+    limits = checked_budget(budget)
     checked_share("--max-memory", max_memory, 1.0)
     _check_writable(out)
     goal = Objective(objective, math.inf if within is None else _longest(within), fewer_devices)
@@ -71,7 +73,7 @@ def plan(
 
         size = global_batch(batch, machines, micro_batches)
         loaded = load_model(model, batch=size, seq=seq, device="meta", dtype=asked.dtype)
-        chosen, seconds = search(loaded, machines, asked, goal, budget_s=budget, max_memory=max_memory, progress=progress)
+        chosen, seconds = search(loaded, machines, asked, goal, limits=limits, max_memory=max_memory, progress=progress)
     found, part = chosen.plan, chosen.best.cluster
     if out is not None:
         _save(found, out)
@@ -95,16 +97,21 @@ def default_dtype(cluster: Machines) -> str:
 
 
 def search(
-    loaded: "LoadedModel", cluster: Machines, asked: Asked, objective: Objective = Objective(), *, budget_s: float = 30.0, max_memory: float = 0.9, progress: Any
+    loaded: "LoadedModel", cluster: Machines, asked: Asked, objective: Objective = Objective(), *, limits: Mapping[str, float] = MappingProxyType({}), max_memory: float = 0.9, progress: Any
 ) -> tuple["Chosen", dict[str, float]]:
     """The plan with what it was chosen from, and the seconds of tracing and searching."""
     from autopar.api import plan_timed
 
     found, seconds = plan_timed(
         loaded.module, cluster, loaded.kwargs, pins=asked.pins, micro_batches=asked.micro_batches, offload=asked.offload, pipelines=asked.pipelines, tokens=loaded.tokens_per_batch,
-        objective=objective, time_limit_s=budget_s, max_memory=max_memory, joint=asked.joint, progress=progress,
+        objective=objective, **limits, max_memory=max_memory, joint=asked.joint, progress=progress,
     )  # fmt: skip
     return found.named(loaded.name), seconds
+
+
+def checked_budget(seconds: float | None) -> dict[str, float]:
+    """What `--budget` asks of a search."""
+    return {} if seconds is None else dict.fromkeys(("time_limit_s", "budget_s"), checked_share("--budget", seconds, LONGEST_BUDGET_S))
 
 
 def _longest(text: str) -> float:

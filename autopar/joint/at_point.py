@@ -65,7 +65,7 @@ class PointSearch:
     point: Point
     ideal: Parts = Parts(0.0)
     free_s: float = 0.0
-    """The bound from operators that are cut evenly, where it was asked for."""
+    """See `ideal_s`."""
     priced: dict[str, Priced] = field(default_factory=dict)
     """The sides that were asked for."""
     larger: "tuple[PointSearch, ...]" = ()

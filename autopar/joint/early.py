@@ -26,6 +26,9 @@ SLACK = 1.05
 FEW = 4
 """Points of another machine or batch that are looked for again on this one."""
 
+MOST = 8
+"""Points that are planned where none has a plan yet."""
+
 SHARDING, LIKELY = "a plan of a sharding", "likely shardings"
 """Kinds of work."""
 
@@ -50,26 +53,37 @@ class Early:
     def best_s(self) -> float:
         return self.found[-1].step_s if self.found else math.inf
 
-    def plan(self) -> None:
+    @property
+    def _best(self) -> Point | None:
+        return self.found[-1].point if self.found else self.tried[0].point if self.here else None
+
+    def plan_like(self) -> None:
+        """By shardings of another machine or batch."""
         for tried, search in self._again() if not self.here else ():
             if have_one_mesh(search.point, tried.point) and self._goes_on(SHARDING) and self._may_be_better(search):
                 with self.clock.timed(SHARDING):
-                    self._add(search, plan_like(search, tried, self.limit_bytes, self.best_s))
+                    self._add(search, plan_like(search, tried, self._limit_bytes(search), self.best_s))
+
+    def plan(self) -> None:
+        """By those that are likely on this one."""
         asked = [asked for tried in self.tried[:FEW] for asked in tried.asked]
         for search in self._upcoming():
-            if len(self._seen) >= self.most or not self._goes_on(LIKELY):
+            if len(self._seen) >= (self.most if self.found else max(self.most, MOST)) or not self._goes_on(LIKELY):
                 break
             self._seen.add(search.point)
             with self.clock.timed(LIKELY):
                 likely = list(dict.fromkeys((*asked, *search.likely())))
                 search.tables.chosen(likely)
-            self._add(search, search.plan(self.limit_bytes, self.best_s * SLACK, lambda likely=likely: likely, lambda: not self.clock.allows(SHARDING)))
+            self._add(search, search.plan(self._limit_bytes(search), self.best_s * SLACK, lambda likely=likely: likely, lambda: not self.clock.allows(SHARDING)))
 
     def _add(self, search: PointSearch, made: Found | None) -> None:
         if made is not None and made.step_s < self.best_s:
             self.found.append(made)
         slow = Tried(search.point, self.best_s * SLACK, self.limit_bytes)
         self.now[search.point] = tried(made) if made is not None else self.now.get(search.point, slow)
+
+    def _limit_bytes(self, search: PointSearch) -> float:
+        return self.limit_bytes * search.joint.known.shares.get(search.point, 1.0)
 
     def _goes_on(self, work: str) -> bool:
         return not self.found or self.clock.allows(work)
@@ -79,7 +93,7 @@ class Early:
             slower = self.here and before is not None and before.limit_bytes >= self.limit_bytes and before.step_s >= self.best_s
             if search.point not in self._seen and not slower and self._may_be_better(search):
                 yield search
-        while self.found and (beside := next(filter(self._may_be_better, self._beside(self.found[-1].point)), None)):
+        while (best := self._best) and (beside := next(filter(self._may_be_better, self._beside(best)), None)):
             yield beside
 
     def _again(self) -> Iterator[tuple[Tried, PointSearch]]:

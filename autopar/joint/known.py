@@ -132,8 +132,12 @@ class Known:
     """Of one model and one way to train it. It grows to its limits and no further. `answers`: to whole questions, by all that they depend on."""
 
     answers: Recent = field(default_factory=lambda: Recent(ANSWERS))
+    ideal: Recent = field(default_factory=lambda: Recent(ANSWERS))
+    """See `Ideal`: of all points of a question."""
     took_s: dict[str, float] = field(default_factory=dict)
     """See `Clock`."""
+    shares: dict[Point, float] = field(default_factory=dict)
+    """What three blocks saw of the bytes of plans that then did not fit: so much of a limit is what the next plan of that point is made for in a hurry."""
     _kept: Recent = field(default_factory=lambda: Recent(LARGEST))
     _tried: Recent = field(default_factory=lambda: Recent(ANSWERS))
     _proved: dict[Hashable, list[Proved]] = field(default_factory=dict)

@@ -113,12 +113,19 @@ def planned_jointly(search: JointSearch, graph: Callable[[int], OpGraph], tokens
                 answers.put(question, planned)
             return planned
         less = min(0.99, search.limit_bytes / whole.memory.high_bytes) * found.limit_bytes
-        if less > LEAST * search.limit_bytes and (again := found.search.planned(found.sharding, less) if search.options.has_budget else found.search.plan(less)) is not None:
-            left.append(again)
+        search.known.shares[found.point] = found.memory.high_bytes / whole.memory.high_bytes
+        left += _again(found, less, search.options.has_budget) if less > LEAST * search.limit_bytes else []
     raise InfeasibleError(
         f"every plan found for {whole.program.graph.name} holds more than {size(search.limit_bytes)} of a device's memory, the last "
         f"{size(whole.memory.high_bytes)}; pin zero=3 or recompute=full+gather, or use more nodes"
     )
+
+
+def _again(found: Found, limit_bytes: float, hurried: bool) -> list[Found]:
+    """Plans of the same point within less."""
+    search = found.search
+    made = (search.planned(found.sharding, limit_bytes), search.plan(limit_bytes, asking=search.likely)) if hurried else (search.plan(limit_bytes),)
+    return [again for again in made if again is not None]
 
 
 def _others(joint: Joint, taken: Found, graph: Callable[[int], OpGraph], search: JointSearch, number: int) -> tuple[Plan, ...]:

@@ -25,7 +25,7 @@ from autopar.joint.deep import shifted
 from autopar.joint.early import Early, tried
 from autopar.joint.given import Given
 from autopar.joint.known import without_memory
-from autopar.joint.space import Ideal, points
+from autopar.joint.space import Ideal, Point, points
 from autopar.planner.search import Options
 
 GAP = 0.01
@@ -106,15 +106,15 @@ class JointSearch(Given):
         bounds take what is left of it."""
         clock = Clock(took_s=self.known.took_s)
         clock.ends_in(self.options.budget_s - self.known.took_s.get(FINISHED, UNKNOWN_S))
-        ideal = Ideal(self.cluster, self.run, self.task)
         heap: list[Waiting] = []
         free = self.options.free_micro_batches or self.pins.micro_batch is not None  # its number of samples is pinned, and what of dp follows is searched
         number = None if free else self.options.micro_batches
         searches = [PointSearch(self, point) for point in points(self.cluster, self.batch, self.run.depth, self.pins, number)]
+        larger = _larger(searches)
+        self._look_at_ideal(searches)
         for n, search in enumerate(searches):
-            search.larger = _larger(search, searches)
-            bound = search.ideal_s(ideal)
-            heapq.heappush(heap, Waiting(bound, 0, n, bound, search))
+            search.larger = larger[search.point]
+            heapq.heappush(heap, Waiting(search.free_s, 0, n, search.free_s, search))
         if not heap:
             raise InfeasibleError(
                 f"no pipeline of {self.run.depth} blocks, mesh and microbatches of {self.batch} samples go with these pins on {self.cluster.name}: degrees and microbatches must divide"
@@ -125,9 +125,19 @@ class JointSearch(Given):
         self.known.add_tried(self.about, self._roomy_question, [tried(made) for made in reversed(joint.found)])
         return joint
 
+    def _look_at_ideal(self, searches: Sequence[PointSearch]) -> None:
+        """It does not depend on memory."""
+        question = self.about, self._roomy_question, tuple(search.point for search in searches)
+        if (found := self.known.ideal.get(question)) is None:
+            ideal = Ideal(self.cluster, self.run, self.task)
+            found = [(search.ideal_s(ideal), search.ideal) for search in searches]
+            self.known.ideal.put(question, found)
+        for search, known in zip(searches, found, strict=True):
+            search.free_s, search.ideal = known
+
     def _best_first(self, heap: list["Waiting"], ahead: Ahead, clock: Clock) -> Joint:
         num_points, looked, closed = len(heap), [len(heap), 0, 0, 0, 0], math.inf
-        found = self._early(ahead.searches, clock, looked)
+        found = self._early(heap, ahead.searches, clock, looked) if self.options.has_budget else []
         best = min((made.step_s for made in found), default=math.inf)
         planned: list[tuple[float, PointSearch]] = []
         ready: list[Waiting] = []  # to be planned, by what they promise
@@ -176,12 +186,13 @@ class JointSearch(Given):
         best = found[0].step_s
         return Joint(tuple(found), min(bound, best), num_points, tuple(looked), in_time)
 
-    def _early(self, searches: Sequence[PointSearch], clock: Clock, looked: list[int]) -> list[Found]:
-        """Under a budget: see `Early`."""
-        if not self.options.has_budget:
-            return []
+    def _early(self, heap: list["Waiting"], searches: Sequence[PointSearch], clock: Clock, looked: list[int]) -> list[Found]:
+        """See `Early`: what was found elsewhere, bounds that cost next to nothing, and what is likely of points that are left."""
         before, here = self.known.tried(self.about, self._roomy_question)
         early = Early(searches, before, here, self.limit_bytes, clock, self.options.budget_points or EARLY)
+        early.plan_like()
+        while early.found and heap[0].key < early.best_s * (1 - self.gap) and clock.allows(KNOWN) and self._raised(heap, clock):
+            pass
         early.plan()
         self.known.add_tried(self.about, self._roomy_question, early.now.values())
         looked[-1] += len(early.now)
@@ -266,8 +277,10 @@ class Waiting:
         return Job(self.number, self.level)
 
 
-def _larger(search: PointSearch, others: Sequence[PointSearch]) -> tuple[PointSearch, ...]:
-    """On the same mesh, with microbatches that are several of these."""
-    point = search.point
-    same = [s for s in others if (s.point.num_ranks, s.point.mesh) == (point.num_ranks, point.mesh) and s.point.samples > point.samples]
-    return tuple(sorted((s for s in same if s.point.samples % point.samples == 0), key=lambda s: s.point.samples))
+def _larger(searches: Sequence[PointSearch]) -> dict[Point, tuple[PointSearch, ...]]:
+    """By point those on the same mesh with microbatches that are several of its own, the smallest first."""
+    alike: dict[Hashable, list[PointSearch]] = {}
+    for search in sorted(searches, key=lambda search: search.point.samples):
+        alike.setdefault((search.point.num_ranks, search.point.outer, search.point.inner), []).append(search)
+    several = [(one, others) for others in alike.values() for one in others]
+    return {one.point: tuple(o for o in others if o.point.samples > one.point.samples and o.point.samples % one.point.samples == 0) for one, others in several}
