@@ -167,11 +167,11 @@ class JointSearch(Given):
                 best = min(best, made.step_s)
         closed = min([closed, *(waiting.bound for waiting in ready)])
         in_time = not ready and (not heap or heap[0].key >= best * (1 - self.gap))
-        while heap and heap[0].level < PROMISING and heap[0].key < min(best, closed) < math.inf and in_time and self._goes_on(clock, LEVELS[heap[0].level]):
+        while heap and heap[0].level < PROMISING and heap[0].key < min(best, closed) < math.inf and in_time and self._may_end_late(clock, LEVELS[heap[0].level]):
             if not self._raised(heap, clock):
                 self._tighten(heap, heapq.heappop(heap), looked, ahead)
         bound = min(closed, heap[0].key if heap else math.inf)
-        if bound < best * (1 - self.gap) and (not self.options.has_budget or self._goes_on(clock, FINER)):
+        if bound < best * (1 - self.gap) and self._may_end_late(clock, FINER):
             self._look_further(found, planned, best, clock, self.helpers if ahead.started else 0)
         if not found:
             raise InfeasibleError(
@@ -180,7 +180,7 @@ class JointSearch(Given):
             )
         found.sort(key=lambda f: (f.step_s, f.point.num_ranks, f.point.inner))
         with clock.timed(SHIFTED):
-            uneven = shifted(found[0].sharding, found[0].deep, self.limit_bytes) if not self.options.has_budget or clock.allows(SHIFTED) else found[0].deep
+            uneven = shifted(found[0].sharding, found[0].deep, self.limit_bytes) if self.options.budget_points is not None or self._may_end_late(clock, SHIFTED) else found[0].deep
         if uneven is not found[0].deep:
             found.insert(0, replace(found[0], deep=uneven))  # beside the other, which may fit where this does not on the whole graph
         best = found[0].step_s
@@ -203,6 +203,10 @@ class JointSearch(Given):
     def _goes_on(self, clock: Clock, work: str) -> bool:
         """Where there is a plan."""
         return self.options.budget_points is None and clock.allows(work)
+
+    def _may_end_late(self, clock: Clock, work: str) -> bool:
+        """What is done however long it takes, unless there is a budget."""
+        return not self.options.has_budget or self._goes_on(clock, work)
 
     @property
     def _bounds(self) -> tuple[Callable[[PointSearch], float], ...]:
