@@ -97,11 +97,15 @@ class Early:
             yield beside
 
     def _again(self) -> Iterator[tuple[Tried, PointSearch]]:
-        """What was tried, with the points that are as near to it as any."""
-        for tried in self.tried if self.here else self.tried[:FEW]:
+        """What was tried, with its point or those that are as near to it as any."""
+        by_point = {search.point: search for search in self.searches}
+        if self.here:
+            yield from ((tried, by_point[tried.point]) for tried in self.tried if tried.point in by_point)
+            return
+        for tried in self.tried[:FEW]:
             far = [distance(search.point, tried.point) for search in self.searches]
             nearest = [search for search, found in zip(self.searches, far, strict=True) if found == min(far)]
-            yield from ((tried, search) for search in sorted(nearest, key=lambda search: search.free_s) if not self.here or search.point == tried.point)
+            yield from ((tried, search) for search in sorted(nearest, key=lambda search: search.free_s))
 
     def _of_all_ranks(self) -> Iterator[PointSearch]:
         """One sample for each rank of the outer axis, and an inner axis as long as can be: such points are seldom the best, and seldom far from it."""

@@ -114,7 +114,8 @@ class JointSearch(Given):
         self._look_at_ideal(searches)
         for n, search in enumerate(searches):
             search.larger = larger[search.point]
-            heapq.heappush(heap, Waiting(search.free_s, 0, n, search.free_s, search))
+            key = max(search.free_s, search.roomier_s()) if self.options.has_budget else search.free_s
+            heapq.heappush(heap, Waiting(key, 0, n, search.free_s, search))
         if not heap:
             raise InfeasibleError(
                 f"no pipeline of {self.run.depth} blocks, mesh and microbatches of {self.batch} samples go with these pins on {self.cluster.name}: degrees and microbatches must divide"
