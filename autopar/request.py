@@ -37,7 +37,7 @@ LEANER = 0.97
 
 
 FIRST_POINTS, MORE_POINTS = 16, 3
-"""Points that are planned for the first plan of a front under a budget, and for each of the others."""
+"""Points that are planned for the first plan of a front under a budget, and beside those for each of the others."""
 
 
 def quiet(text: str) -> None:
@@ -165,8 +165,8 @@ class Request:
 
     def front(self, cluster: Machines, *, budget_s: float = math.inf, **given: Any) -> Iterator[Planned]:
         """The front of time against memory: the fastest plan of all the memory, then the fastest that holds so much less than the one before it, until none
-        does. `given`: of `planned`, `max_memory` where the front begins. `budget_s`: for all plans that the joint search makes, each of them from those before it
-        by so much work that they are the same wherever that is done in time."""
+        does. `given`: of `planned`, `max_memory` where the front begins. `budget_s`: for looking at other points than those of the plans before, by the
+        joint search: so many for each plan that a front which is made in time is the same everywhere. When it is over, no more of them are looked at."""
         if isinstance(cluster, MixedCluster):
             raise UsageError(f"the front of time against memory on {cluster.name}: devices of groups have memory of their own; ask for one group")
         share, end = given.pop("max_memory", MEMORY_SHARE), time.perf_counter() + budget_s
@@ -175,7 +175,7 @@ class Request:
         before: Planned | None = None
         while True:
             if budget_s < math.inf:
-                given |= {"budget_s": max(0.0, end - time.perf_counter()), "budget_points": FIRST_POINTS if before is None else MORE_POINTS}
+                given["budget_points"] = FIRST_POINTS if before is None else MORE_POINTS if time.perf_counter() < end else 0
             try:
                 found = self.planned(cluster, max_memory=share, **given)
             except InfeasibleError:

@@ -9,6 +9,7 @@ plan is now, is not planned again. Nothing rests on this but which plans there a
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from autopar.joint.at_point import Found, PointSearch
 from autopar.joint.clock import Clock
@@ -35,7 +36,8 @@ SHARDING, LIKELY = "a plan of a sharding", "likely shardings"
 
 @dataclass
 class Early:
-    """`searches`: the points; `tried`: those that were planned before, the best first, `here`: on this machine, for this batch. So many are planned at `most`."""
+    """`searches`: the points; `tried`: those that were planned before, the best first, `here`: on this machine, for this batch. Of others so many are
+    planned at `most`."""
 
     searches: Sequence[PointSearch]
     tried: Sequence[Tried]
@@ -48,6 +50,11 @@ class Early:
     now: dict[Point, Tried] = field(default_factory=dict)
     """What was planned of them."""
     _seen: set[Point] = field(default_factory=set)
+    _num_new: int = 0
+
+    @cached_property
+    def _before(self) -> frozenset[Point]:
+        return frozenset(tried.point for tried in self.tried)
 
     @property
     def best_s(self) -> float:
@@ -68,8 +75,10 @@ class Early:
         """By those that are likely on this one."""
         asked = [asked for tried in self.tried[:FEW] for asked in tried.asked]
         for search in self._upcoming():
-            if len(self._seen) >= (self.most if self.found else max(self.most, MOST)) or not self._goes_on(LIKELY):
+            new = not self.here or search.point not in self._before
+            if (new and self._num_new >= (self.most if self.found else max(self.most, MOST))) or not self._goes_on(LIKELY):
                 break
+            self._num_new += new
             self._seen.add(search.point)
             with self.clock.timed(LIKELY):
                 likely = list(dict.fromkeys((*asked, *search.likely())))
@@ -105,18 +114,18 @@ class Early:
         for tried in self.tried[:FEW]:
             far = [distance(search.point, tried.point) for search in self.searches]
             nearest = [search for search, found in zip(self.searches, far, strict=True) if found == min(far)]
-            yield from ((tried, search) for search in sorted(nearest, key=lambda search: search.free_s))
+            yield from ((tried, search) for search in sorted(nearest, key=lambda search: (abs(math.log2(_of_rank(search.point) / _of_rank(tried.point))), search.free_s)))
 
     def _of_all_ranks(self) -> Iterator[PointSearch]:
         """One sample for each rank of the outer axis, and an inner axis as long as can be: such points are seldom the best, and seldom far from it."""
         by_ranks: dict[int, PointSearch] = {}
-        for search in sorted(self.searches, key=lambda search: (abs(math.log2(search.point.samples / search.point.outer)), -search.point.inner)):
+        for search in sorted(self.searches, key=lambda search: (abs(math.log2(_of_rank(search.point))), -search.point.inner)):
             by_ranks.setdefault(search.point.num_ranks, search)
         yield from sorted(by_ranks.values(), key=lambda search: search.free_s)
 
     def _beside(self, centre: Point) -> list[PointSearch]:
         """What was never planned next to a point, the nearest first and of equals what may be the fastest."""
-        seen = self._seen | ({tried.point for tried in self.tried} if self.here else set())
+        seen = self._seen | (self._before if self.here else set())
         near = [(far, n) for n, search in enumerate(self.searches) if search.point not in seen and (far := distance(search.point, centre)) <= NEXT]
         return [self.searches[n] for _, n in sorted(near, key=lambda pair: (pair[0], self.searches[pair[1]].free_s, pair[1]))]
 
@@ -126,9 +135,13 @@ class Early:
 
 def distance(one: Point, other: Point) -> float:
     """Doublings and halvings of the pipeline's ranks, of the inner axis, and of a microbatch: of its samples, or of those for each rank of the outer axis."""
-    samples = one.samples / other.samples
     pairs = one.num_ranks / other.num_ranks, one.inner / other.inner
-    return sum(abs(math.log2(ratio)) for ratio in pairs) + min(abs(math.log2(ratio)) for ratio in (samples, samples * other.outer / one.outer))
+    return sum(abs(math.log2(ratio)) for ratio in pairs) + min(abs(math.log2(ratio)) for ratio in (one.samples / other.samples, _of_rank(one) / _of_rank(other)))
+
+
+def _of_rank(point: Point) -> float:
+    """Samples of a microbatch for each rank of the outer axis."""
+    return point.samples / point.outer
 
 
 def have_one_mesh(one: Point, other: Point) -> bool:

@@ -190,7 +190,7 @@ class JointSearch(Given):
     def _early(self, heap: list["Waiting"], searches: Sequence[PointSearch], clock: Clock, looked: list[int]) -> list[Found]:
         """See `Early`: what was found elsewhere, bounds that cost next to nothing, and what is likely of points that are left."""
         before, here = self.known.tried(self.about, self._roomy_question)
-        early = Early(searches, before, here, self.limit_bytes, clock, self.options.budget_points or EARLY)
+        early = Early(searches, before, here, self.limit_bytes, clock, EARLY if self.options.budget_points is None else self.options.budget_points)
         early.plan_like()
         while early.found and heap[0].key < early.best_s * (1 - self.gap) and clock.allows(KNOWN) and self._raised(heap, clock):
             pass

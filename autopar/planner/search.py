@@ -42,7 +42,8 @@ class Options:
     """What the user asks for beside model and cluster. `tokens` per step is for the report only; the graph is that of one of
     `micro_batches`, of which a pipeline may choose another number where they are free; `offload`: optimizer state lives on the host; `pipelines`: they are
     looked at even where no pin asks for one and a plan without fits; `joint`: deep models are searched by `autopar/joint`, None: on several nodes, and on one where memory is short. `time_limit_s`: of the search of
-    one mesh, or of the joint search behind its first plan. `budget_s`: of a joint search from its beginning; `budget_points`: so many points it plans at most."""
+    one mesh, or of the joint search behind its first plan. `budget_s`: of a joint search from its beginning; `budget_points`: so many points it
+    plans at most, beside those that it planned before with another limit of memory, and it bounds none at a cost."""
 
     pins: Sequence[str] = ()
     mesh: Mesh | None = None
