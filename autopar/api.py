@@ -50,7 +50,8 @@ def plan(model: nn.Module, cluster: Machines, example_inputs: Any = None, *, obj
     the mesh (of one stage, where `pp` is pinned), else all of one and two axes are searched; `pipelines` looks at pipelines of them too (it is
     done without asking where nothing else fits); `max_memory` is the share of a device's memory a plan may use; `micro_batches` the number of
     passes that make a step, else one, or as many as suit a pipeline; `precision` the dtypes beside the model's own; `offload` keeps the
-    optimizer's state on the host. Raises TraceError, UsageError, InfeasibleError.
+    optimizer's state on the host; `budget_s` ends the joint search after so many seconds with the best plan so far and what is proven of it,
+    `budget_points` after so many points. Raises TraceError, UsageError, InfeasibleError.
     """
     return plan_timed(model, cluster, example_inputs, objective=Objective(objective, within_s, fewer_devices), **options)[0].plan
 

@@ -1,5 +1,6 @@
 """What is asked: a model, one global batch, and what is fixed of the plan. Traces each size of microbatch once."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,6 +34,10 @@ Progress = Callable[[str], None]
 
 LEANER = 0.97
 """A plan of the front holds at most so much of what the one before it holds."""
+
+
+FIRST_POINTS, MORE_POINTS = 16, 3
+"""Points that are planned for the first plan of a front under a budget, and beside those for each of the others."""
 
 
 def quiet(text: str) -> None:
@@ -81,13 +86,14 @@ class Request:
     def options(
         self, *, pins: Sequence[str] = (), mesh: Mesh | None = None, tokens: int = 0, time_limit_s: float = 30.0, max_memory: float = MEMORY_SHARE,
         micro_batches: int | None = None, precision: Precision | None = None, offload: bool = False, pipelines: bool = False,
-        joint: bool | None = None,
+        joint: bool | None = None, budget_s: float = math.inf, budget_points: int | None = None,
     ) -> Options:  # fmt: skip
         """What is fixed of the plan; the keywords of `autopar.plan`."""
         number = self._micro_batches(pins, micro_batches)
         return Options(
             pins=tuple(pins), mesh=mesh, memory_share=max_memory, time_limit_s=time_limit_s, tokens=tokens, offload=offload, pipelines=pipelines, joint=joint,
             micro_batches=number or 1, free_micro_batches=number is None, precision=precision or default_precision(self.model),
+            budget_s=budget_s, budget_points=budget_points,
         )  # fmt: skip
 
     def _micro_batches(self, pins: Sequence[str], given: int | None) -> int | None:
@@ -157,16 +163,19 @@ class Request:
             return whole
         return min(found, whole or found, key=lambda p: p.plan.predicted.step_time_s)
 
-    def front(self, cluster: Machines, **given: Any) -> Iterator[Planned]:
+    def front(self, cluster: Machines, *, budget_s: float = math.inf, **given: Any) -> Iterator[Planned]:
         """The front of time against memory: the fastest plan of all the memory, then the fastest that holds so much less than the one before it, until none
-        does. `given`: of `planned`, `max_memory` where the front begins."""
+        does. `given`: of `planned`, `max_memory` where the front begins. `budget_s`: for looking at other points than those of the plans before, by the
+        joint search: so many for each plan that a front which is made in time is the same everywhere. When it is over, no more of them are looked at."""
         if isinstance(cluster, MixedCluster):
             raise UsageError(f"the front of time against memory on {cluster.name}: devices of groups have memory of their own; ask for one group")
-        share = given.pop("max_memory", MEMORY_SHARE)
+        share, end = given.pop("max_memory", MEMORY_SHARE), time.perf_counter() + budget_s
         if given.get("joint") is None and cluster.num_nodes == 1:
             given["joint"] = False  # dozens of plans, nearly all of which are short of memory
         before: Planned | None = None
         while True:
+            if budget_s < math.inf:
+                given["budget_points"] = FIRST_POINTS if before is None else MORE_POINTS if time.perf_counter() < end else 0
             try:
                 found = self.planned(cluster, max_memory=share, **given)
             except InfeasibleError:

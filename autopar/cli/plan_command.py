@@ -28,7 +28,7 @@ from autopar.cli.options import (
     default_dtype,
     global_batch,
 )
-from autopar.cli.searching import search
+from autopar.cli.searching import checked_budget, search
 from autopar.core.collector import collector_paused
 from autopar.core.mixed import Machines, parse_machines
 from autopar.core.objective import Objective
@@ -43,10 +43,9 @@ if TYPE_CHECKING:
     from autopar.models.load import LoadedModel
 
 BUDGET_ENDED = 4
-LONGEST_BUDGET_S = 7 * 24 * 3600.0
 VERIFIED_DTYPES = ("float32", "bfloat16")
 
-Budget = Annotated[float, typer.Option("--budget", help="Seconds that the search of one mesh may take, or the joint search behind its first plan.")]
+Budget = Annotated[float | None, typer.Option("--budget", help="Seconds that the joint search may take, or that of one mesh. [default: 30, which the joint search has behind its first plan]")]
 MaxMemory = Annotated[float, typer.Option("--max-memory", help="Share of a device's memory that the plan may use.")]
 OutFile = Annotated[Path | None, typer.Option("--out", "-o", help="Write the plan to this file.")]
 Best = Annotated[str, typer.Option("--objective", help="time, memory (of the fullest device), devices (the fewest) or cost (device-seconds a step).")]
@@ -58,13 +57,13 @@ AllowGap = Annotated[bool, typer.Option("--allow-gap", help="Exit 0, not 4, when
 def plan(
     model: ModelName, cluster: ClusterName, batch: Batch = None, seq: Seq = None, dtype: DType = None, pin: PinTexts = None,
     micro_batches: MicroBatches = None, offload: Offload = False, pipelines: Pipelines = False, joint: Joint = None, objective: Best = "time", within: Within = None,
-    fewer_devices: FewerDevices = False, budget: Budget = 30.0, max_memory: MaxMemory = 0.9, out: OutFile = None, allow_gap: AllowGap = False, json: Json = False, debug: Debug = False,
+    fewer_devices: FewerDevices = False, budget: Budget = None, max_memory: MaxMemory = 0.9, out: OutFile = None, allow_gap: AllowGap = False, json: Json = False, debug: Debug = False,
 ) -> int:  # fmt: skip
     """Find the best layout of MODEL on a cluster. Needs no device, no weights and no network."""
     machines = parse_machines(cluster)
     check_name(model)
     asked = Asked(pins=checked_pins(pin, machines), micro_batches=micro_batches, offload=offload, pipelines=pipelines, dtype=dtype or default_dtype(machines), joint=joint)
-    checked_share("--budget", budget, LONGEST_BUDGET_S)
+    limits = checked_budget(budget)
     checked_share("--max-memory", max_memory, 1.0)
     _check_writable(out)
     goal = Objective(objective, math.inf if within is None else _longest(within), fewer_devices)
@@ -73,7 +72,7 @@ def plan(
 
         size = global_batch(batch, machines, micro_batches)
         loaded = load_model(model, batch=size, seq=seq, device="meta", dtype=asked.dtype)
-        chosen, seconds = search(loaded, machines, asked, goal, budget_s=budget, max_memory=max_memory, progress=progress)
+        chosen, seconds = search(loaded, machines, asked, goal, limits=limits, max_memory=max_memory, progress=progress)
     found, part = chosen.plan, chosen.best.cluster
     if out is not None:
         _save(found, out)

@@ -27,6 +27,7 @@ from autopar.cli.options import (
     global_batch,
 )
 from autopar.cli.points import Point, given, print_points
+from autopar.cli.searching import checked_budget
 from autopar.cli.units import duration, size
 from autopar.core.change import changed
 from autopar.core.collector import collector_paused
@@ -49,12 +50,13 @@ SAME = "as it is"
 
 Changes = Annotated[list[str] | None, typer.Option("--set", help="inter_node.bandwidth*=2, device.memory=40GB, num_nodes=4; may be repeated, all together are one machine.")]
 Sweep = Annotated[str | None, typer.Option("--sweep", help="inter_node.bandwidth*=0.25..4:9: factors from 0.25 to 4 in 9 equal ratios, a plan for each.")]
+Budget = Annotated[float | None, typer.Option("--budget", help="Seconds that the joint search may take for each plan, or for all of a front: likely plans first, with the gap that is proven of them. [default: to a gap of 1 %, at most 30 behind a first plan]")]
 Front = Annotated[bool, typer.Option("--front", help="The fastest plan, then the fastest that holds less, and so on to the leanest.")]
 
 
 def whatif(
     model: ModelName, cluster: ClusterName, changes: Changes = None, sweep: Sweep = None, front: Front = False, batch: Batch = None, seq: Seq = None, dtype: DType = None,
-    pin: PinTexts = None, micro_batches: MicroBatches = None, offload: Offload = False, pipelines: Pipelines = False, joint: Joint = None, json: Json = False, debug: Debug = False,
+    pin: PinTexts = None, micro_batches: MicroBatches = None, offload: Offload = False, pipelines: Pipelines = False, joint: Joint = None, budget: Budget = None, json: Json = False, debug: Debug = False,
 ) -> int:  # fmt: skip
     """Plan MODEL again where the machine has other numbers or a plan may hold less: what changes, and where the best plan becomes another one."""
     machines = parse_machines(cluster)
@@ -67,6 +69,7 @@ def whatif(
     texts = _swept(sweep) if sweep else []
     clusters = {text: changed(base, [text]) for text in texts} if sweep else {SAME: machines, ", ".join(changes or ()): base}
     asked = Asked(pins=checked_pins(pin, machines), micro_batches=micro_batches, offload=offload, pipelines=pipelines, dtype=dtype or default_dtype(machines), joint=joint)
+    limits = checked_budget(budget)
     with collector_paused(), working("loading torch") as progress:
         from autopar.models.load import load_model
         from autopar.request import Request
@@ -74,7 +77,7 @@ def whatif(
         largest = max(clusters.values(), key=lambda c: c.num_devices)
         loaded = load_model(model, batch=global_batch(batch, largest, micro_batches), seq=seq, device="meta", dtype=asked.dtype)
         request = Request(loaded.module, loaded.kwargs)
-        points, options = [], {**given(asked), "tokens": loaded.tokens_per_batch}
+        points, options = [], {**given(asked), "tokens": loaded.tokens_per_batch, **limits}
         if not front:
             points = _on_each(request, clusters, options, progress)
         for found in islice(request.front(base, **options), MAX_POINTS) if front else ():
@@ -133,7 +136,8 @@ def _print_rows(page: "Console", points: list[Point], title: str) -> None:
         if p.plan is None or p.appraisal is None:
             table.add_row(p.name, "none fits", "", "", p.refusal.partition(";")[0])
         else:
-            note = "another plan" if before not in (None, p.plan.summary()) else ""
+            gap = f"gap {p.plan.proof.gap:.1%}" if p.plan.proof.status.startswith("budget") else ""
+            note = ", ".join(filter(None, ("another plan" if before not in (None, p.plan.summary()) else "", gap)))
             table.add_row(p.name, p.plan.summary(), duration(p.appraisal.step_s), size(p.appraisal.memory.high_bytes), note)
         before = p.plan.summary() if p.plan is not None else "none fits"
     page.print(table)

@@ -1,6 +1,7 @@
 """Which shardings of a point are looked at: each is the cheapest at some price of a byte, under some restriction."""
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import NamedTuple
 
 LEAN_POWERS = range(-6, 22)
@@ -40,6 +41,12 @@ def first(stages: Sequence[int], prices: Prices, ways: Sequence[str]) -> Iterato
         yield from (Asked(flight, price, None, how) for how in (KEPT, *ways))
     for flight, price in prices[-1:]:
         yield from (Asked(flight, price, zero, how) for how in ways for zero in stages)
+
+
+def around_price(flight: float, price: float, ways: Sequence[str]) -> Iterator[Asked]:
+    """At a price that is roughly the one to look at, and at higher ones."""
+    for dearer, how in product((1.0, DEARER / 2, DEARER), (KEPT, *ways)):
+        yield Asked(flight, price * dearer, None, how)
 
 
 def finer(prices: Prices) -> Iterator[tuple[float, float, float]]:

@@ -16,7 +16,7 @@ from autopar.joint.envelope import Envelope
 from autopar.joint.even import Cuts, Held, even_cuts, rank_cuts
 from autopar.joint.fold import border_bytes
 from autopar.joint.given import Given
-from autopar.joint.known import SAFE, Flat, Floors, Proved, without_memory
+from autopar.joint.known import SAFE, Flat, Floors, Proved, Tried, without_memory
 from autopar.joint.priced import Priced, around
 from autopar.joint.space import Ideal, Point, orders
 from autopar.joint.tables import STANDING, PointTables
@@ -36,12 +36,13 @@ SEEN = 0.97
 
 @dataclass(frozen=True)
 class Found:
-    """A plan that fits `limit_bytes`, and the search of its point."""
+    """A plan that fits `limit_bytes`, and the search of its point. `like`: where its sharding is from, if another search found it."""
 
     search: "PointSearch"
     sharding: Sharding
     deep: Deep
     limit_bytes: float
+    like: Tried | None = None
 
     @property
     def point(self) -> Point:
@@ -63,6 +64,8 @@ class PointSearch:
     joint: Given
     point: Point
     ideal: Parts = Parts(0.0)
+    free_s: float = 0.0
+    """See `ideal_s`."""
     priced: dict[str, Priced] = field(default_factory=dict)
     """The sides that were asked for."""
     larger: "tuple[PointSearch, ...]" = ()
@@ -97,7 +100,8 @@ class PointSearch:
         """The bound from operators that are cut evenly."""
         one = ideal.seconds(self.point.samples, self.point.outer, self.point.inner)
         step = self.ideal = one.times(self.point.num_microbatches)
-        return min((self._free_s(order, step, one, rank_cuts) for order in self.orders), default=math.inf)
+        self.free_s = min((self._free_s(order, step, one, rank_cuts) for order in self.orders), default=math.inf)
+        return self.free_s
 
     def rough_s(self) -> float:
         """The bound under the memory limit as near as is needed to tell points apart."""
@@ -266,11 +270,12 @@ class PointSearch:
 
     # --- plans -----------------------------------------------------------------------------------------------------------
 
-    def plan(self, limit_bytes: float, below_s: float = math.inf, asking: Callable[[], Iterable[Asked]] | None = None) -> Found | None:
+    def plan(self, limit_bytes: float, below_s: float = math.inf, asking: Callable[[], Iterable[Asked]] | None = None, ended: Callable[[], bool] = bool) -> Found | None:
         """The best plan of the point within a limit that takes less than `below_s`: every sharding that is asked for and may be best, every order, as little
         recomputation as fits.
 
         The most promising sharding is planned first: what a rank holds beside what the linear model counts is about the same for all, so that of the first will do.
+        `ended`: whether there is no time for another.
         """
         best: Found | None = None
         left, unseen = self.tables.chosen((asking or self.first)()), 0.0
@@ -278,8 +283,10 @@ class PointSearch:
             choices = self._soonest_of(left, limit_bytes - unseen, below_s) or left[0]
             left.remove(choices)
             sharding = self.tables.sharding(choices)
-            made = self._mixed(sharding, limit_bytes, below_s)
+            made = self.planned(sharding, limit_bytes, below_s)
             best, below_s = (made, made.step_s) if made is not None else (best, below_s)
+            if ended():
+                break
             unseen = unseen or max(0.0, self.tables.side("whole").figures(choices).unseen_bytes(made.deep if made else sharding.leanest(self.orders[0])))
         return best
 
@@ -297,10 +304,10 @@ class PointSearch:
                 found, below_s = choices, least
         return found
 
-    def _mixed(self, sharding: Sharding, limit_bytes: float, below_s: float) -> Found | None:
-        """The best plan of a sharding within a limit that takes less than `below_s`."""
+    def planned(self, sharding: Sharding, limit_bytes: float, below_s: float = math.inf, first: int = 1) -> Found | None:
+        """The best plan of a sharding within a limit that takes less than `below_s`. `first`: so many stages a rank are looked at before others."""
         best: Deep | None = None
-        for order in self.orders:
+        for order in sorted(self.orders, key=lambda order: order.virtual != first):
             even = sharding.even(order.num_stages)
             made = mixed(sharding, order, even, limit_bytes, below_s)
             if made is None and order.virtual == 1 < order.num_ranks and Deep(sharding.light, sharding.light, order, even).least_s < below_s:
@@ -312,6 +319,14 @@ class PointSearch:
 
     def first(self) -> Iterator[Asked]:
         return asked.first(self.keeping.stages, self._prices, self.tables.ways)
+
+    def likely(self) -> Iterator[Asked]:
+        """The same with hardly more than the price that binds the fullest rank, as near as is known at little cost."""
+        yield from asked.first(self.keeping.stages, (), self.tables.ways)
+        order = self.orders[0]
+        priced, flight = Priced(self.tables.side(sides(order)[0]), self.tables.rough(sides(order)[0])), max(order.in_flight)
+        for price in priced.binding([flight], self._room_bytes(self.joint.limit_bytes)):
+            yield from asked.around_price(flight, price, self.tables.ways)
 
     def fine(self) -> Iterator[Asked]:
         for flight, low, high in asked.finer(self._prices):

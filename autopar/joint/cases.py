@@ -6,7 +6,7 @@ all parts is one on every plan; the part with the least is parted again (Land an
 """
 
 import heapq
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -38,10 +38,10 @@ class Case:
     priced: dict[str, Priced] = field(default_factory=dict, compare=False)
 
 
-def bound_by_cases(search: PointSearch, enough_s: float) -> float:
-    """No plan of the point takes less. No higher bound is looked for than `enough_s`."""
+def bound_by_cases(search: PointSearch, enough_s: float, goes_on: Callable[[], bool] = lambda: True) -> float:
+    """No plan of the point takes less. No higher bound is looked for than `enough_s`, and none when it no longer `goes_on`."""
     cases, looked = [Case(search.fitting_s(), (), search.priced)], 0
-    while cases[0].bound_s < enough_s and looked < MOST:
+    while cases[0].bound_s < enough_s and looked < MOST and goes_on():
         parts = [_looked_at(search, cases[0], states) for states in _parted(search, cases[0])]
         if not parts or min(parts).bound_s < cases[0].bound_s * LITTLE:
             break

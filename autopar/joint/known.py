@@ -15,13 +15,15 @@ computed yet.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from autopar.core.cluster import Cluster
 from autopar.core.device import Link
+from autopar.joint.asked import Asked
 from autopar.joint.bounds import Line, Parts
+from autopar.joint.deep import Sharding
 from autopar.joint.even import Held
 from autopar.joint.space import Point
 
@@ -44,6 +46,19 @@ SAFE = 1 - 6e-4
 """Bounds from elsewhere are taken for so much less, so that none is above that which the search itself would find: twice the `at_point.TOLERANCE` of those."""
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What became of a point that was planned: how long a step takes, within which limit, by how many stages a rank and which sharding, and what questions found that.
+    No sharding: a step takes no less, or hardly."""
+
+    point: Point
+    step_s: float
+    limit_bytes: float
+    virtual: int = 1
+    sharding: Sharding | None = None
+    asked: tuple[Asked, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,6 +117,10 @@ class Recent:
             self._values.move_to_end(key)
         return self._values.get(key)
 
+    def items(self) -> list[tuple[Any, Any]]:
+        """What was put last comes last."""
+        return list(self._values.items())
+
     def put(self, key: Hashable, value: object) -> None:
         self._values[key] = value
         while len(self._values) > self.most:
@@ -113,7 +132,14 @@ class Known:
     """Of one model and one way to train it. It grows to its limits and no further. `answers`: to whole questions, by all that they depend on."""
 
     answers: Recent = field(default_factory=lambda: Recent(ANSWERS))
+    ideal: Recent = field(default_factory=lambda: Recent(ANSWERS))
+    """See `Ideal`: of all points of a question."""
+    took_s: dict[str, float] = field(default_factory=dict)
+    """See `Clock`."""
+    shares: dict[Point, float] = field(default_factory=dict)
+    """What three blocks saw of the bytes of plans that then did not fit: so much of a limit is what the next plan of that point is made for in a hurry."""
     _kept: Recent = field(default_factory=lambda: Recent(LARGEST))
+    _tried: Recent = field(default_factory=lambda: Recent(ANSWERS))
     _proved: dict[Hashable, list[Proved]] = field(default_factory=dict)
     _bounds: Recent = field(default_factory=lambda: Recent(BOUNDED))
     """By point with all that its bounds depend on: some of them, by limit of memory."""
@@ -124,6 +150,18 @@ class Known:
             found = make()
             self._kept.put(key, found)
         return found
+
+    def add_tried(self, about: Hashable, question: Hashable, found: Iterable[Tried]) -> None:
+        """Of a `question` on what it is `about`, whatever the limit of memory; what follows on a point takes the place of what was there."""
+        several = self._tried.get((about, question)) or {}
+        several.update((tried.point, tried) for tried in found)
+        self._tried.put((about, question), several)
+
+    def tried(self, about: Hashable, question: Hashable) -> tuple[list[Tried], bool]:
+        """Of the question, or else of the one before it; the fastest first. Whether it is of the question."""
+        several = [found for (what, asked), found in self._tried.items() if what == about and asked == question]
+        lately = several or [found for (what, _), found in self._tried.items() if what == about]
+        return sorted(lately[-1].values(), key=lambda tried: tried.step_s) if lately else [], bool(several)
 
     def add(self, about: Hashable, proved: Proved) -> None:
         """`about`: what else the bounds depend on."""

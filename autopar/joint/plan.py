@@ -16,6 +16,7 @@ from autopar.core.plan import Plan, Proof
 from autopar.core.units import size
 from autopar.errors import InfeasibleError, NoFamilyError
 from autopar.joint.at_point import Found
+from autopar.joint.clock import FINISHED, Clock
 from autopar.joint.deep import Deep
 from autopar.joint.fold import SHOWN, shown
 from autopar.joint.known import Known
@@ -93,29 +94,38 @@ def planned_jointly(search: JointSearch, graph: Callable[[int], OpGraph], tokens
     """The fastest plan found that fits on the whole graph too; `graph`: of so many samples, with all blocks. Raises InfeasibleError.
 
     Three blocks tell the memory of the whole to a few percent; where it is more, the plan's point is planned again within less. A question that was asked
-    before, and whose search ended before its budget did, has its answer again.
+    before, and whose search ended before its budget did, has its answer again, under a budget that of the search without.
     """
-    answers, question = search.known.answers, (search.question, tokens)
-    if (known := answers.get(question)) is not None:
+    answers, question, clock = search.known.answers, (search.question, tokens), Clock(took_s=search.known.took_s)
+    if (known := answers.get((search.free_question, tokens)) or answers.get(question)) is not None:
         return known
     joint = search.search()
     left = list(joint.found)
     while left:
         found = min(left, key=lambda f: f.step_s)
         left.remove(found)
-        whole = on_whole_graph(found.deep, graph(found.point.samples))
-        if whole.memory.high_bytes <= search.limit_bytes:
-            planned = Planned(_plan(joint, found, whole, search.cluster, tokens), whole.program, others=partial(_others, joint, found, graph, search))
+        with clock.timed(FINISHED):
+            whole = on_whole_graph(found.deep, graph(found.point.samples))
+            plan = _plan(joint, found, whole, search.cluster, tokens) if whole.memory.high_bytes <= search.limit_bytes else None
+        if plan is not None:
+            planned = Planned(plan, whole.program, others=partial(_others, joint, found, graph, search))
             if joint.in_time:
                 answers.put(question, planned)
             return planned
         less = min(0.99, search.limit_bytes / whole.memory.high_bytes) * found.limit_bytes
-        again = found.search.plan(less) if less > LEAST * search.limit_bytes else None
-        left += [again] if again is not None else []
+        search.known.shares[found.point] = found.memory.high_bytes / whole.memory.high_bytes
+        left += _again(found, less, search.options.has_budget) if less > LEAST * search.limit_bytes else []
     raise InfeasibleError(
         f"every plan found for {whole.program.graph.name} holds more than {size(search.limit_bytes)} of a device's memory, the last "
         f"{size(whole.memory.high_bytes)}; pin zero=3 or recompute=full+gather, or use more nodes"
     )
+
+
+def _again(found: Found, limit_bytes: float, hurried: bool) -> list[Found]:
+    """Plans of the same point within less."""
+    search = found.search
+    made = (search.planned(found.sharding, limit_bytes), search.plan(limit_bytes, asking=search.likely)) if hurried else (search.plan(limit_bytes),)
+    return [again for again in made if again is not None]
 
 
 def _others(joint: Joint, taken: Found, graph: Callable[[int], OpGraph], search: JointSearch, number: int) -> tuple[Plan, ...]:

@@ -13,7 +13,6 @@ pipelines are even. Memory in the bounds is what the linear model says, which co
 
 import heapq
 import math
-import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -23,9 +22,13 @@ from autopar.errors import InfeasibleError
 from autopar.joint.ahead import Ahead, Job
 from autopar.joint.at_point import Found, PointSearch
 from autopar.joint.cases import bound_by_cases
+from autopar.joint.clock import FINISHED, UNKNOWN_S, Clock
 from autopar.joint.deep import shifted
+from autopar.joint.early import Early, tried
 from autopar.joint.given import Given
-from autopar.joint.space import Ideal, points
+from autopar.joint.known import without_memory
+from autopar.joint.space import Ideal, Point, points
+from autopar.planner.search import Options
 
 GAP = 0.01
 """A plan this near to the bound is near enough: the cost model is off by more."""
@@ -44,6 +47,16 @@ FINE = 3
 
 PROMISING = 3
 """The level of points that are to be planned."""
+
+EARLY = 8
+"""Points that are planned early under a budget of seconds."""
+
+HELPED_S = 5.0
+"""Helpers are not worth to be forked for less."""
+
+KNOWN, PLANNED, FINER, SHIFTED = "bounds known of others", "a plan of a point", "more shardings of a point", "blocks shifted"
+LEVELS = "fastest", "roughly within memory", "within memory", "promised"
+"""Kinds of work that a search under a budget begins where they would end in time."""
 
 
 @dataclass(frozen=True)
@@ -79,104 +92,174 @@ class JointSearch(Given):
         """What the answer depends on beside the model."""
         return self.run, self.batch, self.cluster, self.pins, replace(self.options, pins=()), self.gap
 
+    @property
+    def free_question(self) -> Hashable:
+        """The same without a budget."""
+        free = Options()
+        return replace(self, options=replace(self.options, budget_s=free.budget_s, budget_points=free.budget_points)).question
+
+    @property
+    def _roomy_question(self) -> Hashable:
+        """What steps depend on beside memory."""
+        return without_memory(self.cluster), self.batch
+
     def search(self) -> Joint:
-        """Raises InfeasibleError where nothing fits. The time limit is for what comes after the first plan."""
-        ideal = Ideal(self.cluster, self.run, self.task)
+        """Raises InfeasibleError where nothing fits. The time limit is for what comes after the first plan. A budget is for all: likely plans come first, and
+        bounds take what is left of it."""
+        clock = Clock(took_s=self.known.took_s)
+        clock.ends_in(self.options.budget_s - self.known.took_s.get(FINISHED, UNKNOWN_S))
         heap: list[Waiting] = []
         free = self.options.free_micro_batches or self.pins.micro_batch is not None  # its number of samples is pinned, and what of dp follows is searched
         number = None if free else self.options.micro_batches
         searches = [PointSearch(self, point) for point in points(self.cluster, self.batch, self.run.depth, self.pins, number)]
+        larger = _larger(searches)
+        self._look_at_ideal(searches)
         for n, search in enumerate(searches):
-            search.larger = _larger(search, searches)
-            bound = search.ideal_s(ideal)
-            heapq.heappush(heap, Waiting(bound, 0, n, bound, search))
+            search.larger = larger[search.point]
+            key = max(search.free_s, search.roomier_s()) if self.options.has_budget else search.free_s
+            heapq.heappush(heap, Waiting(key, 0, n, search.free_s, search))
         if not heap:
             raise InfeasibleError(
                 f"no pipeline of {self.run.depth} blocks, mesh and microbatches of {self.batch} samples go with these pins on {self.cluster.name}: degrees and microbatches must divide"
                 " devices and batch; leave one of the pins out"
             )
-        with Ahead(searches, self._bounds, self.helpers) as ahead:
-            return self._best_first(heap, ahead)
+        with Ahead(searches, self._bounds, self.helpers if self.options.budget_s > HELPED_S else 0) as ahead:
+            joint = self._best_first(heap, ahead, clock)
+        self.known.add_tried(self.about, self._roomy_question, [tried(made) for made in reversed(joint.found)])
+        return joint
 
-    def _best_first(self, heap: list["Waiting"], ahead: Ahead) -> Joint:
-        end, best = math.inf, math.inf
-        num_points, looked, found, closed = len(heap), [len(heap), 0, 0, 0, 0], [], math.inf
+    def _look_at_ideal(self, searches: Sequence[PointSearch]) -> None:
+        """It does not depend on memory."""
+        question = self.about, self._roomy_question, tuple(search.point for search in searches)
+        if (found := self.known.ideal.get(question)) is None:
+            ideal = Ideal(self.cluster, self.run, self.task)
+            found = [(search.ideal_s(ideal), search.ideal) for search in searches]
+            self.known.ideal.put(question, found)
+        for search, known in zip(searches, found, strict=True):
+            search.free_s, search.ideal = known
+
+    def _best_first(self, heap: list["Waiting"], ahead: Ahead, clock: Clock) -> Joint:
+        num_points, looked, closed = len(heap), [len(heap), 0, 0, 0, 0], math.inf
+        found = self._early(heap, ahead.searches, clock, looked) if self.options.has_budget else []
+        best = min((made.step_s for made in found), default=math.inf)
         planned: list[tuple[float, PointSearch]] = []
         ready: list[Waiting] = []  # to be planned, by what they promise
-        while (ready or (heap and heap[0].key < best * (1 - self.gap))) and time.perf_counter() < end:
+        while ready or (heap and heap[0].key < best * (1 - self.gap)):
             promised = ready[0].key if ready else math.inf  # no point promises less than its bound
+            looks = heap and heap[0].key < min(promised, best * (1 - self.gap)) and len(ready) < (AHEAD if found or not self.options.has_budget else 1)
+            if looks and clock.allows(KNOWN) and self._raised(heap, clock):
+                continue
+            if found and not self._goes_on(clock, LEVELS[heap[0].level] if looks else PLANNED):
+                break
             ahead.offer([(waiting.key, waiting.job) for waiting in heap], best * (1 - self.gap))
-            if heap and heap[0].key < min(promised, best * (1 - self.gap)) and len(ready) < AHEAD:
+            if looks:
                 waiting = heapq.heappop(heap)
                 self.progress(f"searching {waiting.search.point}: bound {waiting.bound:.4g} s, best {best:.4g} s")
-                if waiting.level < PROMISING:
-                    self._tighten(heap, waiting, looked, ahead)
-                else:
-                    ahead.settle(waiting.job)
-                    heapq.heappush(ready, replace(waiting, key=waiting.search.promised_s(self.limit_bytes)))
+                with clock.timed(LEVELS[waiting.level]):
+                    self._look(waiting, heap, ready, looked, ahead)
                 continue
             waiting = heapq.heappop(ready)
             looked[-1] += 1
             closed = min(closed, waiting.bound)
             planned.append((waiting.bound, waiting.search))
-            made = waiting.search.plan(self.limit_bytes, best * NEAR)
+            with clock.timed(PLANNED):
+                made = waiting.search.plan(self.limit_bytes, best * NEAR)
             if made is not None:
-                end = min(end, time.perf_counter() + self.options.time_limit_s)
+                clock.ends_in(self.options.time_limit_s)
                 found.append(made)
                 best = min(best, made.step_s)
         closed = min([closed, *(waiting.bound for waiting in ready)])
         in_time = not ready and (not heap or heap[0].key >= best * (1 - self.gap))
-        while heap and heap[0].level < PROMISING and heap[0].key < min(best, closed) < math.inf and in_time:
-            self._tighten(heap, heapq.heappop(heap), looked, ahead)
+        while heap and heap[0].level < PROMISING and heap[0].key < min(best, closed) < math.inf and in_time and self._may_end_late(clock, LEVELS[heap[0].level]):
+            if not self._raised(heap, clock):
+                self._tighten(heap, heapq.heappop(heap), looked, ahead)
         rest = heap[0].key if heap else math.inf
-        if min(closed, rest) < best * (1 - self.gap) <= rest and in_time:
-            closed = self._by_cases([(waiting.bound, waiting.search) for waiting in ready] + planned, best * (1 - self.gap))
+        if min(closed, rest) < best * (1 - self.gap) <= rest and in_time and self._may_end_late(clock, LEVELS[2]):
+            closed = self._by_cases([(waiting.bound, waiting.search) for waiting in ready] + planned, best * (1 - self.gap), clock)
         bound = min(closed, rest)
-        if bound < best * (1 - self.gap):
-            self._look_further(found, planned, best, end, self.helpers if ahead.started else 0)
+        if bound < best * (1 - self.gap) and self._may_end_late(clock, FINER):
+            self._look_further(found, planned, best, clock, self.helpers if ahead.started else 0)
         if not found:
             raise InfeasibleError(
                 f"none of {num_points} ways to lay {self.run.depth} blocks on {self.cluster.name} fits {size(self.limit_bytes)} of a device; "
                 "use more nodes or devices with more memory, or a larger --max-memory"
             )
         found.sort(key=lambda f: (f.step_s, f.point.num_ranks, f.point.inner))
-        uneven = shifted(found[0].sharding, found[0].deep, self.limit_bytes)
+        with clock.timed(SHIFTED):
+            uneven = shifted(found[0].sharding, found[0].deep, self.limit_bytes) if self.options.budget_points is not None or self._may_end_late(clock, SHIFTED) else found[0].deep
         if uneven is not found[0].deep:
             found.insert(0, replace(found[0], deep=uneven))  # beside the other, which may fit where this does not on the whole graph
         best = found[0].step_s
         return Joint(tuple(found), min(bound, best), num_points, tuple(looked), in_time)
+
+    def _early(self, heap: list["Waiting"], searches: Sequence[PointSearch], clock: Clock, looked: list[int]) -> list[Found]:
+        """See `Early`: what was found elsewhere, bounds that cost next to nothing, and what is likely of points that are left."""
+        before, here = self.known.tried(self.about, self._roomy_question)
+        early = Early(searches, before, here, self.limit_bytes, clock, EARLY if self.options.budget_points is None else self.options.budget_points)
+        early.plan_like()
+        while early.found and heap[0].key < early.best_s * (1 - self.gap) and clock.allows(KNOWN) and self._raised(heap, clock):
+            pass
+        early.plan()
+        self.known.add_tried(self.about, self._roomy_question, early.now.values())
+        looked[-1] += len(early.now)
+        if not early.found and here and self.options.budget_points is not None:
+            raise InfeasibleError(f"none of {len(early.now)} points that were planned again fits {size(self.limit_bytes)} of a device; plan without a budget to know whether another does")
+        return early.found
+
+    def _goes_on(self, clock: Clock, work: str) -> bool:
+        """Where there is a plan."""
+        return self.options.budget_points is None and clock.allows(work)
+
+    def _may_end_late(self, clock: Clock, work: str) -> bool:
+        """What is done however long it takes, unless there is a budget."""
+        return not self.options.has_budget or self._goes_on(clock, work)
 
     @property
     def _bounds(self) -> tuple[Callable[[PointSearch], float], ...]:
         """By level. The last is no bound but says which point is planned next."""
         return PointSearch.fastest_s, PointSearch.rough_s, PointSearch.fitting_s, lambda search: search.promised_s(self.limit_bytes)
 
+    def _look(self, waiting: "Waiting", heap: list["Waiting"], ready: list["Waiting"], looked: list[int], ahead: Ahead) -> None:
+        """By the next level."""
+        if waiting.level < PROMISING:
+            self._tighten(heap, waiting, looked, ahead)
+        else:
+            ahead.settle(waiting.job)
+            heapq.heappush(ready, replace(waiting, key=waiting.search.promised_s(self.limit_bytes)))
+
+    @staticmethod
+    def _raised(heap: list["Waiting"], clock: Clock) -> bool:
+        """The least bound by what is known of others, before its next level. So the levels that a point goes through depend on those, but what it is planned by does not."""
+        waiting = heap[0]
+        if waiting.level < PROMISING:
+            with clock.timed(KNOWN):
+                for n, floor_s in enumerate((waiting.search.roomier_s, waiting.search.floor_s)[waiting.floors :], waiting.floors + 1):
+                    if (floor := floor_s()) > waiting.key:
+                        heapq.heapreplace(heap, replace(waiting, key=floor, floors=n))
+                        return True
+        return False
+
     def _tighten(self, heap: list["Waiting"], waiting: "Waiting", looked: list[int], ahead: Ahead) -> None:
-        """By what is known of others, else by the next level. So the levels that a point goes through depend on those, but what it is planned by does not."""
-        bound, level, search = waiting.bound, waiting.level, waiting.search
-        for n, floor_s in enumerate((search.roomier_s, search.floor_s)[waiting.floors :], waiting.floors + 1):
-            if (floor := floor_s()) > waiting.key:
-                heapq.heappush(heap, replace(waiting, key=floor, floors=n))
-                return
+        bound, level = waiting.bound, waiting.level
         looked[level + 1] += 1
         ahead.settle(waiting.job)
-        bound = max(bound, self._bounds[level](search))
+        bound = max(bound, self._bounds[level](waiting.search))
         if bound < math.inf:
-            heapq.heappush(heap, Waiting(bound, level + 1, waiting.number, bound, search))
+            heapq.heappush(heap, Waiting(bound, level + 1, waiting.number, bound, waiting.search))
 
-    def _by_cases(self, planned: Sequence[tuple[float, PointSearch]], enough: float) -> float:
-        """The bound on all of these points; the lowest are raised, until one cannot be raised to `enough`."""
+    def _by_cases(self, planned: Sequence[tuple[float, PointSearch]], enough: float, clock: Clock) -> float:
+        """The bound on all of these points; the lowest are raised, until one cannot be raised to `enough`, or not in time."""
         left = sorted(planned, key=lambda pair: pair[0])
         for n, (bound, search) in enumerate(left):
             if bound >= enough:
                 break
             self.progress(f"looking at {search.point} by cases: bound {bound:.4g} s")
-            left[n] = max(bound, bound_by_cases(search, enough)), search
+            left[n] = max(bound, bound_by_cases(search, enough, lambda: clock.allows(LEVELS[2]))), search
             if left[n][0] < enough:
                 break
         return min(bound for bound, _ in left)
 
-    def _look_further(self, found: list[Found], planned: Sequence[tuple[float, PointSearch]], best: float, end: float, helpers: int) -> None:
+    def _look_further(self, found: list[Found], planned: Sequence[tuple[float, PointSearch]], best: float, clock: Clock, helpers: int) -> None:
         """Adds what is better: at the few points of the best plans, and, while there is time, at those that may be far better than what was found."""
         near = [made.search for made in sorted(found, key=lambda made: made.step_s)[:FINE]]
         with Ahead(near, [_finer], helpers) as ahead:
@@ -186,10 +269,12 @@ class JointSearch(Given):
             for n in range(len(near)):
                 ahead.settle(Job(n, 0))
         for search, asking in [*((s, s.fine) for s in near), *((s, s.lean) for bound, s in planned if bound < best * (1 - (self.gap if s.tables.few else FAR)))]:
-            made = search.plan(self.limit_bytes, best, asking) if search in near or time.perf_counter() < end else None
-            if made is not None:
-                found.append(made)
-                best = made.step_s
+            if (search in near and not self.options.has_budget) or clock.allows(FINER):
+                with clock.timed(FINER):
+                    made = search.plan(self.limit_bytes, best, asking)
+                if made is not None:
+                    found.append(made)
+                    best = made.step_s
 
 
 def _finer(search: PointSearch) -> float:
@@ -214,8 +299,10 @@ class Waiting:
         return Job(self.number, self.level)
 
 
-def _larger(search: PointSearch, others: Sequence[PointSearch]) -> tuple[PointSearch, ...]:
-    """On the same mesh, with microbatches that are several of these."""
-    point = search.point
-    same = [s for s in others if (s.point.num_ranks, s.point.mesh) == (point.num_ranks, point.mesh) and s.point.samples > point.samples]
-    return tuple(sorted((s for s in same if s.point.samples % point.samples == 0), key=lambda s: s.point.samples))
+def _larger(searches: Sequence[PointSearch]) -> dict[Point, tuple[PointSearch, ...]]:
+    """By point those on the same mesh with microbatches that are several of its own, the smallest first."""
+    alike: dict[Hashable, list[PointSearch]] = {}
+    for search in sorted(searches, key=lambda search: search.point.samples):
+        alike.setdefault((search.point.num_ranks, search.point.outer, search.point.inner), []).append(search)
+    several = [(one, others) for others in alike.values() for one in others]
+    return {one.point: tuple(o for o in others if o.point.samples > one.point.samples and o.point.samples % one.point.samples == 0) for one, others in several}

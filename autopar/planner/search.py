@@ -1,5 +1,6 @@
 """The best plan on one mesh that fits: the search's linear model of memory proposes, the liveness of the program decides."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -40,7 +41,9 @@ CLOSE = 0.02
 class Options:
     """What the user asks for beside model and cluster. `tokens` per step is for the report only; the graph is that of one of
     `micro_batches`, of which a pipeline may choose another number where they are free; `offload`: optimizer state lives on the host; `pipelines`: they are
-    looked at even where no pin asks for one and a plan without fits; `joint`: deep models are searched by `autopar/joint`, None: on several nodes, and on one where memory is short."""
+    looked at even where no pin asks for one and a plan without fits; `joint`: deep models are searched by `autopar/joint`, None: on several nodes, and on one where memory is short. `time_limit_s`: of the search of
+    one mesh, or of the joint search behind its first plan. `budget_s`: of a joint search from its beginning; `budget_points`: so many points it
+    plans at most, beside those that it planned before with another limit of memory, and it bounds none at a cost."""
 
     pins: Sequence[str] = ()
     mesh: Mesh | None = None
@@ -53,6 +56,12 @@ class Options:
     free_micro_batches: bool = False
     pipelines: bool = False
     joint: bool | None = None
+    budget_s: float = math.inf
+    budget_points: int | None = None
+
+    @property
+    def has_budget(self) -> bool:
+        return self.budget_s < math.inf or self.budget_points is not None
 
 
 @dataclass(frozen=True)

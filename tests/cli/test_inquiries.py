@@ -86,6 +86,15 @@ def test_a_row_of_machines_is_planned_as_each_is_alone(call: Call, tmp_path: Pat
         assert json.loads(call(*given, "--set", p["name"]).out)["plans"][1] == p
 
 
+def test_whatif_under_a_budget_says_what_is_proven(call: Call, tmp_path: Path) -> None:
+    """Of plans that its end cut short. On several nodes, where the joint search makes them."""
+    config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_layer": 4, "n_embd": 256, "n_head": 4, "n_positions": 64, "vocab_size": 96}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    given = ("whatif", tmp_path, "--cluster", "a100-sxm:2x2", "--batch", "32", "--seq", "64", "--sweep", "inter_node.bandwidth*=0.5..2:2")
+    cut = call(*given, "--budget", "0.000001")
+    assert (cut.code, cut.err) == (0, "") and cut.out.count("gap ") == 2 and "gap " not in call(*given).out
+
+
 def test_the_front_ends_with_the_leanest_plan(call: Call) -> None:
     called = call("whatif", *GIVEN, "--pin", "dp=4", "--front", "--json")
     assert (called.code, called.err) == (0, "")

@@ -35,6 +35,7 @@ ARGUMENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "dtype unknown": ((*PLAN, "--dtype", "float13"), ("float13", "bfloat16")),
     "budget below zero": ((*PLAN, "--budget", "-1"), ("--budget",)),
     "budget NaN": ((*PLAN, "--budget", "nan"), ("--budget",)),
+    "budget of nothing": (("whatif", "mlp-tiny", *LOCAL, "--front", "--budget", "0"), ("--budget",)),
     "memory share of 2": ((*PLAN, "--max-memory", "2"), ("--max-memory",)),
     "memory share NaN": ((*PLAN, "--max-memory", "nan"), ("--max-memory",)),
     "objective unknown": ((*PLAN, "--objective", "speed"), ("speed", "choose from")),
