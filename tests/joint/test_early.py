@@ -160,7 +160,7 @@ def test_a_front_under_a_budget() -> None:
     assert again == [plan.to_json() for plan in quick]
     for plan in [found.plan for found in small().front(cluster, joint=True)]:
         fits = [p.predicted.step_time_s for p in quick if p.predicted.memory.high_bytes <= plan.predicted.memory.high_bytes * 1.01]
-        assert not fits or min(fits) <= 1.05 * plan.predicted.step_time_s
+        assert not fits or min(fits) <= 1.25 * plan.predicted.step_time_s  # of a few points, and nothing was known
 
 
 def test_no_baseline_is_faster() -> None:
@@ -168,7 +168,7 @@ def test_no_baseline_is_faster() -> None:
     request.planned(cluster)
     for change in ("inter_node.bandwidth*=0.5", "num_nodes=1"):
         machine = changed(cluster, [change])
-        quick = request.planned(machine, joint=True, budget_s=0.5).plan
+        quick = request.planned(machine, joint=True, budget_points=8).plan
         for name in ("ddp", "fsdp", "zero3", "megatron:tp2,pp2"):
             forced = request.planned(machine, joint=True, pins=baseline_pins(name, machine)).plan
             assert quick.predicted.step_time_s <= forced.predicted.step_time_s * (1 + 1e-9), (change, name)
