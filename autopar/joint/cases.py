@@ -42,7 +42,7 @@ def bound_by_cases(search: PointSearch, enough_s: float, goes_on: Callable[[], b
     """No plan of the point takes less. No higher bound is looked for than `enough_s`, and none when it no longer `goes_on`."""
     cases, looked = [Case(search.fitting_s(), (), search.priced)], 0
     while cases[0].bound_s < enough_s and looked < MOST and goes_on():
-        parts = [_looked_at(search, cases[0], states) for states in _parted(search, cases[0])]
+        parts = [_looked_at(search, cases[0], states) for states in parted(search, cases[0])]
         if not parts or min(parts).bound_s < cases[0].bound_s * LITTLE:
             break
         heapq.heapreplace(cases, parts[0])
@@ -69,7 +69,7 @@ def _looked_at(search: PointSearch, case: Case, states: Allowed) -> Case:
     return Case(max(case.bound_s, least), states, found)
 
 
-def _parted(search: PointSearch, case: Case) -> tuple[Allowed, ...]:
+def parted(search: PointSearch, case: Case) -> tuple[Allowed, ...]:
     """Two parts of a case; none where what blocks mix differs in the bytes of no node."""
     held: dict[int, set[float]] = {}
     most = 1.0

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 
@@ -91,7 +91,7 @@ class PointTables:
     def _solved(self, side: str, about: tuple, made: Callable[[Relaxed], Relaxed]) -> Solved:
         found = None
         for form in reversed(range(len(self._forms))):
-            found = Solved((*about, form), lambda form=form: made(self._form(side, form)), self.run.depth, self.point.num_ranks, self.answers, found)
+            found = Solved((*about, form), cache(lambda form=form: made(self._form(side, form))), self.run.depth, self.point.num_ranks, self.answers, found)
         assert found is not None
         return found
 
