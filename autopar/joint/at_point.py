@@ -325,7 +325,7 @@ class PointSearch:
         yield from asked.first(self.keeping.stages, (), self.tables.ways)
         order = self.orders[0]
         priced, flight = Priced(self.tables.side(sides(order)[0]), self.tables.rough(sides(order)[0])), max(order.in_flight)
-        for price in priced.binding([flight], self._room_bytes(self.joint.limit_bytes)):
+        for price in priced.binding([flight], self.joint.limit_bytes):
             yield from asked.around_price(flight, price, self.tables.ways)
 
     def fine(self) -> Iterator[Asked]:
