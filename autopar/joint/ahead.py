@@ -26,7 +26,7 @@ QUEUED = 3
 ALONE = 4
 """So many points that nothing was known of are looked at before there are helpers: most questions ask of no more."""
 
-PATIENCE_S = 30.0
+PATIENCE_S = 10.0
 """For a word of a helper that is waited for. One that says none for longer is ended, and the search finds out itself."""
 
 

@@ -43,7 +43,7 @@ class Instance:
     def search(self, memory_bytes: int | None = None) -> JointSearch:
         """With all of so much memory."""
         device = self.cluster.device if memory_bytes is None else replace(self.cluster.device, memory_bytes=memory_bytes)
-        options = Options(precision=Precision(master="float32"), memory_share=1.0, free_micro_batches=True)
+        options = Options(precision=Precision(master="float32"), memory_share=1.0, free_micro_batches=True, time_limit_s=600.0)  # however busy the machine is
         run, cluster = Run(PATH, 0, self.depth), replace(self.cluster, device=device)
         return JointSearch(self.row.graphs(3), run, self.batch, cluster, options, parse_pins(self.pins), gap=0.0)
 
