@@ -59,7 +59,7 @@ def divisors(n: int) -> list[int]:
 def points(cluster: Cluster, batch: int, depth: int, pins: Pins, num_microbatches: int | None = None) -> Iterator[Point]:
     """All lengths of pipelines, meshes whose inner axis stays inside a node, and sizes of microbatches. Pinned degrees name the axes: dp, then tp."""
     degrees = dict(pins.mesh_axes)
-    names, free = ("dp", "tp") if degrees else ("a", "b"), not degrees and pins.micro_batch is None
+    names = ("dp", "tp") if degrees else ("a", "b")
     for ranks in divisors(cluster.num_devices):
         if ranks > depth or ranks != (pins.pp or ranks):
             continue
@@ -68,11 +68,8 @@ def points(cluster: Cluster, batch: int, depth: int, pins: Pins, num_microbatche
             outer = of_stage // inner
             if inner > cluster.devices_per_node or inner != degrees.get("tp", inner) or outer != degrees.get("dp", outer):
                 continue
-            one = free and 1 in (outer, inner) and of_stage <= cluster.devices_per_node
-            if one and inner > 1:
-                continue  # one axis is the same as the outer and as the inner
             for samples in divisors(batch):
-                number, few = batch // samples, (samples * inner < outer and not one) or samples > MAX_AXIS_SAMPLES * outer
+                number, few = batch // samples, samples * inner < outer or samples > MAX_AXIS_SAMPLES * outer
                 pinned = number if pins.micro_batch is None else batch // (pins.micro_batch * outer)
                 if not few and number == pinned == (num_microbatches or number):
                     yield Point(ranks, outer, inner, number, samples, names)

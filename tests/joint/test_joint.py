@@ -21,7 +21,6 @@ from autopar.joint.space import Ideal, Point, points
 from autopar.planner.bind import bind
 from autopar.planner.blocks import Order
 from autopar.planner.liveness import Engine
-from autopar.planner.pins import Pins
 from autopar.planner.plan import Planned
 from tests.joint.models import GPT, LLAMA, graphs, joint_search, programs
 
@@ -208,16 +207,6 @@ def test_plans_bind_to_the_whole_graph_alike_every_time() -> None:
     assert plan.proof.bound <= plan.predicted.step_time_s == pytest.approx(plan.proof.objective)
     assert plan.predicted.memory.high_bytes <= 0.9 * A100.device.memory_bytes
     assert planned().plan.to_json() == plan.to_json()
-
-
-def test_a_mesh_of_one_axis_is_one_point() -> None:
-    """Whether it is called the outer or the inner: the samples that it is searched with are those of both."""
-    found = [p for p in points(A100, 256, 32, Pins()) if 1 in (p.outer, p.inner)]
-    assert len({(p.num_ranks, p.mesh.sizes, p.samples) for p in found}) == len(found)
-    assert {p.samples for p in found if p.num_ranks == 1} == {2**n for n in range(8)}
-    joint = joint_search(LLAMA, A100, 16)
-    one, other = (PointSearch(joint, Point(1, *sizes, 2, 8)) for sizes in ((8, 1), (1, 8)))
-    assert (one.fastest_s(), one.fitting_s()) == (other.fastest_s(), other.fitting_s())
 
 
 def test_what_does_not_fit_says_so() -> None:
