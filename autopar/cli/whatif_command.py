@@ -50,7 +50,7 @@ SAME = "as it is"
 
 Changes = Annotated[list[str] | None, typer.Option("--set", help="inter_node.bandwidth*=2, device.memory=40GB, num_nodes=4; may be repeated, all together are one machine.")]
 Sweep = Annotated[str | None, typer.Option("--sweep", help="inter_node.bandwidth*=0.25..4:9: factors from 0.25 to 4 in 9 equal ratios, a plan for each.")]
-Budget = Annotated[float | None, typer.Option("--budget", help="Seconds that the joint search may take for each plan, or for all of a front: likely plans first, with the gap that is proven of them. [default: to a gap of 1 %, at most 30 behind a first plan]")]
+Budget = Annotated[float | None, typer.Option("--budget", help="Seconds that the joint search may take for each plan, likely ones first, with the gap that is proven of them; of a front, for looking beyond the points of the plan before: it goes on to its end without. [default: to a gap of 1 %, at most 30 behind a first plan]")]
 Front = Annotated[bool, typer.Option("--front", help="The fastest plan, then the fastest that holds less, and so on to the leanest.")]
 
 

@@ -23,7 +23,8 @@ MOST = 24
 """Parts of a point that are looked at."""
 
 ASIDE, CLOSE = 1.25, 1.01
-"""Times and parts of a price that binds at which is looked for what blocks mix: what is the cheapest there, and costs so many times the least at most at the price itself."""
+"""Times and parts of a price that binds at which is looked for what blocks mix: what is the cheapest there, and costs so many times the least at most at the price itself. No bound rests
+on them. Of Llama-3.1-405B on 2,048 nodes, 1.05 aside ends at a gap of 1.10 %, 1.25 at 0.93 % (`examples/benchmark_joint.py`)."""
 
 LITTLE = 1 + 1e-4
 """Times the bound of what is parted: where no part has more, memory is not what blocks mix for."""

@@ -20,6 +20,7 @@ MARGIN = 0.03
 
 UPDATE = "the optimizer step"
 
+
 class Held(NamedTuple):
     """One parameter on one rank, in bytes. `working`: the copy that is computed with (whole where it is gathered); `stored`: the part
     that the optimizer updates, in its dtype; `inside`: that part lies in the working copy. `part`: its share of a gathered buffer."""

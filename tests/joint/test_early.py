@@ -1,6 +1,5 @@
 """Searches under a budget: plans that hold, bounds that no plan is under, the same for so many points, and nothing of it in searches without one."""
 
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -102,15 +101,6 @@ def test_there_is_a_plan_when_there_is_no_time_at_all() -> None:
         whole = planned(known, share=share)
         assert whole.plan.to_json() == planned(Known(), share=share).plan.to_json()
         assert planned(known, share=share, budget_s=1e-6) is whole
-
-
-def test_a_budget_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = Known()
-    planned(known)
-    planned(known, share=0.28, budget_s=0.3)  # it is known then what things take
-    start = time.perf_counter()
-    planned(known, share=0.27, budget_s=0.5)
-    assert time.perf_counter() - start < 2.0  # on a machine that does other things too
 
 
 def test_work_begins_where_it_would_end_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
