@@ -1,11 +1,13 @@
 """Ranks on `torch.distributed`: process groups for every set of mesh axes that a program communicates over."""
 
+import gc
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # noqa: F401  before any group: its defaults are the world of that moment, for good (torch 2.13)
 from torch.distributed.device_mesh import DeviceMesh
 
 from autopar.core.mesh import Mesh
@@ -20,6 +22,9 @@ REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 
 SUM_TAG = 0x5EED
 """Keeps the messages of a sum apart from those of others."""
+
+_MESHES: dict[tuple[str, Mesh, dist.ProcessGroup | None], DeviceMesh] = {}
+"""What `device_mesh` made, by device, mesh and the processes that belong together."""
 
 REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
@@ -192,6 +197,20 @@ def _group(ranks: tuple[int, ...], purpose: str, world: dist.ProcessGroup) -> di
     return dist.new_group(list(ranks))
 
 
+def leave() -> None:
+    """End this process's groups, and with them their threads.
+
+    gloo's threads end only with the last reference to their group (torch 2.13), and one that drops its last tensor while the
+    interpreter is already ending aborts the process. What torch remembers of DTensors holds meshes for good, so these let go of their groups.
+    """
+    _group.cache_clear()
+    for mesh in _MESHES.values():
+        getattr(mesh, "_pg_registry", {}).clear()  # private, torch 2.13
+    _MESHES.clear()
+    gc.collect()  # modules are in cycles
+    dist.destroy_process_group()
+
+
 def connect_stages(stages: Stages, device: torch.device, *, seed: int = 0) -> Places:
     """This process among stages. Every process must call this with the same arguments."""
     mesh, pipeline, shared = stages.whole.mesh, stages.pipeline, map(stages.ranks_of, stages.shared.values())
@@ -224,11 +243,10 @@ def device_mesh(mesh: Mesh, device: torch.device) -> DeviceMesh:
 
     Every process must call this with the same arguments.
     """
-    return _device_mesh(device.type, mesh, dist.group.WORLD)
-
-
-@cache
-def _device_mesh(device: str, mesh: Mesh, world: dist.ProcessGroup) -> DeviceMesh:
-    me = dist.get_rank()
-    groups = [_own_group(mesh.groups((axis,)), me) for axis in range(len(mesh.axes))]
-    return DeviceMesh.from_group(groups, device, torch.arange(mesh.num_ranks).view(mesh.sizes), mesh_dim_names=mesh.names)
+    world = dist.group.WORLD
+    key = (device.type, mesh, world)
+    if key not in _MESHES:
+        me = dist.get_rank()
+        groups = [_own_group(mesh.groups((axis,)), me) for axis in range(len(mesh.axes))]
+        _MESHES[key] = DeviceMesh.from_group(groups, device.type, torch.arange(mesh.num_ranks).view(mesh.sizes), mesh_dim_names=mesh.names)
+    return _MESHES[key]

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 
 from autopar.errors import AutoparError
+from autopar.runtime.distributed import leave
 
 HOST = "127.0.0.1"
 MAX_PROCESSES = 256
@@ -109,7 +110,7 @@ def _run_here(function: Callable[..., None], args: Sequence[Any], on_message: Ca
     rank = dist.get_rank()
     function(Worker(rank, dist.get_world_size(), on_message if rank == 0 else _ignore), *args)
     if joined:
-        dist.destroy_process_group()
+        leave()
 
 
 def _meeting_point(timeout: timedelta) -> tuple[dist.Store, int, int]:

@@ -2,10 +2,12 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +90,24 @@ def test_under_torchrun_the_function_runs_here() -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=60)
     assert done.stdout == "(0, 7.0, 1)\n", done.stderr
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
+def test_under_torchrun_no_thread_of_gloo_stays(tmp_path: Path) -> None:
+    """One that still lets go of a tensor while the interpreter ends would abort the process."""
+    code = (
+        f"import os, sys; from autopar.runtime.launch import launch; sys.path.insert(0, {str(ROOT / 'examples')!r}); import resume\n"
+        f"launch(resume.train, 2, resume.Settings({str(tmp_path / 'checkpoints')!r}, steps=2, every=2))\n"
+        "print(sorted(name for task in os.listdir('/proc/self/task') if 'gloo' in (name := open(f'/proc/self/task/{task}/comm').read().strip())))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": "1"}
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    with ExitStack() as stack:
+        group = [stack.enter_context(subprocess.Popen([sys.executable, "-c", code], env=environment | {"RANK": rank}, **options)) for rank in "01"]
+        assert [process.communicate(timeout=120)[0] for process in group] == ["[]\n", "[]\n"]
+
+
+def _free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
