@@ -2,12 +2,10 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -95,19 +93,15 @@ def test_under_torchrun_the_function_runs_here() -> None:
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
 def test_under_torchrun_no_thread_of_gloo_stays(tmp_path: Path) -> None:
     """One that still lets go of a tensor while the interpreter ends would abort the process."""
-    code = (
+    script = tmp_path / "ranks.py"
+    script.write_text(
         f"import os, sys; from autopar.runtime.launch import launch; sys.path.insert(0, {str(ROOT / 'examples')!r}); import resume\n"
         f"launch(resume.train, 2, resume.Settings({str(tmp_path / 'checkpoints')!r}, steps=2, every=2))\n"
-        "print(sorted(name for task in os.listdir('/proc/self/task') if 'gloo' in (name := open(f'/proc/self/task/{task}/comm').read().strip())))\n"
+        "names = sorted(open(f'/proc/self/task/{task}/comm').read().strip() for task in os.listdir('/proc/self/task'))\n"
+        f"open(os.path.join({str(tmp_path)!r}, os.environ['RANK']), 'w').write(str([name for name in names if 'gloo' in name]))\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": "1"}
-    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
-    with ExitStack() as stack:
-        group = [stack.enter_context(subprocess.Popen([sys.executable, "-c", code], env=environment | {"RANK": rank}, **options)) for rank in "01"]
-        assert [process.communicate(timeout=120)[0] for process in group] == ["[]\n", "[]\n"]
-
-
-def _free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["[]", "[]"]
