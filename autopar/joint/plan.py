@@ -108,7 +108,7 @@ def planned_jointly(search: JointSearch, graph: Callable[[int], OpGraph], tokens
             whole = on_whole_graph(found.deep, graph(found.point.samples))
             plan = _plan(joint, found, whole, search.cluster, tokens) if whole.memory.high_bytes <= search.limit_bytes else None
         if plan is not None:
-            planned = Planned(plan, whole.program, others=partial(_others, joint, found, graph, search))
+            planned = Planned(plan, whole.program, others=partial(_others, joint, found, graph, search), like=found.likely)
             if joint.in_time:
                 answers.put(question, planned)
             return planned

@@ -26,7 +26,7 @@ from autopar.joint.clock import FINISHED, UNKNOWN_S, Clock
 from autopar.joint.deep import shifted
 from autopar.joint.early import Early, tried
 from autopar.joint.given import Given
-from autopar.joint.known import without_memory
+from autopar.joint.known import Likely, without_memory
 from autopar.joint.space import Ideal, Point, points
 from autopar.planner.search import Options
 
@@ -140,7 +140,7 @@ class JointSearch(Given):
 
     def _best_first(self, heap: list["Waiting"], ahead: Ahead, clock: Clock) -> Joint:
         num_points, looked, closed = len(heap), [len(heap), 0, 0, 0, 0], math.inf
-        found = self._early(heap, ahead.searches, clock, looked) if self.options.has_budget else []
+        found = self._early(heap, ahead.searches, clock, looked) if self.options.has_budget else self._likely(ahead.searches)
         best = min((made.step_s for made in found), default=math.inf)
         planned: list[tuple[float, PointSearch]] = []
         ready: list[Waiting] = []  # to be planned, by what they promise
@@ -170,7 +170,8 @@ class JointSearch(Given):
                 best = min(best, made.step_s)
         closed = min([closed, *(waiting.bound for waiting in ready)])
         in_time = not ready and (not heap or heap[0].key >= best * (1 - self.gap))
-        while heap and heap[0].level < PROMISING and heap[0].key < min(best, closed) < math.inf and in_time and self._may_end_late(clock, LEVELS[heap[0].level]):
+        further = in_time and self.options.row is None
+        while heap and heap[0].level < PROMISING and heap[0].key < min(best, closed) < math.inf and further and self._may_end_late(clock, LEVELS[heap[0].level]):
             if not self._raised(heap, clock):
                 self._tighten(heap, heapq.heappop(heap), looked, ahead)
         rest = heap[0].key if heap else math.inf
@@ -205,6 +206,21 @@ class JointSearch(Given):
         if not early.found and here and self.options.budget_points is not None:
             raise InfeasibleError(f"none of {len(early.now)} points that were planned again fits {size(self.limit_bytes)} of a device; plan without a budget to know whether another does")
         return early.found
+
+    def _likely(self, searches: Sequence[PointSearch]) -> list[Found]:
+        """What was found of other machines of a row, on this one; of the best of them the best plan of its point here."""
+        by_point, found = {search.point: search for search in searches}, list[Found]()
+        for likely in self.options.row or ():
+            search = by_point.get(likely.point) if isinstance(likely, Likely) else None
+            made = search.like(likely, self.limit_bytes, found[-1].step_s if found else math.inf) if search is not None else None
+            if made is not None:
+                found.append(made)
+        if found:
+            search = found[-1].search
+            search.fitting_s()  # at whose prices shardings are looked for
+            made = search.plan(self.limit_bytes, found[-1].step_s)
+            found += [made] if made is not None else []
+        return found
 
     def _goes_on(self, clock: Clock, work: str) -> bool:
         """Where there is a plan."""
@@ -261,7 +277,7 @@ class JointSearch(Given):
 
     def _look_further(self, found: list[Found], planned: Sequence[tuple[float, PointSearch]], best: float, clock: Clock, helpers: int) -> None:
         """Adds what is better: at the few points of the best plans, and, while there is time, at those that may be far better than what was found."""
-        near = [made.search for made in sorted(found, key=lambda made: made.step_s)[:FINE]]
+        near = list({made.point: made.search for made in sorted(found, key=lambda made: made.step_s)}.values())[:FINE]
         with Ahead(near, [_finer], helpers) as ahead:
             if len(near) > 1:
                 ahead.start()
