@@ -16,7 +16,7 @@ from autopar.joint.envelope import Envelope
 from autopar.joint.even import Cuts, Held, even_cuts, rank_cuts
 from autopar.joint.fold import border_bytes
 from autopar.joint.given import Given
-from autopar.joint.known import SAFE, Flat, Floors, Likely, Proved, Tried, without_memory
+from autopar.joint.known import SAFE, Flat, Floors, Proved, Tried, without_memory
 from autopar.joint.priced import Priced, around
 from autopar.joint.space import Ideal, Point, orders
 from autopar.joint.tables import STANDING, PointTables
@@ -55,10 +55,6 @@ class Found:
     @property
     def memory(self) -> MemoryUse:
         return self.deep.memory
-
-    @property
-    def likely(self) -> Likely:
-        return Likely(self.point, self.search.tables.choices(self.sharding), self.deep.order.virtual)
 
 
 @dataclass
@@ -323,13 +319,6 @@ class PointSearch:
             if made is not None:
                 best, below_s = made, made.step_s
         return Found(self, sharding, best, limit_bytes) if best is not None else None
-
-    def like(self, likely: Likely, limit_bytes: float, below_s: float) -> Found | None:
-        """What was found of this point on another machine, on this one: problems that differ in links alone have the same nodes and states."""
-        sizes = self.tables.sizes
-        if likely.choices is None or len(sizes) != len(likely.choices) or any(choice >= size for choice, size in zip(likely.choices, sizes)):
-            return None
-        return self.planned(self.tables.sharding(likely.choices), limit_bytes, below_s, likely.virtual)
 
     def first(self) -> Iterator[Asked]:
         return asked.first(self.keeping.stages, self._prices, self.tables.ways)

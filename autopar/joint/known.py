@@ -62,15 +62,6 @@ class Tried:
 
 
 @dataclass(frozen=True)
-class Likely:
-    """A plan that may be good on other machines too: a point, what its sharding chooses of the folded problem, and the stages of a rank."""
-
-    point: Point
-    choices: tuple[int, ...] | None
-    virtual: int
-
-
-@dataclass(frozen=True)
 class Flat:
     """What a rank does of a step at a price of a byte with so many microbatches in flight: the seconds of a block, its bytes included."""
 

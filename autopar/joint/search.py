@@ -26,7 +26,8 @@ from autopar.joint.clock import FINISHED, UNKNOWN_S, Clock
 from autopar.joint.deep import shifted
 from autopar.joint.early import Early, tried
 from autopar.joint.given import Given
-from autopar.joint.known import Likely, without_memory
+from autopar.joint.known import without_memory
+from autopar.joint.likely import planned_like
 from autopar.joint.space import Ideal, Point, points
 from autopar.planner.search import Options
 
@@ -140,7 +141,7 @@ class JointSearch(Given):
 
     def _best_first(self, heap: list["Waiting"], ahead: Ahead, clock: Clock) -> Joint:
         num_points, looked, closed = len(heap), [len(heap), 0, 0, 0, 0], math.inf
-        found = self._early(heap, ahead.searches, clock, looked) if self.options.has_budget else self._likely(ahead.searches)
+        found = self._early(heap, ahead.searches, clock, looked) if self.options.has_budget else planned_like(self.options.row or (), ahead.searches, self.limit_bytes)
         best = min((made.step_s for made in found), default=math.inf)
         planned: list[tuple[float, PointSearch]] = []
         ready: list[Waiting] = []  # to be planned, by what they promise
@@ -206,21 +207,6 @@ class JointSearch(Given):
         if not early.found and here and self.options.budget_points is not None:
             raise InfeasibleError(f"none of {len(early.now)} points that were planned again fits {size(self.limit_bytes)} of a device; plan without a budget to know whether another does")
         return early.found
-
-    def _likely(self, searches: Sequence[PointSearch]) -> list[Found]:
-        """What was found of other machines of a row, on this one; of the best of them the best plan of its point here."""
-        by_point, found = {search.point: search for search in searches}, list[Found]()
-        for likely in self.options.row or ():
-            search = by_point.get(likely.point) if isinstance(likely, Likely) else None
-            made = search.like(likely, self.limit_bytes, found[-1].step_s if found else math.inf) if search is not None else None
-            if made is not None:
-                found.append(made)
-        if found:
-            search = found[-1].search
-            search.fitting_s()  # at whose prices shardings are looked for
-            made = search.plan(self.limit_bytes, found[-1].step_s)
-            found += [made] if made is not None else []
-        return found
 
     def _goes_on(self, clock: Clock, work: str) -> bool:
         """Where there is a plan."""
