@@ -141,7 +141,8 @@ class JointSearch(Given):
 
     def _best_first(self, heap: list["Waiting"], ahead: Ahead, clock: Clock) -> Joint:
         num_points, looked, closed = len(heap), [len(heap), 0, 0, 0, 0], math.inf
-        found = self._early(heap, ahead.searches, clock, looked) if self.options.has_budget else planned_like(self.options.row or (), ahead.searches, self.limit_bytes)
+        like = planned_like(self.options.row or (), ahead.searches, self.limit_bytes) if not self.options.has_budget else []
+        found = self._early(heap, ahead.searches, clock, looked) if self.options.has_budget else list(like)
         best = min((made.step_s for made in found), default=math.inf)
         planned: list[tuple[float, PointSearch]] = []
         ready: list[Waiting] = []  # to be planned, by what they promise
@@ -179,7 +180,7 @@ class JointSearch(Given):
         if min(closed, rest) < best * (1 - self.gap) <= rest and in_time and self._may_end_late(clock, LEVELS[2]):
             closed = self._by_cases([(waiting.bound, waiting.search) for waiting in ready] + planned, best * (1 - self.gap), clock)
         bound = min(closed, rest)
-        if bound < best * (1 - self.gap) and self._may_end_late(clock, FINER):
+        if bound < best * (1 - self.gap) and not like and self._may_end_late(clock, FINER):
             self._look_further(found, planned, best, clock, self.helpers if ahead.started else 0)
         if not found:
             raise InfeasibleError(
