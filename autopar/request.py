@@ -89,7 +89,7 @@ class Request:
         joint: bool | None = None, budget_s: float = math.inf, budget_points: int | None = None,
         row: tuple[Hashable, ...] | None = None,
     ) -> Options:  # fmt: skip
-        """What is fixed of the plan; the keywords of `autopar.plan`."""
+        """What is fixed of the plan; the keywords of `autopar.plan`, and `row` (see `Options`)."""
         number = self._micro_batches(pins, micro_batches)
         return Options(
             pins=tuple(pins), mesh=mesh, memory_share=max_memory, time_limit_s=time_limit_s, tokens=tokens, offload=offload, pipelines=pipelines, joint=joint,
