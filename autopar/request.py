@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -87,13 +87,14 @@ class Request:
         self, *, pins: Sequence[str] = (), mesh: Mesh | None = None, tokens: int = 0, time_limit_s: float = 30.0, max_memory: float = MEMORY_SHARE,
         micro_batches: int | None = None, precision: Precision | None = None, offload: bool = False, pipelines: bool = False,
         joint: bool | None = None, budget_s: float = math.inf, budget_points: int | None = None,
+        row: tuple[Hashable, ...] | None = None,
     ) -> Options:  # fmt: skip
-        """What is fixed of the plan; the keywords of `autopar.plan`."""
+        """What is fixed of the plan; the keywords of `autopar.plan`, and `row` (see `Options`)."""
         number = self._micro_batches(pins, micro_batches)
         return Options(
             pins=tuple(pins), mesh=mesh, memory_share=max_memory, time_limit_s=time_limit_s, tokens=tokens, offload=offload, pipelines=pipelines, joint=joint,
             micro_batches=number or 1, free_micro_batches=number is None, precision=precision or default_precision(self.model),
-            budget_s=budget_s, budget_points=budget_points,
+            budget_s=budget_s, budget_points=budget_points, row=row,
         )  # fmt: skip
 
     def _micro_batches(self, pins: Sequence[str], given: int | None) -> int | None:

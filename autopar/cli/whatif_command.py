@@ -1,7 +1,7 @@
 """`autopar whatif`: the plan again on a changed machine, on a row of them, or with less and less memory."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,7 +31,7 @@ from autopar.cli.searching import checked_budget
 from autopar.cli.units import duration, size
 from autopar.core.change import changed
 from autopar.core.collector import collector_paused
-from autopar.core.forked import Say, found_of_row, most_processes
+from autopar.core.forked import Say, Told, found_of_row, most_processes
 from autopar.core.mixed import Machines, parse_machines
 from autopar.core.units import shown
 from autopar.errors import InfeasibleError, UsageError
@@ -47,6 +47,9 @@ FEW = 3
 """Machines that are planned for one after the other: the search has helpers of its own."""
 
 SAME = "as it is"
+
+ROUNDING = 1e-9
+"""Of the seconds of a step."""
 
 Changes = Annotated[list[str] | None, typer.Option("--set", help="inter_node.bandwidth*=2, device.memory=40GB, num_nodes=4; may be repeated, all together are one machine.")]
 Sweep = Annotated[str | None, typer.Option("--sweep", help="inter_node.bandwidth*=0.25..4:9: factors from 0.25 to 4 in 9 equal ratios, a plan for each.")]
@@ -79,7 +82,7 @@ def whatif(
         request = Request(loaded.module, loaded.kwargs)
         points, options = [], {**given(asked), "tokens": loaded.tokens_per_batch, **limits}
         if not front:
-            points = _on_each(request, clusters, options, progress)
+            points = _on_each(request, clusters, options, progress, appraised=json or not sweep)
         for found in islice(request.front(base, **options), MAX_POINTS) if front else ():
             held = size(found.plan.predicted.memory.high_bytes)
             progress(f"planning with less than {held}")
@@ -93,24 +96,41 @@ def whatif(
     return 0
 
 
-def _on_each(request: "Request", clusters: Mapping[str, Machines], options: dict[str, Any], progress: Say) -> list[Point]:
-    """Several at a time, where nothing is left to be traced. What one search knows is left to the next."""
+def _on_each(request: "Request", clusters: Mapping[str, Machines], options: dict[str, Any], progress: Say, *, appraised: bool) -> list[Point]:
+    """Of a row of machines several at a time, where nothing is left to be traced: the plans of both ends, then the others, whose searches begin with those. What one
+    search of a process knows is left to the next."""
     names, machines = list(clusters), list(clusters.values())
 
-    def find(n: int, say: Say) -> Point:
+    def find(n: int, told: Told, say: Say) -> tuple[Point, Hashable]:
         say(f"planning with {names[n]}")
-        return _point(request, names[n], machines[n], options, lambda text: say(f"{names[n]}: {text}"))
+        row = {} if "budget_s" in options else {"row": tuple([like for like in dict.fromkeys(told) if like is not None])}
+        return _point(request, names[n], machines[n], {**options, **row}, lambda text: say(f"{names[n]}: {text}"), appraised=appraised)
 
-    processes = most_processes() if len(names) > FEW and request.trace_ahead(machines, **options) else 0
-    return found_of_row(find, len(names), processes, progress)
+    if len(names) <= FEW or not request.trace_ahead(machines, **options):
+        return [_point(request, name, cluster, options, progress, appraised=appraised)[0] for name, cluster in clusters.items()]
+    found = found_of_row(find, len(names), most_processes(), progress, lambda pair: pair[1])
+    for n, before in (*((n, n - 1) for n in range(1, len(names))), *((n, n + 1) for n in reversed(range(len(names) - 1)))):
+        if _may_be_better(request, found[before][0], found[n][0], machines[n]):
+            again = find(n, (found[before][1], found[n][1]), progress)
+            found[n] = min(again, found[n], key=lambda pair: pair[0].plan.predicted.step_time_s if pair[0].plan is not None else math.inf)
+    return [point for point, _ in found]
 
 
-def _point(request: "Request", name: str, cluster: Machines, options: dict[str, Any], progress: Say) -> Point:
+def _may_be_better(request: "Request", other: Point, point: Point, cluster: Machines) -> bool:
+    """Whether the plan of another machine is a different one, and faster on this one: both are near enough to what is proven, but a row reads oddly where a machine
+    leaves its neighbours' plan for a slower one."""
+    if other.plan is None or point.plan is None or other.plan.summary() == point.plan.summary():
+        return False
+    return request.appraised(other.plan, cluster).step_s < point.plan.predicted.step_time_s * (1 - ROUNDING)
+
+
+def _point(request: "Request", name: str, cluster: Machines, options: dict[str, Any], progress: Say, *, appraised: bool) -> tuple[Point, Hashable]:
+    """With what searches on other machines may begin with. `appraised`: term by term."""
     try:
-        plan = request.planned(cluster, progress=progress, **options).plan
+        found = request.planned(cluster, progress=progress, **options)
     except InfeasibleError as error:
-        return Point(name, None, None, str(error))
-    return Point(name, plan, request.appraised(plan, cluster))
+        return Point(name, None, None, str(error)), None
+    return Point(name, found.plan, request.appraised(found.plan, cluster) if appraised else None), found.like
 
 
 def _swept(text: str) -> list[str]:
@@ -133,11 +153,11 @@ def _print_rows(page: "Console", points: list[Point], title: str) -> None:
     table = Table(title, "PLAN", "STEP", "MEMORY", "", box=None, pad_edge=False)
     before = None
     for p in points:
-        if p.plan is None or p.appraisal is None:
+        if p.plan is None:
             table.add_row(p.name, "none fits", "", "", p.refusal.partition(";")[0])
         else:
             gap = f"gap {p.plan.proof.gap:.1%}" if p.plan.proof.status.startswith("budget") else ""
             note = ", ".join(filter(None, ("another plan" if before not in (None, p.plan.summary()) else "", gap)))
-            table.add_row(p.name, p.plan.summary(), duration(p.appraisal.step_s), size(p.appraisal.memory.high_bytes), note)
+            table.add_row(p.name, p.plan.summary(), duration(p.plan.predicted.step_time_s), size(p.plan.predicted.memory.high_bytes), note)
         before = p.plan.summary() if p.plan is not None else "none fits"
     page.print(table)

@@ -6,9 +6,9 @@ import signal
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -22,6 +22,8 @@ PATIENCE_S = 60.0
 
 T = TypeVar("T")
 Say = Callable[[str], None]
+Told = tuple[object, ...]
+"""What is known of both ends of a row."""
 
 
 def most_processes() -> int:
@@ -74,43 +76,66 @@ class Worker:
 
     process: BaseProcess
     connection: Connection
-    part: deque[int]
+    part: deque[int] = field(default_factory=deque)
     at: int | None = None
     heard_s: float = 0.0
 
-    def ask(self, number: int | None) -> None:
+    def ask(self, number: int | None, told: Told) -> None:
         self.at, self.heard_s = number, time.monotonic()
         with suppress(OSError):  # that it is gone is seen where its answer is waited for
-            self.connection.send(number)
+            if number is not None:
+                self.connection.send((number, told))
 
 
-def found_of_row(find: Callable[[int, Say], T], number: int, processes: int, say: Say) -> list[T]:
-    """What `find` finds out of each of a row, by place: it may `say` what it is doing, and what it finds depends on the place alone.
+def found_of_row(find: Callable[[int, Told, Say], T], number: int, processes: int, say: Say, tell: Callable[[T], object]) -> list[T]:
+    """What `find` finds out of each of a row, by place: it may `say` what it is doing. Both ends come first, without being told anything; all others are told what
+    there is to `tell` of those. So what it finds does not depend on how many processes there are.
 
-    Every process goes from the begin of its part of the row to the end, so that what it learned at one place is near at hand for the next; where it is through, it
-    takes the last of the longest part that is left. What fails in a process, or is left by one that is gone, is found here.
+    Every process goes from one end of its part of the row to the other, so that what it learned at one place is near at hand for the next, the first and the last
+    from the ends of the row inwards; where it is through, it takes the last of the longest part that is left. What fails in a process, or is left by one that is
+    gone, is found here.
     """
     count, found = min(processes, number), dict[int, T]()
-    parts = [deque(range(number * n // count, number * (n + 1) // count)) for n in range(count)]
+    ends = list(range(number)[:: max(1, number - 1)])
+    inside = range(1, number - 1)
     workers: list[Worker] = []
+    told: Told = ()
     try:
         with suppress(OSError):
-            for part in parts:
-                workers.append(Worker(*forked(_find, [worker.connection for worker in workers], find), part))
-        for worker in workers:
-            worker.ask(_next(worker.part, parts))
-        while busy := [worker for worker in workers if worker.at is not None]:
-            ready = connection.wait([worker.connection for worker in busy], PATIENCE_S)
-            for worker in busy:
-                if worker.connection in ready:
-                    _hear(worker, parts, found, find, say)
-                elif time.monotonic() - worker.heard_s > PATIENCE_S:
-                    worker.at = None
-                    worker.process.kill()
+            for _ in range(count):
+                workers.append(Worker(*forked(_find, [worker.connection for worker in workers], find)))
+        for these, parts in ((ends, [ends[n::count] for n in range(count)]), (inside, _parts(inside, count))):
+            _share_out(workers, list(map(deque, parts)), told, found, find, say)
+            found.update({n: find(n, told, say) for n in these if n not in found})
+            told = tuple([tell(found[n]) for n in ends])
     finally:
         for worker in workers:
             end(worker.process, worker.connection)
-    return [found[n] if n in found else find(n, say) for n in range(number)]
+    return [found[n] for n in range(number)]
+
+
+def _parts(row: range, count: int) -> list[range]:
+    """Every second one from its end to its begin."""
+    parts = [row[len(row) * n // count : len(row) * (n + 1) // count] for n in range(count)]
+    return [part[::-1] if n % 2 else part for n, part in enumerate(parts)]
+
+
+def _share_out(workers: Sequence[Worker], parts: Sequence[deque[int]], told: Told, found: dict[int, T], find: Callable[[int, Told, Say], T], say: Say) -> None:
+    for worker, part in zip(workers, parts):
+        worker.part = part
+        worker.ask(_next(part, parts), told)
+    while busy := [worker for worker in workers if worker.at is not None]:
+        ready = connection.wait([worker.connection for worker in busy], PATIENCE_S)
+        for worker in busy:
+            if worker.connection in ready:
+                number = worker.at
+                assert number is not None, "it was asked"
+                if (word := _heard(worker, say)) is not None:
+                    worker.ask(_next(worker.part, parts), told)
+                    found[number] = word[0] if word else find(number, told, say)
+            elif time.monotonic() - worker.heard_s > PATIENCE_S:
+                worker.at = None
+                worker.process.kill()
 
 
 def _next(own: deque[int], parts: Iterable[deque[int]]) -> int | None:
@@ -118,26 +143,25 @@ def _next(own: deque[int], parts: Iterable[deque[int]]) -> int | None:
     return own.popleft() if own else longest.pop() if longest else None
 
 
-def _hear(worker: Worker, parts: Iterable[deque[int]], found: dict[int, T], find: Callable[[int, Say], T], say: Say) -> None:
-    """One word: what it is doing, or what it has found, if it has."""
-    number, worker.heard_s = worker.at, time.monotonic()
-    assert number is not None, "it was asked"
+def _heard(worker: Worker, say: Say) -> tuple | None:
+    """What a worker has found, if it has: nothing where it failed. None where it only says what it is doing, or is gone."""
+    worker.heard_s = time.monotonic()
     try:
         word = worker.connection.recv()
     except (EOFError, OSError):
         worker.at = None
-        return
+        return None
     if isinstance(word, str):
         say(word)
-        return
-    worker.ask(_next(worker.part, parts))
-    found[number] = word[0] if word else find(number, say)
+        return None
+    return word
 
 
-def _find(asked: Connection, find: Callable[[int, Say], object]) -> None:
+def _find(asked: Connection, find: Callable[[int, Told, Say], object]) -> None:
     """Until nobody asks."""
-    while (number := asked.recv()) is not None:
+    while True:
+        number, told = asked.recv()
         answer: tuple[object, ...] = ()
         with suppress(Exception):  # who asks will find out itself
-            answer = (find(number, asked.send),)
+            answer = (find(number, told, asked.send),)
         asked.send(answer)

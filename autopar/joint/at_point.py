@@ -165,6 +165,7 @@ class PointSearch:
                 continue
             side = sides(order)[0]
             priced, ends, whole = asked(side), parts(side), None if roughly else asked("whole")
+            rooms = self._rooms(order, room, priced.solved.end_bytes)
             whole_s = whole.parts.block if whole is not None else 0.0
             if order.virtual > 1:
                 prices = priced.binding((max(order.in_flight), min(order.in_flight)), room)
@@ -173,13 +174,13 @@ class PointSearch:
                     self._look((priced, whole), _flights(order), prices)
                     prices.append(priced.lean_price(room))  # no plan holds less than every table's least
                 held = [priced.held(_flights(order), price, whole) for price in prices]
-                least = min(least, self._even_s(order, ends, held, room, least, whole_s=whole_s))
+                least = min(least, self._even_s(order, ends, held, rooms, least, whole_s=whole_s))
             else:  # memory binds those first that hold most microbatches
                 prices = priced.binding(sorted({flight for flight in order.in_flight if flight >= max(order.in_flight) / 2}), room)
                 if not roughly:
                     self._look((priced, whole), sorted(order.in_flight), prices)
-                rooms = zip(order.in_flight, self._rooms(order, room), strict=True)
-                lines = [[Line(ends.block, whole_s=whole_s), *(priced.line(flight, price, own, whole) for price in prices)] for flight, own in rooms]
+                of_ranks = zip(order.in_flight, rooms, strict=True)
+                lines = [[Line(ends.block, whole_s=whole_s), *(priced.line(flight, price, own, whole) for price in prices)] for flight, own in of_ranks]
                 least = min(least, max(fastest, self._step_s(order, ends, lines, self._waits(side, ends))))
         return least
 
@@ -189,10 +190,12 @@ class PointSearch:
             if priced is not None:
                 priced.look(flights, price)
 
-    def _rooms(self, order: Order, room_bytes: float) -> list[float]:
-        """What every rank has of it for its blocks: what a stage receives for every microbatch in flight lies beside that which its blocks make."""
+    def _rooms(self, order: Order, room_bytes: float, end_bytes: tuple[float, float] = (0.0, 0.0)) -> list[float]:
+        """What every rank has of it for its blocks: what a stage receives for every microbatch in flight lies beside that which its blocks make, as does what is
+        before and behind them."""
         received = [self._border_bytes * sum(counted(flight) for flight in by_stage) for by_stage in order.in_flight_by_stage]
-        received[0] -= self._border_bytes * counted(order.in_flight_by_stage[0][0])
+        received[0] += end_bytes[0] - self._border_bytes * counted(order.in_flight_by_stage[0][0])
+        received[-1] += end_bytes[1] if order.in_flight_by_stage[-1][-1] else 0.0
         return [room_bytes - held for held in received]
 
     def floor_s(self) -> float:
@@ -213,7 +216,7 @@ class PointSearch:
             if sooner >= least:
                 continue
             if order.virtual > 1:
-                least = min(least, self._even_s(order, parts(side), floors.held(side, _flights(order), free.block_s), limit, least))
+                least = min(least, self._even_s(order, parts(side), floors.held(side, _flights(order), free.block_s), self._rooms(order, limit), least))
                 continue
             lines = [[free, *(floors.lines(side, flight, limit) if flight >= most / 2 else ())] for flight in order.in_flight]
             least = min(least, max(self._fastest_s(order, parts), self._step_s(order, parts(side), lines, self._waits(side, parts(side)))))
@@ -246,11 +249,11 @@ class PointSearch:
         return least_step_s(order, self.joint.run.depth, lines, ends, one, self._message_s) / self._faster(order)
 
     def _even_s(
-        self, order: Order, step: Parts, held: Sequence[Held] = (), room_bytes: float = 0.0, enough_s: float = math.inf, *, whole_s: float = 0.0,
+        self, order: Order, step: Parts, held: Sequence[Held] = (), rooms: Sequence[float] = (), enough_s: float = math.inf, *, whole_s: float = 0.0,
         cuts: Callable[[Order, int], Cuts] = even_cuts,
     ) -> float:  # fmt: skip
         ahead = not self.joint.cluster.host.watch_s  # else what is kept costs forwards too
-        faster, rooms = self._faster(order), self._rooms(order, room_bytes) if held else ()
+        faster = self._faster(order)
         found = cuts(order, self.joint.run.depth)
         return found.least_step_s(step, self._message_s, held, rooms, whole_s=whole_s, ahead=ahead, enough_s=enough_s * faster) / faster
 
@@ -381,7 +384,7 @@ class PointSearch:
                 parts, figures = solved.parts_of(choices), solved.figures(choices)
                 if order.virtual > 1:
                     held = figures.held(_flights(order), room_bytes, whole)
-                    least = min(least, self._even_s(order, parts, held, room_bytes, least, whole_s=whole_s))
+                    least = min(least, self._even_s(order, parts, held, self._rooms(order, room_bytes), least, whole_s=whole_s))
                     continue
                 lines = [figures.lines(flight, room, whole) for flight, room in zip(order.in_flight, self._rooms(order, room_bytes), strict=True)]
                 least = min(least, max(fastest, self._step_s(order, parts, lines, self._waits(sides(order)[0], parts))))

@@ -20,6 +20,7 @@ from autopar.joint.clock import FINISHED, Clock
 from autopar.joint.deep import Deep
 from autopar.joint.fold import SHOWN, shown
 from autopar.joint.known import Known
+from autopar.joint.likely import Likely
 from autopar.joint.search import Joint, JointSearch
 from autopar.joint.space import SCHEDULES
 from autopar.joint.unroll import modes_of, unrolled
@@ -108,7 +109,7 @@ def planned_jointly(search: JointSearch, graph: Callable[[int], OpGraph], tokens
             whole = on_whole_graph(found.deep, graph(found.point.samples))
             plan = _plan(joint, found, whole, search.cluster, tokens) if whole.memory.high_bytes <= search.limit_bytes else None
         if plan is not None:
-            planned = Planned(plan, whole.program, others=partial(_others, joint, found, graph, search))
+            planned = Planned(plan, whole.program, others=partial(_others, joint, found, graph, search), like=Likely.of(found))
             if joint.in_time:
                 answers.put(question, planned)
             return planned

@@ -1,7 +1,7 @@
 """The folded problem in parts, at prices of memory: what no plan of a point pays less for."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeVar
@@ -47,6 +47,11 @@ class Relaxed:
         first, last = (solve(self.folded.part(side), use_ilp="never").bound_s for side in (1, 2))
         return first, last
 
+    def end_bytes(self) -> tuple[float, float]:
+        """No plan holds less of what is before and behind the run, of one microbatch: every table's least."""
+        first, last = (self._least_bytes(self.folded.part(side), self.folded.nodes_of(side)) for side in (1, 2))
+        return sum(first), sum(last)
+
     @cached_property
     def _block(self) -> Prepared:
         """All blocks alone, with the activations of one microbatch."""
@@ -87,10 +92,14 @@ class Relaxed:
     @cached_property
     def least_bytes(self) -> tuple[float, float]:
         """No plan of the blocks has less state, or keeps less of a microbatch: every table's least."""
-        problem = self._block.shrunk.problem
+        return self._least_bytes(self._block.shrunk.problem, self.folded.nodes_of(0))
+
+    def _least_bytes(self, problem: SearchProblem, nodes: Sequence[int]) -> tuple[float, float]:
+        """Of the state, and kept: of a part whose nodes are these of the folded problem."""
         least = [float(node.memory_bytes.min()) for node in problem.nodes]
         moved = (float(edge.memory_bytes.min()) for edge in problem.edges if edge.memory_bytes is not None)
-        return self.standing * sum(least[n] for n in self._block_params), sum(held for n, held in enumerate(least) if n not in self._block_params) + sum(moved)
+        state = sum(held for n, held in zip(nodes, least, strict=True) if n in self.params)
+        return self.standing * state, sum(held for n, held in zip(nodes, least, strict=True) if n not in self.params) + sum(moved)
 
     def _vertex(self, found: Minimum) -> Vertex:
         seconds, held = self._block.terms.of_plan(found.choices)

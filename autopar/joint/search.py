@@ -27,6 +27,7 @@ from autopar.joint.deep import shifted
 from autopar.joint.early import Early, tried
 from autopar.joint.given import Given
 from autopar.joint.known import without_memory
+from autopar.joint.likely import planned_like
 from autopar.joint.space import Ideal, Point, points
 from autopar.planner.search import Options
 
@@ -140,7 +141,8 @@ class JointSearch(Given):
 
     def _best_first(self, heap: list["Waiting"], ahead: Ahead, clock: Clock) -> Joint:
         num_points, looked, closed = len(heap), [len(heap), 0, 0, 0, 0], math.inf
-        found = self._early(heap, ahead.searches, clock, looked) if self.options.has_budget else []
+        like = planned_like(self.options.row or (), ahead.searches, self.limit_bytes) if not self.options.has_budget else []
+        found = self._early(heap, ahead.searches, clock, looked) if self.options.has_budget else list(like)
         best = min((made.step_s for made in found), default=math.inf)
         planned: list[tuple[float, PointSearch]] = []
         ready: list[Waiting] = []  # to be planned, by what they promise
@@ -170,14 +172,15 @@ class JointSearch(Given):
                 best = min(best, made.step_s)
         closed = min([closed, *(waiting.bound for waiting in ready)])
         in_time = not ready and (not heap or heap[0].key >= best * (1 - self.gap))
-        while heap and heap[0].level < PROMISING and heap[0].key < min(best, closed) < math.inf and in_time and self._may_end_late(clock, LEVELS[heap[0].level]):
+        further = in_time and self.options.row is None
+        while heap and heap[0].level < PROMISING and heap[0].key < min(best, closed) < math.inf and further and self._may_end_late(clock, LEVELS[heap[0].level]):
             if not self._raised(heap, clock):
                 self._tighten(heap, heapq.heappop(heap), looked, ahead)
         rest = heap[0].key if heap else math.inf
         if min(closed, rest) < best * (1 - self.gap) <= rest and in_time and self._may_end_late(clock, LEVELS[2]):
             closed = self._by_cases([(waiting.bound, waiting.search) for waiting in ready] + planned, best * (1 - self.gap), clock)
         bound = min(closed, rest)
-        if bound < best * (1 - self.gap) and self._may_end_late(clock, FINER):
+        if bound < best * (1 - self.gap) and not like and self._may_end_late(clock, FINER):
             self._look_further(found, planned, best, clock, self.helpers if ahead.started else 0)
         if not found:
             raise InfeasibleError(
@@ -261,7 +264,7 @@ class JointSearch(Given):
 
     def _look_further(self, found: list[Found], planned: Sequence[tuple[float, PointSearch]], best: float, clock: Clock, helpers: int) -> None:
         """Adds what is better: at the few points of the best plans, and, while there is time, at those that may be far better than what was found."""
-        near = [made.search for made in sorted(found, key=lambda made: made.step_s)[:FINE]]
+        near = list({made.point: made.search for made in sorted(found, key=lambda made: made.step_s)}.values())[:FINE]
         with Ahead(near, [_finer], helpers) as ahead:
             if len(near) > 1:
                 ahead.start()

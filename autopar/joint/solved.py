@@ -51,6 +51,12 @@ class Solved:
     def least_bytes(self) -> tuple[float, float]:
         return self._asked(lambda relaxed: relaxed.least_bytes, "least bytes")
 
+    @property
+    def end_bytes(self) -> tuple[float, float]:
+        """What is before and behind the run holds at least, of one microbatch, in any form."""
+        first, last = zip(*(form._asked(Relaxed.end_bytes, "end bytes") for form in self.forms))
+        return min(first), min(last)
+
     def parts_of(self, choices: tuple[int, ...]) -> Parts:
         """The same as `parts` of one sharding."""
         return self._asked(lambda relaxed: relaxed.parts_of(choices), "parts of", choices)

@@ -168,9 +168,13 @@ class PointTables:
                 self.answers[asked] = None if found is None else tuple([0 if n in self.whole.modes else c for n, c in enumerate(found)])
         return list(dict.fromkeys(choices for asked in asking if (choices := self.answers[asked]) is not None))
 
+    def choices(self, sharding: Sharding) -> tuple[int, ...] | None:
+        """None where the sharding is that of another machine or batch."""
+        return next((choices for choices, found in self._shardings.items() if found is sharding), None)
+
     def asked_for(self, sharding: Sharding) -> tuple[Asked, ...]:
         """The questions that it is the answer to, of those that were asked."""
-        choices = next((choices for choices, found in self._shardings.items() if found is sharding), None)
+        choices = self.choices(sharding)
         return tuple(asked for asked, found in self.answers.items() if isinstance(asked, Asked) and found == choices and asked.fixed is None)
 
     def _least(self, asked: Asked) -> tuple[int, ...] | None:

@@ -1,7 +1,7 @@
 """How a plan is made, step by step."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -40,12 +40,13 @@ many times faster."""
 @dataclass(frozen=True)
 class Planned:
     """A plan with the program it stands for, and what it was chosen from: the best of each mesh and pipeline, the fastest first, where these were searched
-    one by one. `others`: the best so many plans that were not taken."""
+    one by one. `others`: the best so many plans that were not taken; `like`: what a joint search on another machine may begin with."""
 
     plan: Plan
     program: Program
     candidates: tuple[Candidate, ...] = ()
     others: Callable[[int], tuple[Plan, ...]] = lambda number: ()
+    like: Hashable = None
 
 
 def plan_graph(

@@ -1,7 +1,7 @@
 """The best plan on one mesh that fits: the search's linear model of memory proposes, the liveness of the program decides."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Self
@@ -43,7 +43,8 @@ class Options:
     `micro_batches`, of which a pipeline may choose another number where they are free; `offload`: optimizer state lives on the host; `pipelines`: they are
     looked at even where no pin asks for one and a plan without fits; `joint`: deep models are searched by `autopar/joint`, None: on several nodes, and on one where memory is short. `time_limit_s`: of the search of
     one mesh, or of the joint search behind its first plan. `budget_s`: of a joint search from its beginning; `budget_points`: so many points it
-    plans at most, beside those that it planned before with another limit of memory, and it bounds none at a cost."""
+    plans at most, beside those that it planned before with another limit of memory, and it bounds none at a cost. `row`: of a joint search on one of a row of
+    machines, plans of others (`Planned.like`), which it begins with; its bound goes no further than to show that the best of all is near enough."""
 
     pins: Sequence[str] = ()
     mesh: Mesh | None = None
@@ -58,6 +59,7 @@ class Options:
     joint: bool | None = None
     budget_s: float = math.inf
     budget_points: int | None = None
+    row: tuple[Hashable, ...] | None = None
 
     @property
     def has_budget(self) -> bool:

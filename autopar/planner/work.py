@@ -111,6 +111,17 @@ class _Pieces:
         return 1.0 if v in self.weights else 1.0 / self.parts
 
     def _op(self, i: int) -> tuple[float, ...]:
+        op, rule = self.graph.ops[i], self.program.rules[i]
+        of_weights, fused = (tuple([v in some for v in (*op.operands, *op.results)]) for some in (self.weights, self.fused))
+        produced = tuple([self.program.produced[v] for v in op.results])
+        key = ("operator", id(rule), self.program.strategies[i], produced, of_weights, fused, i in self.block, self.parts)
+        _, (forward, inputs, weights), (inside, inside_back) = self.pricing.kept(key, lambda: (rule, *self._alone(i)))  # the rule beside it: an id is only a name while its object lives
+        again, watched = forward * self._computed_again(i), self._watched_s(i)
+        return (forward + inside + watched, inputs + again + inside_back + watched, weights, 0.0, 0.0, 0.0)
+
+    def _alone(self, i: int) -> tuple[tuple[float, float, float], tuple[float, float]]:
+        """Seconds of an operator that is not computed again: its forward and the halves of its backward, and of the collectives inside it. Operators of one rule
+        object are of one kind and size."""
         program, graph = self.program, self.graph
         op, rule, strategy = graph.ops[i], program.rules[i], program.strategies[i]
         moved = sum(program.local_bytes(v, program.needed(i, k)) * self._share(v) for k, v in enumerate(op.operands) if v not in self.fused)
@@ -126,9 +137,7 @@ class _Pieces:
         inputs, weights = _halves(backward, differentiable, self.weights) if op.kind in SPLIT else (backward, 0.0)
         if not self.fused.isdisjoint(op.results):  # its launch is that of the operator it is fused with
             forward, inputs = (max(0.0, s - self.pricing.cluster.device.kernel_launch_s) for s in (forward, inputs))
-        again, watched = forward * self._computed_again(i), self._watched_s(i)
-        inside, inside_back = self._inner(i, bool(backward), share)
-        return (forward + inside + watched, inputs + again + inside_back + watched, weights, 0.0, 0.0, 0.0)
+        return (forward, inputs, weights), self._inner(i, bool(backward), share)
 
     def _watched_s(self, i: int) -> float:
         """What keeping its result adds to an operator, in each direction."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from autopar.core import forked
-from autopar.core.forked import Say, found_of_row, most_processes
+from autopar.core.forked import Say, Told, found_of_row, most_processes
 
 needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="processes cannot be forked here")
 
@@ -18,13 +18,13 @@ def squares(number: int, processes: int, say: Say = lambda text: None, fault: Ca
     """With a `fault` at every third place, but not in this process."""
     here = os.getpid()
 
-    def find(n: int, say: Say) -> int:
+    def find(n: int, told: Told, say: Say) -> int:
         say(f"at {n}")
         if os.getpid() != here and n % 3 == 2:
             fault()
         return n * n
 
-    return found_of_row(find, number, processes, say)
+    return found_of_row(find, number, processes, say, lambda square: square)
 
 
 @needs_fork
@@ -38,17 +38,28 @@ def test_a_row_is_in_order_whoever_finds_it(number: int, processes: int) -> None
 
 
 @needs_fork
-def test_each_goes_along_its_own_part_and_helps_at_the_end_of_the_longest() -> None:
-    def find(n: int, say: Say) -> tuple[int, float]:
+@pytest.mark.parametrize("processes", [0, 1, 2, 4])
+@pytest.mark.parametrize("number", [1, 2, 7])
+def test_all_but_the_ends_are_told_of_both(number: int, processes: int) -> None:
+    found = found_of_row(lambda n, told, say: (n, told), number, processes, lambda text: None, lambda pair: pair[0])
+    ends = {0, number - 1}
+    assert found == [(n, () if n in ends else (0, number - 1)) for n in range(number)]
+
+
+@needs_fork
+def test_each_goes_inwards_along_its_own_part_and_helps_at_the_end_of_the_longest() -> None:
+    def find(n: int, told: Told, say: Say) -> tuple[int, float]:
         time.sleep(0.2 if n >= 6 else 0.01)
         return os.getpid(), time.monotonic()
 
-    found = found_of_row(find, 12, 2, lambda text: None)
-    first, second = found[0][0], found[6][0]
+    found = found_of_row(find, 12, 2, lambda text: None, lambda found: None)
+    first, second = found[0][0], found[11][0]
     assert first != second and all(found[n][0] == first for n in range(6))
     shared = [found[n][0] for n in range(6, 12)]
-    assert shared == sorted(shared, key=lambda process: process != second) and shared[-1] == first
+    assert shared == sorted(shared, key=lambda process: process == second) and shared[0] == first
     assert [found[n][1] for n in range(6)] == sorted(found[n][1] for n in range(6))
+    own = [at for process, at in found if process == second]
+    assert own == sorted(own, reverse=True)
 
 
 @needs_fork
@@ -67,11 +78,11 @@ def test_what_processes_fail_at_is_found_here(monkeypatch: pytest.MonkeyPatch) -
 
 @needs_fork
 def test_an_error_is_that_of_this_process() -> None:
-    def find(n: int, say: Say) -> int:
+    def find(n: int, told: Told, say: Say) -> int:
         raise ValueError(f"{n} in {os.getpid()}")
 
     with pytest.raises(ValueError, match=f"in {os.getpid()}"):
-        found_of_row(find, 4, 2, lambda text: None)
+        found_of_row(find, 4, 2, lambda text: None, lambda found: found)
     assert not multiprocessing.active_children()
 
 
@@ -92,7 +103,7 @@ def test_no_process_is_left_behind_by_an_interrupt(capfd: pytest.CaptureFixture[
 
 @needs_fork
 def test_processes_of_a_row_have_none_of_their_own() -> None:
-    assert found_of_row(lambda n, say: most_processes(), 2, 2, lambda text: None) == [0, 0]
+    assert found_of_row(lambda n, told, say: most_processes(), 2, 2, lambda text: None, lambda found: found) == [0, 0]
 
 
 def test_there_is_none_for_one_core(monkeypatch: pytest.MonkeyPatch) -> None:

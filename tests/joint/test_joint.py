@@ -209,6 +209,20 @@ def test_plans_bind_to_the_whole_graph_alike_every_time() -> None:
     assert planned().plan.to_json() == plan.to_json()
 
 
+@pytest.mark.parametrize("case", POINTS)
+def test_what_is_before_and_behind_the_blocks_holds_no_less_than_bounds_count(case: str) -> None:
+    """Beside all blocks of a rank that has both, or of a first rank."""
+    point, order, zero = POINTS[case]
+    search = PointSearch(joint_search(LLAMA, A100, point.num_microbatches * point.samples, (f"zero={zero}",)), point)
+    search.fitting_s()
+    first, last = search.tables.side("whole").end_bytes
+    assert first > 0 and last > 0
+    for choices in search.tables.chosen(search.first()):
+        deep = search.tables.sharding(choices).leanest(order)
+        unseen = search.tables.side("whole").figures(choices).unseen_bytes(deep)
+        assert unseen >= first + (last if order.num_ranks == 1 else 0.0)
+
+
 def test_what_does_not_fit_says_so() -> None:
     with pytest.raises(InfeasibleError, match="none of"):
         joint_search(LLAMA, replace(A100, devices_per_node=2), 2, memory_share=0.01).search()
