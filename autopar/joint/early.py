@@ -74,16 +74,24 @@ class Early:
     def plan(self) -> None:
         """By those that are likely on this one."""
         asked = [asked for tried in self.tried[:FEW] for asked in tried.asked]
+        before = {tried.point: tried for tried in self.tried} if self.here else {}
         for search in self._upcoming():
-            new = not self.here or search.point not in self._before
-            if (new and self._num_new >= (self.most if self.found else max(self.most, MOST))) or not self._goes_on(LIKELY):
+            new, like = search.point not in before, before.get(search.point)
+            if (new and self._num_new >= (self.most if self.found else max(self.most, MOST))) or not self._goes_on(SHARDING if like is not None else LIKELY):
                 break
             self._num_new += new
             self._seen.add(search.point)
-            with self.clock.timed(LIKELY):
-                likely = list(dict.fromkeys((*asked, *search.likely())))
-                search.tables.chosen(likely)
-            self._add(search, search.plan(self._limit_bytes(search), self.best_s * SLACK, lambda likely=likely: likely, lambda: not self.clock.allows(SHARDING)))
+            below_s = self.best_s * SLACK
+            if like is not None:  # what its sharding takes now tells which others are worth a look
+                with self.clock.timed(SHARDING):
+                    made = plan_like(search, like, self._limit_bytes(search), below_s)
+                below_s = made.step_s if made is not None else below_s
+                self._add(search, made)
+            if self._goes_on(LIKELY):
+                with self.clock.timed(LIKELY):
+                    likely = list(dict.fromkeys((*asked, *search.likely())))
+                    search.tables.chosen(likely)
+                self._add(search, search.plan(self._limit_bytes(search), below_s, lambda likely=likely: likely, lambda: not self.clock.allows(SHARDING)))
 
     def _add(self, search: PointSearch, made: Found | None) -> None:
         if made is not None and made.step_s < self.best_s:

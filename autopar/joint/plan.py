@@ -1,6 +1,6 @@
 """The plan of what the joint search found: its decisions on the whole graph, priced and walked there as every plan is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -100,10 +100,13 @@ def planned_jointly(search: JointSearch, graph: Callable[[int], OpGraph], tokens
     if (known := answers.get((search.free_question, tokens)) or answers.get(question)) is not None:
         return known
     joint = search.search()
-    left = list(joint.found)
+    left, seen = list(joint.found), set[Hashable]()
     while left:
         found = min(left, key=lambda f: f.step_s)
         left.remove(found)
+        if (same := _same(found, search.options.has_budget)) in seen:
+            continue
+        seen.add(same)
         with clock.timed(FINISHED):
             whole = on_whole_graph(found.deep, graph(found.point.samples))
             plan = _plan(joint, found, whole, search.cluster, tokens) if whole.memory.high_bytes <= search.limit_bytes else None
@@ -119,6 +122,13 @@ def planned_jointly(search: JointSearch, graph: Callable[[int], OpGraph], tokens
         f"every plan found for {whole.program.graph.name} holds more than {size(search.limit_bytes)} of a device's memory, the last "
         f"{size(whole.memory.high_bytes)}; pin zero=3 or recompute=full+gather, or use more nodes"
     )
+
+
+def _same(found: Found, hurried: bool) -> Hashable:  # noqa: FBT001
+    """Equal of plans of which one need not be looked at: it is the same on the whole graph, and if nothing is hurried, for which each is planned again within
+    what it was made for, all that follows from it is."""
+    deep = found.deep
+    return found.point, id(found.sharding), deep.light.mode, deep.heavy.mode, deep.order, deep.depths, deep.late, None if hurried else found.limit_bytes
 
 
 def _again(found: Found, limit_bytes: float, hurried: bool) -> list[Found]:

@@ -187,10 +187,18 @@ class Staged:
 
     def _in_flight(self, stage: int) -> int:
         """Microbatches between the begin of their forward and the end of their backward, at most."""
-        spans = [span for span in self.timeline.spans if span.lane == "compute" and span.action.stage == stage]
-        changes = [(span.start_s, 1) for span in spans if span.action.kind is Kind.F]
-        changes += [(span.end_s, -1) for span in spans if span.action.kind in (Kind.B, Kind.W)]
-        return max(accumulate(change for _, change in sorted(changes)))
+        return max(accumulate([change for _, change in sorted(self._begun_and_ended[stage])]))
+
+    @cached_property
+    def _begun_and_ended(self) -> tuple[list[tuple[float, int]], ...]:
+        """By stage, when microbatches begin their forward and end their backward: one more in flight, or one less."""
+        found: tuple[list[tuple[float, int]], ...] = tuple([] for _ in self.stages.stages)
+        for span in self.timeline.spans:
+            if span.action.kind is Kind.F:
+                found[span.action.stage].append((span.start_s, 1))
+            elif span.action.kind in (Kind.B, Kind.W):
+                found[span.action.stage].append((span.end_s, -1))
+        return found
 
     def _sent_bytes(self, stage: int) -> int:
         stages, placement = self.stages, self.stages.placement
