@@ -37,7 +37,7 @@ SHARDING, LIKELY = "a plan of a sharding", "likely shardings"
 @dataclass
 class Early:
     """`searches`: the points; `tried`: those that were planned before, the best first, `here`: on this machine, for this batch. Of others so many are
-    planned at `most`."""
+    planned at `most`; if none, only the best point by more than the sharding that it had."""
 
     searches: Sequence[PointSearch]
     tried: Sequence[Tried]
@@ -86,6 +86,8 @@ class Early:
                 with self.clock.timed(SHARDING):
                     made = plan_like(search, like, self._limit_bytes(search), below_s)
                 below_s = made.step_s if made is not None else below_s
+                if not self.most and (made is None or made.step_s >= self.best_s) and self.found:
+                    continue  # where no new points are wanted, slower ones are not planned any further
                 self._add(search, made)
             if self._goes_on(LIKELY):
                 with self.clock.timed(LIKELY):

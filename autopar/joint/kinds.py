@@ -32,8 +32,8 @@ FIRST, MIDDLE, LAST, ALL = range(4)
 SHOWN_BY = (1, 1, 1, SHOWN)
 """Blocks of the run in a stage of each kind."""
 
-STATE = ("parameters", "gradients", "optimizer", "temporaries")
-"""What a rank holds of blocks that do not compute; temporaries are those of the optimizer."""
+STATE = ("parameters", "gradients", "optimizer", "temporaries", "delivered")
+"""What a rank holds of blocks that do not compute; temporaries, and gradients as they are delivered, are those of the optimizer step."""
 
 T = TypeVar("T")
 

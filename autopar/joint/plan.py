@@ -1,5 +1,6 @@
 """The plan of what the joint search found: its decisions on the whole graph, priced and walked there as every plan is."""
 
+import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
@@ -134,7 +135,11 @@ def _same(found: Found, hurried: bool) -> Hashable:  # noqa: FBT001
 def _again(found: Found, limit_bytes: float, hurried: bool) -> list[Found]:
     """Plans of the same point within less."""
     search = found.search
-    made = (search.planned(found.sharding, limit_bytes), search.plan(limit_bytes, asking=search.likely)) if hurried else (search.plan(limit_bytes),)
+    if not hurried:
+        made = (search.plan(limit_bytes),)
+    else:
+        like = search.planned(found.sharding, limit_bytes)
+        made = like, search.plan(limit_bytes, like.step_s if like is not None else math.inf, search.likely)
     return [again for again in made if again is not None]
 
 

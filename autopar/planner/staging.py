@@ -132,7 +132,7 @@ class Staged:
         beside = Beside(
             parameters=sum(o.parameters for o in others) + sum(lasting.values()), gradients=sum(o.gradients for o in others), optimizer=sum(o.optimizer for o in others),
             activations=max(0, in_flight), communication=RECEIVES_AHEAD * message, unsettled=SENDS_BEHIND * len(here) * message,
-            temporaries=0 if self.engine.one_by_one else sum(o.temporaries for o in others),
+            temporaries=0 if self.engine.one_by_one else sum(o.temporaries for o in others), delivered=sum(o.delivered for o in others),
         )  # fmt: skip
         return fullest(self._moments[number], beside)
 
