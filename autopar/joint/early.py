@@ -3,7 +3,8 @@
 Points that earlier searches of the model planned are planned again first, for the machine, batch and memory that are asked for: by the shardings that they had, where
 mesh and microbatches are the same, and by those that the same questions find. Where nothing is known, a point of each number of ranks is. Then those next to the best
 plan's point, as long as there are any: better plans move on to others. With less memory no point has a faster plan than with more; so what was no faster than the best
-plan is now, is not planned again. Nothing rests on this but which plans there are when the time is over.
+plan is now, is not planned again. A point that had a plan begins with the sharding of that, which tells at once what others are worth. Nothing rests on this but
+which plans there are when the time is over.
 """
 
 import math
@@ -30,7 +31,7 @@ FEW = 4
 MOST = 8
 """Points that are planned where none has a plan yet."""
 
-SHARDING, LIKELY = "a plan of a sharding", "likely shardings"
+SHARDING, LIKELY = "a plan of a sharding", "plans of likely shardings"
 """Kinds of work."""
 
 
@@ -85,15 +86,16 @@ class Early:
             if like is not None:  # what its sharding takes now tells which others are worth a look
                 with self.clock.timed(SHARDING):
                     made = plan_like(search, like, self._limit_bytes(search), below_s)
+                if not self.most and self.found and (made is None or made.step_s >= self.best_s):  # slower, and no more is wanted of it
+                    self.now[search.point] = tried(made) if made is not None else replace(like, step_s=below_s, limit_bytes=self.limit_bytes)
+                    continue
                 below_s = made.step_s if made is not None else below_s
-                if not self.most and (made is None or made.step_s >= self.best_s) and self.found:
-                    continue  # where no new points are wanted, slower ones are not planned any further
                 self._add(search, made)
             if self._goes_on(LIKELY):
                 with self.clock.timed(LIKELY):
                     likely = list(dict.fromkeys((*asked, *search.likely())))
-                    search.tables.chosen(likely)
-                self._add(search, search.plan(self._limit_bytes(search), below_s, lambda likely=likely: likely, lambda: not self.clock.allows(SHARDING)))
+                    made = search.plan(self._limit_bytes(search), below_s, lambda likely=likely: likely, lambda: not self.clock.allows(SHARDING))
+                self._add(search, made)
 
     def _add(self, search: PointSearch, made: Found | None) -> None:
         if made is not None and made.step_s < self.best_s:
