@@ -8,6 +8,7 @@ sends to receives. Format: "Trace Event Format", complete (X), counter (C), flow
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,14 @@ class Timeline:
         return max((span.end_s for span in self.spans), default=0.0)
 
     def busy_s(self, rank: int, lane: str = "compute") -> float:
-        return sum(span.end_s - span.start_s for span in self.spans if span.rank == rank and span.lane == lane)
+        return sum([span.end_s - span.start_s for span in self._by_lane.get((rank, lane), ())])
+
+    @cached_property
+    def _by_lane(self) -> dict[tuple[int, str], list[Span]]:
+        found: dict[tuple[int, str], list[Span]] = {}
+        for span in self.spans:
+            found.setdefault((span.rank, span.lane), []).append(span)
+        return found
 
     @property
     def bubble_fraction(self) -> float:
@@ -69,7 +77,14 @@ class Timeline:
         return sum(self.busy_s(rank) for rank in range(self.num_ranks))
 
     def peak_bytes(self, rank: int) -> int:
-        return max((level.held_bytes for level in self.levels if level.rank == rank), default=0)
+        return self._peaks.get(rank, 0)
+
+    @cached_property
+    def _peaks(self) -> dict[int, int]:
+        found: dict[int, int] = {}
+        for level in self.levels:
+            found[level.rank] = max(found.get(level.rank, level.held_bytes), level.held_bytes)
+        return found
 
     def peak_in_flight(self, rank: int) -> int:
         """Most (stage, microbatch) pairs at once whose forward has begun and whose backward has not ended."""

@@ -152,9 +152,9 @@ class Step:
         )
         activations = max(0, round(flight * sum(kept)) - kinds.kept_bytes[number])
         gradients += round(self._sums_beside * sum(kinds.gradients(self.depths[s], first=s == 0, last=s == last) for s in held))
-        beside = Beside(parameters=parameters, optimizer=optimizer, gradients=gradients, activations=activations)
+        beside = Beside(parameters=parameters, optimizer=optimizer, gradients=gradients, delivered=gradients, activations=activations)
         # of a single microbatch, gradients take the place of activations
-        moments = (beside,) if self.plan.num_microbatches > 1 else (replace(beside, gradients=0), replace(beside, activations=0))
+        moments = (beside,) if self.plan.num_microbatches > 1 else (replace(beside, gradients=0, delivered=0), replace(beside, activations=0))
         if number == 2 and self.plan.layout.whole_loss:
             moments = tuple(replace(moment, communication=self._loss_bytes) for moment in moments)
         program = kinds.stages.stages[number].program

@@ -273,22 +273,29 @@ class PointSearch:
 
     # --- plans -----------------------------------------------------------------------------------------------------------
 
-    def plan(self, limit_bytes: float, below_s: float = math.inf, asking: Callable[[], Iterable[Asked]] | None = None, ended: Callable[[], bool] = bool) -> Found | None:
+    def plan(self, limit_bytes: float, below_s: float = math.inf, asking: Callable[[], Iterable[Asked]] | None = None, ended: Callable[[], bool] | None = None) -> Found | None:
         """The best plan of the point within a limit that takes less than `below_s`: every sharding that is asked for and may be best, every order, as little
         recomputation as fits.
 
         The most promising sharding is planned first: what a rank holds beside what the linear model counts is about the same for all, so that of the first will do.
-        `ended`: whether there is no time for another.
+        `ended`: of a search in a hurry, whether there is no time for another.
         """
         best: Found | None = None
         left, unseen = self.tables.chosen((asking or self.first)()), 0.0
-        while left := [choices for choices in left if self.least_s(choices, limit_bytes, below_s) < below_s]:
-            choices = self._soonest_of(left, limit_bytes - unseen, below_s) or left[0]
+
+        def may_be_best(choices: tuple[int, ...]) -> bool:
+            return self.least_s(choices, limit_bytes, below_s) < below_s
+
+        while left:
+            left = left if ended is not None else list(filter(may_be_best, left))
+            choices = self._soonest_of(left, limit_bytes - unseen, below_s) or next(filter(may_be_best, left), None)
+            if choices is None:
+                break
             left.remove(choices)
             sharding = self.tables.sharding(choices)
             made = self.planned(sharding, limit_bytes, below_s)
             best, below_s = (made, made.step_s) if made is not None else (best, below_s)
-            if ended():
+            if ended is not None and ended():
                 break
             unseen = unseen or max(0.0, self.tables.side("whole").figures(choices).unseen_bytes(made.deep if made else sharding.leanest(self.orders[0])))
         return best

@@ -3,7 +3,8 @@
 Points that earlier searches of the model planned are planned again first, for the machine, batch and memory that are asked for: by the shardings that they had, where
 mesh and microbatches are the same, and by those that the same questions find. Where nothing is known, a point of each number of ranks is. Then those next to the best
 plan's point, as long as there are any: better plans move on to others. With less memory no point has a faster plan than with more; so what was no faster than the best
-plan is now, is not planned again. Nothing rests on this but which plans there are when the time is over.
+plan is now, is not planned again. A point that had a plan begins with the sharding of that, which tells at once what others are worth. Nothing rests on this but
+which plans there are when the time is over.
 """
 
 import math
@@ -30,14 +31,14 @@ FEW = 4
 MOST = 8
 """Points that are planned where none has a plan yet."""
 
-SHARDING, LIKELY = "a plan of a sharding", "likely shardings"
+SHARDING, LIKELY = "a plan of a sharding", "plans of likely shardings"
 """Kinds of work."""
 
 
 @dataclass
 class Early:
     """`searches`: the points; `tried`: those that were planned before, the best first, `here`: on this machine, for this batch. Of others so many are
-    planned at `most`."""
+    planned at `most`; if none, only the best point by more than the sharding that it had."""
 
     searches: Sequence[PointSearch]
     tried: Sequence[Tried]
@@ -74,16 +75,27 @@ class Early:
     def plan(self) -> None:
         """By those that are likely on this one."""
         asked = [asked for tried in self.tried[:FEW] for asked in tried.asked]
+        before = {tried.point: tried for tried in self.tried} if self.here else {}
         for search in self._upcoming():
-            new = not self.here or search.point not in self._before
-            if (new and self._num_new >= (self.most if self.found else max(self.most, MOST))) or not self._goes_on(LIKELY):
+            new, like = search.point not in before, before.get(search.point)
+            if (new and self._num_new >= (self.most if self.found else max(self.most, MOST))) or not self._goes_on(SHARDING if like is not None else LIKELY):
                 break
             self._num_new += new
             self._seen.add(search.point)
-            with self.clock.timed(LIKELY):
-                likely = list(dict.fromkeys((*asked, *search.likely())))
-                search.tables.chosen(likely)
-            self._add(search, search.plan(self._limit_bytes(search), self.best_s * SLACK, lambda likely=likely: likely, lambda: not self.clock.allows(SHARDING)))
+            below_s = self.best_s * SLACK
+            if like is not None:  # what its sharding takes now tells which others are worth a look
+                with self.clock.timed(SHARDING):
+                    made = plan_like(search, like, self._limit_bytes(search), below_s)
+                if not self.most and self.found and (made is None or made.step_s >= self.best_s):  # slower, and no more is wanted of it
+                    self.now[search.point] = tried(made) if made is not None else replace(like, step_s=below_s, limit_bytes=self.limit_bytes)
+                    continue
+                below_s = made.step_s if made is not None else below_s
+                self._add(search, made)
+            if self._goes_on(LIKELY):
+                with self.clock.timed(LIKELY):
+                    likely = list(dict.fromkeys((*asked, *search.likely())))
+                    made = search.plan(self._limit_bytes(search), below_s, lambda likely=likely: likely, lambda: not self.clock.allows(SHARDING))
+                self._add(search, made)
 
     def _add(self, search: PointSearch, made: Found | None) -> None:
         if made is not None and made.step_s < self.best_s:

@@ -8,7 +8,7 @@ or not, each for itself: `Kinds` are made for every mode, and a `Mixture` has so
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -32,8 +32,8 @@ FIRST, MIDDLE, LAST, ALL = range(4)
 SHOWN_BY = (1, 1, 1, SHOWN)
 """Blocks of the run in a stage of each kind."""
 
-STATE = ("parameters", "gradients", "optimizer", "temporaries")
-"""What a rank holds of blocks that do not compute; temporaries are those of the optimizer."""
+STATE = ("parameters", "gradients", "optimizer", "temporaries", "delivered")
+"""What a rank holds of blocks that do not compute; temporaries, and gradients as they are delivered, are those of the optimizer step."""
 
 T = TypeVar("T")
 
@@ -48,11 +48,11 @@ class PerKind(Sequence[T]):
         return len(SHOWN_BY)
 
     def __getitem__(self, kind: int) -> T:
+        if kind in self._made:
+            return self._made[kind]
         if kind not in range(len(self)):
             raise IndexError(kind)
-        if kind not in self._made:
-            self._made[kind] = self._make(kind)
-        return self._made[kind]
+        return self._made.setdefault(kind, self._make(kind))
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,8 +190,7 @@ class Kinds:
         return {}
 
 
-@dataclass(frozen=True)
-class Depth:
+class Depth(NamedTuple):
     """Blocks of a stage, of which `heavy` are computed again in the second mode of a `Mixture`."""
 
     blocks: int
@@ -206,16 +205,17 @@ class Mixture:
     heavy: Kinds
     _costs: dict[tuple[int, Depth], StageCost] = field(default_factory=dict)
     _peaks: dict[tuple, MemoryUse] = field(default_factory=dict)
+    _least: dict[tuple, np.ndarray] = field(default_factory=dict)
 
     def cost(self, kind: int, depth: Depth) -> StageCost:
-        if (kind, depth) not in self._costs:
+        if (found := self._costs.get((kind, depth))) is None:
             forward, inputs, weights, gather, reduce, update = self._seconds(kind, depth)
             put_off = self.light.cut.put_off_bytes
-            self._costs[kind, depth] = StageCost(
+            found = self._costs[kind, depth] = StageCost(
                 forward_s=forward, input_gradient_s=inputs, weight_gradient_s=weights, gather_s=gather, reduce_s=reduce, step_s=update,
                 activation_bytes=self._kept(kind, depth), weight_activation_bytes=put_off[kind] + (depth.blocks - SHOWN_BY[kind]) * put_off[MIDDLE],
             )  # fmt: skip
-        return self._costs[kind, depth]
+        return found
 
     def _seconds(self, kind: int, depth: Depth) -> list[float]:
         """By phase, from those of the kinds under both modes."""
@@ -265,6 +265,12 @@ class Mixture:
         """[number + 1]: no `peak` is lower with so many blocks of the rank in the heavier mode, those of the first of its stages; `held`: kind and blocks by stage.
         No walk back is needed to know it: when the last of what is kept is made, parameters and optimizer state are there, and gradients of the stages that do
         not compute."""
+        key = order.schedule, order.num_ranks, order.num_microbatches, rank, tuple(held.items())
+        if key not in self._least:
+            self._least[key] = self._least_bytes(order, rank, held)
+        return self._least[key]
+
+    def _least_bytes(self, order: Order, rank: int, held: Mapping[int, tuple[int, int]]) -> np.ndarray:
         state, states = self._state(tuple(held.values())), self.light.cut.states
         least = state["parameters"] + state["optimizer"] + state["gradients"] - max(states[k].gradients for k, _ in held.values())
         numbers, before, kept = np.arange(sum(blocks for _, blocks in held.values()) + 1), 0, {}

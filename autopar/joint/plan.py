@@ -1,6 +1,7 @@
 """The plan of what the joint search found: its decisions on the whole graph, priced and walked there as every plan is."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -101,10 +102,13 @@ def planned_jointly(search: JointSearch, graph: Callable[[int], OpGraph], tokens
     if (known := answers.get((search.free_question, tokens)) or answers.get(question)) is not None:
         return known
     joint = search.search()
-    left = list(joint.found)
+    left, seen = list(joint.found), set[Hashable]()
     while left:
         found = min(left, key=lambda f: f.step_s)
         left.remove(found)
+        if (same := _same(found, search.options.has_budget)) in seen:
+            continue
+        seen.add(same)
         with clock.timed(FINISHED):
             whole = on_whole_graph(found.deep, graph(found.point.samples))
             plan = _plan(joint, found, whole, search.cluster, tokens) if whole.memory.high_bytes <= search.limit_bytes else None
@@ -122,10 +126,21 @@ def planned_jointly(search: JointSearch, graph: Callable[[int], OpGraph], tokens
     )
 
 
+def _same(found: Found, hurried: bool) -> Hashable:  # noqa: FBT001
+    """Equal of plans of which one need not be looked at: it is the same on the whole graph, and if nothing is hurried, for which each is planned again within
+    what it was made for, all that follows from it is."""
+    deep = found.deep
+    return found.point, id(found.sharding), deep.light.mode, deep.heavy.mode, deep.order, deep.depths, deep.late, None if hurried else found.limit_bytes
+
+
 def _again(found: Found, limit_bytes: float, hurried: bool) -> list[Found]:
     """Plans of the same point within less."""
     search = found.search
-    made = (search.planned(found.sharding, limit_bytes), search.plan(limit_bytes, asking=search.likely)) if hurried else (search.plan(limit_bytes),)
+    if not hurried:
+        made = (search.plan(limit_bytes),)
+    else:
+        like = search.planned(found.sharding, limit_bytes)
+        made = like, search.plan(limit_bytes, like.step_s if like is not None else math.inf, search.likely)
     return [again for again in made if again is not None]
 
 

@@ -52,6 +52,9 @@ PROMISING = 3
 EARLY = 8
 """Points that are planned early under a budget of seconds."""
 
+IN_TIME = 0.95
+"""Of the budget: works take longer than they did, and something lies between them."""
+
 HELPED_S = 5.0
 """Helpers are not worth to be forked for less."""
 
@@ -108,7 +111,7 @@ class JointSearch(Given):
         """Raises InfeasibleError where nothing fits. The time limit is for what comes after the first plan. A budget is for all: likely plans come first, and
         bounds take what is left of it."""
         clock = Clock(took_s=self.known.took_s)
-        clock.ends_in(self.options.budget_s - self.known.took_s.get(FINISHED, UNKNOWN_S))
+        clock.ends_in(IN_TIME * self.options.budget_s - self.known.took_s.get(FINISHED, UNKNOWN_S))
         heap: list[Waiting] = []
         free = self.options.free_micro_batches or self.pins.micro_batch is not None  # its number of samples is pinned, and what of dp follows is searched
         number = None if free else self.options.micro_batches

@@ -185,6 +185,8 @@ class Beside:
     communication: int = 0
     temporaries: int = 0
     """Of the optimizer step, where it updates all parameters at once."""
+    delivered: int = 0
+    """Gradients as the optimizer step finds them, in place of `gradients`."""
     unsettled: int = 0
     """What may be there or not, for the margin."""
 
@@ -217,14 +219,16 @@ def state_of(program: Program) -> Beside:
     trained = [h for h in holdings.parameters.values() if h.trained]
     gradients = sum(h.working if h.stage < 2 else h.reduced for h in trained)
     updated = 0 if program.residency.offload else sum(h.stored for h in trained)
-    return Beside(parameters=parts["parameters"], gradients=gradients, optimizer=parts["optimizer"], temporaries=updated)
+    return Beside(parameters=parts["parameters"], gradients=gradients, optimizer=parts["optimizer"], temporaries=updated, delivered=updated)
 
 
 def fullest(alone: Iterable[MemoryUse], beside: Beside) -> MemoryUse:
     """Of the moments of a program, with what lies beside it: all the time but for activations and messages, which are gone when the optimizer steps."""
     found = []
     for moment in alone:
-        other = replace(beside, activations=0, communication=0, unsettled=0) if moment.moment == UPDATE else replace(beside, temporaries=0)
+        other = replace(beside, temporaries=0)
+        if moment.moment == UPDATE:
+            other = replace(beside, gradients=beside.delivered, activations=0, communication=0, unsettled=0)
         parts = {part: size + getattr(other, part) for part, size in moment.parts}
         peak = replace(moment, **parts)
         found.append(peak.with_margin(round(MARGIN * (peak.activations + peak.temporaries + peak.communication)) + other.unsettled))

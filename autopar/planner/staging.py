@@ -132,7 +132,7 @@ class Staged:
         beside = Beside(
             parameters=sum(o.parameters for o in others) + sum(lasting.values()), gradients=sum(o.gradients for o in others), optimizer=sum(o.optimizer for o in others),
             activations=max(0, in_flight), communication=RECEIVES_AHEAD * message, unsettled=SENDS_BEHIND * len(here) * message,
-            temporaries=0 if self.engine.one_by_one else sum(o.temporaries for o in others),
+            temporaries=0 if self.engine.one_by_one else sum(o.temporaries for o in others), delivered=sum(o.delivered for o in others),
         )  # fmt: skip
         return fullest(self._moments[number], beside)
 
@@ -187,10 +187,18 @@ class Staged:
 
     def _in_flight(self, stage: int) -> int:
         """Microbatches between the begin of their forward and the end of their backward, at most."""
-        spans = [span for span in self.timeline.spans if span.lane == "compute" and span.action.stage == stage]
-        changes = [(span.start_s, 1) for span in spans if span.action.kind is Kind.F]
-        changes += [(span.end_s, -1) for span in spans if span.action.kind in (Kind.B, Kind.W)]
-        return max(accumulate(change for _, change in sorted(changes)))
+        return max(accumulate([change for _, change in sorted(self._begun_and_ended[stage])]))
+
+    @cached_property
+    def _begun_and_ended(self) -> tuple[list[tuple[float, int]], ...]:
+        """By stage, when microbatches begin their forward and end their backward: one more in flight, or one less."""
+        found: tuple[list[tuple[float, int]], ...] = tuple([] for _ in self.stages.stages)
+        for span in self.timeline.spans:
+            if span.action.kind is Kind.F:
+                found[span.action.stage].append((span.start_s, 1))
+            elif span.action.kind in (Kind.B, Kind.W):
+                found[span.action.stage].append((span.end_s, -1))
+        return found
 
     def _sent_bytes(self, stage: int) -> int:
         stages, placement = self.stages, self.stages.placement

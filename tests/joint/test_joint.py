@@ -20,6 +20,7 @@ from autopar.joint.search import JointSearch
 from autopar.joint.space import Ideal, Point, points
 from autopar.planner.bind import bind
 from autopar.planner.blocks import Order
+from autopar.planner.held import UPDATE
 from autopar.planner.liveness import Engine
 from autopar.planner.plan import Planned
 from tests.joint.models import GPT, LLAMA, graphs, joint_search, programs
@@ -53,6 +54,20 @@ def test_stages_from_three_blocks_are_those_of_the_whole_graph(dims, case: str, 
         assert ours.activation_bytes == pytest.approx(its.activation_bytes, rel=0.01)
     assert deep.step_s == pytest.approx(whole.step_s, rel=0.01)
     assert deep.memory.high_bytes == pytest.approx(whole.memory.high_bytes, rel=0.06)  # likewise, in small models
+
+
+@pytest.mark.parametrize("case", ["whole", "interleaved"])
+def test_gradients_that_the_optimizer_finds_are_seen_of_all_blocks(case: str) -> None:
+    """In float32, of a model in bfloat16 with next to no activations."""
+    dims, (point, order, _) = replace(LLAMA, seq=64), POINTS[case]
+    joint = joint_search(dims, A100, point.num_microbatches * point.samples, ("zero=1",))
+    search = PointSearch(joint, point)
+    search.ideal_s(Ideal(A100, joint.run, joint.task))
+    sharding = Sharding.of(next(programs(search)), search.pricing, joint.run, Engine.of(A100), ("full",))
+    deep = sharding.leanest(order)
+    whole = on_whole_graph(deep, graphs(dims, dims.layers)(point.samples)).memory
+    assert deep.memory.moment == whole.moment == UPDATE
+    assert deep.memory.high_bytes == pytest.approx(whole.high_bytes, rel=1e-3)
 
 
 def test_least_steps_are_under_all_cuts_of_random_stages() -> None:
