@@ -144,9 +144,9 @@ class PointSearch:
         self._tell(self.priced, least, self.joint.limit_bytes)
         return least
 
-    def case_s(self, priced: Callable[[str], Priced]) -> float:
-        """The same of a part of the shardings, which are `priced` by side."""
-        return self._fitting_s(priced)
+    def case_s(self, priced: Callable[[str], Priced], *, roughly: bool) -> float:
+        """The same of a part of the shardings, which are `priced` by side; or as `rough_s`."""
+        return self._fitting_s(priced, roughly=roughly)
 
     def _priced(self, side: str) -> Priced:
         if side not in self.priced:

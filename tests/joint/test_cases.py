@@ -3,11 +3,16 @@
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import combinations, product
+from random import Random
 
 from autopar.core.cluster import Cluster
-from autopar.joint.at_point import PointSearch
-from autopar.joint.cases import Case, bound_by_cases, parted
+from autopar.core.residency import GATHER, MODES
+from autopar.joint.at_point import TOLERANCE, PointSearch
+from autopar.joint.cases import Case, bound_by_cases, by_modes, part_s, parted
+from autopar.joint.deep import mixed
 from autopar.joint.space import Ideal, points
+from autopar.joint.tables import ROUGH
 from tests.joint.models import GPT, joint_search
 
 WIDE = replace(GPT, layers=8, hidden=8192, heads=64, kv_heads=64, inner=32768)
@@ -43,7 +48,46 @@ def test_no_higher_bound_is_looked_for_than_is_enough() -> None:
     assert bound_by_cases(search, math.inf, lambda: False) == bound
 
 
-def test_parts_are_all_of_a_case_and_share_nothing() -> None:
+def test_a_choice_of_a_case_is_in_one_of_its_parts() -> None:
+    random = Random(0)
     for search in searches(0.1):
-        ((node, lean),), ((same, other),) = parted(search, Case(search.fitting_s(), (), search.priced))
-        assert node == same and sorted((*lean, *other)) == list(range(search.tables.sizes[node])) and lean and other
+        steps = [(dict(little), dict(much)) for little, much in parted(search, Case(search.fitting_s(), (), search.priced))]
+        parts = [little for little, _ in steps] + [steps[-1][1]]
+        assert len(parts) > 2
+        for _ in range(200):
+            chosen = [random.randrange(size) for size in search.tables.sizes]
+            assert sum(all(chosen[node] in left for node, left in part.items()) for part in parts) == 1
+
+
+def test_whatever_two_modes_a_plan_mixes_it_is_in_a_part() -> None:
+    """They are told apart where all but one pair are known to take longer than is asked for."""
+    for search in searches(0.15):
+        ((node, modes),) = search.tables.whole.modes.items()
+        whole = Case(search.fitting_s(), (), search.priced)
+        assert by_modes(search, whole, math.inf) == [whole]  # each would have to be parted
+        _, second, _ = sorted(_bounds(search, ROUGH).values())
+        parts = by_modes(search, whole, second)
+        pairs = [dict(part.states)[node] for part in parts]
+        assert all(any({*some} <= {*pair} for pair in pairs) for some in product(range(len(modes)), repeat=2))
+        assert all(whole.bound_s <= part.bound_s for part in parts) and second <= parts[1].bound_s
+
+
+def test_plans_of_two_modes_take_no_less_than_their_part() -> None:
+    looked = 0
+    for search in searches(0.15):
+        bounds = _bounds(search, TOLERANCE)
+        for choices in search.tables.chosen(search.first())[:3]:
+            sharding = search.tables.sharding(choices)
+            for order, pair in product(search.orders, combinations(sharding.modes, 2)):
+                number = sorted({MODES.index(kinds.mode.removesuffix(GATHER)) for kinds in pair})
+                made = mixed(replace(sharding, given=tuple(kinds.mode for kinds in pair)), order, sharding.even(order.num_stages), search.joint.limit_bytes, math.inf)
+                if made is not None and len(number) == 2:
+                    assert bounds[tuple(number)] <= made.step_s
+                    looked += 1
+    assert looked > 10
+
+
+def _bounds(search: PointSearch, tolerance: float) -> dict[tuple[int, ...], float]:
+    """By pair of modes, without what is known of all."""
+    ((node, modes),) = search.tables.whole.modes.items()
+    return {pair: part_s(search, ((node, pair),), {}, tolerance) for pair in combinations(range(len(modes)), 2)}
