@@ -110,7 +110,7 @@ class PointSearch:
         def priced(side: str) -> Priced:
             return found.setdefault(side, Priced(self.tables.side(side), self.tables.rough(side)))
 
-        least = SAFE * self._fitting_s(priced, roughly=True)
+        least = SAFE * self.within_s(priced, roughly=True)
         self._tell(found, least, self.joint.limit_bytes)
         return least
 
@@ -140,13 +140,9 @@ class PointSearch:
 
     def fitting_s(self) -> float:
         """The bound under the memory limit of every rank, by the linear model of memory; inf where not even that can be met."""
-        least = self._fitting_s(self._priced)
+        least = self.within_s(self._priced)
         self._tell(self.priced, least, self.joint.limit_bytes)
         return least
-
-    def case_s(self, priced: Callable[[str], Priced], *, roughly: bool) -> float:
-        """The same of a part of the shardings, which are `priced` by side; or as `rough_s`."""
-        return self._fitting_s(priced, roughly=roughly)
 
     def _priced(self, side: str) -> Priced:
         if side not in self.priced:
@@ -154,7 +150,8 @@ class PointSearch:
             self.priced[side] = Priced(solved, Envelope(solved.forms, TOLERANCE))
         return self.priced[side]
 
-    def _fitting_s(self, asked: Callable[[str], Priced], *, roughly: bool = False) -> float:
+    def within_s(self, asked: Callable[[str], Priced], *, roughly: bool = False) -> float:
+        """The same of all shardings, or a part of them, which are priced by side as `asked`; or as `rough_s`."""
         least, room = math.inf, self.joint.limit_bytes
 
         def parts(side: str) -> Parts:

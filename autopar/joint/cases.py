@@ -93,7 +93,7 @@ def part_s(search: PointSearch, states: Allowed, found: dict[str, Priced], toler
         return found[side]
 
     try:
-        return search.case_s(priced, roughly=tolerance == ROUGH)
+        return search.within_s(priced, roughly=tolerance == ROUGH)
     except InfeasibleError:
         return math.inf
 

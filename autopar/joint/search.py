@@ -7,8 +7,8 @@
     5. a plan             state sharding and recomputation by the liveness of the stages, the step by the schedule's lists
 
 A point goes through these as long as its bound is the least of all; the search ends when the best plan is no more than `GAP` above every bound that is
-left. Bounds of points that were planned, and are lower, are raised by cases (`cases.py`). What it returns is proven to that: no plan of the space, by these costs, is faster than `bound_s`. (Blocks are sharded alike, and stages of interleaved
-pipelines are even. Memory in the bounds is what the linear model says, which counts no more than the walk of a plan does.)
+left. Bounds of points that were planned, and are lower, are raised by cases (`cases.py`). What it returns is proven to that: no plan of the space, by these costs, is faster than `bound_s`. (Blocks are sharded alike
+and computed again in two modes at most, and stages of interleaved pipelines are even. Memory in the bounds is what the linear model says, which counts no more than the walk of a plan does.)
 """
 
 import heapq
