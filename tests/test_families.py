@@ -1,6 +1,8 @@
 """Graphs read off short traces are those that full traces give, to the last name; what is no family is refused and says why."""
 
 import json
+import multiprocessing
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from torch import nn
 
 from autopar.core.graph import OpGraph
 from autopar.core.unroll import Run
-from autopar.errors import NoFamilyError
+from autopar.errors import NoFamilyError, TraceError
 from autopar.models import catalog
 from autopar.models.load import LoadedModel, load_model
 from autopar.trace.capture import trace
@@ -91,6 +93,30 @@ def test_tied_weights_and_an_untouched_model() -> None:
     family = family_of(model, example.kwargs)
     assert family is not None and state() == before
     check_equal(family.graph(6), model, load_model("gpt2-tiny", batch=6).kwargs)
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="processes cannot be forked here")
+def test_who_traces_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In processes beside this one, in some of them, or in this one alone; with weights, and where traces fail in the others."""
+    example = load_model("gpt2-tiny", batch=4, device="cpu", overrides={"n_layer": 5})
+    pids: list[int] = []
+    here, traced = os.getpid(), trace
+
+    def watched(*given: Any, **also: Any) -> Any:
+        pids.append(os.getpid())
+        if failing and os.getpid() != here:
+            raise TraceError("not here")
+        return traced(*given, **also)
+
+    monkeypatch.setattr("autopar.trace.family.trace", watched)
+    found = []
+    for processes, failing, number in ((0, False, 4), (1, False, 1), (2, False, 1), (2, True, 4)):
+        monkeypatch.setattr("autopar.trace.family.most_processes", lambda processes=processes: processes)
+        family = find_family(example.module, example.kwargs)
+        found.append([family.graph(samples) for samples in (1, 2, 6)])
+        assert pids == [here] * number
+        pids.clear()
+    assert all(graphs == found[0] and [g.digest for g in graphs] == [g.digest for g in found[0]] for graphs in found)
 
 
 class Block(nn.Module):

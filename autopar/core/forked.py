@@ -1,4 +1,4 @@
-"""Processes forked from this one: each knows what it knew then, computes with numpy alone, and ends with it, killed, or by itself when nobody is there to ask it."""
+"""Processes forked from this one: each knows what it knew then, and ends with it, killed, or by itself when nobody is there to ask it."""
 
 import multiprocessing
 import os
@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
 
 MOST = 4
 """At most: what a search does alone was a fifth to a third of the processor seconds where it was measured, and each has memory of its own."""
 
 PATIENCE_S = 60.0
-"""For a word of a process that works on one of a row. One that says none for longer is ended."""
+"""For a word of a process. One that says none for longer is ended."""
 
 T = TypeVar("T")
 Say = Callable[[str], None]
@@ -68,6 +69,45 @@ def _alone(inherited: Iterable[Connection], serve: Callable[..., None], *given: 
         os.dup2(nowhere, stream)
     with suppress(EOFError, OSError):
         serve(*given)
+
+
+class Beside(Generic[T]):
+    """Works that are done in processes while this one does something else, each by itself."""
+
+    def __init__(self, works: Sequence[Callable[[], T]], processes: int) -> None:
+        """In so many `processes` at most, each of which does its works one after the other."""
+        self._works, self._count = works, min(processes, len(works))
+        self._processes: list[tuple[BaseProcess, Connection]] = []
+        self._found: dict[int, T | None] = {}
+
+    def __enter__(self) -> Self:
+        with suppress(OSError):
+            for n in range(self._count):
+                works = list(enumerate(self._works))[n :: self._count]
+                self._processes.append(forked(_work, [theirs for _, theirs in self._processes], works))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        while self._processes:
+            end(*self._processes.pop())
+
+    def found(self, number: int) -> T | None:
+        """What a work found out, for which is waited. None where it failed, or its process is gone: whoever asks does it then."""
+        if self._processes and number % self._count < len(self._processes):
+            _, answers = self._processes[number % self._count]
+            with suppress(EOFError, OSError):
+                while number not in self._found and answers.poll(PATIENCE_S):
+                    done, found = answers.recv()
+                    self._found[done] = found
+        return self._found.get(number)
+
+
+def _work(answers: Connection, works: Iterable[tuple[int, Callable[[], object]]]) -> None:
+    for number, work in works:
+        found = None
+        with suppress(Exception):  # who asks will find out itself
+            found = work()
+        answers.send((number, found))
 
 
 @dataclass(eq=False)

@@ -2,20 +2,26 @@
 
 Three batches are traced: one with three blocks of every run, which says how blocks are joined, and two with one block, since all
 are alike. Two batches give the numbers that depend on the samples, the third must be what they say. One sample is another case, since its
-dimension broadcasts: it is traced by itself when its graph is asked for.
+dimension broadcasts: it is traced by itself, when its graph is asked for, or beside the others where there is a core for it.
 """
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from autopar.core.family import Family, Form
+from autopar.core.forked import Beside, most_processes
 from autopar.core.graph import OpGraph
 from autopar.core.unroll import check_run
 from autopar.errors import NoFamilyError, TraceError
 from autopar.runtime.microbatches import Batch, resized
 from autopar.trace.blocks import Chain, check_alike, runs_of, shortened
 from autopar.trace.capture import trace
+
+T = TypeVar("T")
 
 SAMPLES = 2
 MORE_SAMPLES = 19
@@ -50,14 +56,23 @@ class _Finder:
             raise NoFamilyError(f"{type(model).__name__} has no row of blocks of one make")
 
     def family(self) -> Family:
-        form, chains = self._form(SAMPLES)
-        for chain in chains:
-            check_alike(self.model, chain)
-        form = form.fitted(SAMPLES, self._graph(MORE_SAMPLES, 1)[0], MORE_SAMPLES)
-        found, traced = form.at(form.unrolled(1), CHECK_SAMPLES), self._graph(CHECK_SAMPLES, 1)[0]
+        works: list[Callable[[], Any]] = [self._single, lambda: self._short(MORE_SAMPLES), lambda: self._short(CHECK_SAMPLES)]
+        with Beside([partial(_alone, work) for work in works], most_processes()) as beside:
+            form, chains = self._form(SAMPLES)
+            for chain in chains:
+                check_alike(self.model, chain)
+            more, check, single = map(beside.found, (1, 2, 0))
+        form = form.fitted(SAMPLES, more or self._short(MORE_SAMPLES), MORE_SAMPLES)
+        found, traced = form.at(form.unrolled(1), CHECK_SAMPLES), check or self._short(CHECK_SAMPLES)
         if found != traced or found.digest != traced.digest:
             raise NoFamilyError(f"the graph of {type(self.model).__name__} is no linear function of the number of samples")
-        return Family(form, lambda: self._form(1)[0])
+        return Family(form, self._single if single is None else lambda: single)
+
+    def _single(self) -> Form:
+        return self._form(1)[0]
+
+    def _short(self, samples: int) -> OpGraph:
+        return self._graph(samples, 1)[0]
 
     def _form(self, samples: int) -> tuple[Form, list[Chain]]:
         graph, chains = self._graph(samples, 3)
@@ -80,3 +95,9 @@ class _Finder:
         for chain in chains:
             chain.check_complete()
         return graph, chains
+
+
+def _alone(work: Callable[[], T]) -> T:
+    """In a process that has none of the threads of the one it was forked from."""
+    torch.set_num_threads(1)
+    return work()
