@@ -109,8 +109,6 @@ def test_processes_of_a_row_have_none_of_their_own() -> None:
 @needs_fork
 @pytest.mark.parametrize("processes", [0, 1, 2, 4])
 def test_works_beside_are_found_or_left_to_who_asks(processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forked, "PATIENCE_S", 2.0)
-
     def fail() -> int:
         raise RuntimeError
 
@@ -119,6 +117,7 @@ def test_works_beside_are_found_or_left_to_who_asks(processes: int, monkeypatch:
         found = [beside.found(n) for n in (3, 1, 0, 2)]
         assert found[1:] == ([None, 1, 3] if processes else [None] * 3)
         assert (found[0] not in (None, os.getpid())) == bool(processes)
+    monkeypatch.setattr(forked, "PATIENCE_S", 0.3)
     for gone in (lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: time.sleep(600)):
         with Beside([gone, lambda: 5], 1 if processes else 0) as beside:
             assert beside.found(1) is None and beside.found(0) is None
