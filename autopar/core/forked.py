@@ -43,7 +43,7 @@ def forked(serve: Callable[..., None], others: Iterable[Connection], *given: Any
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is for this process, which then ends the other
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of other threads, which hold no lock that planning takes
+            warnings.simplefilter("ignore", DeprecationWarning)  # of other threads: where one held a lock that is wanted, who asks waits for `PATIENCE_S` and does it here
             process.start()
     except OSError:
         ours.close()
@@ -71,7 +71,7 @@ def _alone(inherited: Iterable[Connection], serve: Callable[..., None], *given: 
         serve(*given)
 
 
-class Beside(Generic[T]):
+class Aside(Generic[T]):
     """Works that are done in processes while this one does something else, each by itself."""
 
     def __init__(self, works: Sequence[Callable[[], T]], processes: int) -> None:
@@ -94,9 +94,11 @@ class Beside(Generic[T]):
     def found(self, number: int) -> T | None:
         """What a work found out, for which is waited. None where it failed, or its process is gone: whoever asks does it then."""
         if self._processes and number % self._count < len(self._processes):
-            _, answers = self._processes[number % self._count]
+            process, answers = self._processes[number % self._count]
             with suppress(EOFError, OSError):
-                while number not in self._found and answers.poll(PATIENCE_S):
+                while number not in self._found:
+                    if not answers.poll(PATIENCE_S):
+                        process.kill()  # so that it is waited for once; its end is heard next
                     done, found = answers.recv()
                     self._found[done] = found
         return self._found.get(number)

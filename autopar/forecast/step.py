@@ -139,7 +139,7 @@ class Step:
 
     def _memory(self, rank: int) -> MemoryUse:
         """The stage that computes is walked; its rank's other blocks and microbatches lie beside it. Only the walked block's parameters have
-        temporaries in the optimizer step: what others run is fused."""
+        temporaries in the optimizer step, and only its gradients are delivered in another dtype: what others run is fused."""
         pp, last, kinds = self.plan.pp, len(self.depths) - 1, self.kinds
         held = [s for s in range(len(self.depths)) if s % pp == rank]
         flight = self.order.in_flight[rank]

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from autopar.core.family import Family, Form
-from autopar.core.forked import Beside, most_processes
+from autopar.core.forked import Aside, most_processes
 from autopar.core.graph import OpGraph
 from autopar.core.unroll import check_run
 from autopar.errors import NoFamilyError, TraceError
@@ -57,11 +57,11 @@ class _Finder:
 
     def family(self) -> Family:
         works: list[Callable[[], Any]] = [self._single, lambda: self._short(MORE_SAMPLES), lambda: self._short(CHECK_SAMPLES)]
-        with Beside([partial(_alone, work) for work in works], most_processes()) as beside:
+        with Aside([partial(_alone, work) for work in works], most_processes()) as aside:
             form, chains = self._form(SAMPLES)
             for chain in chains:
                 check_alike(self.model, chain)
-            more, check, single = map(beside.found, (1, 2, 0))
+            more, check, single = map(aside.found, (1, 2, 0))
         form = form.fitted(SAMPLES, more or self._short(MORE_SAMPLES), MORE_SAMPLES)
         found, traced = form.at(form.unrolled(1), CHECK_SAMPLES), check or self._short(CHECK_SAMPLES)
         if found != traced or found.digest != traced.digest:

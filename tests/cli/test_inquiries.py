@@ -84,7 +84,7 @@ def test_ends_of_a_row_of_machines_are_planned_as_each_is_alone(call: Call, tmp_
     assert [p["name"] for p in swept] == [f"inter_node.bandwidth*={factor}" for factor in ("0.01", "0.1", "1", "10")]
     alone = [json.loads(call(*given, "--set", swept[n]["name"]).out)["plans"][1] for n in (0, 2, 3)]
     assert [alone[0], alone[2]] == [swept[0], swept[3]]
-    assert swept[2]["step_time_s"] <= alone[1]["step_time_s"] * 1.0101
+    assert swept[2]["step_time_s"] <= alone[1]["step_time_s"] / 0.99  # a gap of 1 % is near enough
 
 
 def test_whatif_under_a_budget_says_what_is_proven(call: Call, tmp_path: Path) -> None:

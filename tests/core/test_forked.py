@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from autopar.core import forked
-from autopar.core.forked import Beside, Say, Told, found_of_row, most_processes
+from autopar.core.forked import Aside, Say, Told, found_of_row, most_processes
 
 needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="processes cannot be forked here")
 
@@ -108,19 +108,19 @@ def test_processes_of_a_row_have_none_of_their_own() -> None:
 
 @needs_fork
 @pytest.mark.parametrize("processes", [0, 1, 2, 4])
-def test_works_beside_are_found_or_left_to_who_asks(processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_works_aside_are_found_or_left_to_who_asks(processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> int:
         raise RuntimeError
 
     works = [lambda: 1, fail, lambda: 3, os.getpid]
-    with Beside(works, processes) as beside:
-        found = [beside.found(n) for n in (3, 1, 0, 2)]
+    with Aside(works, processes) as aside:
+        found = [aside.found(n) for n in (3, 1, 0, 2)]
         assert found[1:] == ([None, 1, 3] if processes else [None] * 3)
         assert (found[0] not in (None, os.getpid())) == bool(processes)
     monkeypatch.setattr(forked, "PATIENCE_S", 0.3)
     for gone in (lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: time.sleep(600)):
-        with Beside([gone, lambda: 5], 1 if processes else 0) as beside:
-            assert beside.found(1) is None and beside.found(0) is None
+        with Aside([gone, lambda: 5], 1 if processes else 0) as aside:
+            assert aside.found(1) is None and aside.found(0) is None
     assert not multiprocessing.active_children()
 
 

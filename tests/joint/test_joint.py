@@ -8,6 +8,7 @@ import pytest
 
 from autopar.core.cluster import Cluster
 from autopar.core.kernel_rate import KernelRate
+from autopar.core.residency import RECOMPUTE
 from autopar.errors import InfeasibleError
 from autopar.joint.at_point import PointSearch
 from autopar.joint.bounds import Line, Parts, least_step_s
@@ -23,6 +24,8 @@ from autopar.planner.blocks import Order
 from autopar.planner.held import UPDATE
 from autopar.planner.liveness import Engine
 from autopar.planner.plan import Planned
+from autopar.planner.states import Pricing
+from autopar.planner.work import total_seconds
 from tests.joint.models import GPT, LLAMA, graphs, joint_search, programs
 
 A100 = Cluster.preset("a100-sxm", nodes=1)
@@ -68,6 +71,19 @@ def test_gradients_that_the_optimizer_finds_are_seen_of_all_blocks(case: str) ->
     whole = on_whole_graph(deep, graphs(dims, dims.layers)(point.samples)).memory
     assert deep.memory.moment == whole.moment == UPDATE
     assert deep.memory.high_bytes == pytest.approx(whole.high_bytes, rel=1e-3)
+
+
+def test_operators_that_are_priced_once_cost_what_each_does_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In all modes of recomputation."""
+    for dims in (LLAMA, GPT):
+        search = PointSearch(joint_search(dims, A100, 16), Point(2, 2, 2, 4, 4))
+        search.fitting_s()
+        made = [program.in_modes({f"blocks.{n}": mode for n in range(3)}) for program in programs(search) for mode in RECOMPUTE]
+        once = [total_seconds(program, search.pricing).tolist() for program in made]
+        assert len(set(map(tuple, once))) > len(RECOMPUTE)
+        with monkeypatch.context() as patched:
+            patched.setattr(Pricing, "kept", lambda self, key, make: make())
+            assert [total_seconds(program, search.pricing).tolist() for program in made] == once
 
 
 def test_least_steps_are_under_all_cuts_of_random_stages() -> None:
