@@ -164,7 +164,7 @@ def _plan(joint: Joint, found: Found, whole: Whole, cluster: Cluster, tokens: in
     step = whole.step_s
     status = (
         f"{'' if joint.in_time else 'budget, '}joint search of {joint.num_points} points (pipeline x mesh x microbatches), {joint.looked[-1]} planned; "
-        "the bound holds for plans whose blocks are sharded alike"
+        "the bound holds for plans whose blocks are sharded alike and recomputed in two modes at most"
     )
     return Plan(
         graph_digest=program.graph.digest, model=program.graph.name, cluster=cluster.name, mesh=mesh, **decisions(program, mesh),
