@@ -14,6 +14,7 @@ from autopar.joint.bounds import Parts
 from autopar.joint.envelope import Vertex
 from autopar.joint.figures import Block, Figures
 from autopar.joint.fold import Folded
+from autopar.joint.near import Choosing
 from autopar.planner.saved import Gathers
 from autopar.search.elimination import Minimum, Prepared, prepare
 from autopar.search.simplify import BYTES, SECONDS, Price
@@ -105,7 +106,14 @@ class Relaxed:
         seconds, held = self._block.terms.of_plan(found.choices)
         nodes = self._block.shrunk.problem.nodes
         state = math.fsum(nodes[n].memory_bytes[found.choices[n]] for n in self._block_params)
-        return Vertex(found.bound, seconds, state * self.standing, max(0.0, held - state))
+        figures = seconds, state * self.standing, max(0.0, held - state)
+        return Vertex(found.bound, *figures, self._choosing.near(found.choices, figures))
+
+    @cached_property
+    def _choosing(self) -> Choosing:
+        """Parameters and modes of blocks."""
+        modes = (n for n, node in enumerate(self.folded.nodes_of(0)) if node in self.modes)
+        return Choosing(self._block.shrunk.problem, (*self._block_params, *modes), self._block_params, self.standing)
 
     @cached_property
     def _block_params(self) -> frozenset[int]:
