@@ -158,9 +158,10 @@ class PointSearch:
             return asked(side).parts
 
         for sooner, order in sorted(self._soonest(parts), key=lambda found: found[1].virtual > 1):  # what bounds one stage a rank is known sooner
-            if sooner >= least or (fastest := self._fastest_s(order, parts)) >= least:
-                continue
             side = sides(order)[0]
+            fastest = self._fastest_of(order, side, parts) if roughly else self._fastest_s(order, parts)
+            if max(sooner, fastest) >= least:
+                continue
             priced, ends, whole = asked(side), parts(side), None if roughly else asked("whole")
             rooms = self._rooms(order, room, priced.solved.end_bytes)
             whole_s = whole.parts.block if whole is not None else 0.0
