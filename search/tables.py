@@ -97,7 +97,7 @@ def sum_and_minimise(operands: Sequence[tuple[np.ndarray, tuple[int, ...]]]) -> 
     for one, other in way.sums:
         parts.append(parts[one.number].transpose(one.axes)[one.index] + parts[other.number].transpose(other.axes)[other.index])
     views = [np.ascontiguousarray(parts[view.number].transpose(view.axes)[view.index]) for view in way.views]
-    result = np.empty(way.shape)
+    result = np.empty(way.shape, dtype=parts[0].dtype)
     if len(views) == 1:
         np.min(views[0], axis=0, out=result)
     else:
@@ -185,7 +185,7 @@ def _minimise_tile(views: list[np.ndarray], out: np.ndarray) -> None:
     """out = min over axis 0 of the broadcast sum of the views, of some states at a time."""
     num_states = views[0].shape[0]
     some = max(1, SUM_ENTRIES // out.size)
-    buffer = np.empty((min(some, num_states), *out.shape))
+    buffer = np.empty((min(some, num_states), *out.shape), dtype=out.dtype)
     for first in range(0, num_states, some):
         part = views if some >= num_states else [view[first : first + some] for view in views]
         total = np.add(part[0], part[1], out=buffer[: len(part[0])])

@@ -17,7 +17,7 @@ from autopar.joint.even import Cuts, Held, even_cuts, rank_cuts
 from autopar.joint.fold import border_bytes
 from autopar.joint.given import Given
 from autopar.joint.known import SAFE, Flat, Floors, Proved, Tried, without_memory
-from autopar.joint.priced import Priced, around
+from autopar.joint.priced import Care, Priced, around
 from autopar.joint.space import Ideal, Point, orders
 from autopar.joint.tables import STANDING, PointTables
 from autopar.planner.blocks import Order
@@ -103,14 +103,14 @@ class PointSearch:
         self.free_s = min((self._free_s(order, step, one, rank_cuts) for order in self.orders), default=math.inf)
         return self.free_s
 
-    def rough_s(self) -> float:
+    def rough_s(self, care: Care = Care.ROUGH) -> float:
         """The bound under the memory limit as near as is needed to tell points apart."""
         found: dict[str, Priced] = {}
 
         def priced(side: str) -> Priced:
             return found.setdefault(side, Priced(self.tables.side(side), self.tables.rough(side)))
 
-        least = SAFE * self.within_s(priced, roughly=True)
+        least = SAFE * self.within_s(priced, care)
         self._tell(found, least, self.joint.limit_bytes)
         return least
 
@@ -138,9 +138,9 @@ class PointSearch:
     def _solved(self, side: str) -> Parts:
         return self._priced(side).parts
 
-    def fitting_s(self) -> float:
+    def fitting_s(self, care: Care = Care.CLOSE) -> float:
         """The bound under the memory limit of every rank, by the linear model of memory; inf where not even that can be met."""
-        least = self.within_s(self._priced)
+        least = self.within_s(self._priced, care)
         self._tell(self.priced, least, self.joint.limit_bytes)
         return least
 
@@ -150,8 +150,8 @@ class PointSearch:
             self.priced[side] = Priced(solved, Envelope(solved.forms, TOLERANCE))
         return self.priced[side]
 
-    def within_s(self, asked: Callable[[str], Priced], *, roughly: bool = False) -> float:
-        """The same of all shardings, or a part of them, which are priced by side as `asked`; or as `rough_s`."""
+    def within_s(self, asked: Callable[[str], Priced], care: Care) -> float:
+        """The same of all shardings, or a part of them, which are priced by side as `asked`."""
         least, room = math.inf, self.joint.limit_bytes
 
         def parts(side: str) -> Parts:
@@ -159,23 +159,24 @@ class PointSearch:
 
         for sooner, order in sorted(self._soonest(parts), key=lambda found: found[1].virtual > 1):  # what bounds one stage a rank is known sooner
             side = sides(order)[0]
-            fastest = self._fastest_of(order, side, parts) if roughly else self._fastest_s(order, parts)
+            fastest = self._fastest_of(order, side, parts) if care.is_rough else self._fastest_s(order, parts)
             if max(sooner, fastest) >= least:
                 continue
-            priced, ends, whole = asked(side), parts(side), None if roughly else asked("whole")
+            priced, ends, whole = asked(side), parts(side), None if care.is_rough else asked("whole")
             rooms = self._rooms(order, room, priced.solved.end_bytes)
             whole_s = whole.parts.block if whole is not None else 0.0
             if order.virtual > 1:
-                prices = priced.binding((max(order.in_flight), min(order.in_flight)), room)
-                if prices and not roughly:
-                    prices = sorted({*prices, *around(prices[0])})
+                prices = priced.binding((max(order.in_flight), min(order.in_flight))[: 1 + (care > Care.ONE)], room)
+                if prices and not care.is_rough:
+                    prices = sorted({*prices, *(around(prices[0]) if care == Care.CLOSE else ())})
                     self._look((priced, whole), _flights(order), prices)
                     prices.append(priced.lean_price(room))  # no plan holds less than every table's least
                 held = [priced.held(_flights(order), price, whole) for price in prices]
                 least = min(least, self._even_s(order, ends, held, rooms, least, whole_s=whole_s))
             else:  # memory binds those first that hold most microbatches
-                prices = priced.binding(sorted({flight for flight in order.in_flight if flight >= max(order.in_flight) / 2}), room)
-                if not roughly:
+                flights = sorted({flight for flight in order.in_flight if flight >= max(order.in_flight) / 2})
+                prices = priced.binding(flights[-1:] if care == Care.ONE else flights, room)
+                if not care.is_rough:
                     self._look((priced, whole), sorted(order.in_flight), prices)
                 of_ranks = zip(order.in_flight, rooms, strict=True)
                 lines = [[Line(ends.block, whole_s=whole_s), *(priced.line(flight, price, own, whole) for price in prices)] for flight, own in of_ranks]

@@ -17,7 +17,7 @@ from autopar.errors import InfeasibleError
 from autopar.joint.at_point import TOLERANCE, PointSearch
 from autopar.joint.bounds import counted
 from autopar.joint.envelope import Envelope
-from autopar.joint.priced import Priced
+from autopar.joint.priced import Care, Priced
 from autopar.joint.relaxed import Allowed
 from autopar.joint.solved import Solved
 from autopar.joint.tables import ROUGH
@@ -93,7 +93,7 @@ def part_s(search: PointSearch, states: Allowed, found: dict[str, Priced], toler
         return found[side]
 
     try:
-        return search.within_s(priced, roughly=tolerance == ROUGH)
+        return search.within_s(priced, Care.ROUGH if tolerance == ROUGH else Care.CLOSE)
     except InfeasibleError:
         return math.inf
 

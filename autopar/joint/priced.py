@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 
 from autopar.errors import InfeasibleError
 from autopar.joint.bounds import Line, Parts, counted
@@ -16,6 +17,20 @@ STEPS = 2
 AROUND = range(-2, 3)
 """Steps from the price that goes with what a rank holds in the mean: what bytes cost blocks that are on the longest chains more or less often than others. The steps
 are halves of powers of two, so that limits of memory near to each other share them."""
+
+
+class Care(IntEnum):
+    """How closely memory is looked at: by the price that binds ranks with the most microbatches in flight, by that of all ranks, with what blocks cost there as near
+    as counts and their exchange of parameters, and also at prices around it."""
+
+    ONE = 0
+    ROUGH = 1
+    NEAR = 2
+    CLOSE = 3
+
+    @property
+    def is_rough(self) -> bool:
+        return self <= Care.ROUGH
 
 
 def around(price: float) -> list[float]:

@@ -56,7 +56,7 @@ class Relaxed:
     @cached_property
     def _block(self) -> Prepared:
         """All blocks alone, with the activations of one microbatch."""
-        return prepare(self.folded.part(0), (SECONDS, BYTES))
+        return prepare(self.folded.part(0), (SECONDS, BYTES), dtype=np.float32)
 
     def parts_of(self, choices: tuple[int, ...]) -> Parts:
         """Seconds of one sharding: of a block, and of what is before and behind the run."""

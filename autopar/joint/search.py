@@ -28,6 +28,7 @@ from autopar.joint.early import Early, tried
 from autopar.joint.given import Given
 from autopar.joint.known import without_memory
 from autopar.joint.likely import planned_like
+from autopar.joint.priced import Care
 from autopar.joint.space import Ideal, Point, points
 from autopar.planner.search import Options
 
@@ -46,7 +47,7 @@ AHEAD = 8
 FINE = 3
 """Points that are looked at again."""
 
-PROMISING = 3
+PROMISING = 5
 """The level of points that are to be planned."""
 
 EARLY = 8
@@ -59,13 +60,13 @@ HELPED_S = 5.0
 """Helpers are not worth to be forked for less."""
 
 KNOWN, PLANNED, FINER, SHIFTED = "bounds known of others", "a plan of a point", "more shardings of a point", "blocks shifted"
-LEVELS = "fastest", "roughly within memory", "within memory", "promised"
+LEVELS = "fastest", "at one price of memory", "roughly within memory", "within memory", "closely within memory", "promised"
 """Kinds of work that a search under a budget begins where they would end in time."""
 
 
 @dataclass(frozen=True)
 class Joint:
-    """`found`: plans, the fastest first; `bound_s`: no plan of the space is faster; `looked`: how many points came to each of the five levels;
+    """`found`: plans, the fastest first; `bound_s`: no plan of the space is faster; `looked`: how many points came to each of the levels;
     `in_time`: the search ended before its budget did."""
 
     found: tuple[Found, ...]
@@ -143,7 +144,7 @@ class JointSearch(Given):
             search.free_s, search.ideal = known
 
     def _best_first(self, heap: list["Waiting"], ahead: Ahead, clock: Clock) -> Joint:
-        num_points, looked, closed = len(heap), [len(heap), 0, 0, 0, 0], math.inf
+        num_points, looked, closed = len(heap), [len(heap), *[0] * len(LEVELS)], math.inf
         like = planned_like(self.options.row or (), ahead.searches, self.limit_bytes) if not self.options.has_budget else []
         found = self._early(heap, ahead.searches, clock, looked) if self.options.has_budget else list(like)
         best = min((made.step_s for made in found), default=math.inf)
@@ -180,7 +181,7 @@ class JointSearch(Given):
             if not self._raised(heap, clock):
                 self._tighten(heap, heapq.heappop(heap), looked, ahead)
         rest = heap[0].key if heap else math.inf
-        if min(closed, rest) < best * (1 - self.gap) <= rest and in_time and self._may_end_late(clock, LEVELS[2]):
+        if min(closed, rest) < best * (1 - self.gap) <= rest and in_time and self._may_end_late(clock, LEVELS[PROMISING - 1]):
             closed = self._by_cases([(waiting.bound, waiting.search) for waiting in ready] + planned, best * (1 - self.gap), clock)
         bound = min(closed, rest)
         if bound < best * (1 - self.gap) and not like and self._may_end_late(clock, FINER):
@@ -223,7 +224,9 @@ class JointSearch(Given):
     @property
     def _bounds(self) -> tuple[Callable[[PointSearch], float], ...]:
         """By level. The last is no bound but says which point is planned next."""
-        return PointSearch.fastest_s, PointSearch.rough_s, PointSearch.fitting_s, lambda search: search.promised_s(self.limit_bytes)
+        rough = (lambda search, care=care: search.rough_s(care) for care in (Care.ONE, Care.ROUGH))
+        fitting = (lambda search, care=care: search.fitting_s(care) for care in (Care.NEAR, Care.CLOSE))
+        return PointSearch.fastest_s, *rough, *fitting, lambda search: search.promised_s(self.limit_bytes)
 
     def _look(self, waiting: "Waiting", heap: list["Waiting"], ready: list["Waiting"], looked: list[int], ahead: Ahead) -> None:
         """By the next level."""
@@ -260,7 +263,7 @@ class JointSearch(Given):
             if bound >= enough:
                 break
             self.progress(f"looking at {search.point} by cases: bound {bound:.4g} s")
-            left[n] = max(bound, bound_by_cases(search, enough, lambda: clock.allows(LEVELS[2]))), search
+            left[n] = max(bound, bound_by_cases(search, enough, lambda: clock.allows(LEVELS[PROMISING - 1]))), search
             if left[n][0] < enough:
                 break
         return min(bound for bound, _ in left)
