@@ -172,7 +172,7 @@ class PointSearch:
                     self._look((priced, whole), _flights(order), prices)
                     prices.append(priced.lean_price(room))  # no plan holds less than every table's least
                 held = [priced.held(_flights(order), price, whole) for price in prices]
-                least = min(least, self._even_s(order, ends, held, rooms, least, whole_s=whole_s))
+                least = min(least, self._even_s(order, ends, held, rooms, least, whole_s=whole_s, by_rank=not care.is_rough))
             else:  # memory binds those first that hold most microbatches
                 flights = sorted({flight for flight in order.in_flight if flight >= max(order.in_flight) / 2})
                 prices = priced.binding(flights[-1:] if care == Care.ONE else flights, room)
@@ -215,7 +215,7 @@ class PointSearch:
             if sooner >= least:
                 continue
             if order.virtual > 1:
-                least = min(least, self._even_s(order, parts(side), floors.held(side, _flights(order), free.block_s), self._rooms(order, limit), least))
+                least = min(least, self._even_s(order, parts(side), floors.held(side, _flights(order), free.block_s), self._rooms(order, limit), least, by_rank=False))
                 continue
             lines = [[free, *(floors.lines(side, flight, limit) if flight >= most / 2 else ())] for flight in order.in_flight]
             least = min(least, max(self._fastest_s(order, parts), self._step_s(order, parts(side), lines, self._waits(side, parts(side)))))
@@ -249,12 +249,12 @@ class PointSearch:
 
     def _even_s(
         self, order: Order, step: Parts, held: Sequence[Held] = (), rooms: Sequence[float] = (), enough_s: float = math.inf, *, whole_s: float = 0.0,
-        cuts: Callable[[Order, int], Cuts] = even_cuts,
+        cuts: Callable[[Order, int], Cuts] = even_cuts, by_rank: bool = True,
     ) -> float:  # fmt: skip
         ahead = not self.joint.cluster.host.watch_s  # else what is kept costs forwards too
         faster = self._faster(order)
         found = cuts(order, self.joint.run.depth)
-        return found.least_step_s(step, self._message_s, held, rooms, whole_s=whole_s, ahead=ahead, enough_s=enough_s * faster) / faster
+        return found.least_step_s(step, self._message_s, held, rooms, whole_s=whole_s, ahead=ahead, enough_s=enough_s * faster, by_rank=by_rank) / faster
 
     def _faster(self, order: Order) -> float:
         """Ranks that share cores are faster while others wait."""

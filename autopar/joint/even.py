@@ -95,10 +95,11 @@ class Cuts:
 
     def least_step_s(
         self, parts: Parts, message_s: float, held: Sequence[Held] = (), room_bytes: Sequence[float] = (), *, whole_s: float = 0.0, ahead: bool = True,
-        enough_s: float = np.inf,
+        enough_s: float = np.inf, by_rank: bool = True,
     ) -> float:  # fmt: skip
         """`parts`: of a step; `held`: what its bytes cost at some prices, of which every rank has `room_bytes`. `whole_s`: of a block with its exchange of parameters,
-        of those of the first stage. `ahead`: forwards take the same whatever is computed again. No higher bound is looked for than `enough_s`."""
+        of those of the first stage. `ahead`: forwards take the same whatever is computed again. No higher bound is looked for than `enough_s`.
+        `by_rank`: by the longest chains where ranks differ, too."""
         exchange_s = max(0.0, whole_s - parts.block)
         bounds = self._found_s(parts, message_s).max(axis=1) + self.blocks[:, 0] * exchange_s
         if not held:
@@ -106,7 +107,7 @@ class Cuts:
         least, free = enough_s, Held(0.0, dict.fromkeys(self._flights, parts.block), dict.fromkeys(self._flights, parts.block + exchange_s))
         while bounds.min() < least:  # the fastest cut first: what bounds it bounds others too
             cut = int(bounds.argmin())
-            bound, of_all = self.of(cut)._bound_s(cut, parts, message_s, [free, *held], room_bytes, ahead=ahead, enough_s=least)
+            bound, of_all = (self.of(cut) if by_rank else self)._bound_s(cut, parts, message_s, [free, *held], room_bytes, ahead=ahead, enough_s=least)
             bounds = np.maximum(bounds, of_all)
             bounds[cut], least = np.inf, min(least, bound)
         return float(least)

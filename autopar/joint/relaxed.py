@@ -97,15 +97,16 @@ class Relaxed:
 
     def _least_bytes(self, problem: SearchProblem, nodes: Sequence[int]) -> tuple[float, float]:
         """Of the state, and kept: of a part whose nodes are these of the folded problem."""
-        least = [float(node.memory_bytes.min()) for node in problem.nodes]
-        moved = (float(edge.memory_bytes.min()) for edge in problem.edges if edge.memory_bytes is not None)
-        state = sum(held for n, held in zip(nodes, least, strict=True) if n in self.params)
-        return self.standing * state, sum(held for n, held in zip(nodes, least, strict=True) if n not in self.params) + sum(moved)
+        columns, edges = problem.node_columns, problem.edge_columns
+        of_nodes = np.array([held.min() for _, held in columns.tables])[columns.number]
+        of_edges = np.array([0.0 if held is None else held.min() for _, held in edges.tables])[edges.number]
+        state = math.fsum(held for n, held in zip(nodes, of_nodes, strict=True) if n in self.params)
+        return self.standing * state, math.fsum([*(held for n, held in zip(nodes, of_nodes) if n not in self.params), *of_edges])
 
     def _vertex(self, found: Minimum) -> Vertex:
         seconds, held = self._block.terms.of_plan(found.choices)
-        nodes = self._block.shrunk.problem.nodes
-        state = math.fsum(nodes[n].memory_bytes[found.choices[n]] for n in self._block_params)
+        nodes = self._block.shrunk.problem.node_columns
+        state = math.fsum(nodes.tables[nodes.number[n]][1][found.choices[n]] for n in self._block_params)
         figures = seconds, state * self.standing, max(0.0, held - state)
         return Vertex(found.bound, *figures, self._choosing.near(found.choices, figures))
 
