@@ -72,6 +72,11 @@ class Recipe:
         copied = [kind for run, kinds in zip(self.order.repeats, self.kinds_of_copy, strict=True) for kind in kinds * len(run.copies)]
         return (*copied, *self.kinds_of_rest)
 
+    @cached_property
+    def num_terms(self) -> int:
+        """Tables that meet in all steps, and what comes of each."""
+        return sum(len(self.eliminations[kind]) + 1 for kind in self.kinds)
+
 
 def write_recipe(unary: Sequence[int], pairs: Iterable[tuple[int, int, int]], order: Order, num_tables: int) -> Recipe:
     """The recipe for table `unary[i]` at node i and the tables of `pairs` (u, v, table), all of whose nodes are among the steps.

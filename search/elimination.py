@@ -140,11 +140,9 @@ class Prepared:
         )
 
     def _bound(self, forward: Forward) -> float:
-        """Under what `forward` found to be the least, by as much as rounding can have made of it: all terms are sums of parts of the least, none below 0."""
-        if self.dtype is np.float64:
-            return math.inf
-        terms = sum(len(inputs) + 1 for inputs in forward.recipe.eliminations)
-        return forward.value * (1 - terms * np.finfo(self.dtype).eps)
+        """No less than what `forward` found to be the least, but for what rounding can have made of it: no term is below 0, so none of its sums is more than the
+        least, and each is rounded to half of `eps`, as are the tables that go in."""
+        return math.inf if self.dtype is np.float64 else forward.value * (1 - forward.recipe.num_terms * float(np.finfo(self.dtype).eps))
 
     def with_bytes(self, problem: SearchProblem) -> "Prepared":
         """For the problem in the states of `shrunk` with other bytes, and another limit, of what holds any."""

@@ -42,10 +42,10 @@ class Choosing:
     def __init__(self, problem: SearchProblem, nodes: Iterable[int], params: Iterable[int], standing: float) -> None:
         self._nodes, self._edges, self._standing = problem.node_columns, problem.edge_columns, standing
         self._params = frozenset(params)
-        self._joined: dict[int, list[tuple[int, int, bool]]] = {node: [] for node in sorted(nodes)}
-        for u, v, number in zip(self._edges.u.tolist(), self._edges.v.tolist(), self._edges.number.tolist()):
-            if u in self._joined and v in self._joined:
-                del self._joined[max(u, v)]
+        ends, of_them = list(zip(self._edges.u.tolist(), self._edges.v.tolist())), set(nodes)
+        joined = {max(pair) for pair in ends if of_them.issuperset(pair)}
+        self._joined: dict[int, list[tuple[int, int, bool]]] = {node: [] for node in sorted(of_them - joined)}
+        for (u, v), number in zip(ends, self._edges.number.tolist()):
             for node, other, turned in ((u, v, False), (v, u, True)):
                 if node in self._joined:
                     self._joined[node].append((number, other, turned))

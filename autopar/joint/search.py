@@ -2,8 +2,8 @@
 
     1. `space.Ideal`      every operator cut evenly, nothing communicated: no tables are built
     2. the fastest        the folded problem solved without a memory limit, every bubble counted that no cut avoids
-    3. roughly, and       the same under the memory limit, by the price of a byte, from few eliminations,
-    4. as near as counts  and from some more
+    3. roughly, and       the same under the memory limit, by the price of a byte, from few eliminations: by one price, then by those that bind all ranks,
+    4. as near as counts  and from some more: at these prices, then around them
     5. a plan             state sharding and recomputation by the liveness of the stages, the step by the schedule's lists
 
 A point goes through these as long as its bound is the least of all; the search ends when the best plan is no more than `GAP` above every bound that is
