@@ -17,7 +17,7 @@ from autopar.joint.even import Cuts, Held, even_cuts, rank_cuts
 from autopar.joint.fold import border_bytes
 from autopar.joint.given import Given
 from autopar.joint.known import SAFE, Flat, Floors, Proved, Tried, without_memory
-from autopar.joint.priced import Care, Priced, around
+from autopar.joint.priced import Care, Priced, around, binding_flights
 from autopar.joint.space import Ideal, Point, orders
 from autopar.joint.tables import STANDING, PointTables
 from autopar.planner.blocks import Order
@@ -165,17 +165,15 @@ class PointSearch:
             priced, ends, whole = asked(side), parts(side), None if care.is_rough else asked("whole")
             rooms = self._rooms(order, room, priced.solved.end_bytes)
             whole_s = whole.parts.block if whole is not None else 0.0
+            prices = priced.binding(binding_flights(order, care), room)
             if order.virtual > 1:
-                prices = priced.binding((max(order.in_flight), min(order.in_flight))[: 1 + (care > Care.ONE)], room)
                 if prices and not care.is_rough:
                     prices = sorted({*prices, *(around(prices[0]) if care == Care.CLOSE else ())})
                     self._look((priced, whole), _flights(order), prices)
                     prices.append(priced.lean_price(room))  # no plan holds less than every table's least
                 held = [priced.held(_flights(order), price, whole) for price in prices]
                 least = min(least, self._even_s(order, ends, held, rooms, least, whole_s=whole_s, by_rank=not care.is_rough))
-            else:  # memory binds those first that hold most microbatches
-                flights = sorted({flight for flight in order.in_flight if flight >= max(order.in_flight) / 2})
-                prices = priced.binding(flights[-1:] if care == Care.ONE else flights, room)
+            else:
                 if not care.is_rough:
                     self._look((priced, whole), sorted(order.in_flight), prices)
                 of_ranks = zip(order.in_flight, rooms, strict=True)

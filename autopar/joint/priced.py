@@ -10,6 +10,7 @@ from autopar.joint.bounds import Line, Parts, counted
 from autopar.joint.envelope import LEAN, Envelope
 from autopar.joint.even import Held
 from autopar.joint.solved import Solved
+from autopar.planner.blocks import Order
 
 STEPS = 2
 """Numbers of microbatches in flight for which prices are looked for, between two powers of two. Any price makes a bound."""
@@ -31,6 +32,14 @@ class Care(IntEnum):
     @property
     def is_rough(self) -> bool:
         return self <= Care.ROUGH
+
+
+def binding_flights(order: Order, care: Care) -> list[float]:
+    """Numbers of microbatches in flight whose prices are looked at: memory binds those ranks first that hold most."""
+    most = max(order.in_flight)
+    if care == Care.ONE:
+        return [most]
+    return [most, min(order.in_flight)] if order.virtual > 1 else sorted({flight for flight in order.in_flight if flight >= most / 2})
 
 
 def around(price: float) -> list[float]:

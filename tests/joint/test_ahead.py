@@ -81,10 +81,10 @@ def test_helpers_that_are_slow_hang_or_die_are_done_without(monkeypatch: pytest.
         number = iter(range(1_000_000))
 
         def faulty(step: object) -> object:
-            def run(search: PointSearch) -> float:
+            def run(search: PointSearch, *given: object) -> float:
                 if os.getpid() != here and next(number) % 3 == 2:
                     fault()  # type: ignore[operator]
-                return step(search)  # type: ignore[operator]
+                return step(search, *given)  # type: ignore[operator]
 
             return run
 
