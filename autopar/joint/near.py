@@ -6,7 +6,6 @@ computed again. Hardly any plan is the cheapest that is none of these of the one
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
