@@ -18,6 +18,7 @@ from autopar.planner.saved import Gathers
 from autopar.search.elimination import Minimum, Prepared, prepare
 from autopar.search.simplify import BYTES, SECONDS, Price
 from autopar.search.solve import solve
+from autopar.search.tables import Eliminated
 from autopar.search.terms import Terms
 
 T = TypeVar("T")
@@ -41,6 +42,8 @@ class Relaxed:
     modes: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     leaner: "Relaxed | None" = None
     standing: float = 1.0
+    eliminated: Eliminated = field(default_factory=Eliminated)
+    """Without a price: of all problems of a point."""
 
     def ends(self) -> tuple[float, float]:
         """The least seconds of what is before and behind the run."""
@@ -55,7 +58,7 @@ class Relaxed:
     @cached_property
     def _block(self) -> Prepared:
         """All blocks alone, with the activations of one microbatch."""
-        return prepare(self.folded.part(0), (SECONDS, BYTES))
+        return prepare(self.folded.part(0), (SECONDS, BYTES), shared=self.eliminated)
 
     def parts_of(self, choices: tuple[int, ...]) -> Parts:
         """Seconds of one sharding: of a block, and of what is before and behind the run."""

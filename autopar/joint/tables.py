@@ -31,7 +31,7 @@ from autopar.planner.states import Pricing, States
 from autopar.search.elimination import Prepared, prepare
 from autopar.search.lagrange import Point as Bought
 from autopar.search.simplify import BYTES, SECONDS, Price
-from autopar.search.tables import TableStore
+from autopar.search.tables import Eliminated, TableStore
 
 ROUGH = 1e-2
 """Of the seconds of the blocks: how much less a bound may be that only says which points are looked at."""
@@ -139,13 +139,17 @@ class PointTables:
     def _fold(self) -> Fold:
         return Fold(self.task.graph, self.run, self.built[1])
 
+    @cached_property
+    def _eliminated(self) -> Eliminated:
+        return Eliminated()
+
     def _relaxed(self, problem: SearchProblem) -> Relaxed:
         ports, found = self.built[1], None
         for again in reversed(self._forms):
             folded = self._fold.folded(with_gathers(problem, ports.gathers, again=again))
             params = frozenset(folded.node[n] for n in ports.param_node.values())
             modes = {folded.node[n]: tuple(_in_form(mode, again=again) for mode in ports.states[n].modes) for n in ports.block_node.values()}
-            found = Relaxed(folded, params, self.run.depth, modes, found, STANDING if self.point.num_microbatches == 1 else 1.0)
+            found = Relaxed(folded, params, self.run.depth, modes, found, STANDING if self.point.num_microbatches == 1 else 1.0, self._eliminated)
         assert found is not None
         return found
 
@@ -230,7 +234,7 @@ class PointTables:
             form = self.whole.leaner if how == GATHERED and self.whole.leaner is not None else self.whole
             problem = form.folded.problem
             apart = frozenset(range(len(problem.nodes))) if self.few else form.params
-            self._alone[how] = prepare(in_states(problem, {n: np.zeros(1, dtype=int) for n in form.modes}) if how == KEPT else problem, (SECONDS, BYTES), apart=apart)
+            self._alone[how] = prepare(in_states(problem, {n: np.zeros(1, dtype=int) for n in form.modes}) if how == KEPT else problem, (SECONDS, BYTES), apart=apart, shared=self._eliminated)
         alone = self._alone[how]
         return alone.with_bytes(alone.shrunk.problem.in_flight(flight, self.whole.params))
 

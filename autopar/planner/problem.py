@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -10,10 +11,10 @@ import numpy as np
 from autopar.core.again import computed_again, kept_by_selective, read_again
 from autopar.core.columns import Edges, Nodes, Numbering
 from autopar.core.graph import OpGraph, TensorMeta
-from autopar.core.layout import I, Layout
+from autopar.core.layout import I, Layout, Placement
 from autopar.core.mesh import Mesh
 from autopar.core.problem import SearchProblem
-from autopar.core.redistribute import layout_space
+from autopar.core.redistribute import Redistribution, layout_space
 from autopar.core.residency import computes_again
 from autopar.core.rule import OpRule
 from autopar.errors import PinConflictError
@@ -84,6 +85,8 @@ class ProblemBuilder:
         self._once_cache: dict[tuple, np.ndarray] = {}
         self.once_s: dict[int, np.ndarray] = {}
         self._layout_cache: dict[tuple, States] = {}
+        self._placements: dict[int, tuple[Sequence[Layout], frozenset[Placement]]] = {}
+        self._found: dict[tuple[int, int], tuple[dict[Layout, int], Sequence[Layout], list[int]]] = {}
         self._cuts_cache: dict[tuple[int, ...], frozenset[tuple[int, int]]] = {}
         self._meta = self.graph.metas
         self._copies: dict[tuple, Copied] = {}
@@ -310,25 +313,38 @@ class ProblemBuilder:
         return i is not None and k in self.rules[i].saved_operands and self.rules[i].keeps_operand(k, wanting(self.graph, i))
 
     def _edge(self, meta: TensorMeta, src: Sequence[Layout], dst: Sequence[Layout]) -> np.ndarray:
-        red = self.pricing.redistribution(meta, (*src, *dst), grad=meta.requires_grad)
-        return self.keeping.micro_batches * red.seconds[np.ix_([red.index[x] for x in src], [red.index[x] for x in dst])]
+        red, ends = self._routes(meta, src, dst)
+        return self.keeping.micro_batches * red.seconds[ends]
+
+    def _routes(self, meta: TensorMeta, src: Sequence[Layout], dst: Sequence[Layout]) -> tuple[Redistribution, tuple[np.ndarray, np.ndarray]]:
+        """Between layouts of states, and where in its tables those are."""
+        red = self.pricing.routes(meta, self._placements_of(src) | self._placements_of(dst), grad=meta.requires_grad)
+        return red, np.ix_(self._places(red, src), self._places(red, dst))
+
+    def _placements_of(self, layouts: Sequence[Layout]) -> frozenset[Placement]:
+        if id(layouts) not in self._placements:
+            self._placements[id(layouts)] = layouts, frozenset(chain.from_iterable(layouts))  # beside it, as an id is only a name while its object lives
+        return self._placements[id(layouts)][1]
+
+    def _places(self, red: Redistribution, layouts: Sequence[Layout]) -> list[int]:
+        key = id(red.index), id(layouts)
+        if key not in self._found:
+            self._found[key] = red.index, layouts, [red.index[x] for x in layouts]
+        return self._found[key][2]
 
     def _gathers(self, meta: TensorMeta, src: Sequence[Layout], dst: Sequence[Layout], *, instead: bool) -> Gathers:
         """Of an edge whose moves keep what they make, `instead` of what they are given."""
         held = moved_bytes(meta, src, dst, self.mesh, instead=instead, addends=bool(self.block_of))
         if not self.keeping.gathers_again:
             return Gathers(held, np.zeros_like(held), held)
-        red = self.pricing.redistribution(meta, (*src, *dst), grad=meta.requires_grad)
-        ends = np.ix_([red.index[x] for x in src], [red.index[x] for x in dst])
+        red, ends = self._routes(meta, src, dst)
         again_s, again_bytes = (table[ends] for table in red.again)
         before = counted_bytes(meta, src, self.mesh, addends=True)[:, None] if instead else 0.0
         return Gathers(held, self.keeping.micro_batches * again_s, np.minimum(held, (again_bytes - before).clip(min=0.0)))
 
     def _param_edge(self, meta: TensorMeta, source: States, dst: Sequence[Layout], use: Use) -> tuple[np.ndarray, np.ndarray]:
         """Seconds, and the part of them that is once a step."""
-        keeping, times = self.keeping, self.keeping.micro_batches
-        summed = times if self.pricing.cluster.host.update_bytes_per_s else 1  # where the optimizer's step is priced, it adds the gradients of all up
-        about = ("param edge", meta, source.result_layouts, source.zeros, dst, use, self.sharding.axes, replace(keeping, micro_batches=summed))
+        times, about = self.keeping.micro_batches, ("param edge", meta, source.result_layouts, source.zeros, dst, use, self.sharding.about)
         moves, passes, once = self.pricing.kept(about, lambda: self.sharding.edge_seconds(meta, source.result_layouts[0], source.zeros, dst, use))
         return times * moves + times * passes + once, once
 
