@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 
 import numpy as np
 
@@ -100,7 +100,8 @@ class PointTables:
         return {}
 
     def _form(self, side: str, form: int) -> Relaxed:
-        return (self.whole if side == "whole" else self.passes).forms[form]
+        relaxed = self.whole if side == "whole" else self.passes
+        return relaxed if form == 0 else relaxed.forms[form]
 
     def rough(self, side: str) -> Envelope:
         """What is known of the blocks, by whoever asks: an answer depends on what was asked before, within its tolerance."""
@@ -143,15 +144,13 @@ class PointTables:
     def _eliminated(self) -> Eliminated:
         return Eliminated()
 
-    def _relaxed(self, problem: SearchProblem) -> Relaxed:
-        ports, found = self.built[1], None
-        for again in reversed(self._forms):
-            folded = self._fold.folded(with_gathers(problem, ports.gathers, again=again))
-            params = frozenset(folded.node[n] for n in ports.param_node.values())
-            modes = {folded.node[n]: tuple(_in_form(mode, again=again) for mode in ports.states[n].modes) for n in ports.block_node.values()}
-            found = Relaxed(folded, params, self.run.depth, modes, found, STANDING if self.point.num_microbatches == 1 else 1.0, self._eliminated)
-        assert found is not None
-        return found
+    def _relaxed(self, problem: SearchProblem, form: int = 0) -> Relaxed:
+        ports, again = self.built[1], self._forms[form]
+        folded = self._fold.folded(with_gathers(problem, ports.gathers, again=again))
+        params = frozenset(folded.node[n] for n in ports.param_node.values())
+        modes = {folded.node[n]: tuple(_in_form(mode, again=again) for mode in ports.states[n].modes) for n in ports.block_node.values()}
+        lean = partial(self._relaxed, problem, form + 1) if form + 1 < len(self._forms) else None
+        return Relaxed(folded, params, self.run.depth, modes, lean, STANDING if self.point.num_microbatches == 1 else 1.0, self._eliminated)
 
     def sharding(self, choices: tuple[int, ...]) -> Sharding:
         """Of these choices of the folded problem."""

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -11,16 +10,17 @@ import numpy as np
 from autopar.core.again import computed_again, kept_by_selective, read_again
 from autopar.core.columns import Edges, Nodes, Numbering
 from autopar.core.graph import OpGraph, TensorMeta
-from autopar.core.layout import I, Layout, Placement
+from autopar.core.layout import I, Layout
 from autopar.core.mesh import Mesh
 from autopar.core.problem import SearchProblem
-from autopar.core.redistribute import Redistribution, layout_space
+from autopar.core.redistribute import layout_space
 from autopar.core.residency import computes_again
 from autopar.core.rule import OpRule
 from autopar.errors import PinConflictError
+from autopar.planner.between import Between
 from autopar.planner.keeping import Keeping, Sharding, Use, recompute_tables, uses
 from autopar.planner.roles import Constraints
-from autopar.planner.saved import Gathers, counted_bytes, moved_bytes, saved_values, wanting
+from autopar.planner.saved import Gathers, moved_bytes, saved_values, wanting
 from autopar.planner.states import Pricing, States, layout_states, op_states
 from autopar.program import without_r
 
@@ -85,8 +85,7 @@ class ProblemBuilder:
         self._once_cache: dict[tuple, np.ndarray] = {}
         self.once_s: dict[int, np.ndarray] = {}
         self._layout_cache: dict[tuple, States] = {}
-        self._placements: dict[int, tuple[Sequence[Layout], frozenset[Placement]]] = {}
-        self._found: dict[tuple[int, int], tuple[dict[Layout, int], Sequence[Layout], list[int]]] = {}
+        self._between = Between(self.pricing, self.keeping.micro_batches)
         self._cuts_cache: dict[tuple[int, ...], frozenset[tuple[int, int]]] = {}
         self._meta = self.graph.metas
         self._copies: dict[tuple, Copied] = {}
@@ -296,7 +295,7 @@ class ProblemBuilder:
             if use is not None:
                 seconds, self._once_cache[key] = self._param_edge(meta, self.states[u], dst, use)
             else:
-                seconds = self._edge(meta, src, dst)
+                seconds = self._between.seconds(meta, src, dst)
             held = moved_bytes(meta, src, dst, self.mesh, instead=kept, addends=bool(self.block_of)) if saves or kept else None
             self._edge_cache[key] = self._edge_tables.of(seconds, None if kept and self.keeping.gathers_again else held)
             if held is not None:
@@ -312,35 +311,12 @@ class ProblemBuilder:
         i = self.op_of.get(node)
         return i is not None and k in self.rules[i].saved_operands and self.rules[i].keeps_operand(k, wanting(self.graph, i))
 
-    def _edge(self, meta: TensorMeta, src: Sequence[Layout], dst: Sequence[Layout]) -> np.ndarray:
-        red, ends = self._routes(meta, src, dst)
-        return self.keeping.micro_batches * red.seconds[ends]
-
-    def _routes(self, meta: TensorMeta, src: Sequence[Layout], dst: Sequence[Layout]) -> tuple[Redistribution, tuple[np.ndarray, np.ndarray]]:
-        """Between layouts of states, and where in its tables those are."""
-        red = self.pricing.routes(meta, self._placements_of(src) | self._placements_of(dst), grad=meta.requires_grad)
-        return red, np.ix_(self._places(red, src), self._places(red, dst))
-
-    def _placements_of(self, layouts: Sequence[Layout]) -> frozenset[Placement]:
-        if id(layouts) not in self._placements:
-            self._placements[id(layouts)] = layouts, frozenset(chain.from_iterable(layouts))  # beside it, as an id is only a name while its object lives
-        return self._placements[id(layouts)][1]
-
-    def _places(self, red: Redistribution, layouts: Sequence[Layout]) -> list[int]:
-        key = id(red.index), id(layouts)
-        if key not in self._found:
-            self._found[key] = red.index, layouts, [red.index[x] for x in layouts]
-        return self._found[key][2]
-
     def _gathers(self, meta: TensorMeta, src: Sequence[Layout], dst: Sequence[Layout], *, instead: bool) -> Gathers:
         """Of an edge whose moves keep what they make, `instead` of what they are given."""
         held = moved_bytes(meta, src, dst, self.mesh, instead=instead, addends=bool(self.block_of))
         if not self.keeping.gathers_again:
-            return Gathers(held, np.zeros_like(held), held)
-        red, ends = self._routes(meta, src, dst)
-        again_s, again_bytes = (table[ends] for table in red.again)
-        before = counted_bytes(meta, src, self.mesh, addends=True)[:, None] if instead else 0.0
-        return Gathers(held, self.keeping.micro_batches * again_s, np.minimum(held, (again_bytes - before).clip(min=0.0)))
+            return Gathers(held, lambda: (np.zeros_like(held), held))
+        return self._between.gathers(meta, src, dst, held, instead=instead)
 
     def _param_edge(self, meta: TensorMeta, source: States, dst: Sequence[Layout], use: Use) -> tuple[np.ndarray, np.ndarray]:
         """Seconds, and the part of them that is once a step."""
