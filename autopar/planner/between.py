@@ -19,21 +19,20 @@ Ends = tuple[np.ndarray, np.ndarray]
 
 @dataclass
 class Between:
-    """Of `times` microbatches. Lists are known by their objects, which are kept: nodes share them. A cache, not a value: one per problem."""
+    """Lists are known by their objects, which are kept: nodes and problems share them. A cache, not a value: one per `Pricing`."""
 
     pricing: Pricing
-    times: int
     _placements: dict[int, tuple[Sequence[Layout], frozenset[Placement]]] = field(default_factory=dict)
     _places: dict[tuple[int, int], tuple[Redistribution, Sequence[Layout], list[int]]] = field(default_factory=dict)
 
     def seconds(self, meta: TensorMeta, src: Sequence[Layout], dst: Sequence[Layout]) -> np.ndarray:
         red, ends = self._routes(meta, src, dst)
-        return self.times * red.seconds[ends]
+        return red.seconds[ends]
 
-    def gathers(self, meta: TensorMeta, src: Sequence[Layout], dst: Sequence[Layout], held: np.ndarray, *, instead: bool) -> Gathers:
-        """Where moves keep the bytes `held`, `instead` of what they are given."""
+    def gathers(self, meta: TensorMeta, src: Sequence[Layout], dst: Sequence[Layout], held: np.ndarray, times: int, *, instead: bool) -> Gathers:
+        """Of `times` microbatches, where moves keep the bytes `held`, `instead` of what they are given."""
         before = counted_bytes(meta, src, self.pricing.mesh, addends=True)[:, None] if instead else 0.0
-        return Gathers(held, partial(_gathered_again, *self._routes(meta, src, dst), self.times, held, before))
+        return Gathers(held, partial(_gathered_again, *self._routes(meta, src, dst), times, held, before))
 
     def _routes(self, meta: TensorMeta, src: Sequence[Layout], dst: Sequence[Layout]) -> tuple[Redistribution, Ends]:
         red = self.pricing.routes(meta, self._placements_of(src) | self._placements_of(dst), grad=meta.requires_grad)

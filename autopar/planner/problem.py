@@ -85,7 +85,7 @@ class ProblemBuilder:
         self._once_cache: dict[tuple, np.ndarray] = {}
         self.once_s: dict[int, np.ndarray] = {}
         self._layout_cache: dict[tuple, States] = {}
-        self._between = Between(self.pricing, self.keeping.micro_batches)
+        self._between = self.pricing.kept(Between, lambda: Between(self.pricing))
         self._cuts_cache: dict[tuple[int, ...], frozenset[tuple[int, int]]] = {}
         self._meta = self.graph.metas
         self._copies: dict[tuple, Copied] = {}
@@ -217,7 +217,7 @@ class ProblemBuilder:
         if key not in self._op_cache:
             operands, results = (tuple(self.graph.values[v].meta for v in values) for values in (op.operands, op.results))
             self._op_cache[key] = op_states(
-                rule, operands, results, self.pricing, allowed, prefer, named=(self.constraints.strict, words, color), saved=frozenset(saved),
+                rule, operands, results, self.pricing, allowed, prefer, named=(self.constraints.strict, words, rule.factors if words[1] else (), color), saved=frozenset(saved),
                 keeps=i not in self.block_of, times=self.keeping.micro_batches,
             )  # fmt: skip
         states = self._op_cache[key]
@@ -265,7 +265,7 @@ class ProblemBuilder:
             layouts = tuple(dict.fromkeys((whole, *(x for x in produced if all(p.kind in "SI" for p in x)))))
         key = ("output", layouts)
         if key not in self._layout_cache:
-            self._layout_cache[key] = layout_states(layouts)
+            self._layout_cache[key] = self.pricing.kept(key, lambda: layout_states(layouts))
         return self._add(f"output.{n}", self._layout_cache[key])
 
     def _produced_layouts(self, v: int) -> tuple[Layout, ...]:
@@ -280,7 +280,7 @@ class ProblemBuilder:
         key = ("relay", *map(id, around))
         if key not in self._layout_cache:
             found = tuple(dict.fromkeys(layout for layouts in around for layout in layouts))
-            self._layout_cache[key] = self._layout_cache.setdefault(("layouts", found), layout_states(found))
+            self._layout_cache[key] = self.pricing.kept(("relay", found), lambda: layout_states(found))
         return self._add(f"{self.graph.values[v].name}.relay", self._layout_cache[key])
 
     def _connect(self, v: int, u: int, port: int, w: int, k: int, *, from_param: bool, kept: bool = False, reader: int | None = None) -> None:
@@ -295,7 +295,7 @@ class ProblemBuilder:
             if use is not None:
                 seconds, self._once_cache[key] = self._param_edge(meta, self.states[u], dst, use)
             else:
-                seconds = self._between.seconds(meta, src, dst)
+                seconds = self.keeping.micro_batches * self._between.seconds(meta, src, dst)
             held = moved_bytes(meta, src, dst, self.mesh, instead=kept, addends=bool(self.block_of)) if saves or kept else None
             self._edge_cache[key] = self._edge_tables.of(seconds, None if kept and self.keeping.gathers_again else held)
             if held is not None:
@@ -316,7 +316,7 @@ class ProblemBuilder:
         held = moved_bytes(meta, src, dst, self.mesh, instead=instead, addends=bool(self.block_of))
         if not self.keeping.gathers_again:
             return Gathers(held, lambda: (np.zeros_like(held), held))
-        return self._between.gathers(meta, src, dst, held, instead=instead)
+        return self._between.gathers(meta, src, dst, held, self.keeping.micro_batches, instead=instead)
 
     def _param_edge(self, meta: TensorMeta, source: States, dst: Sequence[Layout], use: Use) -> tuple[np.ndarray, np.ndarray]:
         """Seconds, and the part of them that is once a step."""
