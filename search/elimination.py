@@ -25,7 +25,7 @@ from autopar.search.copies import alike
 from autopar.search.minibucket import bounded_minimum
 from autopar.search.order import Order, find_order_of_copies
 from autopar.search.simplify import BYTES, SECONDS, Price, PriceList, Shrunk, canonical, holds, node_classes, shrink, whole
-from autopar.search.tables import TableStore
+from autopar.search.tables import Eliminated, TableStore
 from autopar.search.terms import Terms
 
 MAX_TABLE_ENTRIES = 2_000_000  # of float64; a step of 200 states that leaves such a table takes half a second
@@ -173,11 +173,11 @@ class Prepared:
 
 def prepare(
     problem: SearchProblem, prices: tuple[Price, ...], *, max_table_entries: int = MAX_TABLE_ENTRIES, shrunk: Shrunk | None = None,
-    apart: frozenset[int] = frozenset(), dtype: type[np.floating] = np.float64,
+    apart: frozenset[int] = frozenset(), shared: Eliminated | None = None, dtype: type[np.floating] = np.float64,
 ) -> Prepared:  # fmt: skip
     """Choose the order and write the recipe; minima under every price that is a mix of `prices` stay what they are, whatever states nodes `apart` may take.
 
-    `shrunk` may be handed in where states were dropped already.
+    `shrunk` may be handed in where states were dropped already; `shared`: eliminations without a price, of problems that have tables in common.
     """
     part = shrunk or whole(canonical(problem))
     nodes, edges = part.problem.node_columns, part.problem.edge_columns
@@ -186,13 +186,14 @@ def prepare(
     order = find_order_of_copies(sizes, edges, classes, alike(numbers.unary, edges, problem.copies))
     fits = order.max_table_entries <= max_table_entries
     if not fits and shrunk is None:
-        return prepare(problem, prices, max_table_entries=max_table_entries, shrunk=shrink(part.problem, prices, apart), apart=apart, dtype=dtype)
+        dropped = shrink(part.problem, prices, apart)
+        return prepare(problem, prices, max_table_entries=max_table_entries, shrunk=dropped, apart=apart, shared=shared, dtype=dtype)
     left = np.ones(len(nodes), dtype=bool)
     left[order.copied] = False
     pairs = np.stack([edges.u, edges.v, numbers.across], axis=1)[left[edges.u] & left[edges.v]]
     recipe = write_recipe(numbers.unary.tolist(), pairs.tolist(), order, len(numbers.tables)) if fits else None
     free = tuple([None if holds(memory_bytes) else cost_s.astype(dtype, copy=False) for cost_s, memory_bytes in numbers.tables])
-    begun = begin(recipe, free) if recipe is not None and SECONDS in prices else TableStore()
+    begun = begin(recipe, free, shared) if recipe is not None and SECONDS in prices else TableStore()
     return Prepared(
         shrunk=part, terms=Terms(part.problem), classes=classes, order=order, priced=numbers.tables, recipe=recipe, free=free, begun=begun,
         unary=tuple(numbers.unary.tolist()), apart=apart, max_table_entries=max_table_entries, dtype=dtype,

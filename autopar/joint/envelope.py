@@ -10,6 +10,7 @@ a corner of that polyhedron, and no more than g. So questions between known pric
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import combinations
 from typing import NamedTuple, Protocol
 
@@ -91,14 +92,19 @@ class Envelope:
 
     def __init__(self, forms: Sequence[Form], tolerance: float) -> None:
         """`tolerance`: how much less than the least an answer may be at a best price, as a share of the fastest plan's seconds."""
-        self._tolerance = tolerance
+        self._forms, self._tolerance = forms, tolerance
         fastest = forms[0].at(0.0, 0.0)
         self.fastest_s = fastest.bound_s
-        units = np.array([self.fastest_s, max(fastest.state_bytes, 1.0), max(fastest.kept_bytes, 1.0)])
-        self._corners = [Corners(form, units) for form in forms]
-        for corners in self._corners:
-            corners.add(0.0, 0.0, self.fastest_s)
         self._plans, self._near = np.array([fastest.figures]), [near for near in (fastest.near,) if near is not None]
+
+    @cached_property
+    def _corners(self) -> list[Corners]:
+        """Of every form; who asks for no more than the fastest needs none."""
+        _, state_bytes, kept_bytes = self._plans[0].tolist()
+        corners = [Corners(form, np.array([self.fastest_s, max(state_bytes, 1.0), max(kept_bytes, 1.0)])) for form in self._forms]
+        for each in corners:
+            each.add(0.0, 0.0, self.fastest_s)
+        return corners
 
     def low(self, state_price: float, kept_price: float) -> float:
         """No plan costs less, by what is known."""

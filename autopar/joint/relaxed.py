@@ -19,6 +19,7 @@ from autopar.planner.saved import Gathers
 from autopar.search.elimination import Minimum, Prepared, prepare
 from autopar.search.simplify import BYTES, SECONDS, Price
 from autopar.search.solve import solve
+from autopar.search.tables import Eliminated
 from autopar.search.terms import Terms
 
 T = TypeVar("T")
@@ -32,7 +33,7 @@ class Relaxed:
     """Of a run of `depth` blocks; `params`, `modes`: nodes of the folded problem, those of modes with the names of their states. A cache, not
     a value.
 
-    `leaner`: the form of the problem in which blocks gather again what all-gathers bring, where they may do that and keep it. `standing`: the share of the state
+    `leaner`: the form of the problem in which blocks gather again what all-gathers bring, where they may do that and keep it, which `lean` makes. `standing`: the share of the state
     that is there when most is kept.
     """
 
@@ -40,8 +41,14 @@ class Relaxed:
     params: frozenset[int]
     depth: int
     modes: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
-    leaner: "Relaxed | None" = None
+    lean: "Callable[[], Relaxed] | None" = None
     standing: float = 1.0
+    eliminated: Eliminated = field(default_factory=Eliminated)
+    """Without a price: of all problems of a point."""
+
+    @cached_property
+    def leaner(self) -> "Relaxed | None":
+        return None if self.lean is None else self.lean()
 
     def ends(self) -> tuple[float, float]:
         """The least seconds of what is before and behind the run."""
@@ -56,7 +63,7 @@ class Relaxed:
     @cached_property
     def _block(self) -> Prepared:
         """All blocks alone, with the activations of one microbatch."""
-        return prepare(self.folded.part(0), (SECONDS, BYTES), dtype=np.float32)
+        return prepare(self.folded.part(0), (SECONDS, BYTES), shared=self.eliminated, dtype=np.float32)
 
     def parts_of(self, choices: tuple[int, ...]) -> Parts:
         """Seconds of one sharding: of a block, and of what is before and behind the run."""
@@ -126,7 +133,7 @@ class Relaxed:
 
     def where(self, states: Allowed) -> "Relaxed":
         """This form where nodes may be in these of their states alone."""
-        return replace(self, folded=replace(self.folded, problem=in_states(self.folded.problem, {n: np.array(some) for n, some in states})), leaner=None)
+        return replace(self, folded=replace(self.folded, problem=in_states(self.folded.problem, {n: np.array(some) for n, some in states})), lean=None)
 
     def bytes_at(self, state_price: float, kept_price: float) -> dict[int, float]:
         """Of what blocks choose at these prices, but for modes: what each node takes of the state, or of what a microbatch keeps."""
@@ -154,7 +161,10 @@ def with_gathers(problem: SearchProblem, gathers: Mapping[int, Gathers], *, agai
     """A problem in which what all-gathers bring is kept, or not kept but gathered again for the backward."""
 
     def formed(cost_s: np.ndarray, _: np.ndarray | None, found: Gathers) -> Table:
-        return (cost_s + found.again_s, found.again_bytes) if again else (cost_s, found.kept_bytes)
+        if not again:
+            return cost_s, found.kept_bytes
+        again_s, again_bytes = found.again
+        return cost_s + again_s, again_bytes
 
     return _with_tables(problem, gathers, formed)
 
