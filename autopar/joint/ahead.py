@@ -8,17 +8,18 @@ Helpers are forked (`core.forked`) when the search has shown that it has work to
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, NamedTuple
 
 from autopar.core.forked import end, forked
 from autopar.joint.at_point import PointSearch
+from autopar.joint.steps import Step
 
 QUEUED = 3
 """Jobs that a helper has at once, so that it need not wait while the search plans a point."""
@@ -31,19 +32,18 @@ PATIENCE_S = 10.0
 
 
 class Job(NamedTuple):
-    """To look at a point of the search, by number, by the bound of a `level`."""
+    """To do a step with a point of the search, by number and place, with what else is given."""
 
     number: int
     level: int
+    given: tuple = ()
 
 
 class Done(NamedTuple):
-    bound: float
+    """`sent`: None where the search does it."""
+
+    sent: Any
     answers: Mapping[Hashable, Any]
-
-
-Step = Callable[[PointSearch], float]
-"""Looks at a point; what it finds out is among the `Answers` of that."""
 
 
 @dataclass(eq=False)
@@ -87,15 +87,15 @@ def _serve(questions: Connection, searches: Sequence[PointSearch], steps: Sequen
         job = min(left, key=lambda job: (left[job], job))
         del left[job]
         answers = searches[job.number].tables.answers
-        before, bound = len(answers), math.inf
+        before, sent = len(answers), None
         with suppress(Exception):  # the search will find out itself
-            bound = steps[job.level](searches[job.number])
-        questions.send((job, Done(bound, dict(islice(answers.items(), before, None)))))
+            sent = steps[job.level].aside(searches[job.number], *job.given)
+        questions.send((job, Done(sent, dict(islice(answers.items(), before, None)))))
 
 
 @dataclass
 class Ahead:
-    """Helpers of a search of points, which are looked at in `steps`, by level. There are none before it has `started`, and no more than `most`."""
+    """Helpers of a search of points, with which `steps` are done, the first of them by level. There are none before it has `started`, and no more than `most`."""
 
     searches: Sequence[PointSearch]
     steps: Sequence[Step]
@@ -104,9 +104,9 @@ class Ahead:
     _helpers: list[Helper] = field(default_factory=list)
     _done: dict[Job, Done] = field(default_factory=dict)
     _of: dict[int, Helper] = field(default_factory=dict)
-    """Who looks at a point, by its number, and has the tables of it."""
-    _before: set[int] = field(default_factory=set)
-    """Points whose tables the helpers were forked with."""
+    """Who goes through the levels of a point, by its number, and has the tables of it."""
+    _own: set[int] = field(default_factory=set)
+    """Points that the search itself has gone on with since there are helpers."""
     _alone: int = 0
 
     def __enter__(self) -> "Ahead":
@@ -118,39 +118,53 @@ class Ahead:
 
     def start(self) -> None:
         self.started = True
-        self._before = {n for n, search in enumerate(self.searches) if search.has_tables}
         with suppress(OSError):
             while len(self._helpers) < self.most:
                 self._helpers.append(Helper.forked(self.searches, self.steps, self._helpers))
 
-    def offer(self, upcoming: Sequence[tuple[float, Job]], enough: float) -> None:
-        """What the search will come to, by its least bound; of no use where that is `enough`. Points whose tables the search has made since are its own."""
+    def offer(self, upcoming: Sequence[tuple[float, Job]], enough: float, given: Mapping[int, tuple] = MappingProxyType({})) -> None:
+        """What the search will come to, by its least bound; of no use where that is `enough`. `given`: what goes with levels beyond."""
         for helper in tuple(self._helpers):
             self._hear(helper)
         if all(len(helper.asked) >= QUEUED for helper in self._helpers):
             return
-        for key, job in sorted(self._next(key, job) for key, job in upcoming if key < enough):
+        for key, job in sorted(self._next(key, job, given) for key, job in upcoming if key < enough):
             helper = self._of.get(job.number) or min(self._helpers, key=lambda helper: len(helper.asked))
-            known = job.level == len(self.steps) or job in helper.asked or (job.number not in self._before and self.searches[job.number].has_tables)
-            if key < enough and not known and len(helper.asked) < QUEUED:
-                self._ask(helper, key, job)
+            if key < enough and job.number not in self._own and job not in helper.asked and len(helper.asked) < QUEUED:
+                self._of[job.number] = helper
+                helper.tell(key, job)
 
-    def _next(self, key: float, job: Job) -> tuple[float, Job]:
-        """What is left to be done of a point, as far as it is known."""
+    def _next(self, key: float, job: Job, given: Mapping[int, tuple]) -> tuple[float, Job]:
+        """What is left to be done with a point, as far as it is known."""
         while job in self._done:
-            key, job = max(key, self._done[job].bound), job._replace(level=job.level + 1)
+            bound = self.steps[job.level].bound_s(sent) if (sent := self._done[job].sent) is not None else None
+            key, job = max(key, math.inf if bound is None else bound), Job(job.number, job.level + 1, given.get(job.level + 1, ()))
         return key, job
 
-    def _ask(self, helper: Helper, key: float, job: Job) -> None:
-        self._of[job.number] = helper
-        helper.tell(key, job)
+    def do(self, job: Job) -> Any:
+        """Takes over what a helper made of a job, or does it here."""
+        self.settle(job)
+        search, step, done = self.searches[job.number], self.steps[job.level], self._done.get(job)
+        if done is not None and done.sent is not None:
+            return step.taken(search, done.sent)
+        if self.started:
+            self._own.add(job.number)
+            self._of.pop(job.number, None)
+        return step.here(search, *job.given)
+
+    def row(self, jobs: Sequence[Job]) -> Iterator[Any]:
+        """What each comes to, in turn, while helpers do others: which go by nothing but tables, so that it does not matter who does them."""
+        for n, job in enumerate(jobs):
+            if self._helpers and job not in self._done:
+                min(self._helpers, key=lambda helper: len(helper.asked)).tell(-1 / (n + 1), job)  # before all that may be of use
+        yield from map(self.do, jobs)
 
     def settle(self, job: Job) -> None:
-        """Before the search does a job: take over what a helper has found out of it. One that has the tables of the point is waited for."""
-        helper = self._of.get(job.number)
+        """Before the search does a job: hear what a helper has found out of it. One that has the point is waited for."""
+        helper = next((helper for helper in self._helpers if job in helper.asked), self._of.get(job.number))
         if helper is not None and job not in self._done and job not in helper.asked:
-            self._ask(helper, 0.0, job)
-        while self._of.get(job.number) is helper is not None and job not in self._done:
+            helper.tell(0.0, job)
+        while helper in self._helpers and job not in self._done:
             self._hear(helper, PATIENCE_S)
         answers = self.searches[job.number].tables.answers
         if job in self._done:
@@ -169,5 +183,7 @@ class Ahead:
         self._done.update(heard)
         if seconds and not heard:
             self._helpers.remove(helper)
-            self._of = {number: owner for number, owner in self._of.items() if owner is not helper}
+            gone = {number for number, owner in self._of.items() if owner is helper}
+            self._own |= gone  # no other has come so far with them
+            self._of = {number: owner for number, owner in self._of.items() if number not in gone}
             helper.close()

@@ -7,8 +7,9 @@ different bytes. Each part has a bound of its own. The least of all parts is one
 
 import heapq
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -45,16 +46,23 @@ class Case:
     priced: dict[str, Priced] = field(default_factory=dict, compare=False)
 
 
-def bound_by_cases(search: PointSearch, enough_s: float, goes_on: Callable[[], bool] = lambda: True) -> float:
-    """No plan of the point takes less. No higher bound is looked for than `enough_s`, and none when it no longer `goes_on`."""
+Part = tuple[Allowed, float, float, tuple[float, ...]]
+"""Of a part: see `looked_at`."""
+
+Look = Callable[[Sequence[Part]], Iterable[Case]]
+"""At several parts, one after the other, as long as they are asked for."""
+
+
+def bound_by_cases(search: PointSearch, enough_s: float, goes_on: Callable[[], bool] = lambda: True, look: Look | None = None) -> float:
+    """No plan of the point takes less. No higher bound is looked for than `enough_s`, and none when it no longer `goes_on`. `look`: elsewhere than here."""
     cases, looked = [Case(search.fitting_s(), (), search.priced)], 0
     if cases[0].bound_s < enough_s and goes_on():
-        cases = by_modes(search, cases[0], enough_s)
+        cases = by_modes(search, cases[0], enough_s, look)
     while cases[0].bound_s < enough_s and looked < MOST and goes_on():
         parts: list[Case] = []
-        for states in _parts(search, cases[0]):
-            parts.append(_looked_at(search, cases[0], states, enough_s))
-            if parts[-1].bound_s < cases[0].bound_s * LITTLE:
+        for part in (look or partial(_in_turn, search))([(states, cases[0].bound_s, enough_s, (ROUGH, TOLERANCE)) for states in _parts(search, cases[0])]):
+            parts.append(part)
+            if part.bound_s < cases[0].bound_s * LITTLE:
                 return cases[0].bound_s
         if not parts:
             break
@@ -65,18 +73,22 @@ def bound_by_cases(search: PointSearch, enough_s: float, goes_on: Callable[[], b
     return cases[0].bound_s
 
 
-def by_modes(search: PointSearch, whole: Case, enough_s: float) -> list[Case]:
+def by_modes(search: PointSearch, whole: Case, enough_s: float, look: Look | None = None) -> list[Case]:
     """The plans of each two modes of recomputation, the least bound first; or all together, where more than one of these would have to be parted."""
     parts = [((node, pair),) for node, modes in search.tables.whole.modes.items() for pair in combinations(range(len(modes)), 2)]
-    bounds = [max(whole.bound_s, part_s(search, states, {}, ROUGH)) for states in parts]
+    bounds = [case.bound_s for case in (look or partial(_in_turn, search))([(states, whole.bound_s, math.inf, (ROUGH,)) for states in parts])]
     few = len(bounds) > 1 and sum(bound < enough_s for bound in bounds) <= 1
     return sorted(Case(bound, states, whole.priced) for bound, states in zip(bounds, parts)) if few else [whole]
 
 
-def _looked_at(search: PointSearch, case: Case, states: Allowed, enough_s: float) -> Case:
-    """A part of a case: no less than that. It is looked at roughly where that is enough."""
-    bound_s, priced = case.bound_s, dict[str, Priced]()
-    for tolerance in (ROUGH, TOLERANCE):
+def _in_turn(search: PointSearch, parts: Iterable[Part]) -> Iterator[Case]:
+    return (looked_at(search, *part) for part in parts)
+
+
+def looked_at(search: PointSearch, states: Allowed, least_s: float, enough_s: float, tolerances: Sequence[float]) -> Case:
+    """A part of a case that takes `least_s`: no less than that. It is looked at more and more closely until that is enough."""
+    bound_s, priced = least_s, dict[str, Priced]()
+    for tolerance in tolerances:
         if bound_s < enough_s:
             priced = {}
             bound_s = max(bound_s, part_s(search, states, priced, tolerance))

@@ -59,6 +59,10 @@ class Corners:
         self.least = np.array([0.0, *self.form.least_bytes]) / self.units
         self.points = self.least[None, :]
 
+    def __getstate__(self) -> dict[str, object]:
+        """A form stays where it is; see `Envelope.of`."""
+        return {name: value for name, value in vars(self).items() if name != "form"}
+
     def low(self, state_price: float, kept_price: float) -> float:
         return float((self.points @ (np.array([1.0, state_price, kept_price]) * self.units)).min()) * (1 - ROUNDING)
 
@@ -93,6 +97,12 @@ class Envelope:
         for corners in self._corners:
             corners.add(0.0, 0.0, self.fastest_s)
         self._plans = np.array([fastest[1:]])
+
+    def of(self, forms: Sequence[Form]) -> "Envelope":
+        """What another process knows of the same forms, which it could not send along."""
+        for corners, form in zip(self._corners, forms, strict=True):
+            corners.form = form
+        return self
 
     def low(self, state_price: float, kept_price: float) -> float:
         """No plan costs less, by what is known."""
