@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from autopar.core.forked import most_processes
 from autopar.core.units import size
 from autopar.errors import InfeasibleError
-from autopar.joint.ahead import Ahead, Job
+from autopar.joint.ahead import Ahead, Job, Offered
 from autopar.joint.at_point import Found, PointSearch
 from autopar.joint.cases import Case, Part, bound_by_cases
 from autopar.joint.clock import FINISHED, UNKNOWN_S, Clock
@@ -155,8 +155,9 @@ class JointSearch(Given):
             if found and not self._goes_on(clock, LEVELS[heap[0].level] if looks else PLANNED):
                 break
             below = before * NEAR, best * NEAR  # of the plan that is next, and of the one after that, which is made beside it
-            ahead.offer([(waiting.key, waiting.job(s)) for waiting, s in zip(sorted(ready), below)], math.inf)
-            ahead.offer([(waiting.key, waiting.job()) for waiting in heap], min(promised, best * (1 - self.gap)), {PLANNING: below[: len(ready) + 1][-1:]})
+            sure = [(waiting.key, waiting.job(below_s)) for waiting, below_s in zip(sorted(ready), below)]
+            upcoming, limit = [(waiting.key, waiting.job()) for waiting in heap], min(promised, best * (1 - self.gap))
+            ahead.offer(Offered(upcoming, limit, {PLANNING: below[: len(ready) + 1][-1:]}, sure))
             if looks:
                 waiting = heapq.heappop(heap)
                 self.progress(f"searching {waiting.search.point}: bound {waiting.bound:.4g} s, best {best:.4g} s")
@@ -270,7 +271,7 @@ class JointSearch(Given):
         with Ahead(near, [Step(_finer)], helpers) as ahead:
             if len(near) > 1:
                 ahead.start()
-                ahead.offer([(0.0, Job(n, 0)) for n in range(len(near))], math.inf)
+                ahead.offer(Offered([(0.0, Job(n, 0)) for n in range(len(near))], math.inf))
             for n in range(len(near)):
                 ahead.settle(Job(n, 0))
         for search, asking in [*((s, s.fine) for s in near), *((w.search, w.search.lean) for w in planned if w.bound < best * (1 - (self.gap if w.search.tables.few else FAR)))]:

@@ -4,6 +4,7 @@ All that later steps go by is sent, small as it is; tables, shardings and their 
 the step itself, without tables of points that come to nothing.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -31,8 +32,9 @@ class Step:
         """The same in a helper: what is sent of it. None where it is to be done again, which is little with its answers."""
         self.here(search, *given)
 
-    def bound_s(self, sent: Any) -> float | None:
-        """Where it is one of several that follow each other: on what follows."""
+    def bound_s(self, sent: Any) -> float:
+        """On what follows at the same point; inf where nothing does."""
+        return math.inf
 
     def taken(self, search: PointSearch, sent: Any) -> Any:
         """What it comes to."""
