@@ -117,7 +117,7 @@ class Offered:
     of use in any case."""
 
     upcoming: Sequence[tuple[float, Job]] = ()
-    enough: float = 0.0
+    enough: float = math.inf
     given: Mapping[int, tuple] = field(default_factory=dict)
     sure: Sequence[tuple[float, Job]] = ()
 
@@ -164,11 +164,13 @@ class Ahead:
         """What is `wanted` and what is offered, that of the lowest key first, as far as helpers are ready for it."""
         if any(len(helper.asked) < QUEUED for helper in self._helpers):
             for key, job in sorted((*wanted, *self._offered.sure, *self._promising())):
-                if (job.number not in self._own or job.level == PARTING) and job not in self._done and self._asked(job) is None:
-                    if (helper := self._ready_for(job)) is not None:
-                        self._ask(helper, key, job)
-                    elif job.level >= LONG:
-                        break  # the next that has nothing to do is for this
+                if (job.number in self._own and job.level < PARTING) or job in self._done or self._asked(job) is not None:
+                    continue
+                helper = self._ready_for(job)
+                if helper is None and job.level >= LONG:
+                    break  # the next that has nothing to do is for this
+                if helper is not None and ((key, job) in wanted or self._floor_s(job) < self._offered.enough):
+                    self._ask(helper, key, job)
 
     def _promising(self) -> Iterator[tuple[float, Job]]:
         """What is left to be done with points that are offered, as far as that is known; nothing behind what is to be planned: a plan is likely to take no less than
@@ -177,8 +179,7 @@ class Ahead:
         for key, job in sorted(self._next(key, job) for key, job in self._offered.upcoming):
             if key >= enough:
                 break
-            if self._floor_s(job) < enough:
-                yield key, job
+            yield key, job
             if job.level == PLANNING:
                 break
 
