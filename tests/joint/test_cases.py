@@ -1,17 +1,26 @@
 """Bounds by cases: shardings of a point told apart, each part with a bound of its own."""
 
 import math
+import multiprocessing
+import os
+import signal
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations, product
 from random import Random
 
+import pytest
+
 from autopar.core.cluster import Cluster
 from autopar.core.residency import GATHER, MODES
+from autopar.joint import cases
+from autopar.joint.ahead import Ahead, Job
 from autopar.joint.at_point import TOLERANCE, PointSearch
 from autopar.joint.cases import Case, bound_by_cases, by_modes, part_s, parted
 from autopar.joint.deep import mixed
 from autopar.joint.space import Ideal, points
+from autopar.joint.steps import PARTING, steps
 from autopar.joint.tables import ROUGH
 from tests.joint.models import GPT, joint_search
 
@@ -46,6 +55,36 @@ def test_no_higher_bound_is_looked_for_than_is_enough() -> None:
     enough = (bound + highest) / 2
     assert enough <= bound_by_cases(search, enough) <= highest
     assert bound_by_cases(search, math.inf, lambda: False) == bound
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="processes cannot be forked here")
+def test_helpers_look_at_parts_beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound is the same, also where one of them is gone in the middle of it."""
+    (search, *_), (again, *_), (other, *_) = (searches(0.1) for _ in range(3))
+    alone, here, part, looked = bound_by_cases(search, math.inf), os.getpid(), cases.part_s, []
+
+    def by_helpers(search: PointSearch) -> float:
+        with Ahead([search], steps(), 2) as ahead:
+            ahead.start()
+            found = bound_by_cases(search, math.inf, look=lambda parts: ahead.row([Job(0, PARTING, part) for part in parts]))
+        assert not multiprocessing.active_children()
+        return found
+
+    def seen(*given: object) -> float:
+        looked.append(given)
+        return part(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(cases, "part_s", seen)
+    assert by_helpers(again) == alone and not looked
+
+    def dies(*given: object) -> float:
+        if os.getpid() != here:
+            time.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return seen(*given)
+
+    monkeypatch.setattr(cases, "part_s", dies)
+    assert by_helpers(other) == alone and looked
 
 
 def test_a_choice_of_a_case_is_in_one_of_its_parts() -> None:
