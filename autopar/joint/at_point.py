@@ -13,10 +13,10 @@ from autopar.joint.asked import KEPT, Asked
 from autopar.joint.bounds import Line, Parts, counted, least_step_s, sides
 from autopar.joint.deep import Deep, Sharding, mixed, roomy_depths
 from autopar.joint.envelope import Envelope
-from autopar.joint.even import Cuts, Held, even_cuts, rank_cuts
+from autopar.joint.even import Cuts, Held, even_cuts, flights, rank_cuts
 from autopar.joint.fold import border_bytes
 from autopar.joint.given import Given
-from autopar.joint.known import SAFE, Flat, Floors, Proved, Tried, without_memory
+from autopar.joint.known import SAFE, Flat, Floors, Proved, Told, Tried, without_memory
 from autopar.joint.priced import Care, Priced, around, binding_flights
 from autopar.joint.space import Ideal, Point, orders
 from autopar.joint.tables import STANDING, PointTables
@@ -70,8 +70,10 @@ class PointSearch:
     """The sides that were asked for."""
     larger: "tuple[PointSearch, ...]" = ()
     """The same with microbatches that are several of these, the smallest first."""
-    _known: dict[tuple[int, ...], dict[float, tuple[float, float]]] = field(default_factory=dict)
+    least: dict[tuple[int, ...], dict[float, tuple[float, float]]] = field(default_factory=dict)
     """By sharding and limit: what its plans take at least, and up to what that was looked for."""
+    told: Told | None = None
+    """What other searches were told last."""
 
     @cached_property
     def orders(self) -> tuple[Order, ...]:
@@ -80,11 +82,6 @@ class PointSearch:
     @cached_property
     def tables(self) -> PointTables:
         return self.joint.tables(self.point)
-
-    @property
-    def has_tables(self) -> bool:
-        """Whether there is more of them than answers."""
-        return "tables" in vars(self) and self.tables.are_made
 
     @property
     def keeping(self) -> Keeping:
@@ -169,9 +166,9 @@ class PointSearch:
             if order.virtual > 1:
                 if prices and not care.is_rough:
                     prices = sorted({*prices, *(around(prices[0]) if care == Care.CLOSE else ())})
-                    self._look((priced, whole), _flights(order), prices)
+                    self._look((priced, whole), flights(order), prices)
                     prices.append(priced.lean_price(room))  # no plan holds less than every table's least
-                held = [priced.held(_flights(order), price, whole) for price in prices]
+                held = [priced.held(flights(order), price, whole) for price in prices]
                 least = min(least, self._even_s(order, ends, held, rooms, least, whole_s=whole_s, by_rank=not care.is_rough))
             else:
                 if not care.is_rough:
@@ -213,7 +210,7 @@ class PointSearch:
             if sooner >= least:
                 continue
             if order.virtual > 1:
-                least = min(least, self._even_s(order, parts(side), floors.held(side, _flights(order), free.block_s), self._rooms(order, limit), least, by_rank=False))
+                least = min(least, self._even_s(order, parts(side), floors.held(side, flights(order), free.block_s), self._rooms(order, limit), least, by_rank=False))
                 continue
             lines = [[free, *(floors.lines(side, flight, limit) if flight >= most / 2 else ())] for flight in order.in_flight]
             least = min(least, max(self._fastest_s(order, parts), self._step_s(order, parts(side), lines, self._waits(side, parts(side)))))
@@ -228,11 +225,15 @@ class PointSearch:
         return self.joint.about, self.joint.pins, without_memory(self.joint.cluster), self.point
 
     def _tell(self, found: Mapping[str, Priced], least_s: float, limit_bytes: float) -> None:
-        """What is found out, by side and within a limit, to the searches that follow."""
-        self.joint.known.add_bound(self._about, limit_bytes, least_s)
+        """What is found out, by side and within a limit."""
         lines = {side: tuple(Flat(flight, price, priced.block_s(flight, price)) for (flight, _), price in priced.prices.items() if price) for side, priced in found.items()}
-        parts = {side: priced.parts for side, priced in found.items()}
-        self.joint.known.add(self.joint.about, Proved(self.joint.cluster, self.point, self.tables.operators, parts, lines))
+        self.tell(Told(limit_bytes, least_s, {side: priced.parts for side, priced in found.items()}, lines))
+
+    def tell(self, told: Told) -> None:
+        """To the searches that follow."""
+        self.told = told
+        self.joint.known.add_bound(self._about, told.limit_bytes, told.least_s)
+        self.joint.known.add(self.joint.about, Proved(self.joint.cluster, self.point, self.tables.operators, told.parts, told.lines))
 
     def _waits(self, side: str, parts: Parts) -> Parts:
         """What a microbatch takes at least of others while a rank waits for it."""
@@ -356,7 +357,7 @@ class PointSearch:
 
     def least_s(self, choices: tuple[int, ...], limit_bytes: float, enough_s: float = math.inf) -> float:
         """No plan of a sharding takes less, by the linear model of memory. No higher bound is looked for than `enough_s`."""
-        known = self._known.setdefault(choices, {})
+        known = self.least.setdefault(choices, {})
         least, looked_for = known.get(limit_bytes, (self._roomier_s(choices, limit_bytes), 0.0))
         if looked_for <= least < enough_s:
             least, _ = known[limit_bytes] = max(least, self._sharding_s(choices, limit_bytes, enough_s)), enough_s
@@ -364,7 +365,7 @@ class PointSearch:
 
     def _roomier_s(self, choices: tuple[int, ...], limit_bytes: float) -> float:
         """What is known of it, with so much memory or with more."""
-        roomier = (least for limit, (least, _) in self._known.get(choices, {}).items() if limit >= limit_bytes)
+        roomier = (least for limit, (least, _) in self.least.get(choices, {}).items() if limit >= limit_bytes)
         return max(roomier, default=self._fastest_orders(choices)[0][0])
 
     def _fastest_orders(self, choices: tuple[int, ...]) -> list[tuple[float, Order]]:
@@ -387,14 +388,9 @@ class PointSearch:
                 solved = self.tables.side(sides(order)[0])
                 parts, figures = solved.parts_of(choices), solved.figures(choices)
                 if order.virtual > 1:
-                    held = figures.held(_flights(order), room_bytes, whole)
+                    held = figures.held(flights(order), room_bytes, whole)
                     least = min(least, self._even_s(order, parts, held, self._rooms(order, room_bytes), least, whole_s=whole_s))
                     continue
                 lines = [figures.lines(flight, room, whole) for flight, room in zip(order.in_flight, self._rooms(order, room_bytes), strict=True)]
                 least = min(least, max(fastest, self._step_s(order, parts, lines, self._waits(sides(order)[0], parts))))
         return least
-
-
-def _flights(order: Order) -> list[int]:
-    """All numbers of microbatches in flight of its stages."""
-    return sorted({flight for by_stage in order.in_flight_by_stage for flight in by_stage})

@@ -66,6 +66,10 @@ class Corners:
         self.least = np.array([0.0, *self.form.least_bytes]) / self.units
         self.points = self.least[None, :]
 
+    def __getstate__(self) -> dict[str, object]:
+        """A form stays where it is; see `Envelope.of`."""
+        return {name: value for name, value in vars(self).items() if name != "form"}
+
     def low(self, state_price: float, kept_price: float) -> float:
         return float((self.points @ (np.array([1.0, state_price, kept_price]) * self.units)).min()) * (1 - ROUNDING)
 
@@ -105,6 +109,17 @@ class Envelope:
         for each in corners:
             each.add(0.0, 0.0, self.fastest_s)
         return corners
+
+    def __getstate__(self) -> dict[str, object]:
+        """Forms stay where they are; see `of`."""
+        return {name: value for name, value in vars(self).items() if name != "_forms"}
+
+    def of(self, forms: Sequence[Form]) -> "Envelope":
+        """What another process knows of the same forms, which it could not send along."""
+        self._forms = forms
+        for corners, form in zip(vars(self).get("_corners", ()), forms):
+            corners.form = form
+        return self
 
     def low(self, state_price: float, kept_price: float) -> float:
         """No plan costs less, by what is known."""

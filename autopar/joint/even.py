@@ -29,6 +29,11 @@ LONGEST = 4
 """Longest chains that are looked for, each in the cut that those before leave as the fastest."""
 
 
+def flights(order: Order) -> list[int]:
+    """All numbers of microbatches in flight of its stages."""
+    return sorted({flight for by_stage in order.in_flight_by_stage for flight in by_stage})
+
+
 @dataclass(frozen=True, slots=True)
 class Held:
     """The least seconds of a block of a step with its bytes at a `price`, by microbatches in flight; `whole_s` with its exchange of parameters too."""
@@ -125,8 +130,7 @@ class Cuts:
 
     @cached_property
     def _flights(self) -> list[int]:
-        """All numbers of microbatches in flight of its stages."""
-        return np.unique(self.order.in_flight_by_stage).tolist()
+        return flights(self.order)
 
     def _fronts(self, held: Sequence[Held], share: float, fastest_s: float) -> np.ndarray:
         """[rank, stage of a rank, corner, 2]: what a block of each stage may take and hold."""

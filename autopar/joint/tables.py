@@ -63,10 +63,6 @@ class PointTables:
         constraints = Constraints(self.point.mesh, self.pins, strict=bool(self.pins.mesh_axes))
         return ProblemBuilder(self.task.graph, self.task.rules, self.task.batch, self.pricing, constraints, self.keeping).build(None)
 
-    @property
-    def are_made(self) -> bool:
-        return "built" in vars(self)
-
     @cached_property
     def whole(self) -> Relaxed:
         """All that a step costs."""
@@ -105,12 +101,13 @@ class PointTables:
 
     def rough(self, side: str) -> Envelope:
         """What is known of the blocks, by whoever asks: an answer depends on what was asked before, within its tolerance."""
-        if side not in self._rough:
-            self._rough[side] = Envelope(self.side(side).forms, ROUGH)
-        return self._rough[side]
+        if side not in self.envelopes:
+            self.envelopes[side] = Envelope(self.side(side).forms, ROUGH)
+        return self.envelopes[side]
 
     @cached_property
-    def _rough(self) -> dict[str, Envelope]:
+    def envelopes(self) -> dict[str, Envelope]:
+        """See `rough`."""
         return {}
 
     @property
