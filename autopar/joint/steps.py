@@ -64,7 +64,7 @@ class Looked(Generic[T]):
         return self.result
 
 
-class Look(Step):
+class Bounding(Step):
     """For a bound, or what orders points."""
 
     def aside(self, search: PointSearch, *given: Any) -> Looked[float]:
@@ -150,8 +150,8 @@ PROMISING, PLANNING, PARTING = 3, 4, 5
 def steps() -> tuple[Step, ...]:
     """Those of every point, one after the other, by level; then those of a few."""
     return (
-        *(Look(bound) for bound in (PointSearch.fastest_s, PointSearch.rough_s, PointSearch.fitting_s)),
-        Look(lambda search: search.promised_s(search.joint.limit_bytes)),
+        *(Bounding(bound) for bound in (PointSearch.fastest_s, PointSearch.rough_s, PointSearch.fitting_s)),
+        Bounding(lambda search: search.promised_s(search.joint.limit_bytes)),
         Planning(lambda search, below_s: search.plan(search.joint.limit_bytes, below_s)),
         Parting(looked_at),
     )
