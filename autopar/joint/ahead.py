@@ -230,9 +230,10 @@ class Ahead:
 
     def settle(self, job: Job) -> None:
         """Before the search does a job: what a helper has found out of it, which is waited for if one was or is to be asked."""
+        since_s = time.monotonic()
         while job not in self._done and (job.number in self._of or self._asked(job) is not None or (job.level == PARTING and self._helpers)):
             self._share_out((-math.inf, job))
-            self._wait()
+            self._wait(since_s)
         answers = self.searches[job.number].tables.answers
         if job in self._done:
             answers.update(self._done[job].answers)
@@ -241,14 +242,14 @@ class Ahead:
             if self._alone > ALONE:
                 self.start()
 
-    def _wait(self) -> None:
-        """For a word of anybody who is at work; ends those that have said none for too long."""
+    def _wait(self, since_s: float) -> None:
+        """For a word of anybody who is at work; ends those that have said none for too long since then."""
         busy = [helper for helper in self._helpers if helper.asked]
         ready = connection.wait([helper.connection for helper in busy], PATIENCE_S)
         for helper in busy:
             if helper.connection in ready:
                 self._hear(helper)
-            elif time.monotonic() - helper.heard_s > PATIENCE_S:
+            elif time.monotonic() - max(since_s, helper.heard_s) > PATIENCE_S:
                 self._end(helper)
 
     def _hear(self, helper: Helper) -> None:

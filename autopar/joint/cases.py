@@ -50,7 +50,7 @@ class Case:
 
 
 Part = tuple[Allowed, float, float, tuple[Care, ...]]
-"""Of a part: see `looked_at`."""
+"""Of a case: its states, and what else `looked_at` goes by."""
 
 Look = Callable[[Sequence[Part]], Iterable[Case]]
 """At several parts, one after the other, as long as they are asked for."""

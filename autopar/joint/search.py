@@ -157,7 +157,7 @@ class JointSearch(Given):
             below = before * NEAR, best * NEAR  # of the plan that is next, and of the one after that, which is made beside it
             sure = [(waiting.key, waiting.job(below_s)) for waiting, below_s in zip(sorted(ready), below)]
             upcoming, limit = [(waiting.key, waiting.job()) for waiting in heap], min(promised, best * (1 - self.gap))
-            ahead.offer(Offered(upcoming, limit, {PLANNING: below[: len(ready) + 1][-1:]}, sure))
+            ahead.offer(Offered(upcoming, limit, {PLANNING: (below[min(1, len(ready))],)}, sure))
             if looks:
                 waiting = heapq.heappop(heap)
                 self.progress(f"searching {waiting.search.point}: bound {waiting.bound:.4g} s, best {best:.4g} s")

@@ -64,7 +64,7 @@ class Looked(Generic[T]):
         return self.result
 
 
-class Look(Step):
+class Bounding(Step):
     """For a bound, or what orders points."""
 
     def aside(self, search: PointSearch, *given: Any) -> Looked[float]:
@@ -150,10 +150,10 @@ PROMISING, PLANNING, PARTING = 5, 6, 7
 def steps() -> tuple[Step, ...]:
     """Those of every point, one after the other, by level; then those of a few."""
     return (
-        Look(PointSearch.fastest_s),
-        *(Look(lambda search, care=care: search.rough_s(care)) for care in (Care.ONE, Care.ROUGH)),
-        *(Look(lambda search, care=care: search.fitting_s(care)) for care in (Care.NEAR, Care.CLOSE)),
-        Look(lambda search: search.promised_s(search.joint.limit_bytes)),
+        Bounding(PointSearch.fastest_s),
+        *(Bounding(lambda search, care=care: search.rough_s(care)) for care in (Care.ONE, Care.ROUGH)),
+        *(Bounding(lambda search, care=care: search.fitting_s(care)) for care in (Care.NEAR, Care.CLOSE)),
+        Bounding(lambda search: search.promised_s(search.joint.limit_bytes)),
         Planning(lambda search, below_s: search.plan(search.joint.limit_bytes, below_s)),
         Parting(looked_at),
     )
