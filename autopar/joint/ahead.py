@@ -21,13 +21,10 @@ from typing import Any, NamedTuple
 
 from autopar.core.forked import end, forked
 from autopar.joint.at_point import PointSearch
-from autopar.joint.steps import PARTING, PLANNING, PROMISING, Step
+from autopar.joint.steps import LONG, PARTING, PLANNING, PROMISING, Step
 
 QUEUED = 3
 """Jobs that a helper has at once, so that it need not wait while the search is at work."""
-
-LONG = 2
-"""Work from this level on waits for a helper that has nothing else to do, whoever has the tables of the point: these are made in less time."""
 
 ALONE = 4
 """So many points that nothing was known of are looked at before there are helpers: most questions ask of no more."""

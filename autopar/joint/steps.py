@@ -143,6 +143,9 @@ def taken(found: Mapping[str, Sent], solved: Callable[[str], Solved]) -> dict[st
     return {side: Priced(of_side := solved(side), envelope.of(of_side.forms), prices) for side, (envelope, prices) in found.items()}
 
 
+LONG = 3
+"""Steps from this place on wait for a helper that has nothing else to do, whoever has the tables of the point: these are made in less time."""
+
 PROMISING, PLANNING, PARTING = 5, 6, 7
 """Places of steps that are no bounds: of what says which point is planned next, and of what follows that."""
 
