@@ -18,6 +18,7 @@ from autopar.joint.fold import border_bytes
 from autopar.joint.given import Given
 from autopar.joint.known import SAFE, Flat, Floors, Proved, Tried, without_memory
 from autopar.joint.priced import Priced, around
+from autopar.joint.solved import Bounded
 from autopar.joint.space import Ideal, Point, orders
 from autopar.joint.tables import STANDING, PointTables
 from autopar.planner.blocks import Order
@@ -70,8 +71,6 @@ class PointSearch:
     """The sides that were asked for."""
     larger: "tuple[PointSearch, ...]" = ()
     """The same with microbatches that are several of these, the smallest first."""
-    _known: dict[tuple[int, ...], dict[float, tuple[float, float]]] = field(default_factory=dict)
-    """By sharding and limit: what its plans take at least, and up to what that was looked for."""
 
     @cached_property
     def orders(self) -> tuple[Order, ...]:
@@ -93,8 +92,6 @@ class PointSearch:
     @property
     def pricing(self) -> Pricing:
         return self.tables.pricing
-
-    # --- bounds ----------------------------------------------------------------------------------------------------------
 
     def ideal_s(self, ideal: Ideal) -> float:
         """The bound from operators that are cut evenly."""
@@ -168,9 +165,9 @@ class PointSearch:
                 prices = priced.binding((max(order.in_flight), min(order.in_flight)), room)
                 if prices and not roughly:
                     prices = sorted({*prices, *around(prices[0])})
-                    self._look((priced, whole), _flights(order), prices)
+                    self._look((priced, whole), order.flights, prices)
                     prices.append(priced.lean_price(room))  # no plan holds less than every table's least
-                held = [priced.held(_flights(order), price, whole) for price in prices]
+                held = [priced.held(order.flights, price, whole) for price in prices]
                 least = min(least, self._even_s(order, ends, held, rooms, least, whole_s=whole_s))
             else:  # memory binds those first that hold most microbatches
                 prices = priced.binding(sorted({flight for flight in order.in_flight if flight >= max(order.in_flight) / 2}), room)
@@ -213,7 +210,7 @@ class PointSearch:
             if sooner >= least:
                 continue
             if order.virtual > 1:
-                least = min(least, self._even_s(order, parts(side), floors.held(side, _flights(order), free.block_s), self._rooms(order, limit), least))
+                least = min(least, self._even_s(order, parts(side), floors.held(side, order.flights, free.block_s), self._rooms(order, limit), least))
                 continue
             lines = [[free, *(floors.lines(side, flight, limit) if flight >= most / 2 else ())] for flight in order.in_flight]
             least = min(least, max(self._fastest_s(order, parts), self._step_s(order, parts(side), lines, self._waits(side, parts(side)))))
@@ -268,8 +265,6 @@ class PointSearch:
         """What a block hands on of a microbatch, at least."""
         return border_bytes(self.joint.task(self.point.samples).graph, self.joint.run) / (self.point.outer * self.point.inner)
 
-    # --- plans -----------------------------------------------------------------------------------------------------------
-
     def plan(self, limit_bytes: float, below_s: float = math.inf, asking: Callable[[], Iterable[Asked]] | None = None, ended: Callable[[], bool] | None = None) -> Found | None:
         """The best plan of the point within a limit that takes less than `below_s`: every sharding that is asked for and may be best, every order, as little
         recomputation as fits.
@@ -292,6 +287,8 @@ class PointSearch:
             sharding = self.tables.sharding(choices)
             made = self.planned(sharding, limit_bytes, below_s)
             best, below_s = (made, made.step_s) if made is not None else (best, below_s)
+            if self.joint.options.has_budget:  # within less memory, no plan of it is faster but by chance
+                self._bounded.least.setdefault(choices, {})[limit_bytes] = below_s, math.inf
             if ended is not None and ended():
                 break
             unseen = unseen or max(0.0, self.tables.side("whole").figures(choices).unseen_bytes(made.deep if made else sharding.leanest(self.orders[0])))
@@ -349,6 +346,12 @@ class PointSearch:
         around = asked.around(self.tables.sizes if self.tables.few else (), self.keeping.stages, flight, price, self.tables.ways)
         return chain(asked.leaner(flight, price, self.tables.ways), around)
 
+    def leanest(self) -> Iterator[Asked]:
+        """At a price at which bytes alone count."""
+        order = self.orders[0]
+        flight, price = max(order.in_flight), Priced(self.tables.side(sides(order)[0]), self.tables.rough(sides(order)[0])).lean_price(self.joint.limit_bytes)
+        return (Asked(flight, price, None, how) for how in self.tables.ways)
+
     @property
     def _prices(self) -> list[tuple[float, float]]:
         """Microbatches in flight, and the price of a byte that goes with them."""
@@ -356,7 +359,7 @@ class PointSearch:
 
     def least_s(self, choices: tuple[int, ...], limit_bytes: float, enough_s: float = math.inf) -> float:
         """No plan of a sharding takes less, by the linear model of memory. No higher bound is looked for than `enough_s`."""
-        known = self._known.setdefault(choices, {})
+        known = self._bounded.least.setdefault(choices, {})
         least, looked_for = known.get(limit_bytes, (self._roomier_s(choices, limit_bytes), 0.0))
         if looked_for <= least < enough_s:
             least, _ = known[limit_bytes] = max(least, self._sharding_s(choices, limit_bytes, enough_s)), enough_s
@@ -364,20 +367,21 @@ class PointSearch:
 
     def _roomier_s(self, choices: tuple[int, ...], limit_bytes: float) -> float:
         """What is known of it, with so much memory or with more."""
-        roomier = (least for limit, (least, _) in self._known.get(choices, {}).items() if limit >= limit_bytes)
+        roomier = (least for limit, (least, _) in self._bounded.least.get(choices, {}).items() if limit >= limit_bytes)
         return max(roomier, default=self._fastest_orders(choices)[0][0])
 
     def _fastest_orders(self, choices: tuple[int, ...]) -> list[tuple[float, Order]]:
         """Every order with what it takes at least, whatever memory there is; the fastest first."""
-        if choices not in self._orders:
+        if choices not in self._bounded.orders:
             parts = {side: self.tables.side(side).parts_of(choices) for order in self.orders for side in sides(order)}
             found = [(self._fastest_s(order, parts.__getitem__), order) for order in self.orders]
-            self._orders[choices] = sorted(found, key=lambda pair: pair[0])
-        return self._orders[choices]
+            self._bounded.orders[choices] = sorted(found, key=lambda pair: pair[0])
+        return self._bounded.orders[choices]
 
     @cached_property
-    def _orders(self) -> dict[tuple[int, ...], list[tuple[float, Order]]]:
-        return {}
+    def _bounded(self) -> Bounded:
+        """Of searches under a budget it is there for those with other limits too, of which that depends what they look at first."""
+        return self.joint.known.kept(("bounded", self._about), Bounded) if self.joint.options.has_budget else Bounded()
 
     def _sharding_s(self, choices: tuple[int, ...], room_bytes: float, enough_s: float) -> float:
         whole_s, whole = self.tables.side("whole").parts_of(choices).block, self.tables.side("whole").figures(choices)
@@ -387,14 +391,9 @@ class PointSearch:
                 solved = self.tables.side(sides(order)[0])
                 parts, figures = solved.parts_of(choices), solved.figures(choices)
                 if order.virtual > 1:
-                    held = figures.held(_flights(order), room_bytes, whole)
+                    held = figures.held(order.flights, room_bytes, whole)
                     least = min(least, self._even_s(order, parts, held, self._rooms(order, room_bytes), least, whole_s=whole_s))
                     continue
                 lines = [figures.lines(flight, room, whole) for flight, room in zip(order.in_flight, self._rooms(order, room_bytes), strict=True)]
                 least = min(least, max(fastest, self._step_s(order, parts, lines, self._waits(sides(order)[0], parts))))
         return least
-
-
-def _flights(order: Order) -> list[int]:
-    """All numbers of microbatches in flight of its stages."""
-    return sorted({flight for by_stage in order.in_flight_by_stage for flight in by_stage})

@@ -1,13 +1,14 @@
 """What was found out of the problems of a point: small answers, which hold whoever found them, in place of tables that are made where another is asked."""
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from autopar.joint.bounds import Parts
 from autopar.joint.envelope import Vertex
 from autopar.joint.figures import Figures
 from autopar.joint.relaxed import Relaxed
+from autopar.planner.blocks import Order
 
 T = TypeVar("T")
 
@@ -19,6 +20,15 @@ class Answers(dict[Hashable, Any]):
         if question not in self:
             self[question] = find()
         return self[question]  # type: ignore[no-any-return]
+
+
+@dataclass
+class Bounded:
+    """What is known of shardings, by what they choose. A cache, not a value. `orders`: each with what it takes at least, whatever memory there is, the fastest first;
+    `least`: by limit what plans take at least, and up to what that was looked for."""
+
+    orders: dict[tuple[int, ...], list[tuple[float, Order]]] = field(default_factory=dict)
+    least: dict[tuple[int, ...], dict[float, tuple[float, float]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
