@@ -13,7 +13,7 @@ from autopar.joint.asked import KEPT, Asked
 from autopar.joint.bounds import Line, Parts, counted, least_step_s, sides
 from autopar.joint.deep import Deep, Sharding, mixed, roomy_depths
 from autopar.joint.envelope import Envelope
-from autopar.joint.even import Cuts, Held, even_cuts, flights, rank_cuts
+from autopar.joint.even import Cuts, Held, even_cuts, rank_cuts
 from autopar.joint.fold import border_bytes
 from autopar.joint.given import Given
 from autopar.joint.known import SAFE, Flat, Floors, Proved, Told, Tried, without_memory
@@ -91,8 +91,6 @@ class PointSearch:
     def pricing(self) -> Pricing:
         return self.tables.pricing
 
-    # --- bounds ----------------------------------------------------------------------------------------------------------
-
     def ideal_s(self, ideal: Ideal) -> float:
         """The bound from operators that are cut evenly."""
         one = ideal.seconds(self.point.samples, self.point.outer, self.point.inner)
@@ -166,9 +164,9 @@ class PointSearch:
             if order.virtual > 1:
                 if prices and not care.is_rough:
                     prices = sorted({*prices, *(around(prices[0]) if care == Care.CLOSE else ())})
-                    self._look((priced, whole), flights(order), prices)
+                    self._look((priced, whole), order.flights, prices)
                     prices.append(priced.lean_price(room))  # no plan holds less than every table's least
-                held = [priced.held(flights(order), price, whole) for price in prices]
+                held = [priced.held(order.flights, price, whole) for price in prices]
                 least = min(least, self._even_s(order, ends, held, rooms, least, whole_s=whole_s, by_rank=not care.is_rough))
             else:
                 if not care.is_rough:
@@ -210,7 +208,7 @@ class PointSearch:
             if sooner >= least:
                 continue
             if order.virtual > 1:
-                least = min(least, self._even_s(order, parts(side), floors.held(side, flights(order), free.block_s), self._rooms(order, limit), least, by_rank=False))
+                least = min(least, self._even_s(order, parts(side), floors.held(side, order.flights, free.block_s), self._rooms(order, limit), least, by_rank=False))
                 continue
             lines = [[free, *(floors.lines(side, flight, limit) if flight >= most / 2 else ())] for flight in order.in_flight]
             least = min(least, max(self._fastest_s(order, parts), self._step_s(order, parts(side), lines, self._waits(side, parts(side)))))
@@ -268,8 +266,6 @@ class PointSearch:
     def _border_bytes(self) -> float:
         """What a block hands on of a microbatch, at least."""
         return border_bytes(self.joint.task(self.point.samples).graph, self.joint.run) / (self.point.outer * self.point.inner)
-
-    # --- plans -----------------------------------------------------------------------------------------------------------
 
     def plan(self, limit_bytes: float, below_s: float = math.inf, asking: Callable[[], Iterable[Asked]] | None = None, ended: Callable[[], bool] | None = None) -> Found | None:
         """The best plan of the point within a limit that takes less than `below_s`: every sharding that is asked for and may be best, every order, as little
@@ -350,6 +346,12 @@ class PointSearch:
         around = asked.around(self.tables.sizes if self.tables.few else (), self.keeping.stages, flight, price, self.tables.ways)
         return chain(asked.leaner(flight, price, self.tables.ways), around)
 
+    def leanest(self) -> Iterator[Asked]:
+        """At a price at which bytes alone count."""
+        order = self.orders[0]
+        flight, price = max(order.in_flight), Priced(self.tables.side(sides(order)[0]), self.tables.rough(sides(order)[0])).lean_price(self.joint.limit_bytes)
+        return (Asked(flight, price, None, how) for how in self.tables.ways)
+
     @property
     def _prices(self) -> list[tuple[float, float]]:
         """Microbatches in flight, and the price of a byte that goes with them."""
@@ -388,7 +390,7 @@ class PointSearch:
                 solved = self.tables.side(sides(order)[0])
                 parts, figures = solved.parts_of(choices), solved.figures(choices)
                 if order.virtual > 1:
-                    held = figures.held(flights(order), room_bytes, whole)
+                    held = figures.held(order.flights, room_bytes, whole)
                     least = min(least, self._even_s(order, parts, held, self._rooms(order, room_bytes), least, whole_s=whole_s))
                     continue
                 lines = [figures.lines(flight, room, whole) for flight, room in zip(order.in_flight, self._rooms(order, room_bytes), strict=True)]

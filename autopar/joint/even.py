@@ -29,11 +29,6 @@ LONGEST = 4
 """Longest chains that are looked for, each in the cut that those before leave as the fastest."""
 
 
-def flights(order: Order) -> list[int]:
-    """All numbers of microbatches in flight of its stages."""
-    return sorted({flight for by_stage in order.in_flight_by_stage for flight in by_stage})
-
-
 @dataclass(frozen=True, slots=True)
 class Held:
     """The least seconds of a block of a step with its bytes at a `price`, by microbatches in flight; `whole_s` with its exchange of parameters too."""
@@ -109,7 +104,7 @@ class Cuts:
         bounds = self._found_s(parts, message_s).max(axis=1) + self.blocks[:, 0] * exchange_s
         if not held:
             return float(bounds.min())
-        least, free = enough_s, Held(0.0, dict.fromkeys(self._flights, parts.block), dict.fromkeys(self._flights, parts.block + exchange_s))
+        least, free = enough_s, Held(0.0, dict.fromkeys(self.order.flights, parts.block), dict.fromkeys(self.order.flights, parts.block + exchange_s))
         while bounds.min() < least:  # the fastest cut first: what bounds it bounds others too
             cut = int(bounds.argmin())
             bound, of_all = (self.of(cut) if by_rank else self)._bound_s(cut, parts, message_s, [free, *held], room_bytes, ahead=ahead, enough_s=least)
@@ -128,13 +123,9 @@ class Cuts:
         bound, of_all = within.highest(cut, enough_s)
         return bound, np.where(shares >= shares[cut], of_all, 0.0)
 
-    @cached_property
-    def _flights(self) -> list[int]:
-        return flights(self.order)
-
     def _fronts(self, held: Sequence[Held], share: float, fastest_s: float) -> np.ndarray:
         """[rank, stage of a rank, corner, 2]: what a block of each stage may take and hold."""
-        found = {flight: corners([(at.price, at.mixed_s(flight, share)) for at in held], fastest_s) for flight in self._flights}
+        found = {flight: corners([(at.price, at.mixed_s(flight, share)) for at in held], fastest_s) for flight in self.order.flights}
         most = max(map(len, found.values()))
         return np.array([[found[f] + found[f][-1:] * (most - len(found[f])) for f in of_rank] for of_rank in self.order.in_flight_by_stage])
 
