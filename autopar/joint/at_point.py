@@ -13,7 +13,7 @@ from autopar.joint.asked import KEPT, Asked
 from autopar.joint.bounds import Line, Parts, counted, least_step_s, sides
 from autopar.joint.deep import Deep, Sharding, mixed, roomy_depths
 from autopar.joint.envelope import Envelope
-from autopar.joint.even import Cuts, Held, even_cuts, rank_cuts
+from autopar.joint.even import Cuts, Held, even_cuts, quick_cuts
 from autopar.joint.fold import border_bytes
 from autopar.joint.given import Given
 from autopar.joint.known import SAFE, Flat, Floors, Proved, Told, Tried, without_memory
@@ -95,7 +95,7 @@ class PointSearch:
         """The bound from operators that are cut evenly."""
         one = ideal.seconds(self.point.samples, self.point.outer, self.point.inner)
         step = self.ideal = one.times(self.point.num_microbatches)
-        self.free_s = min((self._free_s(order, step, one, rank_cuts) for order in self.orders), default=math.inf)
+        self.free_s = min((self._free_s(order, step, one, quick_cuts) for order in self.orders), default=math.inf)
         return self.free_s
 
     def rough_s(self, care: Care = Care.ROUGH) -> float:
@@ -120,7 +120,7 @@ class PointSearch:
 
     def _soonest(self, parts: Callable[[str], Parts]) -> list[tuple[float, Order]]:
         """A bound on every order by the first of its sides and what its ranks do alone, the lowest first."""
-        return sorted(((self._fastest_of(order, sides(order)[0], parts, rank_cuts), order) for order in self.orders), key=lambda pair: pair[0])
+        return sorted(((self._fastest_of(order, sides(order)[0], parts, quick_cuts), order) for order in self.orders), key=lambda pair: pair[0])
 
     def _fastest_s(self, order: Order, parts: Callable[[str], Parts]) -> float:
         """`parts`: by side, of all shardings or of one."""

@@ -25,6 +25,9 @@ from autopar.joint.chains import BACK, MESSAGE, Chain, chains_by_rank, longest_c
 from autopar.joint.within import Within, corners
 from autopar.planner.blocks import Order
 
+FEW = 2
+"""Microbatches for every rank, or fewer: where bubbles are large."""
+
 LONGEST = 4
 """Longest chains that are looked for, each in the cut that those before leave as the fastest."""
 
@@ -143,6 +146,11 @@ def even_cuts(order: Order, depth: int) -> Cuts:
         if cuts is before:
             break
     return cuts
+
+
+def quick_cuts(order: Order, depth: int) -> Cuts:
+    """The same with the chains of ranks alone, which say little where ranks often wait for each other: then there are few microbatches, and lists are short."""
+    return even_cuts(order, depth) if order.num_microbatches <= FEW * order.num_ranks else rank_cuts(order, depth)
 
 
 @lru_cache(maxsize=1024)
