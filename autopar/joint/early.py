@@ -100,7 +100,10 @@ class Early:
                 self._add(search, made)
 
     def _fits(self, search: PointSearch) -> bool:
-        """Whether the plan of a point that holds least does: with less memory than any plan that is known has, this is what points are told apart by."""
+        """Whether the plan of a point that holds least does: with less memory than any plan that is known has, this is what points are told apart by. In a hurry it
+        would be the only one that there is."""
+        if search.joint.options.budget_points is None:
+            return True
         self._add(search, search.plan(self._limit_bytes(search), asking=search.leanest))
         return bool(self.found)
 
