@@ -78,11 +78,8 @@ def choose(request: Request, cluster: Machines, objective: Objective, *, progres
 
 def _leaner(request: Request, cluster: Cluster, objective: Objective, **given: Any) -> Iterator[Looked]:
     """The front of time against memory as far as plans are fast enough."""
-    for planned in request.front(cluster, **given):
-        found = Looked(cluster, planned.plan)
-        yield found
-        if found.step_s > objective.within_s:
-            return
+    for plan in request.front(cluster, within_s=objective.within_s, **given):
+        yield Looked(cluster, plan)
 
 
 def _parts(request: Request, cluster: Machines, objective: Objective, *, progress: Progress, **given: Any) -> Iterator[Looked]:

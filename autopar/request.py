@@ -2,8 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,12 +12,14 @@ from torch import nn
 
 from autopar.core.cluster import Cluster
 from autopar.core.family import Family
+from autopar.core.forked import found_of_row, most_processes
 from autopar.core.graph import OpGraph
 from autopar.core.mesh import Mesh
 from autopar.core.mixed import Machines, MixedCluster
 from autopar.core.plan import Plan
 from autopar.core.residency import Precision
 from autopar.errors import InfeasibleError, NoFamilyError, UsageError
+from autopar.joint.front import Part, front_of, parted, state_bytes
 from autopar.joint.known import Known
 from autopar.joint.plan import check_in_space, is_row, joint_search, planned_jointly
 from autopar.joint.search import JointSearch
@@ -31,14 +34,6 @@ from autopar.trace.family import find_family, num_rows
 from autopar.verification import as_call
 
 Progress = Callable[[str], None]
-
-LEANER = 0.97
-"""A plan of the front holds at most so much of what the one before it holds."""
-
-
-FIRST_POINTS, MORE_POINTS = 16, 3
-"""Points that are planned for the first plan of a front under a budget, and beside those for each of the others."""
-
 
 def quiet(text: str) -> None:
     """The default progress: none."""
@@ -164,29 +159,28 @@ class Request:
             return whole
         return min(found, whole or found, key=lambda p: p.plan.predicted.step_time_s)
 
-    def front(self, cluster: Machines, *, budget_s: float = math.inf, **given: Any) -> Iterator[Planned]:
-        """The front of time against memory: the fastest plan of all the memory, then the fastest that holds so much less than the one before it, until none
-        does. `given`: of `planned`, `max_memory` where the front begins. `budget_s`: for looking at other points than those of the plans before, by the
-        joint search: so many for each plan that a front which is made in time is the same everywhere. When it is over, no more of them are looked at."""
+    def front(self, cluster: Machines, *, budget_s: float = math.inf, within_s: float = math.inf, progress: Progress = quiet, **given: Any) -> Sequence[Plan]:
+        """The front of time against memory, see `joint.front`: the fastest plan first, the leanest last, or the first that takes longer than `within_s`. `given`: of
+        `planned`, `max_memory` where the front begins. `budget_s`: for looking at other points than those of the plans before, by the joint search: so many for each
+        plan that a front which is made in time is the same everywhere. When it is over, no more of them are looked at."""
         if isinstance(cluster, MixedCluster):
             raise UsageError(f"the front of time against memory on {cluster.name}: devices of groups have memory of their own; ask for one group")
-        share, end = given.pop("max_memory", MEMORY_SHARE), time.perf_counter() + budget_s
+        memory_bytes = cluster.device.memory_bytes
+        limit_bytes = given.pop("max_memory", MEMORY_SHARE) * memory_bytes
         if given.get("joint") is None and cluster.num_nodes == 1:
             given["joint"] = False  # dozens of plans, nearly all of which are short of memory
-        before: Planned | None = None
-        while True:
-            if budget_s < math.inf:
-                given["budget_points"] = FIRST_POINTS if before is None else MORE_POINTS if time.perf_counter() < end else 0
-            try:
-                found = self.planned(cluster, max_memory=share, **given)
-            except InfeasibleError:
-                break
-            if before is not None and before.plan.predicted.step_time_s < found.plan.predicted.step_time_s:
-                yield before  # else this one, which was not found with more memory, is faster too
-            before = found
-            share = LEANER * found.plan.predicted.memory.high_bytes / cluster.device.memory_bytes
-        if before is not None:
-            yield before
+        ends, processes = [(limit_bytes, 0.0)], 0
+        if apart := self.trace_ahead([cluster], **given):
+            options = self.options(**given)
+            state = state_bytes(self.family.graph(1), options.precision, offload=options.offload)
+            ends, processes = parted(limit_bytes, state / cluster.num_devices), most_processes()
+
+        def find(n: int, _: object, say: Progress) -> list[Plan]:
+            request = replace(self, _known=Known()) if apart else self
+            part = Part(*ends[n], budget_s, within_s)
+            return part.plans(lambda limit, points: request.planned(cluster, max_memory=limit / memory_bytes, budget_points=points, progress=say, **given).plan)
+
+        return front_of(chain.from_iterable(found_of_row(find, len(ends), processes, progress, lambda _: None)))
 
     def _joint(self, cluster: Cluster, options: Options, progress: Progress) -> JointSearch | None:
         """The joint search, where it is asked for or the cluster has several nodes, and the model is one row of equal blocks. Of one node `_fitting` decides."""

@@ -98,9 +98,14 @@ class Stages:
     @cached_property
     def alike(self) -> tuple[Program, ...]:
         """For every stage the program of the first one that is the same but for names: what is found of that is so of all."""
-        forms = {id(stage.program): stage.program.form() if len(self.stages) > 1 else None for stage in self.stages}
         first: dict[Hashable, Program] = {}
-        return tuple(first.setdefault(forms[id(stage.program)], stage.program) for stage in self.stages)
+        return tuple(first.setdefault(form, stage.program) for form, stage in zip(self.forms, self.stages, strict=True))
+
+    @cached_property
+    def forms(self) -> tuple[Hashable, ...]:
+        """Of every stage's program; None where there is but one."""
+        forms = {id(stage.program): stage.program.form() if len(self.stages) > 1 else None for stage in self.stages}
+        return tuple(forms[id(stage.program)] for stage in self.stages)
 
     @cached_property
     def starts(self) -> tuple[int, ...]:

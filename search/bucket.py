@@ -16,7 +16,7 @@ from functools import cached_property
 import numpy as np
 
 from autopar.search.order import Order, Step, find_order
-from autopar.search.tables import Key, TableStore
+from autopar.search.tables import Eliminated, Key, TableStore
 
 Entry = tuple[int, tuple[int, ...]]  # table number, nodes of its axes
 
@@ -71,6 +71,11 @@ class Recipe:
         """That of every step."""
         copied = [kind for run, kinds in zip(self.order.repeats, self.kinds_of_copy, strict=True) for kind in kinds * len(run.copies)]
         return (*copied, *self.kinds_of_rest)
+
+    @cached_property
+    def num_terms(self) -> int:
+        """Tables that meet in all steps, and what comes of each."""
+        return sum(len(self.eliminations[kind]) + 1 for kind in self.kinds)
 
 
 def write_recipe(unary: Sequence[int], pairs: Iterable[tuple[int, int, int]], order: Order, num_tables: int) -> Recipe:
@@ -153,9 +158,9 @@ class Forward:
         return tuple(choices)
 
 
-def begin(recipe: Recipe, tables: Sequence[np.ndarray | None]) -> TableStore:
-    """A store with the eliminations of a recipe in which only tables meet that are known."""
-    store = TableStore()
+def begin(recipe: Recipe, tables: Sequence[np.ndarray | None], shared: Eliminated | None = None) -> TableStore:
+    """A store with the eliminations of a recipe in which only tables meet that are known; `shared`: with other stores."""
+    store = TableStore(shared)
     numbers = [None if table is None else store.add(table) for table in tables]
     for inputs in recipe.eliminations:
         key = tuple([(number, roles) for table, roles in inputs if (number := numbers[table]) is not None])

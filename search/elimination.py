@@ -20,12 +20,12 @@ import numpy as np
 from autopar.core.columns import first_seen
 from autopar.core.problem import Assignment, SearchProblem
 from autopar.errors import InfeasibleError, UsageError
-from autopar.search.bucket import CostGraph, Recipe, begin, follow, write_recipe
+from autopar.search.bucket import CostGraph, Forward, Recipe, begin, follow, write_recipe
 from autopar.search.copies import alike
 from autopar.search.minibucket import bounded_minimum
 from autopar.search.order import Order, find_order_of_copies
 from autopar.search.simplify import BYTES, SECONDS, Price, PriceList, Shrunk, canonical, holds, node_classes, shrink, whole
-from autopar.search.tables import TableStore
+from autopar.search.tables import Eliminated, TableStore
 from autopar.search.terms import Terms
 
 MAX_TABLE_ENTRIES = 2_000_000  # of float64; a step of 200 states that leaves such a table takes half a second
@@ -98,8 +98,9 @@ class Prepared:
     """A problem put in order once, to be minimised under several prices.
 
     Choices are in the states of `shrunk.problem`; `shrunk.restore` translates. `priced` holds the seconds and bytes of each
-    distinct table, in the numbering of `recipe` (None: the tables would be too large); `unary`: which that of a node is. `begun`: what is eliminated
-    whatever the price of a byte. Nodes `apart` have kept all states, and a table of their own: they may be minimised with fewer.
+    distinct table, in the numbering of `recipe` (None: the tables would be too large); `unary`: which that of a node is. `free`: those that no price of a byte
+    changes, and `begun` what is eliminated of them alone. Nodes `apart` have kept all states, and a table of their own: they may be minimised with fewer.
+    `dtype`: in which eliminations compute; float32 takes half the time, and its bounds are less by what it may have rounded.
     """
 
     shrunk: Shrunk
@@ -108,10 +109,12 @@ class Prepared:
     order: Order
     priced: tuple[tuple[np.ndarray, np.ndarray | None], ...]
     recipe: Recipe | None
+    free: tuple[np.ndarray | None, ...]
     begun: TableStore
     unary: tuple[int, ...]
     apart: frozenset[int]
     max_table_entries: int
+    dtype: type[np.floating] = np.float64
 
     def store(self, price: Price) -> TableStore:
         """For minima at one price, which may share it."""
@@ -126,7 +129,7 @@ class Prepared:
             forward = follow(store, self.recipe, self.tables(price, allowed))
             if not math.isfinite(forward.value):
                 raise InfeasibleError("every combination of states contains a forbidden pair; allow more states or pairs")
-            choices, bound = forward.choices(store), math.inf
+            choices, bound = forward.choices(store), self._bound(forward)
         value = price.of_plan(*self.terms.of_plan(choices), self.shrunk.problem.base_memory_bytes)
         return Minimum(
             choices=choices,
@@ -136,18 +139,24 @@ class Prepared:
             num_distinct=store.num_eliminations,
         )
 
+    def _bound(self, forward: Forward) -> float:
+        """No less than what `forward` found to be the least, but for what rounding can have made of it: no term is below 0, so none of its sums is more than the
+        least, and each is rounded to half of `eps`, as are the tables that go in."""
+        return math.inf if self.dtype is np.float64 else forward.value * (1 - forward.recipe.num_terms * float(np.finfo(self.dtype).eps))
+
     def with_bytes(self, problem: SearchProblem) -> "Prepared":
         """For the problem in the states of `shrunk` with other bytes, and another limit, of what holds any."""
         numbers = _numbered(problem, self.apart)
         if not numbers.numbers_like(_numbered(self.shrunk.problem, self.apart)):
             shrunk = replace(self.shrunk, problem=problem)
-            return prepare(problem, (SECONDS, BYTES), max_table_entries=self.max_table_entries, shrunk=shrunk, apart=self.apart)
+            return prepare(problem, (SECONDS, BYTES), max_table_entries=self.max_table_entries, shrunk=shrunk, apart=self.apart, dtype=self.dtype)
         return replace(self, shrunk=replace(self.shrunk, problem=problem), terms=Terms(problem), priced=numbers.tables)
 
     def tables(self, price: Price, allowed: Mapping[int, np.ndarray] = MappingProxyType({})) -> list[np.ndarray]:
         """The distinct tables under one price."""
         prices = PriceList(price)
-        found = [prices.of_tables(*tables) for tables in self.priced]
+        free = self.free if price.second == 1 else (None,) * len(self.priced)
+        found = [prices.of_tables(*tables).astype(self.dtype, copy=False) if known is None else known for tables, known in zip(self.priced, free, strict=True)]
         for node, states in allowed.items():
             found[self.unary[node]] = np.where(states, found[self.unary[node]], np.inf)
         return found
@@ -164,11 +173,11 @@ class Prepared:
 
 def prepare(
     problem: SearchProblem, prices: tuple[Price, ...], *, max_table_entries: int = MAX_TABLE_ENTRIES, shrunk: Shrunk | None = None,
-    apart: frozenset[int] = frozenset(),
+    apart: frozenset[int] = frozenset(), shared: Eliminated | None = None, dtype: type[np.floating] = np.float64,
 ) -> Prepared:  # fmt: skip
     """Choose the order and write the recipe; minima under every price that is a mix of `prices` stay what they are, whatever states nodes `apart` may take.
 
-    `shrunk` may be handed in where states were dropped already.
+    `shrunk` may be handed in where states were dropped already; `shared`: eliminations without a price, of problems that have tables in common.
     """
     part = shrunk or whole(canonical(problem))
     nodes, edges = part.problem.node_columns, part.problem.edge_columns
@@ -177,15 +186,17 @@ def prepare(
     order = find_order_of_copies(sizes, edges, classes, alike(numbers.unary, edges, problem.copies))
     fits = order.max_table_entries <= max_table_entries
     if not fits and shrunk is None:
-        return prepare(problem, prices, max_table_entries=max_table_entries, shrunk=shrink(part.problem, prices, apart), apart=apart)
+        dropped = shrink(part.problem, prices, apart)
+        return prepare(problem, prices, max_table_entries=max_table_entries, shrunk=dropped, apart=apart, shared=shared, dtype=dtype)
     left = np.ones(len(nodes), dtype=bool)
     left[order.copied] = False
     pairs = np.stack([edges.u, edges.v, numbers.across], axis=1)[left[edges.u] & left[edges.v]]
     recipe = write_recipe(numbers.unary.tolist(), pairs.tolist(), order, len(numbers.tables)) if fits else None
-    begun = begin(recipe, [None if holds(memory_bytes) else cost_s for cost_s, memory_bytes in numbers.tables]) if recipe is not None and SECONDS in prices else TableStore()
+    free = tuple([None if holds(memory_bytes) else cost_s.astype(dtype, copy=False) for cost_s, memory_bytes in numbers.tables])
+    begun = begin(recipe, free, shared) if recipe is not None and SECONDS in prices else TableStore()
     return Prepared(
-        shrunk=part, terms=Terms(part.problem), classes=classes, order=order, priced=numbers.tables, recipe=recipe, begun=begun,
-        unary=tuple(numbers.unary.tolist()), apart=apart, max_table_entries=max_table_entries,
+        shrunk=part, terms=Terms(part.problem), classes=classes, order=order, priced=numbers.tables, recipe=recipe, free=free, begun=begun,
+        unary=tuple(numbers.unary.tolist()), apart=apart, max_table_entries=max_table_entries, dtype=dtype,
     )  # fmt: skip
 
 

@@ -116,7 +116,7 @@ def canonical(problem: SearchProblem) -> SearchProblem:
         merged.append(at_edges.of(*unique.merged(parts)))
     number = np.array(merged, dtype=int)[kind]
     found = Nodes(nodes.names, seen[nodes.number], at_nodes.tables), Edges(ends[0, starts], ends[1, starts], number, at_edges.tables)
-    return replace(problem.derived(*found), copies=problem.copies)
+    return problem.derived(*found, problem.copies)
 
 
 class _UniqueTables:

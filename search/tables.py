@@ -19,6 +19,7 @@ import numpy as np
 
 Operand = tuple[int, tuple[int, ...]]  # table number, role of each of its axes
 Key = tuple[Operand, ...]
+Content = tuple[tuple[int, ...], int, int]  # shape of a table, bytes of an entry, and a checksum of all
 
 TILE_ENTRIES = 32_768  # of one partial result: 256 KiB, so that a tile and its buffer stay in the second-level cache
 
@@ -26,20 +27,22 @@ SUM_ENTRIES = 131_072  # that are added up at once before their least is taken: 
 
 
 class TableStore:
-    """Append-only: tables by number, the eliminations done with them, and the best states looked up so far."""
+    """Append-only: tables by number, the eliminations done with them, and the best states looked up so far. `shared`: eliminations of several stores."""
 
-    def __init__(self) -> None:
+    def __init__(self, shared: "Eliminated | None" = None) -> None:
         self.arrays: list[np.ndarray] = []
-        self._by_content: dict[tuple[tuple[int, ...], int], list[int]] = {}
+        self._shared = shared
+        self._contents: list[Content] = []
+        self._by_content: dict[Content, list[int]] = {}
         self._by_source: dict[int, int] = {}
         self._sources: list[np.ndarray] = []
         self._reduced: dict[Key, tuple[int, float]] = {}
         self._best: dict[tuple[Key, tuple[int, ...]], int] = {}
 
     def copy(self) -> "TableStore":
-        """Another that knows what this one does."""
+        """Another that knows what this one does, and shares nothing."""
         other = TableStore()
-        other.arrays, other._sources = list(self.arrays), list(self._sources)
+        other.arrays, other._sources, other._contents = list(self.arrays), list(self._sources), list(self._contents)
         other._by_content = {content: list(numbers) for content, numbers in self._by_content.items()}
         other._by_source, other._reduced, other._best = dict(self._by_source), dict(self._reduced), dict(self._best)
         return other
@@ -59,22 +62,25 @@ class TableStore:
 
     def _intern(self, array: np.ndarray) -> int:
         array = np.asarray(array, order="C")  # ascontiguousarray would make a scalar 1-d
-        twins = self._by_content.setdefault((array.shape, zlib.crc32(array.data)), [])
+        content = array.shape, array.itemsize, zlib.crc32(array.data)
+        twins = self._by_content.setdefault(content, [])
         for number in twins:
             if np.array_equal(self.arrays[number], array):
                 return number
         twins.append(len(self.arrays))
         self.arrays.append(array)
+        self._contents.append(content)
         return twins[-1]
 
     def eliminate(self, key: Key) -> tuple[int, float]:
         """(table over roles 1.., its minimum, which was subtracted from it); the minimum is inf if nothing is allowed."""
         found = self._reduced.get(key)
         if found is None:
-            result = sum_and_minimise([(self.arrays[number], roles) for number, roles in key])
-            lowest = float(result.min())
-            if math.isfinite(lowest):
-                result -= lowest
+            operands = [(self.arrays[number], roles) for number, roles in key]
+            if self._shared is None:
+                result, lowest = _eliminated(operands)
+            else:
+                result, lowest = self._shared.of(tuple([(self._contents[number], roles) for number, roles in key]), operands)
             found = self._reduced[key] = self._intern(result), lowest
         return found
 
@@ -87,6 +93,30 @@ class TableStore:
         return found
 
 
+class Eliminated:
+    """Eliminations by the contents that meet, in their order: for problems that have tables in common. It holds what goes in and what comes out."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple, list[tuple[list[np.ndarray], tuple[np.ndarray, float]]]] = {}
+
+    def of(self, alike: tuple, operands: Sequence[tuple[np.ndarray, tuple[int, ...]]]) -> tuple[np.ndarray, float]:
+        """`alike`: the same for equal operands, and hardly ever for others."""
+        arrays, twins = [array for array, _ in operands], self._found.setdefault(alike, [])
+        for known, found in twins:
+            if all(map(np.array_equal, known, arrays)):
+                return found
+        twins.append((arrays, _eliminated(operands)))
+        return twins[-1][1]
+
+
+def _eliminated(operands: Sequence[tuple[np.ndarray, tuple[int, ...]]]) -> tuple[np.ndarray, float]:
+    result = sum_and_minimise(operands)
+    lowest = float(result.min())
+    if math.isfinite(lowest):
+        result -= lowest
+    return result, lowest
+
+
 def sum_and_minimise(operands: Sequence[tuple[np.ndarray, tuple[int, ...]]]) -> np.ndarray:
     """min over role 0 of the sum of the tables, an array over roles 1, 2, ...; every table has role 0 among its axes.
 
@@ -97,7 +127,7 @@ def sum_and_minimise(operands: Sequence[tuple[np.ndarray, tuple[int, ...]]]) -> 
     for one, other in way.sums:
         parts.append(parts[one.number].transpose(one.axes)[one.index] + parts[other.number].transpose(other.axes)[other.index])
     views = [np.ascontiguousarray(parts[view.number].transpose(view.axes)[view.index]) for view in way.views]
-    result = np.empty(way.shape)
+    result = np.empty(way.shape, dtype=parts[0].dtype)
     if len(views) == 1:
         np.min(views[0], axis=0, out=result)
     else:
@@ -185,7 +215,7 @@ def _minimise_tile(views: list[np.ndarray], out: np.ndarray) -> None:
     """out = min over axis 0 of the broadcast sum of the views, of some states at a time."""
     num_states = views[0].shape[0]
     some = max(1, SUM_ENTRIES // out.size)
-    buffer = np.empty((min(some, num_states), *out.shape))
+    buffer = np.empty((min(some, num_states), *out.shape), dtype=out.dtype)
     for first in range(0, num_states, some):
         part = views if some >= num_states else [view[first : first + some] for view in views]
         total = np.add(part[0], part[1], out=buffer[: len(part[0])])

@@ -67,5 +67,5 @@ def test_the_front_leaves_out_what_a_leaner_plan_beats(monkeypatch: pytest.Monke
         return SimpleNamespace(plan=SimpleNamespace(predicted=SimpleNamespace(step_time_s=fits[0][0], memory=memory)))
 
     monkeypatch.setattr(Request, "planned", planned)
-    front = [p.plan.predicted for p in request().front(NODE)]
+    front = [p.predicted for p in request().front(NODE)]
     assert [(p.step_time_s, p.memory.high_bytes) for p in front] == [(1.0, 70), (1.2, 60), (1.4, 40), (1.6, 20)]

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Hashable, Mapping
-from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -83,10 +82,8 @@ def whatif(
         points, options = [], {**given(asked), "tokens": loaded.tokens_per_batch, **limits}
         if not front:
             points = _on_each(request, clusters, options, progress, appraised=json or not sweep)
-        for found in islice(request.front(base, **options), MAX_POINTS) if front else ():
-            held = size(found.plan.predicted.memory.high_bytes)
-            progress(f"planning with less than {held}")
-            points.append(Point(held, found.plan, request.appraised(found.plan, base)))
+        for plan in request.front(base, progress=progress, **options)[:MAX_POINTS] if front else ():
+            points.append(Point(size(plan.predicted.memory.high_bytes), plan, request.appraised(plan, base) if json else None))
     if json:
         print_json({"model": loaded.name, "cluster": machines.name, "plans": [p.content() for p in points]})
     elif sweep or front:

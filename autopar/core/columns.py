@@ -151,22 +151,26 @@ class Edges(Sequence[Edge]):
 
     def check(self, nodes: Nodes) -> None:
         """Raises UsageError where an edge does not fit these nodes or a table has a fault."""
+        if vars(self).get("checked") is nodes:
+            return
         u, v, names = self.u, self.v, nodes.names
         for n in np.flatnonzero((u == v) | (np.minimum(u, v) < 0) | (np.maximum(u, v) >= len(nodes))).tolist():
             raise UsageError(f"edge ({u[n]}, {v[n]}) does not join two different nodes of 0..{len(nodes) - 1}")
-        if not len(self):
-            return
-        sizes = np.stack([self.number, nodes.sizes[u], nodes.sizes[v]])
-        combination = (sizes[0] * (sizes[1].max() + 1) + sizes[1]) * (sizes[2].max() + 1) + sizes[2]
-        _, first = np.unique(combination, return_index=True)
-        for n in first.tolist():
-            shape = int(sizes[1, n]), int(sizes[2, n])
+        for n in np.flatnonzero((self._shapes[self.number] != np.stack([nodes.sizes[u], nodes.sizes[v]], axis=1)).any(axis=1)).tolist():
+            shape = int(nodes.sizes[u[n]]), int(nodes.sizes[v[n]])
             for label, table in zip(("cost_s", "memory_bytes"), self.tables[self.number[n]], strict=True):
                 if table is not None and table.shape != shape:
                     raise UsageError(f"edge {names[u[n]]!r} -> {names[v[n]]!r}: {label} has shape {table.shape}, its nodes have {shape} states")
         for number, fault in self.faults:
             n = int((self.number == number).argmax())
             raise UsageError(f"edge {names[u[n]]!r} -> {names[v[n]]!r}: {fault}")
+        vars(self)["checked"] = nodes
+
+    @cached_property
+    def _shapes(self) -> np.ndarray:
+        """Of the tables, [tables, 2]; -1 where seconds and bytes have none in common, or no two axes."""
+        shapes = [cost_s.shape if held is None or held.shape == cost_s.shape else () for cost_s, held in self.tables]
+        return np.array([shape if len(shape) == 2 else (-1, -1) for shape in shapes], dtype=int).reshape(-1, 2)
 
     def with_bytes(self, times: float) -> "Edges":
         """With so many times the bytes."""

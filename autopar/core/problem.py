@@ -66,10 +66,10 @@ class SearchProblem:
         """Whether a plan that holds this many bytes, base included, is within the limit."""
         return memory_bytes <= self.limit_bytes
 
-    def derived(self, nodes: Sequence[Node], edges: Sequence[Edge]) -> "SearchProblem":
-        """A problem of parts, sums and multiples of these tables: its numbers are sound where these are. Of other nodes, so without `copies`."""
+    def derived(self, nodes: Sequence[Node], edges: Sequence[Edge], copies: tuple[tuple[tuple[int, ...], ...], ...] = ()) -> "SearchProblem":
+        """A problem of parts, sums and multiples of these tables: its numbers are sound where these are."""
         made = without_faults(Nodes.of(nodes), self.node_columns.faults), without_faults(Edges.of(edges), self.edge_columns.faults)
-        return SearchProblem(*made, self.memory_limit_bytes, self.base_memory_bytes)
+        return SearchProblem(*made, self.memory_limit_bytes, self.base_memory_bytes, copies)
 
     def in_flight(self, times: float, params: Set[int]) -> "SearchProblem":
         """The same with the activations of so many microbatches: all bytes `times` as many but those of the nodes of `params`."""

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -26,20 +26,29 @@ TARGETS_AT_ONCE = 96
 
 def layout_space(shape: Sequence[int], mesh: Mesh, cuts: Sequence[tuple[int, int]], *, grad: bool, partial: bool = True) -> tuple[Layout, ...]:
     """All layouts of a tensor whose cuts are among `cuts` = (dim, outer) and divide. Without gradient R is I."""
+    sizes = mesh.sizes
+    together = sorted({math.prod(some) for n in range(1, len(sizes) + 1) for some in itertools.combinations(sizes, n)})
+    dividing = frozenset([(dim, outer * parts) for dim, outer in cuts for parts in together if shape[dim] % (outer * parts) == 0])
+    return _layout_space(sizes, tuple(cuts), grad, partial, dividing)
+
+
+@lru_cache(maxsize=1024)
+def _layout_space(sizes: tuple[int, ...], cuts: tuple[tuple[int, int], ...], grad: bool, partial: bool, dividing: Set[tuple[int, int]]) -> tuple[Layout, ...]:
+    """`dividing`: (dim, number) of every number of parts that axes may cut a dimension into and that divides it."""
     states = [I] + ([R] if grad else []) + ([P] if partial else []) + [S(dim, outer) for dim, outer in cuts]
-    per_axis = [states if axis.size > 1 else [I] for axis in mesh.axes]
-    return tuple(layout for layout in itertools.product(*per_axis) if _fits(shape, layout, mesh))
+    per_axis = [states if size > 1 else [I] for size in sizes]
+    return tuple(layout for layout in itertools.product(*per_axis) if _fits(layout, sizes, dividing))
 
 
-def _fits(shape: Sequence[int], layout: Layout, mesh: Mesh) -> bool:
+def _fits(layout: Layout, sizes: Sequence[int], dividing: Set[tuple[int, int]]) -> bool:
     digits: dict[tuple[int, int], int] = {}
-    for axis, p in zip(mesh.axes, layout):
+    for size, p in zip(sizes, layout):
         if p.kind == "S":
-            digits[p.dim, p.outer] = digits.get((p.dim, p.outer), 1) * axis.size
+            digits[p.dim, p.outer] = digits.get((p.dim, p.outer), 1) * size
     for dim in {dim for dim, _ in digits}:
         position = 1
         for outer, parts in sorted((o, k) for (d, o), k in digits.items() if d == dim):
-            if outer % position or shape[dim] % (outer * parts):
+            if outer % position or (dim, outer * parts) not in dividing:
                 return False
             position = outer * parts
     return True
@@ -47,15 +56,28 @@ def _fits(shape: Sequence[int], layout: Layout, mesh: Mesh) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class StepGraph:
-    """Every legal step between layouts: `steps[s]` leads from layout `src[s]` to layout `dst[s]`; the steps from one layout are adjacent.
+    """Every legal step between `layouts`: `steps[s]` leads from layout `src[s]` to layout `dst[s]`; the steps from one layout are adjacent.
 
     `after[k, i]` is the k-th step from layout i, or -1. Shapes: src, dst [steps]; after [most steps from one layout, layouts].
     """
 
+    layouts: tuple[Layout, ...]
     steps: tuple[Step, ...]
     src: np.ndarray
     dst: np.ndarray
     after: np.ndarray
+
+    @cached_property
+    def index(self) -> dict[Layout, int]:
+        return {layout: i for i, layout in enumerate(self.layouts)}
+
+    @cached_property
+    def sorts(self) -> tuple[np.ndarray, np.ndarray]:
+        """A number for every step, the same for those of one axis that do the same forwards, and for those that do the same backwards to the same part of a value."""
+        forward, backward = dict[tuple, int](), dict[tuple, int]()
+        there = [forward.setdefault((step.axis, step.forward), len(forward)) for step in self.steps]
+        back = [backward.setdefault((step.axis, step.backward, step.src.kind == "S", step.dst.kind == "S"), len(backward)) for step in self.steps]
+        return np.array(there, dtype=int), np.array(back, dtype=int)
 
     @cached_property
     def by_target(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -83,21 +105,27 @@ def step_graph(layouts: tuple[Layout, ...]) -> StepGraph:
         first += len(steps)
     src = np.repeat(np.arange(len(layouts)), [len(steps) for steps in found])
     dst = np.array([j for steps in found for j, _ in steps], dtype=int)
-    return StepGraph(tuple(step for steps in found for _, step in steps), src, dst, after)
+    return StepGraph(layouts, tuple(step for steps in found for _, step in steps), src, dst, after)
+
+
+@dataclass(frozen=True, eq=False)
+class Calls:
+    """What the steps of a graph call, forwards or backwards: `calls` as (a step, in how many parts its layout cuts the tensor), each with a price of its own, and of every
+    step the number of its call."""
+
+    calls: tuple[tuple[Step, int], ...]
+    number: np.ndarray
 
 
 @lru_cache(maxsize=1024)
-def _sorts_of_steps(layouts: tuple[Layout, ...], sizes: tuple[int, ...]) -> tuple[tuple[tuple[Step, int], ...], np.ndarray]:
-    """(a step of every kind, in how many parts its layout cuts the tensor), and by step of the graph which of them it is: steps of the same kinds, axis and local
-    bytes have one price."""
-    parts = [math.prod([size for size, p in zip(sizes, layout) if p.kind == "S"]) for layout in layouts]
-    graph, known, found = step_graph(layouts), dict[tuple[int, str, str, int], int](), list[tuple[Step, int]]()
-    number = np.empty(len(graph.steps), dtype=int)
-    for s, (step, i) in enumerate(zip(graph.steps, graph.src.tolist())):
-        number[s] = known.setdefault((step.axis, step.src.kind, step.dst.kind, parts[i]), len(known))
-        if len(known) > len(found):
-            found.append((step, parts[i]))
-    return tuple(found), number
+def _calls(graph: StepGraph, sizes: tuple[int, ...]) -> tuple[tuple[int, ...], Calls, Calls]:
+    """In how many parts every layout cuts the tensor, and the calls forwards and backwards: of steps of the same primitive, axis and local bytes one."""
+    parts = np.array([math.prod([size for size, p in zip(sizes, layout) if p.kind == "S"]) for layout in graph.layouts])
+    cut, found = parts[graph.src], []
+    for sorts in graph.sorts:
+        _, first, number = np.unique(sorts * (cut.max(initial=0) + 1) + cut, return_index=True, return_inverse=True)
+        found.append(Calls(tuple([(graph.steps[s], int(cut[s])) for s in first.tolist()]), number))
+    return tuple(parts.tolist()), *found
 
 
 @dataclass(frozen=True)
@@ -112,28 +140,33 @@ class Redistribution:
     price: StepPrice
 
     @cached_property
+    def graph(self) -> StepGraph:
+        return step_graph(self.layouts)
+
+    @property
     def index(self) -> dict[Layout, int]:
-        return {layout: i for i, layout in enumerate(self.layouts)}
+        return self.graph.index
+
+    @cached_property
+    def _total_bytes(self) -> float:
+        return float(math.prod(self.shape) * self.item_bytes)
 
     @cached_property
     def local_bytes(self) -> list[float]:
         """Of every layout."""
-        total = float(math.prod(self.shape) * self.item_bytes)
-        return [total / math.prod(axis.size for axis, p in zip(self.mesh.axes, layout) if p.kind == "S") for layout in self.layouts]
+        parts, *_ = _calls(self.graph, self.mesh.sizes)
+        return [self._total_bytes / cut for cut in parts]
 
     @cached_property
     def _step_seconds(self) -> np.ndarray:
         """Seconds of every step of the graph."""
-        total = float(math.prod(self.shape) * self.item_bytes)
-        sorts, number = _sorts_of_steps(self.layouts, self.mesh.sizes)
-        return np.array([self._price(step, total / parts) for step, parts in sorts])[number]
-
-    def _price(self, step: Step, src_bytes: float) -> float:
-        seconds = self.price(step.forward, step.axis, src_bytes)
-        if self.grad:
-            back = step_input_bytes(step.backward, step, self.mesh, src_bytes, backward=True)
-            seconds += self.price(step.backward, step.axis, back)
-        return seconds
+        total, price, mesh = self._total_bytes, self.price, self.mesh
+        _, forward, backward = _calls(self.graph, mesh.sizes)
+        seconds = np.array([price(step.forward, step.axis, total / cut) for step, cut in forward.calls])[forward.number]
+        if not self.grad:
+            return seconds
+        back = [(step, step_input_bytes(step.backward, step, mesh, total / cut, backward=True)) for step, cut in backward.calls]
+        return seconds + np.array([price(step.backward, step.axis, num_bytes) for step, num_bytes in back])[backward.number]
 
     @cached_property
     def seconds(self) -> np.ndarray:
@@ -141,7 +174,7 @@ class Redistribution:
 
         Bellman and Ford's rounds, for many targets at once; the number of rounds is about that of the steps of the longest route.
         """
-        n, graph = len(self.layouts), step_graph(self.layouts)
+        n, graph = len(self.layouts), self.graph
         hops = np.where(graph.after < 0, np.inf, np.append(self._step_seconds, 0.0)[graph.after])[:, :, None]
         ends = np.append(graph.dst, 0)[graph.after]
         table = np.full((n, n), np.inf)
@@ -160,7 +193,7 @@ class Redistribution:
     def again(self) -> tuple[np.ndarray, np.ndarray]:
         """Where what all-gathers bring is not kept but gathered again, [layouts, layouts]: seconds of those that the route from layout i to layout j ends in,
         and the bytes that are kept for them beside layout i. A local step at the end counts for neither. Of equal routes the least of each."""
-        n, graph, table = len(self.layouts), step_graph(self.layouts), self.seconds
+        n, graph, table = len(self.layouts), self.graph, self.seconds
         order, kinds, targets, first = graph.by_target
         src, dst = graph.src[order], graph.dst[order]
         on_best = table[:, src] + self._step_seconds[order] <= table[:, dst] * (1 + RELATIVE_TIE)
@@ -183,7 +216,7 @@ class Redistribution:
     def path(self, src: Layout, dst: Layout) -> tuple[Step, ...]:
         """The steps of the cheapest route, the fewest of equals; raises LayoutError where there is none."""
         start, end = self.index[src], self.index[dst]
-        left, graph = self.seconds[:, end], step_graph(self.layouts)
+        left, graph = self.seconds[:, end], self.graph
         if not math.isfinite(left[start]):
             raise LayoutError(f"no way from layout {src} to {dst}")
         on_best = self._step_seconds + left[graph.dst] <= left[graph.src] * (1 + RELATIVE_TIE)

@@ -201,9 +201,9 @@ class OpRule:
         return all([self._reachable(dim, parts) for dim in self._merged])
 
     def form(self, sizes: Sequence[int]) -> tuple:
-        """What its strategies on a mesh of these sizes and their layouts depend on: of most factors no more than what divides them."""
+        """What its strategies on a mesh of these sizes and their layouts depend on: of most factors no more than what divides them, and not their names."""
         merged = {f for dim in self._merged for f in dim}
-        factors = tuple([(name, size if f in merged else _divisible(size, sizes)) for f, (name, size) in enumerate(zip(self.factors, self.sizes))])
+        factors = tuple([size if f in merged else _divisible(size, sizes) for f, size in enumerate(self.sizes)])
         inner = tuple([collective.factor for collective in self.inner])
         return factors, self.operands, self.results, self.whole, self.additive, self.carries, self.cost == "contract", self.known, inner
 

@@ -13,11 +13,11 @@ from autopar.joint.asked import KEPT, Asked
 from autopar.joint.bounds import Line, Parts, counted, least_step_s, sides
 from autopar.joint.deep import Deep, Sharding, mixed, roomy_depths
 from autopar.joint.envelope import Envelope
-from autopar.joint.even import Cuts, Held, even_cuts, rank_cuts
+from autopar.joint.even import Cuts, Held, even_cuts, quick_cuts
 from autopar.joint.fold import border_bytes
 from autopar.joint.given import Given
-from autopar.joint.known import SAFE, Flat, Floors, Proved, Tried, without_memory
-from autopar.joint.priced import Priced, around
+from autopar.joint.known import SAFE, Flat, Floors, Proved, Told, Tried, without_memory
+from autopar.joint.priced import Care, Priced, around, binding_flights
 from autopar.joint.space import Ideal, Point, orders
 from autopar.joint.tables import STANDING, PointTables
 from autopar.planner.blocks import Order
@@ -70,8 +70,10 @@ class PointSearch:
     """The sides that were asked for."""
     larger: "tuple[PointSearch, ...]" = ()
     """The same with microbatches that are several of these, the smallest first."""
-    _known: dict[tuple[int, ...], dict[float, tuple[float, float]]] = field(default_factory=dict)
+    least: dict[tuple[int, ...], dict[float, tuple[float, float]]] = field(default_factory=dict)
     """By sharding and limit: what its plans take at least, and up to what that was looked for."""
+    told: Told | None = None
+    """What other searches were told last."""
 
     @cached_property
     def orders(self) -> tuple[Order, ...]:
@@ -82,11 +84,6 @@ class PointSearch:
         return self.joint.tables(self.point)
 
     @property
-    def has_tables(self) -> bool:
-        """Whether there is more of them than answers."""
-        return "tables" in vars(self) and self.tables.are_made
-
-    @property
     def keeping(self) -> Keeping:
         return self.tables.keeping
 
@@ -94,23 +91,21 @@ class PointSearch:
     def pricing(self) -> Pricing:
         return self.tables.pricing
 
-    # --- bounds ----------------------------------------------------------------------------------------------------------
-
     def ideal_s(self, ideal: Ideal) -> float:
         """The bound from operators that are cut evenly."""
         one = ideal.seconds(self.point.samples, self.point.outer, self.point.inner)
         step = self.ideal = one.times(self.point.num_microbatches)
-        self.free_s = min((self._free_s(order, step, one, rank_cuts) for order in self.orders), default=math.inf)
+        self.free_s = min((self._free_s(order, step, one, quick_cuts) for order in self.orders), default=math.inf)
         return self.free_s
 
-    def rough_s(self) -> float:
+    def rough_s(self, care: Care = Care.ROUGH) -> float:
         """The bound under the memory limit as near as is needed to tell points apart."""
         found: dict[str, Priced] = {}
 
         def priced(side: str) -> Priced:
             return found.setdefault(side, Priced(self.tables.side(side), self.tables.rough(side)))
 
-        least = SAFE * self.within_s(priced, roughly=True)
+        least = SAFE * self.within_s(priced, care)
         self._tell(found, least, self.joint.limit_bytes)
         return least
 
@@ -125,7 +120,7 @@ class PointSearch:
 
     def _soonest(self, parts: Callable[[str], Parts]) -> list[tuple[float, Order]]:
         """A bound on every order by the first of its sides and what its ranks do alone, the lowest first."""
-        return sorted(((self._fastest_of(order, sides(order)[0], parts, rank_cuts), order) for order in self.orders), key=lambda pair: pair[0])
+        return sorted(((self._fastest_of(order, sides(order)[0], parts, quick_cuts), order) for order in self.orders), key=lambda pair: pair[0])
 
     def _fastest_s(self, order: Order, parts: Callable[[str], Parts]) -> float:
         """`parts`: by side, of all shardings or of one."""
@@ -138,9 +133,9 @@ class PointSearch:
     def _solved(self, side: str) -> Parts:
         return self._priced(side).parts
 
-    def fitting_s(self) -> float:
+    def fitting_s(self, care: Care = Care.CLOSE) -> float:
         """The bound under the memory limit of every rank, by the linear model of memory; inf where not even that can be met."""
-        least = self.within_s(self._priced)
+        least = self.within_s(self._priced, care)
         self._tell(self.priced, least, self.joint.limit_bytes)
         return least
 
@@ -150,31 +145,31 @@ class PointSearch:
             self.priced[side] = Priced(solved, Envelope(solved.forms, TOLERANCE))
         return self.priced[side]
 
-    def within_s(self, asked: Callable[[str], Priced], *, roughly: bool = False) -> float:
-        """The same of all shardings, or a part of them, which are priced by side as `asked`; or as `rough_s`."""
+    def within_s(self, asked: Callable[[str], Priced], care: Care) -> float:
+        """The same of all shardings, or a part of them, which are priced by side as `asked`."""
         least, room = math.inf, self.joint.limit_bytes
 
         def parts(side: str) -> Parts:
             return asked(side).parts
 
         for sooner, order in sorted(self._soonest(parts), key=lambda found: found[1].virtual > 1):  # what bounds one stage a rank is known sooner
-            if sooner >= least or (fastest := self._fastest_s(order, parts)) >= least:
-                continue
             side = sides(order)[0]
-            priced, ends, whole = asked(side), parts(side), None if roughly else asked("whole")
+            fastest = self._fastest_of(order, side, parts) if care.is_rough else self._fastest_s(order, parts)
+            if max(sooner, fastest) >= least:
+                continue
+            priced, ends, whole = asked(side), parts(side), None if care.is_rough else asked("whole")
             rooms = self._rooms(order, room, priced.solved.end_bytes)
             whole_s = whole.parts.block if whole is not None else 0.0
+            prices = priced.binding(binding_flights(order, care), room)
             if order.virtual > 1:
-                prices = priced.binding((max(order.in_flight), min(order.in_flight)), room)
-                if prices and not roughly:
-                    prices = sorted({*prices, *around(prices[0])})
-                    self._look((priced, whole), _flights(order), prices)
+                if prices and not care.is_rough:
+                    prices = sorted({*prices, *(around(prices[0]) if care == Care.CLOSE else ())})
+                    self._look((priced, whole), order.flights, prices)
                     prices.append(priced.lean_price(room))  # no plan holds less than every table's least
-                held = [priced.held(_flights(order), price, whole) for price in prices]
-                least = min(least, self._even_s(order, ends, held, rooms, least, whole_s=whole_s))
-            else:  # memory binds those first that hold most microbatches
-                prices = priced.binding(sorted({flight for flight in order.in_flight if flight >= max(order.in_flight) / 2}), room)
-                if not roughly:
+                held = [priced.held(order.flights, price, whole) for price in prices]
+                least = min(least, self._even_s(order, ends, held, rooms, least, whole_s=whole_s, by_rank=not care.is_rough))
+            else:
+                if not care.is_rough:
                     self._look((priced, whole), sorted(order.in_flight), prices)
                 of_ranks = zip(order.in_flight, rooms, strict=True)
                 lines = [[Line(ends.block, whole_s=whole_s), *(priced.line(flight, price, own, whole) for price in prices)] for flight, own in of_ranks]
@@ -213,7 +208,7 @@ class PointSearch:
             if sooner >= least:
                 continue
             if order.virtual > 1:
-                least = min(least, self._even_s(order, parts(side), floors.held(side, _flights(order), free.block_s), self._rooms(order, limit), least))
+                least = min(least, self._even_s(order, parts(side), floors.held(side, order.flights, free.block_s), self._rooms(order, limit), least, by_rank=False))
                 continue
             lines = [[free, *(floors.lines(side, flight, limit) if flight >= most / 2 else ())] for flight in order.in_flight]
             least = min(least, max(self._fastest_s(order, parts), self._step_s(order, parts(side), lines, self._waits(side, parts(side)))))
@@ -228,11 +223,15 @@ class PointSearch:
         return self.joint.about, self.joint.pins, without_memory(self.joint.cluster), self.point
 
     def _tell(self, found: Mapping[str, Priced], least_s: float, limit_bytes: float) -> None:
-        """What is found out, by side and within a limit, to the searches that follow."""
-        self.joint.known.add_bound(self._about, limit_bytes, least_s)
+        """What is found out, by side and within a limit."""
         lines = {side: tuple(Flat(flight, price, priced.block_s(flight, price)) for (flight, _), price in priced.prices.items() if price) for side, priced in found.items()}
-        parts = {side: priced.parts for side, priced in found.items()}
-        self.joint.known.add(self.joint.about, Proved(self.joint.cluster, self.point, self.tables.operators, parts, lines))
+        self.tell(Told(limit_bytes, least_s, {side: priced.parts for side, priced in found.items()}, lines))
+
+    def tell(self, told: Told) -> None:
+        """To the searches that follow."""
+        self.told = told
+        self.joint.known.add_bound(self._about, told.limit_bytes, told.least_s)
+        self.joint.known.add(self.joint.about, Proved(self.joint.cluster, self.point, self.tables.operators, told.parts, told.lines))
 
     def _waits(self, side: str, parts: Parts) -> Parts:
         """What a microbatch takes at least of others while a rank waits for it."""
@@ -247,12 +246,12 @@ class PointSearch:
 
     def _even_s(
         self, order: Order, step: Parts, held: Sequence[Held] = (), rooms: Sequence[float] = (), enough_s: float = math.inf, *, whole_s: float = 0.0,
-        cuts: Callable[[Order, int], Cuts] = even_cuts,
+        cuts: Callable[[Order, int], Cuts] = even_cuts, by_rank: bool = True,
     ) -> float:  # fmt: skip
         ahead = not self.joint.cluster.host.watch_s  # else what is kept costs forwards too
         faster = self._faster(order)
         found = cuts(order, self.joint.run.depth)
-        return found.least_step_s(step, self._message_s, held, rooms, whole_s=whole_s, ahead=ahead, enough_s=enough_s * faster) / faster
+        return found.least_step_s(step, self._message_s, held, rooms, whole_s=whole_s, ahead=ahead, enough_s=enough_s * faster, by_rank=by_rank) / faster
 
     def _faster(self, order: Order) -> float:
         """Ranks that share cores are faster while others wait."""
@@ -267,8 +266,6 @@ class PointSearch:
     def _border_bytes(self) -> float:
         """What a block hands on of a microbatch, at least."""
         return border_bytes(self.joint.task(self.point.samples).graph, self.joint.run) / (self.point.outer * self.point.inner)
-
-    # --- plans -----------------------------------------------------------------------------------------------------------
 
     def plan(self, limit_bytes: float, below_s: float = math.inf, asking: Callable[[], Iterable[Asked]] | None = None, ended: Callable[[], bool] | None = None) -> Found | None:
         """The best plan of the point within a limit that takes less than `below_s`: every sharding that is asked for and may be best, every order, as little
@@ -349,6 +346,12 @@ class PointSearch:
         around = asked.around(self.tables.sizes if self.tables.few else (), self.keeping.stages, flight, price, self.tables.ways)
         return chain(asked.leaner(flight, price, self.tables.ways), around)
 
+    def leanest(self) -> Iterator[Asked]:
+        """At a price at which bytes alone count."""
+        order = self.orders[0]
+        flight, price = max(order.in_flight), Priced(self.tables.side(sides(order)[0]), self.tables.rough(sides(order)[0])).lean_price(self.joint.limit_bytes)
+        return (Asked(flight, price, None, how) for how in self.tables.ways)
+
     @property
     def _prices(self) -> list[tuple[float, float]]:
         """Microbatches in flight, and the price of a byte that goes with them."""
@@ -356,7 +359,7 @@ class PointSearch:
 
     def least_s(self, choices: tuple[int, ...], limit_bytes: float, enough_s: float = math.inf) -> float:
         """No plan of a sharding takes less, by the linear model of memory. No higher bound is looked for than `enough_s`."""
-        known = self._known.setdefault(choices, {})
+        known = self.least.setdefault(choices, {})
         least, looked_for = known.get(limit_bytes, (self._roomier_s(choices, limit_bytes), 0.0))
         if looked_for <= least < enough_s:
             least, _ = known[limit_bytes] = max(least, self._sharding_s(choices, limit_bytes, enough_s)), enough_s
@@ -364,7 +367,7 @@ class PointSearch:
 
     def _roomier_s(self, choices: tuple[int, ...], limit_bytes: float) -> float:
         """What is known of it, with so much memory or with more."""
-        roomier = (least for limit, (least, _) in self._known.get(choices, {}).items() if limit >= limit_bytes)
+        roomier = (least for limit, (least, _) in self.least.get(choices, {}).items() if limit >= limit_bytes)
         return max(roomier, default=self._fastest_orders(choices)[0][0])
 
     def _fastest_orders(self, choices: tuple[int, ...]) -> list[tuple[float, Order]]:
@@ -387,14 +390,9 @@ class PointSearch:
                 solved = self.tables.side(sides(order)[0])
                 parts, figures = solved.parts_of(choices), solved.figures(choices)
                 if order.virtual > 1:
-                    held = figures.held(_flights(order), room_bytes, whole)
+                    held = figures.held(order.flights, room_bytes, whole)
                     least = min(least, self._even_s(order, parts, held, self._rooms(order, room_bytes), least, whole_s=whole_s))
                     continue
                 lines = [figures.lines(flight, room, whole) for flight, room in zip(order.in_flight, self._rooms(order, room_bytes), strict=True)]
                 least = min(least, max(fastest, self._step_s(order, parts, lines, self._waits(sides(order)[0], parts))))
         return least
-
-
-def _flights(order: Order) -> list[int]:
-    """All numbers of microbatches in flight of its stages."""
-    return sorted({flight for by_stage in order.in_flight_by_stage for flight in by_stage})

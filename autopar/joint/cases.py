@@ -7,8 +7,9 @@ different bytes. Each part has a bound of its own. The least of all parts is one
 
 import heapq
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -17,7 +18,7 @@ from autopar.errors import InfeasibleError
 from autopar.joint.at_point import TOLERANCE, PointSearch
 from autopar.joint.bounds import counted
 from autopar.joint.envelope import Envelope
-from autopar.joint.priced import Priced
+from autopar.joint.priced import Care, Priced
 from autopar.joint.relaxed import Allowed
 from autopar.joint.solved import Solved
 from autopar.joint.tables import ROUGH
@@ -28,6 +29,9 @@ MOST = 24
 ASIDE, CLOSE = 1.25, 1.01
 """Times and parts of a price that binds at which is looked for what blocks mix: what is the cheapest there, and costs so many times the least at most at the price itself. No bound rests
 on them. Of Llama-3.1-405B on 2,048 nodes, 1.05 aside ends at a gap of 1.10 %, 1.25 at 0.93 % (`examples/benchmark_joint.py`)."""
+
+CARES = Care.ROUGH, Care.NEAR, Care.CLOSE
+"""A part is looked at with more and more of it."""
 
 SHARE = 0.1
 """Of the bytes in which a node's states differ most: where it is less, nodes are not told apart."""
@@ -45,16 +49,23 @@ class Case:
     priced: dict[str, Priced] = field(default_factory=dict, compare=False)
 
 
-def bound_by_cases(search: PointSearch, enough_s: float, goes_on: Callable[[], bool] = lambda: True) -> float:
-    """No plan of the point takes less. No higher bound is looked for than `enough_s`, and none when it no longer `goes_on`."""
+Part = tuple[Allowed, float, float, tuple[Care, ...]]
+"""Of a case: its states, and what else `looked_at` goes by."""
+
+Look = Callable[[Sequence[Part]], Iterable[Case]]
+"""At several parts, one after the other, as long as they are asked for."""
+
+
+def bound_by_cases(search: PointSearch, enough_s: float, goes_on: Callable[[], bool] = lambda: True, look: Look | None = None) -> float:
+    """No plan of the point takes less. No higher bound is looked for than `enough_s`, and none when it no longer `goes_on`. `look`: elsewhere than here."""
     cases, looked = [Case(search.fitting_s(), (), search.priced)], 0
     if cases[0].bound_s < enough_s and goes_on():
-        cases = by_modes(search, cases[0], enough_s)
+        cases = by_modes(search, cases[0], enough_s, look)
     while cases[0].bound_s < enough_s and looked < MOST and goes_on():
         parts: list[Case] = []
-        for states in _parts(search, cases[0]):
-            parts.append(_looked_at(search, cases[0], states, enough_s))
-            if parts[-1].bound_s < cases[0].bound_s * LITTLE:
+        for part in (look or partial(_in_turn, search))([(states, cases[0].bound_s, enough_s, CARES) for states in _parts(search, cases[0])]):
+            parts.append(part)
+            if part.bound_s < cases[0].bound_s * LITTLE:
                 return cases[0].bound_s
         if not parts:
             break
@@ -65,35 +76,38 @@ def bound_by_cases(search: PointSearch, enough_s: float, goes_on: Callable[[], b
     return cases[0].bound_s
 
 
-def by_modes(search: PointSearch, whole: Case, enough_s: float) -> list[Case]:
+def by_modes(search: PointSearch, whole: Case, enough_s: float, look: Look | None = None) -> list[Case]:
     """The plans of each two modes of recomputation, the least bound first; or all together, where more than one of these would have to be parted."""
     parts = [((node, pair),) for node, modes in search.tables.whole.modes.items() for pair in combinations(range(len(modes)), 2)]
-    bounds = [max(whole.bound_s, part_s(search, states, {}, ROUGH)) for states in parts]
+    bounds = [case.bound_s for case in (look or partial(_in_turn, search))([(states, whole.bound_s, math.inf, (Care.ROUGH,)) for states in parts])]
     few = len(bounds) > 1 and sum(bound < enough_s for bound in bounds) <= 1
     return sorted(Case(bound, states, whole.priced) for bound, states in zip(bounds, parts)) if few else [whole]
 
 
-def _looked_at(search: PointSearch, case: Case, states: Allowed, enough_s: float) -> Case:
-    """A part of a case: no less than that. It is looked at roughly where that is enough."""
-    bound_s, priced = case.bound_s, dict[str, Priced]()
-    for tolerance in (ROUGH, TOLERANCE):
+def _in_turn(search: PointSearch, parts: Iterable[Part]) -> Iterator[Case]:
+    return (looked_at(search, *part) for part in parts)
+
+
+def looked_at(search: PointSearch, states: Allowed, least_s: float, enough_s: float, cares: Sequence[Care]) -> Case:
+    """A part of a case that takes `least_s`: no less than that. It is looked at more and more closely until that is enough."""
+    bound_s, rough, priced = least_s, dict[str, Priced](), dict[str, Priced]()
+    for care in cares:
         if bound_s < enough_s:
-            priced = {}
-            bound_s = max(bound_s, part_s(search, states, priced, tolerance))
-    return Case(bound_s, states, priced)
+            bound_s = max(bound_s, part_s(search, states, rough if care.is_rough else priced, care))
+    return Case(bound_s, states, priced or rough)
 
 
-def part_s(search: PointSearch, states: Allowed, found: dict[str, Priced], tolerance: float) -> float:
+def part_s(search: PointSearch, states: Allowed, found: dict[str, Priced], care: Care) -> float:
     """No plan whose nodes are in these states takes less; inf where even what holds least does not fit. `found`: what is looked at, by side."""
 
     def priced(side: str) -> Priced:
         if side not in found:
             solved = search.tables.case(side, states)
-            found[side] = Priced(solved, Envelope(solved.forms, tolerance))
+            found[side] = Priced(solved, Envelope(solved.forms, ROUGH if care.is_rough else TOLERANCE))
         return found[side]
 
     try:
-        return search.within_s(priced, roughly=tolerance == ROUGH)
+        return search.within_s(priced, care)
     except InfeasibleError:
         return math.inf
 

@@ -100,7 +100,7 @@ class Deep:
     def step_s(self) -> float:
         """Of a step; long ones from the rounds of a short one."""
         rounds = max(STEADY_ROUNDS, TIMED_PASSES // (len(self.depths) * self.order.num_ranks))
-        return steady(self.order.num_microbatches, self.order.num_ranks, rounds, self._timed)
+        return self.mixture.step_s(self.order, self.depths, lambda: steady(self.order.num_microbatches, self.order.num_ranks, rounds, self._timed))
 
     def _timed(self, num_microbatches: int) -> float:
         n, message, stages = len(self.depths), self.light.cut.message, self.light.cut.stages

@@ -3,8 +3,8 @@
 Points that earlier searches of the model planned are planned again first, for the machine, batch and memory that are asked for: by the shardings that they had, where
 mesh and microbatches are the same, and by those that the same questions find. Where nothing is known, a point of each number of ranks is. Then those next to the best
 plan's point, as long as there are any: better plans move on to others. With less memory no point has a faster plan than with more; so what was no faster than the best
-plan is now, is not planned again. A point that had a plan begins with the sharding of that, which tells at once what others are worth. Nothing rests on this but
-which plans there are when the time is over.
+plan is now, is not planned again. A point that had a plan begins with the sharding of that, which tells at once what others are worth; while none has a plan, with
+the sharding that holds least: where that does not fit, no other is looked at. Nothing rests on this but which plans there are when the time is over.
 """
 
 import math
@@ -91,11 +91,21 @@ class Early:
                     continue
                 below_s = made.step_s if made is not None else below_s
                 self._add(search, made)
+            if not self.found and not self._fits(search):
+                continue
             if self._goes_on(LIKELY):
                 with self.clock.timed(LIKELY):
                     likely = list(dict.fromkeys((*asked, *search.likely())))
                     made = search.plan(self._limit_bytes(search), below_s, lambda likely=likely: likely, lambda: not self.clock.allows(SHARDING))
                 self._add(search, made)
+
+    def _fits(self, search: PointSearch) -> bool:
+        """Whether the plan of a point that holds least does: with less memory than any plan that is known has, this is what points are told apart by. In a hurry it
+        would be the only one that there is."""
+        if search.joint.options.budget_points is None:
+            return True
+        self._add(search, search.plan(self._limit_bytes(search), asking=search.leanest))
+        return bool(self.found)
 
     def _add(self, search: PointSearch, made: Found | None) -> None:
         if made is not None and made.step_s < self.best_s:

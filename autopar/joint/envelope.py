@@ -5,17 +5,19 @@
 is concave, and so is every plan's plane above it: the least of the plans that are known is no less than g. From below: whatever plan there is, with its three
 figures x = (seconds, state, kept) >= 0, obeys x_1 + a x_2 + b x_3 >= g(a, b) for every pair of prices at which g is known. The least of a price over all such x is at
 a corner of that polyhedron, and no more than g. So questions between known prices are answered by corners. The best price of a limit is looked for among the plans
-(Kelley's cutting planes, 1960): where they and the corners differ by too much at that price, one more exact minimum is asked for.
+(Kelley's cutting planes, 1960) and what is near to them (`near.py`): where they and the corners differ by too much at that price, one more exact minimum is asked for.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import combinations
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from autopar.errors import InfeasibleError
+from autopar.joint.near import Figure, Near
 
 LEAN = 1e4
 """A price of all bytes, in the seconds of the fastest plan, at which hardly anything but bytes counts."""
@@ -27,12 +29,17 @@ MOST = 60
 
 
 class Vertex(NamedTuple):
-    """An exact minimum: no plan costs less than `bound_s` at the prices asked for; what the cheapest takes and holds."""
+    """An exact minimum: no plan costs less than `bound_s` at the prices asked for; what the cheapest takes and holds, and what is `near` to it."""
 
     bound_s: float
     seconds: float
     state_bytes: float
     kept_bytes: float
+    near: Near | None = None
+
+    @property
+    def figures(self) -> Figure:
+        return self.seconds, self.state_bytes, self.kept_bytes
 
 
 class Form(Protocol):
@@ -58,6 +65,10 @@ class Corners:
     def __post_init__(self) -> None:
         self.least = np.array([0.0, *self.form.least_bytes]) / self.units
         self.points = self.least[None, :]
+
+    def __getstate__(self) -> dict[str, object]:
+        """A form stays where it is; see `Envelope.of`."""
+        return {name: value for name, value in vars(self).items() if name != "form"}
 
     def low(self, state_price: float, kept_price: float) -> float:
         return float((self.points @ (np.array([1.0, state_price, kept_price]) * self.units)).min()) * (1 - ROUNDING)
@@ -85,14 +96,30 @@ class Envelope:
 
     def __init__(self, forms: Sequence[Form], tolerance: float) -> None:
         """`tolerance`: how much less than the least an answer may be at a best price, as a share of the fastest plan's seconds."""
-        self._tolerance = tolerance
+        self._forms, self._tolerance = forms, tolerance
         fastest = forms[0].at(0.0, 0.0)
         self.fastest_s = fastest.bound_s
-        units = np.array([self.fastest_s, max(fastest.state_bytes, 1.0), max(fastest.kept_bytes, 1.0)])
-        self._corners = [Corners(form, units) for form in forms]
-        for corners in self._corners:
-            corners.add(0.0, 0.0, self.fastest_s)
-        self._plans = np.array([fastest[1:]])
+        self._plans, self._near = np.array([fastest.figures]), [near for near in (fastest.near,) if near is not None]
+
+    @cached_property
+    def _corners(self) -> list[Corners]:
+        """Of every form; who asks for no more than the fastest needs none."""
+        _, state_bytes, kept_bytes = self._plans[0].tolist()
+        corners = [Corners(form, np.array([self.fastest_s, max(state_bytes, 1.0), max(kept_bytes, 1.0)])) for form in self._forms]
+        for each in corners:
+            each.add(0.0, 0.0, self.fastest_s)
+        return corners
+
+    def __getstate__(self) -> dict[str, object]:
+        """Forms stay where they are; see `of`."""
+        return {name: value for name, value in vars(self).items() if name != "_forms"}
+
+    def of(self, forms: Sequence[Form]) -> "Envelope":
+        """What another process knows of the same forms, which it could not send along."""
+        self._forms = forms
+        for corners, form in zip(vars(self).get("_corners", ()), forms):
+            corners.form = form
+        return self
 
     def low(self, state_price: float, kept_price: float) -> float:
         """No plan costs less, by what is known."""
@@ -107,16 +134,28 @@ class Envelope:
     def best_price(self, flight: float, total_bytes: float) -> float:
         """At which the bound on all blocks is the highest, with so many microbatches in flight and so many bytes for all. Raises InfeasibleError where even the
         leanest plan holds more."""
-        if not (self._held(flight) <= total_bytes).any():
-            price = LEAN * self.fastest_s / max(total_bytes, 1.0)
-            self._ask(self._corners[-1], price, price * flight)
-            if not (self._held(flight) <= total_bytes).any():
+        lean = LEAN * self.fastest_s / max(total_bytes, 1.0)
+        if not self._fits(flight, total_bytes) and not (self._nearer(lean, lean * flight) and self._fits(flight, total_bytes)):
+            self._ask(self._corners[-1], lean, lean * flight)
+            if not self._fits(flight, total_bytes):
                 raise InfeasibleError(f"no plan of the blocks holds less than {self._held(flight).min():.0f} bytes")
         for _ in range(MOST):
             price = _highest(self._plans[:, 0], self._held(flight), total_bytes)
-            if price == 0.0 or self._known(price, price * flight):
+            if price == 0.0 or not self._nearer(price, price * flight) and self._known(price, price * flight):
                 break
         return price
+
+    def _fits(self, flight: float, total_bytes: float) -> bool:
+        return bool((self._held(flight) <= total_bytes).any())
+
+    def _nearer(self, state_price: float, kept_price: float) -> bool:
+        """Whether a plan near to those that were found is cheaper than they are: then it is one of them."""
+        face = np.array([1.0, state_price, kept_price])
+        near = min(self._near, key=lambda near: near.least(face), default=None)
+        if near is None or near.least(face) >= (self._plans @ face).min() - self._tolerance / 2 * self.fastest_s:
+            return False
+        self._plans = np.vstack([self._plans, near.cheapest(face)])
+        return True
 
     def _held(self, flight: float) -> np.ndarray:
         return self._plans[:, 1] + flight * self._plans[:, 2]
@@ -133,7 +172,9 @@ class Envelope:
     def _ask(self, corners: Corners, state_price: float, kept_price: float) -> None:
         vertex = corners.form.at(state_price, kept_price)
         corners.add(state_price, kept_price, vertex.bound_s)
-        self._plans = np.vstack([self._plans, vertex[1:]])
+        self._plans = np.vstack([self._plans, vertex.figures])
+        if vertex.near is not None:
+            self._near.append(vertex.near)
 
 
 def _highest(seconds: np.ndarray, held: np.ndarray, total_bytes: float) -> float:

@@ -25,6 +25,9 @@ from autopar.joint.chains import BACK, MESSAGE, Chain, chains_by_rank, longest_c
 from autopar.joint.within import Within, corners
 from autopar.planner.blocks import Order
 
+FEW = 2
+"""Microbatches for every rank, or fewer: where bubbles are large."""
+
 LONGEST = 4
 """Longest chains that are looked for, each in the cut that those before leave as the fastest."""
 
@@ -95,18 +98,19 @@ class Cuts:
 
     def least_step_s(
         self, parts: Parts, message_s: float, held: Sequence[Held] = (), room_bytes: Sequence[float] = (), *, whole_s: float = 0.0, ahead: bool = True,
-        enough_s: float = np.inf,
+        enough_s: float = np.inf, by_rank: bool = True,
     ) -> float:  # fmt: skip
         """`parts`: of a step; `held`: what its bytes cost at some prices, of which every rank has `room_bytes`. `whole_s`: of a block with its exchange of parameters,
-        of those of the first stage. `ahead`: forwards take the same whatever is computed again. No higher bound is looked for than `enough_s`."""
+        of those of the first stage. `ahead`: forwards take the same whatever is computed again. No higher bound is looked for than `enough_s`.
+        `by_rank`: by the longest chains where ranks differ, too."""
         exchange_s = max(0.0, whole_s - parts.block)
         bounds = self._found_s(parts, message_s).max(axis=1) + self.blocks[:, 0] * exchange_s
         if not held:
             return float(bounds.min())
-        least, free = enough_s, Held(0.0, dict.fromkeys(self._flights, parts.block), dict.fromkeys(self._flights, parts.block + exchange_s))
+        least, free = enough_s, Held(0.0, dict.fromkeys(self.order.flights, parts.block), dict.fromkeys(self.order.flights, parts.block + exchange_s))
         while bounds.min() < least:  # the fastest cut first: what bounds it bounds others too
             cut = int(bounds.argmin())
-            bound, of_all = self.of(cut)._bound_s(cut, parts, message_s, [free, *held], room_bytes, ahead=ahead, enough_s=least)
+            bound, of_all = (self.of(cut) if by_rank else self)._bound_s(cut, parts, message_s, [free, *held], room_bytes, ahead=ahead, enough_s=least)
             bounds = np.maximum(bounds, of_all)
             bounds[cut], least = np.inf, min(least, bound)
         return float(least)
@@ -122,14 +126,9 @@ class Cuts:
         bound, of_all = within.highest(cut, enough_s)
         return bound, np.where(shares >= shares[cut], of_all, 0.0)
 
-    @cached_property
-    def _flights(self) -> list[int]:
-        """All numbers of microbatches in flight of its stages."""
-        return np.unique(self.order.in_flight_by_stage).tolist()
-
     def _fronts(self, held: Sequence[Held], share: float, fastest_s: float) -> np.ndarray:
         """[rank, stage of a rank, corner, 2]: what a block of each stage may take and hold."""
-        found = {flight: corners([(at.price, at.mixed_s(flight, share)) for at in held], fastest_s) for flight in self._flights}
+        found = {flight: corners([(at.price, at.mixed_s(flight, share)) for at in held], fastest_s) for flight in self.order.flights}
         most = max(map(len, found.values()))
         return np.array([[found[f] + found[f][-1:] * (most - len(found[f])) for f in of_rank] for of_rank in self.order.in_flight_by_stage])
 
@@ -147,6 +146,11 @@ def even_cuts(order: Order, depth: int) -> Cuts:
         if cuts is before:
             break
     return cuts
+
+
+def quick_cuts(order: Order, depth: int) -> Cuts:
+    """The same with the chains of ranks alone, which say little where ranks often wait for each other: then there are few microbatches, and lists are short."""
+    return even_cuts(order, depth) if order.num_microbatches <= FEW * order.num_ranks else rank_cuts(order, depth)
 
 
 @lru_cache(maxsize=1024)

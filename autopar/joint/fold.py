@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from autopar.core.columns import Edge, Edges, Node, Nodes, first_seen
+from autopar.core.columns import Edges, Nodes, Numbering, first_seen
 from autopar.core.graph import DTYPE_BYTES, OpGraph
 from autopar.core.problem import SearchProblem
 from autopar.core.unroll import Run
@@ -76,11 +76,13 @@ class Folded:
 
     def part(self, side: int) -> SearchProblem:
         """The decisions of one side alone: no plan pays less for them."""
+        if side not in self._parts:
+            self._parts[side] = self._part(side)
         return self._parts[side]
 
     @cached_property
-    def _parts(self) -> tuple[SearchProblem, ...]:
-        return tuple(map(self._part, range(3)))
+    def _parts(self) -> dict[int, SearchProblem]:
+        return {}
 
     def _part(self, side: int) -> SearchProblem:
         nodes, edges = self.problem.node_columns, self.problem.edge_columns
@@ -183,21 +185,22 @@ class Fold:
     def folded(self, problem: SearchProblem) -> Folded:
         """Raises Unfoldable."""
         names, seconds, memory = map(list, self._nodes(problem.node_columns))
-        edges, node = problem.edge_columns, self.node
-        often: dict[tuple[int, int, int], float] = {}
-        for u, v, number, more in zip(edges.u.tolist(), edges.v.tolist(), edges.number.tolist(), self._often(edges)):
-            key = node[u], node[v], number
-            often[key] = often.get(key, 0.0) + more
+        edges, of_nodes, of_edges, known = problem.edge_columns, Numbering(), Numbering(), dict[tuple[int, float], int]()
+        left, right, often = self._joined(edges)
+        alike, first = first_seen((left * len(names) + right) * len(edges.tables) + edges.number)
         found = []
-        for (u, v, number), some in often.items():
+        for u, v, number, some in zip(left[first].tolist(), right[first].tolist(), edges.number[first].tolist(), np.bincount(alike, often).tolist()):
             cost_s, held = edges.tables[number]
             if u == v:
                 seconds[u] = seconds[u] + some * np.diag(cost_s)
                 memory[u] = memory[u] + (0.0 if held is None else np.diag(some * held))
-            else:
-                found.append(Edge(u, v, self._times(some, cost_s), None if held is None else self._times(some, held)))
-        nodes = tuple([Node(*three) for three in zip(names, seconds, memory, strict=True)])
-        return Folded(problem.derived(nodes, tuple(found)), node, self._sides_of_nodes)
+                continue
+            if (number, some) not in known:
+                known[number, some] = of_edges.of(self._times(some, cost_s), None if held is None else self._times(some, held))
+            found.append((u, v, known[number, some]))
+        nodes = Nodes(names, np.array([of_nodes.of(*both) for both in zip(seconds, memory, strict=True)], dtype=int), of_nodes.tables)
+        joined = Edges(*np.array(found, dtype=int).reshape(-1, 3).T, of_edges.tables)
+        return Folded(problem.derived(nodes, joined), self.node, self._sides_of_nodes)
 
     def _nodes(self, nodes: Nodes) -> tuple[list[str], list[np.ndarray], list[np.ndarray]]:
         """Names, seconds and bytes of what is folded. Problems that differ in their edges have the same nodes."""
@@ -217,10 +220,11 @@ class Fold:
             names[new] = names[new] or old.name
         return names, seconds, memory
 
-    def _often(self, edges: Edges) -> Sequence[float]:
-        """Of every edge. Problems that differ in their tables have the same ends."""
+    def _joined(self, edges: Edges) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of every edge the folded nodes that it joins, and how often there is one. Problems that differ in their tables have the same ends."""
         if edges.u is not self._of_edges[0]:
-            self._of_edges = edges.u, [self._edge_times(u, v) for u, v in zip(edges.u.tolist(), edges.v.tolist())]
+            node, often = np.array(self.node, dtype=int), [self._edge_times(u, v) for u, v in zip(edges.u.tolist(), edges.v.tolist())]
+            self._of_edges = edges.u, (node[edges.u], node[edges.v], np.array(often))
         return self._of_edges[1]
 
     def _times(self, often: float, table: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ comes after. A stage of n blocks costs what the stage of its kind does and n - 1
 or not, each for itself: `Kinds` are made for every mode, and a `Mixture` has some blocks in one and some in another.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import NamedTuple, TypeVar
@@ -20,6 +20,7 @@ from autopar.joint.fold import SHOWN, shown
 from autopar.planner.blocks import Order
 from autopar.planner.held import Beside, state_of
 from autopar.planner.liveness import Engine, Liveness, fullest
+from autopar.planner.staging import Walked
 from autopar.planner.states import Pricing
 from autopar.planner.work import put_off_bytes, total_seconds
 from autopar.program import Program, Tensor
@@ -77,6 +78,11 @@ class Cut:
     @cached_property
     def walks(self) -> Sequence[Liveness]:
         return PerKind(lambda kind: Liveness.of(self.programs[kind]))
+
+    @cached_property
+    def walked(self) -> dict[Hashable, Walked]:
+        """Stages of plans on the whole graph, by their form."""
+        return {}
 
     @cached_property
     def put_off_bytes(self) -> Sequence[int]:
@@ -206,6 +212,13 @@ class Mixture:
     _costs: dict[tuple[int, Depth], StageCost] = field(default_factory=dict)
     _peaks: dict[tuple, MemoryUse] = field(default_factory=dict)
     _least: dict[tuple, np.ndarray] = field(default_factory=dict)
+    _steps: dict[tuple[Order, tuple[Depth, ...]], float] = field(default_factory=dict)
+
+    def step_s(self, order: Order, depths: tuple[Depth, ...], timed: Callable[[], float]) -> float:
+        """Of stages of these depths, `timed` once."""
+        if (order, depths) not in self._steps:
+            self._steps[order, depths] = timed()
+        return self._steps[order, depths]
 
     def cost(self, kind: int, depth: Depth) -> StageCost:
         if (found := self._costs.get((kind, depth))) is None:
@@ -275,7 +288,8 @@ class Mixture:
         least = state["parameters"] + state["optimizer"] + state["gradients"] - max(states[k].gradients for k, _ in held.values())
         numbers, before, kept = np.arange(sum(blocks for _, blocks in held.values()) + 1), 0, {}
         for s, (kind, blocks) in held.items():
-            by_heavy = np.array([self._kept(kind, Depth(blocks, heavy)) for heavy in range(blocks + 1)])
+            by_heavy = self._kept(kind, Depth(blocks)) + np.arange(blocks + 1) * (self.heavy.kept_inside - self.light.kept_inside)
+            by_heavy[blocks] = self._kept(kind, Depth(blocks, blocks))
             kept[s] = by_heavy[(numbers - before).clip(0, blocks)]
             before += blocks
         return least + (_counts(order)[rank] @ np.array([kept[s] for s in sorted(kept)])).max(axis=0)

@@ -71,6 +71,16 @@ class Flat:
 
 
 @dataclass(frozen=True)
+class Told:
+    """Of a point: no plan within a limit takes less; and see `Proved`."""
+
+    limit_bytes: float
+    least_s: float
+    parts: Mapping[str, Parts]
+    lines: Mapping[str, tuple[Flat, ...]]
+
+
+@dataclass(frozen=True)
 class Proved:
     """Of a point on a cluster: the least seconds of a step's parts, and under prices of memory, by side (`bounds.sides`); and of its operators alone."""
 

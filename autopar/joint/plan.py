@@ -26,7 +26,6 @@ from autopar.joint.search import Joint, JointSearch
 from autopar.joint.space import SCHEDULES
 from autopar.joint.unroll import modes_of, unrolled
 from autopar.planner.bind import decisions
-from autopar.planner.liveness import Engine
 from autopar.planner.meshes import role_names
 from autopar.planner.pins import Pins
 from autopar.planner.plan import Planned
@@ -63,7 +62,7 @@ def on_whole_graph(deep: Deep, graph: OpGraph) -> Whole:
     first_op = {segment.block: graph.ops[segment.ops.start].name for segment in reversed(graph.segments)}
     numbers = accumulate(depth.blocks for depth in deep.depths[:-1])
     pipeline = Pipeline(order.num_ranks, tuple([first_op[cut.run.block(n)] for n in numbers]), order.schedule, cut.pricing.pp[1])
-    return Whole(program, Staged(cut_into_stages(program, pipeline if order.num_ranks > 1 else None), order, cut.pricing, Engine.of(cut.pricing.cluster)))
+    return Whole(program, Staged(cut_into_stages(program, pipeline if order.num_ranks > 1 else None), order, cut.pricing, cut.engine, cut.walked))
 
 
 def check_in_space(options: Options, pins: Pins) -> None:

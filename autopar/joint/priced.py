@@ -3,12 +3,14 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 
 from autopar.errors import InfeasibleError
 from autopar.joint.bounds import Line, Parts, counted
 from autopar.joint.envelope import LEAN, Envelope
 from autopar.joint.even import Held
 from autopar.joint.solved import Solved
+from autopar.planner.blocks import Order
 
 STEPS = 2
 """Numbers of microbatches in flight for which prices are looked for, between two powers of two. Any price makes a bound."""
@@ -16,6 +18,28 @@ STEPS = 2
 AROUND = range(-2, 3)
 """Steps from the price that goes with what a rank holds in the mean: what bytes cost blocks that are on the longest chains more or less often than others. The steps
 are halves of powers of two, so that limits of memory near to each other share them."""
+
+
+class Care(IntEnum):
+    """How closely memory is looked at: by the price that binds ranks with the most microbatches in flight, by that of all ranks, with what blocks cost there as near
+    as counts and their exchange of parameters, and also at prices around it."""
+
+    ONE = 0
+    ROUGH = 1
+    NEAR = 2
+    CLOSE = 3
+
+    @property
+    def is_rough(self) -> bool:
+        return self <= Care.ROUGH
+
+
+def binding_flights(order: Order, care: Care) -> list[float]:
+    """Numbers of microbatches in flight whose prices are looked at: memory binds those ranks first that hold most."""
+    most = max(order.in_flight)
+    if care == Care.ONE:
+        return [most]
+    return [most, min(order.in_flight)] if order.virtual > 1 else sorted({flight for flight in order.in_flight if flight >= most / 2})
 
 
 def around(price: float) -> list[float]:

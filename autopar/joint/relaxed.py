@@ -14,10 +14,12 @@ from autopar.joint.bounds import Parts
 from autopar.joint.envelope import Vertex
 from autopar.joint.figures import Block, Figures
 from autopar.joint.fold import Folded
+from autopar.joint.near import Choosing
 from autopar.planner.saved import Gathers
 from autopar.search.elimination import Minimum, Prepared, prepare
 from autopar.search.simplify import BYTES, SECONDS, Price
 from autopar.search.solve import solve
+from autopar.search.tables import Eliminated
 from autopar.search.terms import Terms
 
 T = TypeVar("T")
@@ -31,7 +33,7 @@ class Relaxed:
     """Of a run of `depth` blocks; `params`, `modes`: nodes of the folded problem, those of modes with the names of their states. A cache, not
     a value.
 
-    `leaner`: the form of the problem in which blocks gather again what all-gathers bring, where they may do that and keep it. `standing`: the share of the state
+    `leaner`: the form of the problem in which blocks gather again what all-gathers bring, where they may do that and keep it, which `lean` makes. `standing`: the share of the state
     that is there when most is kept.
     """
 
@@ -39,8 +41,14 @@ class Relaxed:
     params: frozenset[int]
     depth: int
     modes: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
-    leaner: "Relaxed | None" = None
+    lean: "Callable[[], Relaxed] | None" = None
     standing: float = 1.0
+    eliminated: Eliminated = field(default_factory=Eliminated)
+    """Without a price: of all problems of a point."""
+
+    @cached_property
+    def leaner(self) -> "Relaxed | None":
+        return None if self.lean is None else self.lean()
 
     def ends(self) -> tuple[float, float]:
         """The least seconds of what is before and behind the run."""
@@ -55,7 +63,7 @@ class Relaxed:
     @cached_property
     def _block(self) -> Prepared:
         """All blocks alone, with the activations of one microbatch."""
-        return prepare(self.folded.part(0), (SECONDS, BYTES))
+        return prepare(self.folded.part(0), (SECONDS, BYTES), shared=self.eliminated, dtype=np.float32)
 
     def parts_of(self, choices: tuple[int, ...]) -> Parts:
         """Seconds of one sharding: of a block, and of what is before and behind the run."""
@@ -96,16 +104,24 @@ class Relaxed:
 
     def _least_bytes(self, problem: SearchProblem, nodes: Sequence[int]) -> tuple[float, float]:
         """Of the state, and kept: of a part whose nodes are these of the folded problem."""
-        least = [float(node.memory_bytes.min()) for node in problem.nodes]
-        moved = (float(edge.memory_bytes.min()) for edge in problem.edges if edge.memory_bytes is not None)
-        state = sum(held for n, held in zip(nodes, least, strict=True) if n in self.params)
-        return self.standing * state, sum(held for n, held in zip(nodes, least, strict=True) if n not in self.params) + sum(moved)
+        columns, edges = problem.node_columns, problem.edge_columns
+        of_nodes = np.array([held.min() for _, held in columns.tables])[columns.number]
+        of_edges = np.array([0.0 if held is None else held.min() for _, held in edges.tables])[edges.number]
+        state = math.fsum(held for n, held in zip(nodes, of_nodes, strict=True) if n in self.params)
+        return self.standing * state, math.fsum([*(held for n, held in zip(nodes, of_nodes) if n not in self.params), *of_edges])
 
     def _vertex(self, found: Minimum) -> Vertex:
         seconds, held = self._block.terms.of_plan(found.choices)
-        nodes = self._block.shrunk.problem.nodes
-        state = math.fsum(nodes[n].memory_bytes[found.choices[n]] for n in self._block_params)
-        return Vertex(found.bound, seconds, state * self.standing, max(0.0, held - state))
+        nodes = self._block.shrunk.problem.node_columns
+        state = math.fsum(nodes.tables[nodes.number[n]][1][found.choices[n]] for n in self._block_params)
+        figures = seconds, state * self.standing, max(0.0, held - state)
+        return Vertex(found.bound, *figures, self._choosing.near(found.choices, figures))
+
+    @cached_property
+    def _choosing(self) -> Choosing:
+        """Parameters and modes of blocks."""
+        modes = (n for n, node in enumerate(self.folded.nodes_of(0)) if node in self.modes)
+        return Choosing(self._block.shrunk.problem, (*self._block_params, *modes), self._block_params, self.standing)
 
     @cached_property
     def _block_params(self) -> frozenset[int]:
@@ -117,7 +133,7 @@ class Relaxed:
 
     def where(self, states: Allowed) -> "Relaxed":
         """This form where nodes may be in these of their states alone."""
-        return replace(self, folded=replace(self.folded, problem=in_states(self.folded.problem, {n: np.array(some) for n, some in states})), leaner=None)
+        return replace(self, folded=replace(self.folded, problem=in_states(self.folded.problem, {n: np.array(some) for n, some in states})), lean=None)
 
     def bytes_at(self, state_price: float, kept_price: float) -> dict[int, float]:
         """Of what blocks choose at these prices, but for modes: what each node takes of the state, or of what a microbatch keeps."""
@@ -145,7 +161,10 @@ def with_gathers(problem: SearchProblem, gathers: Mapping[int, Gathers], *, agai
     """A problem in which what all-gathers bring is kept, or not kept but gathered again for the backward."""
 
     def formed(cost_s: np.ndarray, _: np.ndarray | None, found: Gathers) -> Table:
-        return (cost_s + found.again_s, found.again_bytes) if again else (cost_s, found.kept_bytes)
+        if not again:
+            return cost_s, found.kept_bytes
+        again_s, again_bytes = found.again
+        return cost_s + again_s, again_bytes
 
     return _with_tables(problem, gathers, formed)
 

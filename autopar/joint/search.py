@@ -2,8 +2,8 @@
 
     1. `space.Ideal`      every operator cut evenly, nothing communicated: no tables are built
     2. the fastest        the folded problem solved without a memory limit, every bubble counted that no cut avoids
-    3. roughly, and       the same under the memory limit, by the price of a byte, from few eliminations,
-    4. as near as counts  and from some more
+    3. roughly, and       the same under the memory limit, by the price of a byte, from few eliminations: by one price, then by those that bind all ranks,
+    4. as near as counts  and from some more: at these prices, then around them
     5. a plan             state sharding and recomputation by the liveness of the stages, the step by the schedule's lists
 
 A point goes through these as long as its bound is the least of all; the search ends when the best plan is no more than `GAP` above every bound that is
@@ -13,15 +13,15 @@ and computed again in two modes at most, and stages of interleaved pipelines are
 
 import heapq
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from autopar.core.forked import most_processes
 from autopar.core.units import size
 from autopar.errors import InfeasibleError
-from autopar.joint.ahead import Ahead, Job
+from autopar.joint.ahead import Ahead, Job, Offered
 from autopar.joint.at_point import Found, PointSearch
-from autopar.joint.cases import bound_by_cases
+from autopar.joint.cases import Case, Part, bound_by_cases
 from autopar.joint.clock import FINISHED, UNKNOWN_S, Clock
 from autopar.joint.deep import shifted
 from autopar.joint.early import Early, tried
@@ -29,6 +29,7 @@ from autopar.joint.given import Given
 from autopar.joint.known import without_memory
 from autopar.joint.likely import planned_like
 from autopar.joint.space import Ideal, Point, points
+from autopar.joint.steps import PARTING, PLANNING, PROMISING, Step, steps
 from autopar.planner.search import Options
 
 GAP = 0.01
@@ -46,26 +47,23 @@ AHEAD = 8
 FINE = 3
 """Points that are looked at again."""
 
-PROMISING = 3
-"""The level of points that are to be planned."""
-
 EARLY = 8
 """Points that are planned early under a budget of seconds."""
 
-IN_TIME = 0.95
+IN_TIME = 0.9
 """Of the budget: works take longer than they did, and something lies between them."""
 
 HELPED_S = 5.0
 """Helpers are not worth to be forked for less."""
 
 KNOWN, PLANNED, FINER, SHIFTED = "bounds known of others", "a plan of a point", "more shardings of a point", "blocks shifted"
-LEVELS = "fastest", "roughly within memory", "within memory", "promised"
+LEVELS = "fastest", "at one price of memory", "roughly within memory", "within memory", "closely within memory", "promised"
 """Kinds of work that a search under a budget begins where they would end in time."""
 
 
 @dataclass(frozen=True)
 class Joint:
-    """`found`: plans, the fastest first; `bound_s`: no plan of the space is faster; `looked`: how many points came to each of the five levels;
+    """`found`: plans, the fastest first; `bound_s`: no plan of the space is faster; `looked`: how many points came to each of the levels;
     `in_time`: the search ended before its budget did."""
 
     found: tuple[Found, ...]
@@ -127,7 +125,7 @@ class JointSearch(Given):
                 f"no pipeline of {self.run.depth} blocks, mesh and microbatches of {self.batch} samples go with these pins on {self.cluster.name}: degrees and microbatches must divide"
                 " devices and batch; leave one of the pins out"
             )
-        with Ahead(searches, self._bounds, self.helpers if self.options.budget_s > HELPED_S else 0) as ahead:
+        with Ahead(searches, steps(), self.helpers if self.options.budget_s > HELPED_S else 0) as ahead:
             joint = self._best_first(heap, ahead, clock)
         self.known.add_tried(self.about, self._roomy_question, [tried(made) for made in reversed(joint.found)])
         return joint
@@ -143,11 +141,11 @@ class JointSearch(Given):
             search.free_s, search.ideal = known
 
     def _best_first(self, heap: list["Waiting"], ahead: Ahead, clock: Clock) -> Joint:
-        num_points, looked, closed = len(heap), [len(heap), 0, 0, 0, 0], math.inf
+        num_points, looked, closed = len(heap), [len(heap), *[0] * len(LEVELS)], math.inf
         like = planned_like(self.options.row or (), ahead.searches, self.limit_bytes) if not self.options.has_budget else []
         found = self._early(heap, ahead.searches, clock, looked) if self.options.has_budget else list(like)
-        best = min((made.step_s for made in found), default=math.inf)
-        planned: list[tuple[float, PointSearch]] = []
+        best = before = min((made.step_s for made in found), default=math.inf)
+        planned: list[Waiting] = []
         ready: list[Waiting] = []  # to be planned, by what they promise
         while ready or (heap and heap[0].key < best * (1 - self.gap)):
             promised = ready[0].key if ready else math.inf  # no point promises less than its bound
@@ -156,7 +154,10 @@ class JointSearch(Given):
                 continue
             if found and not self._goes_on(clock, LEVELS[heap[0].level] if looks else PLANNED):
                 break
-            ahead.offer([(waiting.key, waiting.job) for waiting in heap], best * (1 - self.gap))
+            below = before * NEAR, best * NEAR  # of the plan that is next, and of the one after that, which is made beside it
+            sure = [(waiting.key, waiting.job(below_s)) for waiting, below_s in zip(sorted(ready), below)]
+            upcoming, limit = [(waiting.key, waiting.job()) for waiting in heap], min(promised, best * (1 - self.gap))
+            ahead.offer(Offered(upcoming, limit, {PLANNING: (below[min(1, len(ready))],)}, sure))
             if looks:
                 waiting = heapq.heappop(heap)
                 self.progress(f"searching {waiting.search.point}: bound {waiting.bound:.4g} s, best {best:.4g} s")
@@ -166,10 +167,11 @@ class JointSearch(Given):
             waiting = heapq.heappop(ready)
             looked[-1] += 1
             closed = min(closed, waiting.bound)
-            planned.append((waiting.bound, waiting.search))
+            planned.append(waiting)
             with clock.timed(PLANNED):
-                made = waiting.search.plan(self.limit_bytes, best * NEAR)
-            if made is not None:
+                made = ahead.do(waiting.job(before * NEAR))
+            before = best
+            if made is not None and made.step_s < best * NEAR:
                 clock.ends_in(self.options.time_limit_s)
                 found.append(made)
                 best = min(best, made.step_s)
@@ -180,8 +182,8 @@ class JointSearch(Given):
             if not self._raised(heap, clock):
                 self._tighten(heap, heapq.heappop(heap), looked, ahead)
         rest = heap[0].key if heap else math.inf
-        if min(closed, rest) < best * (1 - self.gap) <= rest and in_time and self._may_end_late(clock, LEVELS[2]):
-            closed = self._by_cases([(waiting.bound, waiting.search) for waiting in ready] + planned, best * (1 - self.gap), clock)
+        if min(closed, rest) < best * (1 - self.gap) <= rest and in_time and self._may_end_late(clock, LEVELS[PROMISING - 1]):
+            closed = self._by_cases(ready + planned, best * (1 - self.gap), clock, ahead)
         bound = min(closed, rest)
         if bound < best * (1 - self.gap) and not like and self._may_end_late(clock, FINER):
             self._look_further(found, planned, best, clock, self.helpers if ahead.started else 0)
@@ -220,18 +222,12 @@ class JointSearch(Given):
         """What is done however long it takes, unless there is a budget."""
         return not self.options.has_budget or self._goes_on(clock, work)
 
-    @property
-    def _bounds(self) -> tuple[Callable[[PointSearch], float], ...]:
-        """By level. The last is no bound but says which point is planned next."""
-        return PointSearch.fastest_s, PointSearch.rough_s, PointSearch.fitting_s, lambda search: search.promised_s(self.limit_bytes)
-
     def _look(self, waiting: "Waiting", heap: list["Waiting"], ready: list["Waiting"], looked: list[int], ahead: Ahead) -> None:
         """By the next level."""
         if waiting.level < PROMISING:
             self._tighten(heap, waiting, looked, ahead)
         else:
-            ahead.settle(waiting.job)
-            heapq.heappush(ready, replace(waiting, key=waiting.search.promised_s(self.limit_bytes)))
+            heapq.heappush(ready, replace(waiting, key=ahead.do(waiting.job()), level=PLANNING))
 
     @staticmethod
     def _raised(heap: list["Waiting"], clock: Clock) -> bool:
@@ -248,33 +244,37 @@ class JointSearch(Given):
     def _tighten(self, heap: list["Waiting"], waiting: "Waiting", looked: list[int], ahead: Ahead) -> None:
         bound, level = waiting.bound, waiting.level
         looked[level + 1] += 1
-        ahead.settle(waiting.job)
-        bound = max(bound, self._bounds[level](waiting.search))
+        bound = max(bound, ahead.do(waiting.job()))
         if bound < math.inf:
             heapq.heappush(heap, Waiting(bound, level + 1, waiting.number, bound, waiting.search))
 
-    def _by_cases(self, planned: Sequence[tuple[float, PointSearch]], enough: float, clock: Clock) -> float:
+    def _by_cases(self, planned: Sequence["Waiting"], enough: float, clock: Clock, ahead: Ahead) -> float:
         """The bound on all of these points; the lowest are raised, until one cannot be raised to `enough`, or not in time."""
-        left = sorted(planned, key=lambda pair: pair[0])
-        for n, (bound, search) in enumerate(left):
-            if bound >= enough:
+        left = sorted(planned, key=lambda waiting: waiting.bound)
+        bounds = [waiting.bound for waiting in left]
+        for n, waiting in enumerate(left):
+            if waiting.bound >= enough:
                 break
-            self.progress(f"looking at {search.point} by cases: bound {bound:.4g} s")
-            left[n] = max(bound, bound_by_cases(search, enough, lambda: clock.allows(LEVELS[2]))), search
-            if left[n][0] < enough:
-                break
-        return min(bound for bound, _ in left)
+            self.progress(f"looking at {waiting.search.point} by cases: bound {waiting.bound:.4g} s")
 
-    def _look_further(self, found: list[Found], planned: Sequence[tuple[float, PointSearch]], best: float, clock: Clock, helpers: int) -> None:
+            def look(parts: Sequence[Part], number: int = waiting.number) -> Iterator[Case]:
+                return ahead.row([Job(number, PARTING, part) for part in parts])
+
+            bounds[n] = max(bounds[n], bound_by_cases(waiting.search, enough, lambda: clock.allows(LEVELS[PROMISING - 1]), look))
+            if bounds[n] < enough:
+                break
+        return min(bounds)
+
+    def _look_further(self, found: list[Found], planned: Sequence["Waiting"], best: float, clock: Clock, helpers: int) -> None:
         """Adds what is better: at the few points of the best plans, and, while there is time, at those that may be far better than what was found."""
         near = list({made.point: made.search for made in sorted(found, key=lambda made: made.step_s)}.values())[:FINE]
-        with Ahead(near, [_finer], helpers) as ahead:
+        with Ahead(near, [Step(_finer)], helpers) as ahead:
             if len(near) > 1:
                 ahead.start()
-                ahead.offer([(0.0, Job(n, 0)) for n in range(len(near))], math.inf)
+                ahead.offer(Offered([(0.0, Job(n, 0)) for n in range(len(near))], math.inf))
             for n in range(len(near)):
                 ahead.settle(Job(n, 0))
-        for search, asking in [*((s, s.fine) for s in near), *((s, s.lean) for bound, s in planned if bound < best * (1 - (self.gap if s.tables.few else FAR)))]:
+        for search, asking in [*((s, s.fine) for s in near), *((w.search, w.search.lean) for w in planned if w.bound < best * (1 - (self.gap if w.search.tables.few else FAR)))]:
             if (search in near and not self.options.has_budget) or clock.allows(FINER):
                 with clock.timed(FINER):
                     made = search.plan(self.limit_bytes, best, asking)
@@ -283,10 +283,9 @@ class JointSearch(Given):
                     best = made.step_s
 
 
-def _finer(search: PointSearch) -> float:
+def _finer(search: PointSearch) -> None:
     """Only so that it is known when the point is planned."""
     search.tables.chosen(search.fine())
-    return math.inf
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -300,9 +299,8 @@ class Waiting:
     search: PointSearch = field(compare=False)
     floors: int = field(default=0, compare=False)
 
-    @property
-    def job(self) -> Job:
-        return Job(self.number, self.level)
+    def job(self, *given: float) -> Job:
+        return Job(self.number, self.level, given)
 
 
 def _larger(searches: Sequence[PointSearch]) -> dict[Point, tuple[PointSearch, ...]]:

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 
 import numpy as np
 
@@ -31,7 +31,7 @@ from autopar.planner.states import Pricing, States
 from autopar.search.elimination import Prepared, prepare
 from autopar.search.lagrange import Point as Bought
 from autopar.search.simplify import BYTES, SECONDS, Price
-from autopar.search.tables import TableStore
+from autopar.search.tables import Eliminated, TableStore
 
 ROUGH = 1e-2
 """Of the seconds of the blocks: how much less a bound may be that only says which points are looked at."""
@@ -62,10 +62,6 @@ class PointTables:
     def built(self) -> tuple[SearchProblem, Ports]:
         constraints = Constraints(self.point.mesh, self.pins, strict=bool(self.pins.mesh_axes))
         return ProblemBuilder(self.task.graph, self.task.rules, self.task.batch, self.pricing, constraints, self.keeping).build(None)
-
-    @property
-    def are_made(self) -> bool:
-        return "built" in vars(self)
 
     @cached_property
     def whole(self) -> Relaxed:
@@ -100,16 +96,18 @@ class PointTables:
         return {}
 
     def _form(self, side: str, form: int) -> Relaxed:
-        return (self.whole if side == "whole" else self.passes).forms[form]
+        relaxed = self.whole if side == "whole" else self.passes
+        return relaxed if form == 0 else relaxed.forms[form]
 
     def rough(self, side: str) -> Envelope:
         """What is known of the blocks, by whoever asks: an answer depends on what was asked before, within its tolerance."""
-        if side not in self._rough:
-            self._rough[side] = Envelope(self.side(side).forms, ROUGH)
-        return self._rough[side]
+        if side not in self.envelopes:
+            self.envelopes[side] = Envelope(self.side(side).forms, ROUGH)
+        return self.envelopes[side]
 
     @cached_property
-    def _rough(self) -> dict[str, Envelope]:
+    def envelopes(self) -> dict[str, Envelope]:
+        """See `rough`."""
         return {}
 
     @property
@@ -139,15 +137,17 @@ class PointTables:
     def _fold(self) -> Fold:
         return Fold(self.task.graph, self.run, self.built[1])
 
-    def _relaxed(self, problem: SearchProblem) -> Relaxed:
-        ports, found = self.built[1], None
-        for again in reversed(self._forms):
-            folded = self._fold.folded(with_gathers(problem, ports.gathers, again=again))
-            params = frozenset(folded.node[n] for n in ports.param_node.values())
-            modes = {folded.node[n]: tuple(_in_form(mode, again=again) for mode in ports.states[n].modes) for n in ports.block_node.values()}
-            found = Relaxed(folded, params, self.run.depth, modes, found, STANDING if self.point.num_microbatches == 1 else 1.0)
-        assert found is not None
-        return found
+    @cached_property
+    def _eliminated(self) -> Eliminated:
+        return Eliminated()
+
+    def _relaxed(self, problem: SearchProblem, form: int = 0) -> Relaxed:
+        ports, again = self.built[1], self._forms[form]
+        folded = self._fold.folded(with_gathers(problem, ports.gathers, again=again))
+        params = frozenset(folded.node[n] for n in ports.param_node.values())
+        modes = {folded.node[n]: tuple(_in_form(mode, again=again) for mode in ports.states[n].modes) for n in ports.block_node.values()}
+        lean = partial(self._relaxed, problem, form + 1) if form + 1 < len(self._forms) else None
+        return Relaxed(folded, params, self.run.depth, modes, lean, STANDING if self.point.num_microbatches == 1 else 1.0, self._eliminated)
 
     def sharding(self, choices: tuple[int, ...]) -> Sharding:
         """Of these choices of the folded problem."""
@@ -230,7 +230,7 @@ class PointTables:
             form = self.whole.leaner if how == GATHERED and self.whole.leaner is not None else self.whole
             problem = form.folded.problem
             apart = frozenset(range(len(problem.nodes))) if self.few else form.params
-            self._alone[how] = prepare(in_states(problem, {n: np.zeros(1, dtype=int) for n in form.modes}) if how == KEPT else problem, (SECONDS, BYTES), apart=apart)
+            self._alone[how] = prepare(in_states(problem, {n: np.zeros(1, dtype=int) for n in form.modes}) if how == KEPT else problem, (SECONDS, BYTES), apart=apart, shared=self._eliminated)
         alone = self._alone[how]
         return alone.with_bytes(alone.shrunk.problem.in_flight(flight, self.whole.params))
 

@@ -23,7 +23,7 @@ from autopar.planner.liveness import kept_by_segment
 from autopar.planner.states import Pricing
 from autopar.planner.work import PHASES, pieces, put_off_bytes
 from autopar.program import Program
-from autopar.schedules.held import held_counts
+from autopar.schedules.held import most_held
 from autopar.schedules.lower import add_updates, lower, make_schedule
 from autopar.schedules.orders import share_order
 from autopar.search.stages import Devices, StageOption, cut_along
@@ -61,8 +61,12 @@ class Order:
     @property
     def in_flight_by_stage(self) -> tuple[tuple[int, ...], ...]:
         """By rank, the microbatches that it holds then of each of its stages."""
-        counts = held_counts(self.schedule, self.num_ranks, self.num_microbatches, self.virtual)
-        return tuple([tuple(max(of_rank, key=sum)) for of_rank in counts])
+        return most_held(self.schedule, self.num_ranks, self.num_microbatches, self.virtual)
+
+    @property
+    def flights(self) -> list[int]:
+        """All these numbers, once."""
+        return sorted({flight for by_stage in self.in_flight_by_stage for flight in by_stage})
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
 """What may be done about memory, and its price: ZeRO for a parameter, recomputation for a block."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -115,6 +116,12 @@ class Sharding:
     def mesh(self) -> Mesh:
         return self.pricing.mesh
 
+    @cached_property
+    def about(self) -> Hashable:
+        """What its prices depend on beside those of the mesh, and parameters. Where the optimizer's step is priced, it adds up the gradients of all microbatches."""
+        summed = self.keeping.micro_batches if self.pricing.cluster.host.update_bytes_per_s else 1
+        return self.axes, replace(self.keeping, micro_batches=summed)
+
     def options(self, meta: TensorMeta, layouts: Sequence[Layout], use: Use) -> tuple[tuple[Layout, Zero | None], ...]:
         """(layout in use, ZeRO) for every allowed stage; a parameter that cannot be cut has stage 0, whatever is allowed."""
         found: list[tuple[Layout, Zero | None]] = []
@@ -165,14 +172,15 @@ class Sharding:
         _, columns, of_column = np.unique(partial, axis=0, return_index=True, return_inverse=True)
         start = np.empty((len(src), len(columns)), dtype=int)
         passes, once = (np.empty(start.shape) for _ in range(2))
+        known: dict[tuple[int, tuple[int, ...]], tuple[float, float]]  # by state and the axes over which its gradient is summed
+        known = self.pricing.kept(("exchanges", meta, tuple(src), tuple(zeros), use, self.about), dict)
         for s, (stored, zero) in enumerate(zip(src, zeros)):
-            known: dict[tuple[int, ...], tuple[float, float]] = {}
             for group, column in enumerate(columns.tolist()):
                 axes = deferred_axes(stored, dst[column]) if meta.requires_grad else ()
-                if axes not in known:
-                    known[axes] = self.seconds(meta, stored, zero, axes, use)
+                if (s, axes) not in known:
+                    known[s, axes] = self.seconds(meta, stored, zero, axes, use)
                 start[s, group] = red.index[lift(stored, axes)]
-                passes[s, group], once[s, group] = known[axes]
+                passes[s, group], once[s, group] = known[s, axes]
         of_column, end = of_column.reshape(-1), [red.index[used] for used in dst]
         return red.seconds[start[:, of_column], end], passes[:, of_column], once[:, of_column]
 

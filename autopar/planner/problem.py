@@ -17,9 +17,10 @@ from autopar.core.redistribute import layout_space
 from autopar.core.residency import computes_again
 from autopar.core.rule import OpRule
 from autopar.errors import PinConflictError
+from autopar.planner.between import Between
 from autopar.planner.keeping import Keeping, Sharding, Use, recompute_tables, uses
 from autopar.planner.roles import Constraints
-from autopar.planner.saved import Gathers, counted_bytes, moved_bytes, saved_values, wanting
+from autopar.planner.saved import Gathers, moved_bytes, saved_values, wanting
 from autopar.planner.states import Pricing, States, layout_states, op_states
 from autopar.program import without_r
 
@@ -84,6 +85,7 @@ class ProblemBuilder:
         self._once_cache: dict[tuple, np.ndarray] = {}
         self.once_s: dict[int, np.ndarray] = {}
         self._layout_cache: dict[tuple, States] = {}
+        self._between = self.pricing.kept(Between, lambda: Between(self.pricing))
         self._cuts_cache: dict[tuple[int, ...], frozenset[tuple[int, int]]] = {}
         self._meta = self.graph.metas
         self._copies: dict[tuple, Copied] = {}
@@ -215,7 +217,7 @@ class ProblemBuilder:
         if key not in self._op_cache:
             operands, results = (tuple(self.graph.values[v].meta for v in values) for values in (op.operands, op.results))
             self._op_cache[key] = op_states(
-                rule, operands, results, self.pricing, allowed, prefer, named=(self.constraints.strict, words, color), saved=frozenset(saved),
+                rule, operands, results, self.pricing, allowed, prefer, named=(self.constraints.strict, words, rule.factors if words[1] else (), color), saved=frozenset(saved),
                 keeps=i not in self.block_of, times=self.keeping.micro_batches,
             )  # fmt: skip
         states = self._op_cache[key]
@@ -263,7 +265,7 @@ class ProblemBuilder:
             layouts = tuple(dict.fromkeys((whole, *(x for x in produced if all(p.kind in "SI" for p in x)))))
         key = ("output", layouts)
         if key not in self._layout_cache:
-            self._layout_cache[key] = layout_states(layouts)
+            self._layout_cache[key] = self.pricing.kept(key, lambda: layout_states(layouts))
         return self._add(f"output.{n}", self._layout_cache[key])
 
     def _produced_layouts(self, v: int) -> tuple[Layout, ...]:
@@ -278,7 +280,7 @@ class ProblemBuilder:
         key = ("relay", *map(id, around))
         if key not in self._layout_cache:
             found = tuple(dict.fromkeys(layout for layouts in around for layout in layouts))
-            self._layout_cache[key] = self._layout_cache.setdefault(("layouts", found), layout_states(found))
+            self._layout_cache[key] = self.pricing.kept(("relay", found), lambda: layout_states(found))
         return self._add(f"{self.graph.values[v].name}.relay", self._layout_cache[key])
 
     def _connect(self, v: int, u: int, port: int, w: int, k: int, *, from_param: bool, kept: bool = False, reader: int | None = None) -> None:
@@ -293,7 +295,7 @@ class ProblemBuilder:
             if use is not None:
                 seconds, self._once_cache[key] = self._param_edge(meta, self.states[u], dst, use)
             else:
-                seconds = self._edge(meta, src, dst)
+                seconds = self.keeping.micro_batches * self._between.seconds(meta, src, dst)
             held = moved_bytes(meta, src, dst, self.mesh, instead=kept, addends=bool(self.block_of)) if saves or kept else None
             self._edge_cache[key] = self._edge_tables.of(seconds, None if kept and self.keeping.gathers_again else held)
             if held is not None:
@@ -309,26 +311,16 @@ class ProblemBuilder:
         i = self.op_of.get(node)
         return i is not None and k in self.rules[i].saved_operands and self.rules[i].keeps_operand(k, wanting(self.graph, i))
 
-    def _edge(self, meta: TensorMeta, src: Sequence[Layout], dst: Sequence[Layout]) -> np.ndarray:
-        red = self.pricing.redistribution(meta, (*src, *dst), grad=meta.requires_grad)
-        return self.keeping.micro_batches * red.seconds[np.ix_([red.index[x] for x in src], [red.index[x] for x in dst])]
-
     def _gathers(self, meta: TensorMeta, src: Sequence[Layout], dst: Sequence[Layout], *, instead: bool) -> Gathers:
         """Of an edge whose moves keep what they make, `instead` of what they are given."""
         held = moved_bytes(meta, src, dst, self.mesh, instead=instead, addends=bool(self.block_of))
         if not self.keeping.gathers_again:
-            return Gathers(held, np.zeros_like(held), held)
-        red = self.pricing.redistribution(meta, (*src, *dst), grad=meta.requires_grad)
-        ends = np.ix_([red.index[x] for x in src], [red.index[x] for x in dst])
-        again_s, again_bytes = (table[ends] for table in red.again)
-        before = counted_bytes(meta, src, self.mesh, addends=True)[:, None] if instead else 0.0
-        return Gathers(held, self.keeping.micro_batches * again_s, np.minimum(held, (again_bytes - before).clip(min=0.0)))
+            return Gathers(held, lambda: (np.zeros_like(held), held))
+        return self._between.gathers(meta, src, dst, held, self.keeping.micro_batches, instead=instead)
 
     def _param_edge(self, meta: TensorMeta, source: States, dst: Sequence[Layout], use: Use) -> tuple[np.ndarray, np.ndarray]:
         """Seconds, and the part of them that is once a step."""
-        keeping, times = self.keeping, self.keeping.micro_batches
-        summed = times if self.pricing.cluster.host.update_bytes_per_s else 1  # where the optimizer's step is priced, it adds the gradients of all up
-        about = ("param edge", meta, source.result_layouts, source.zeros, dst, use, self.sharding.axes, replace(keeping, micro_batches=summed))
+        times, about = self.keeping.micro_batches, ("param edge", meta, source.result_layouts, source.zeros, dst, use, self.sharding.about)
         moves, passes, once = self.pricing.kept(about, lambda: self.sharding.edge_seconds(meta, source.result_layouts[0], source.zeros, dst, use))
         return times * moves + times * passes + once, once
 

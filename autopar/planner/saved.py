@@ -1,9 +1,9 @@
 """What the backward keeps of values: which, and how many bytes by the layouts that they are produced and used in."""
 
 import math
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -18,14 +18,17 @@ VIEWS = (*RESHAPES, "aten.transpose", "aten.permute", "aten.t.")
 """Operators whose results lie in the memory of what they read, but for reshapes of what does not lie in order."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Gathers:
-    """Of an edge in its two forms: bytes that its moves keep at least where nothing is gathered again; where what all-gathers bring is not kept, seconds of
-    doing them again, and the bytes that are kept then."""
+    """Of an edge in its two forms: bytes that its moves keep at least where nothing is gathered again, and where what all-gathers bring is not kept, what `find` does."""
 
     kept_bytes: np.ndarray
-    again_s: np.ndarray
-    again_bytes: np.ndarray
+    find: Callable[[], tuple[np.ndarray, np.ndarray]]
+
+    @cached_property
+    def again(self) -> tuple[np.ndarray, np.ndarray]:
+        """Seconds of gathering again, and the bytes that are kept then."""
+        return self.find()
 
 
 def moved_bytes(meta: TensorMeta, src: Sequence[Layout], dst: Sequence[Layout], mesh: Mesh, *, instead: bool = False, addends: bool = False) -> np.ndarray:

@@ -1,7 +1,7 @@
 """A program cut into the stages of a pipeline: their programs built, their step simulated, their memory walked."""
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import accumulate, pairwise
 
@@ -25,14 +25,52 @@ from autopar.program import Program
 from autopar.stages import Stage, Stages, cut_into_stages
 
 
+@dataclass(frozen=True, eq=False)
+class Walked:
+    """What is found of a stage, and so of all that are the same but for names. A cache, not a value."""
+
+    program: Program
+    _costs: dict[int, tuple[Pricing, StageCost]] = field(default_factory=dict)
+    _moments: dict[Engine, tuple[MemoryUse, ...]] = field(default_factory=dict)
+
+    @cached_property
+    def walk(self) -> Liveness:
+        return Liveness.of(self.program)
+
+    @cached_property
+    def state(self) -> Beside:
+        return state_of(self.program)
+
+    def cost(self, pricing: Pricing) -> StageCost:
+        if id(pricing) not in self._costs:
+            self._costs[id(pricing)] = pricing, self._cost(pricing)
+        return self._costs[id(pricing)][1]
+
+    def _cost(self, pricing: Pricing) -> StageCost:
+        forward, inputs, weights, gather, reduce, update = total_seconds(self.program, pricing).tolist()
+        return StageCost(
+            forward_s=forward, input_gradient_s=inputs, weight_gradient_s=weights, gather_s=gather, reduce_s=reduce, step_s=update,
+            activation_bytes=sum(self.walk.kept_by_segment()), weight_activation_bytes=put_off_bytes(self.program, range(len(self.program.graph.ops))),
+            arriving_bytes=self.walk.holdings.arriving_bytes,
+        )  # fmt: skip
+
+    def moments(self, engine: Engine) -> tuple[MemoryUse, ...]:
+        """Of the stage by itself."""
+        if engine not in self._moments:
+            self._moments[engine] = self.walk.moments(engine)
+        return self._moments[engine]
+
+
 @dataclass(frozen=True)
 class Staged:
-    """What a plan predicts of a pipeline comes from here: the programs that its ranks run, not the table that chose the cut."""
+    """What a plan predicts of a pipeline comes from here: the programs that its ranks run, not the table that chose the cut. `known`: stages by their form, of other
+    plans of the same program too, which differ in how it is cut and computed again."""
 
     stages: Stages
     order: Order
     pricing: Pricing
     engine: Engine
+    known: dict[Hashable, Walked] = field(default_factory=dict)
 
     @classmethod
     def of(cls, blocks: Blocks, cut: Cut, order: Order, engine: Engine) -> "Staged":
@@ -44,29 +82,18 @@ class Staged:
 
     @cached_property
     def costs(self) -> tuple[StageCost, ...]:
-        pairs = [(walk, self.pricing.on(rank)) for walk, rank in zip(self._walks, self.stages.placement, strict=True)]
-        costs = {(id(walk), id(pricing)): self._cost(walk, pricing) for walk, pricing in {(id(w), id(p)): (w, p) for w, p in pairs}.values()}
-        return tuple(costs[id(walk), id(pricing)] for walk, pricing in pairs)
+        return tuple(walked.cost(self.pricing.on(rank)) for walked, rank in zip(self._walked, self.stages.placement, strict=True))
 
     @cached_property
-    def _walks(self) -> tuple[Liveness, ...]:
-        walks = {key: Liveness.of(program) for key, program in self._kinds.items()}
-        return tuple(walks[id(program)] for program in self.stages.alike)
-
-    @cached_property
-    def _kinds(self) -> dict[int, Program]:
-        """The programs that differ in more than names."""
-        return {id(program): program for program in self.stages.alike}
-
-    @cached_property
-    def _states(self) -> tuple[Beside, ...]:
-        states = {key: state_of(program) for key, program in self._kinds.items()}
-        return tuple(states[id(program)] for program in self.stages.alike)
+    def _walked(self) -> tuple[Walked, ...]:
+        known = self.known if len(self.stages.stages) > 1 else {}
+        found = {form: known.setdefault(form, Walked(program)) for form, program in zip(self.stages.forms, self.stages.alike, strict=True)}
+        return tuple(found[form] for form in self.stages.forms)
 
     @cached_property
     def _lasting(self) -> tuple[Mapping[Hashable, int], ...]:
         """What every stage computes once a step and keeps: bytes by what stages of a rank may share."""
-        return tuple(map(self._lasting_of, self.stages.stages, self._walks))
+        return tuple(self._lasting_of(stage, walked.walk) for stage, walked in zip(self.stages.stages, self._walked, strict=True))
 
     def _lasting_of(self, stage: Stage, walk: Liveness) -> dict[Hashable, int]:
         named, alone = dict(zip(walk.program.standing(), stage.program.standing(), strict=True)), stage.number if stage.program.communicates_once else None
@@ -75,20 +102,10 @@ class Staged:
     @cached_property
     def _moments(self) -> tuple[tuple[MemoryUse, ...], ...]:
         """Of every stage by itself."""
-        moments = {id(walk.program): walk.moments(self.engine) for walk in {id(walk): walk for walk in self._walks}.values()}
         return tuple(
-            tuple(_named(moment, dict(zip(program.blocks, stage.program.blocks, strict=True))) for moment in moments[id(program)])
-            for program, stage in zip(self.stages.alike, self.stages.stages, strict=True)
+            tuple(_named(moment, dict(zip(walked.program.blocks, stage.program.blocks, strict=True))) for moment in walked.moments(self.engine))
+            for walked, stage in zip(self._walked, self.stages.stages, strict=True)
         )
-
-    def _cost(self, walk: Liveness, pricing: Pricing) -> StageCost:
-        program = walk.program
-        forward, inputs, weights, gather, reduce, update = total_seconds(program, pricing).tolist()
-        return StageCost(
-            forward_s=forward, input_gradient_s=inputs, weight_gradient_s=weights, gather_s=gather, reduce_s=reduce, step_s=update,
-            activation_bytes=sum(walk.kept_by_segment()), weight_activation_bytes=put_off_bytes(program, range(len(program.graph.ops))),
-            arriving_bytes=walk.holdings.arriving_bytes,
-        )  # fmt: skip
 
     @cached_property
     def timeline(self) -> Timeline:
@@ -125,7 +142,7 @@ class Staged:
         """One stage computes while microbatches in flight and the rank's other stages are held at their most."""
         rank = self.stages.placement[number]
         here = [stage.number for stage in self.stages.stages if self.stages.placement[stage.number] == rank]
-        others = [self._states[other] for other in here if other != number]
+        others = [self._walked[other].state for other in here if other != number]
         lasting = {same: size for other in here for same, size in self._lasting[other].items() if same not in self._lasting[number]}
         message = self._largest_message(set(here))
         in_flight = self.timeline.peak_bytes(rank) - self.costs[number].activation_bytes

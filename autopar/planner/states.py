@@ -2,16 +2,17 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
+from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
 
 from autopar.core.cluster import Cluster
 from autopar.core.graph import DTYPE_BYTES, TensorMeta
-from autopar.core.layout import Layout, Placement
+from autopar.core.layout import Layout, P, Placement
 from autopar.core.mesh import Mesh
 from autopar.core.moves import COLLECTIVES
 from autopar.core.pipeline import with_pipeline
@@ -76,9 +77,10 @@ class Pricing:
 
     def kept(self, key: Hashable, make: Callable[[], T]) -> T:
         """Whatever else depends on nothing but the mesh, its cluster and the `key`."""
-        if key not in self._kept:
-            self._kept[key] = make()
-        return self._kept[key]  # type: ignore[no-any-return]
+        found = self._kept.get(key)
+        if found is None:
+            found = self._kept[key] = make()
+        return found  # type: ignore[no-any-return]
 
     @cached_property
     def whole(self) -> Mesh:
@@ -152,11 +154,14 @@ class Pricing:
 
     def redistribution(self, meta: TensorMeta, layouts: Sequence[Layout], *, grad: bool) -> Redistribution:
         """All-pairs routes of a tensor between (at least) the given layouts."""
-        cuts = tuple(sorted({(p.dim, p.outer) for layout in layouts for p in layout if p.kind == "S"}))
-        partial = any(p.kind == "P" for layout in layouts for p in layout)
-        key = (meta.shape, DTYPE_BYTES[meta.dtype], grad, cuts, partial)
+        return self.routes(meta, frozenset(chain.from_iterable(layouts)), grad=grad)
+
+    def routes(self, meta: TensorMeta, placements: Set[Placement], *, grad: bool) -> Redistribution:
+        """The same between layouts of these placements."""
+        cuts = tuple(sorted([(p.dim, p.outer) for p in placements if p.kind == "S"]))
+        key = (meta.shape, DTYPE_BYTES[meta.dtype], grad, cuts, P in placements)
         if key not in self._spaces:
-            space = layout_space(meta.shape, self.mesh, cuts, grad=grad, partial=partial)
+            space = layout_space(meta.shape, self.mesh, cuts, grad=grad, partial=P in placements)
             self._spaces[key] = Redistribution(meta.shape, DTYPE_BYTES[meta.dtype], self.mesh, space, grad, self.step)
         return self._spaces[key]
 

@@ -25,3 +25,9 @@ def held_counts(name: str, num_ranks: int, num_microbatches: int, virtual: int =
             rows.add(tuple(min(n, number) for n in held))
         found.append(tuple(sorted(rows)))
     return tuple(found)
+
+
+@lru_cache(maxsize=1024)
+def most_held(name: str, num_ranks: int, num_microbatches: int, virtual: int = 1) -> tuple[tuple[int, ...], ...]:
+    """Per rank, a number for each of its stages, when it holds most of all together."""
+    return tuple([max(of_rank, key=sum) for of_rank in held_counts(name, num_ranks, num_microbatches, virtual)])

@@ -1,5 +1,6 @@
 """What helpers find out ahead changes nothing but when it is known; they end with the search, however it ends."""
 
+import math
 import multiprocessing
 import os
 import signal
@@ -11,12 +12,14 @@ import pytest
 from autopar.core.cluster import Cluster
 from autopar.errors import InfeasibleError
 from autopar.joint import ahead
-from autopar.joint.ahead import Helper
+from autopar.joint.ahead import Ahead, Helper, Job, Offered
 from autopar.joint.at_point import PointSearch
 from autopar.joint.known import Known
 from autopar.joint.plan import planned_jointly
 from autopar.joint.search import JointSearch
 from autopar.joint.space import Point
+from autopar.joint.steps import PARTING, PLANNING, steps
+from autopar.joint.tables import PointTables
 from tests.joint.brute_force import drawn
 from tests.joint.models import LLAMA, graphs, joint_search
 
@@ -73,24 +76,27 @@ def test_random_small_problems(seed: int) -> None:
         assert helped == alone
 
 
+STEPS = "fastest_s", "rough_s", "fitting_s", "promised_s", "plan"
+
+
 def test_helpers_that_are_slow_hang_or_die_are_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    alone, here, fastest, rough = outcome(asked(helpers=0)), os.getpid(), PointSearch.fastest_s, PointSearch.rough_s
+    alone, here = outcome(asked(helpers=0)), os.getpid()
 
     def helped(fault: object) -> tuple | str:
         """With a fault in every third step of a helper."""
         number = iter(range(1_000_000))
 
         def faulty(step: object) -> object:
-            def run(search: PointSearch) -> float:
+            def run(search: PointSearch, *given: object) -> object:
                 if os.getpid() != here and next(number) % 3 == 2:
                     fault()  # type: ignore[operator]
-                return step(search)  # type: ignore[operator]
+                return step(search, *given)  # type: ignore[operator]
 
             return run
 
         with monkeypatch.context() as patched:
-            patched.setattr(PointSearch, "fastest_s", faulty(fastest))
-            patched.setattr(PointSearch, "rough_s", faulty(rough))
+            for name in STEPS:
+                patched.setattr(PointSearch, name, faulty(getattr(PointSearch, name)))
             return outcome(asked(helpers=2))
 
     def wrong() -> None:
@@ -103,6 +109,52 @@ def test_helpers_that_are_slow_hang_or_die_are_done_without(monkeypatch: pytest.
     monkeypatch.setattr(ahead, "PATIENCE_S", 0.5)
     assert helped(lambda: time.sleep(600)) == alone
     assert not multiprocessing.active_children()
+
+
+def test_it_does_not_matter_which_helper_goes_on_with_a_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step by another than the one before: what that found is sent along."""
+    alone, moved = outcome(asked(helpers=0)), []
+
+    def another(self: Ahead, job: Job) -> Helper | None:
+        owner = self._of.get(job.number)
+        others = [helper for helper in self._helpers if helper is not owner and not helper.asked]
+        moved.append(owner is not None and bool(others))
+        return others[0] if others else None
+
+    monkeypatch.setattr(Ahead, "_ready_for", another)
+    assert outcome(asked(helpers=2)) == alone
+    assert any(moved)
+
+
+def test_tables_are_made_of_few_points_that_helpers_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search takes bounds over; it makes tables of that by which helpers are started, and of what is planned."""
+    monkeypatch.setattr(ahead, "QUEUED", 100)
+    search = asked(helpers=1)
+    joint = search.search()
+    made = [found for found in search.known._kept._values.values() if isinstance(found, PointTables) and "built" in vars(found)]
+    assert len(made) < joint.looked[1], (len(made), joint.looked)
+
+
+def test_a_search_is_where_it_would_be_by_steps_of_its_own() -> None:
+    """By all that it goes by from there."""
+    point = Point(2, 4, 1, 2, 8)
+    own, told = (PointSearch(asked(known=Known()), point) for _ in range(2))
+    with Ahead([told], steps(), 1) as ahead:
+        ahead.start()
+        for level, step in enumerate(steps()[:PARTING]):
+            for below_s in (1e-9, math.inf) if level == PLANNING else (None,):  # what is asked in vain leaves nothing behind
+                given = (below_s,) if below_s else ()
+                ahead.offer(Offered(sure=[(0.0, Job(0, level, given))]))
+                found = ahead.do(Job(0, level, given))
+            assert not ahead._own
+            result = step.here(own, *given)
+            assert (found.step_s, found.deep.depths, found.memory) == (result.step_s, result.deep.depths, result.memory) if level == PLANNING else found == result
+            assert told.least == own.least and told.told == own.told
+            assert {side: priced.prices for side, priced in told.priced.items()} == {side: priced.prices for side, priced in own.priced.items()}
+            for side, price in ((side, price) for side, priced in own.priced.items() for price in (0.0, 1e-12, *priced.prices.values())):
+                assert told.priced[side].block_s(3, price) == own.priced[side].block_s(3, price)
+                assert level < 1 or told.tables.rough(side).low(price, price) == own.tables.rough(side).low(price, price)
+    assert told.joint.known._proved == own.joint.known._proved and told.joint.known._bounds == own.joint.known._bounds
 
 
 def test_helpers_are_started_where_there_is_work_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,8 +189,8 @@ def test_no_process_is_left_behind_by_an_interrupted_search(capfd: pytest.Captur
 def test_a_helper_ends_when_nobody_asks_any_more() -> None:
     """As after a search that was killed."""
     search = PointSearch(asked(), Point(1, 4, 2, 2, 8))
-    helpers = [Helper.forked([search], [PointSearch.fastest_s], [])]
-    helpers.append(Helper.forked([search], [PointSearch.fastest_s], helpers))
+    helpers = [Helper.forked([search], steps(), [])]
+    helpers.append(Helper.forked([search], steps(), helpers))
     for helper in helpers:
         helper.connection.close()
         helper.process.join(30)

@@ -35,7 +35,7 @@ def test_stages_that_are_alike_are_what_each_is_by_itself() -> None:
     found = staged()
     kinds = list(map(id, found.stages.alike))
     assert [kinds.index(kind) for kind in kinds] == [0, 1, 2, 1, 2, 1, 1, 7]
-    for stage, kind, cost, moments, state in zip(found.stages.stages, found.stages.alike, found.costs, found._moments, found._states, strict=True):
+    for stage, kind, cost, moments, state in zip(found.stages.stages, found.stages.alike, found.costs, found._moments, [walked.state for walked in found._walked], strict=True):
         program, walk = stage.program, Liveness.of(stage.program)
         assert moments == walk.moments(found.engine)
         assert fullest(moments, state) == fullest(walk.moments(found.engine), state_of(program))

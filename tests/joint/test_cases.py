@@ -1,18 +1,27 @@
 """Bounds by cases: shardings of a point told apart, each part with a bound of its own."""
 
 import math
+import multiprocessing
+import os
+import signal
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations, product
 from random import Random
 
+import pytest
+
 from autopar.core.cluster import Cluster
 from autopar.core.residency import GATHER, MODES
-from autopar.joint.at_point import TOLERANCE, PointSearch
+from autopar.joint import cases
+from autopar.joint.ahead import Ahead, Job
+from autopar.joint.at_point import PointSearch
 from autopar.joint.cases import Case, bound_by_cases, by_modes, part_s, parted
 from autopar.joint.deep import mixed
+from autopar.joint.priced import Care
 from autopar.joint.space import Ideal, points
-from autopar.joint.tables import ROUGH
+from autopar.joint.steps import PARTING, steps
 from tests.joint.models import GPT, joint_search
 
 WIDE = replace(GPT, layers=8, hidden=8192, heads=64, kv_heads=64, inner=32768)
@@ -48,6 +57,36 @@ def test_no_higher_bound_is_looked_for_than_is_enough() -> None:
     assert bound_by_cases(search, math.inf, lambda: False) == bound
 
 
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="processes cannot be forked here")
+def test_helpers_look_at_parts_beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound is the same, also where one of them is gone in the middle of it."""
+    (search, *_), (again, *_), (other, *_) = (searches(0.1) for _ in range(3))
+    alone, here, part, looked = bound_by_cases(search, math.inf), os.getpid(), cases.part_s, []
+
+    def by_helpers(search: PointSearch) -> float:
+        with Ahead([search], steps(), 2) as ahead:
+            ahead.start()
+            found = bound_by_cases(search, math.inf, look=lambda parts: ahead.row([Job(0, PARTING, part) for part in parts]))
+        assert not multiprocessing.active_children()
+        return found
+
+    def seen(*given: object) -> float:
+        looked.append(given)
+        return part(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(cases, "part_s", seen)
+    assert by_helpers(again) == alone and not looked
+
+    def dies(*given: object) -> float:
+        if os.getpid() != here:
+            time.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return seen(*given)
+
+    monkeypatch.setattr(cases, "part_s", dies)
+    assert by_helpers(other) == alone and looked
+
+
 def test_a_choice_of_a_case_is_in_one_of_its_parts() -> None:
     random = Random(0)
     for search in searches(0.1):
@@ -65,7 +104,7 @@ def test_whatever_two_modes_a_plan_mixes_it_is_in_a_part() -> None:
         ((node, modes),) = search.tables.whole.modes.items()
         whole = Case(search.fitting_s(), (), search.priced)
         assert by_modes(search, whole, math.inf) == [whole]  # each would have to be parted
-        _, second, _ = sorted(_bounds(search, ROUGH).values())
+        _, second, _ = sorted(_bounds(search, Care.ROUGH).values())
         parts = by_modes(search, whole, second)
         pairs = [dict(part.states)[node] for part in parts]
         assert all(any({*some} <= {*pair} for pair in pairs) for some in product(range(len(modes)), repeat=2))
@@ -75,7 +114,7 @@ def test_whatever_two_modes_a_plan_mixes_it_is_in_a_part() -> None:
 def test_plans_of_two_modes_take_no_less_than_their_part() -> None:
     looked = 0
     for search in searches(0.15):
-        bounds = _bounds(search, TOLERANCE)
+        bounds = _bounds(search, Care.CLOSE)
         for choices in search.tables.chosen(search.first())[:3]:
             sharding = search.tables.sharding(choices)
             for order, pair in product(search.orders, combinations(sharding.modes, 2)):
@@ -87,7 +126,7 @@ def test_plans_of_two_modes_take_no_less_than_their_part() -> None:
     assert looked > 10
 
 
-def _bounds(search: PointSearch, tolerance: float) -> dict[tuple[int, ...], float]:
+def _bounds(search: PointSearch, care: Care) -> dict[tuple[int, ...], float]:
     """By pair of modes, without what is known of all."""
     ((node, modes),) = search.tables.whole.modes.items()
-    return {pair: part_s(search, ((node, pair),), {}, tolerance) for pair in combinations(range(len(modes)), 2)}
+    return {pair: part_s(search, ((node, pair),), {}, care) for pair in combinations(range(len(modes)), 2)}

@@ -1,7 +1,7 @@
 """A search that others went before plans what it would plan alone: the same plan, byte by byte, and the same bound."""
 
 from dataclasses import replace
-from itertools import islice, pairwise
+from itertools import pairwise
 from random import Random
 
 import pytest
@@ -76,7 +76,7 @@ def test_requests_for_another_batch_share_what_is_known() -> None:
         other = request.with_batch(batch)
         assert other.batch_size == batch and other.planned(cluster, joint=True).plan.to_json() == again.planned(cluster, joint=True).plan.to_json()
         assert other.trace_s == 0.0
-    held = [found.plan.predicted.memory.high_bytes for found in islice(request.front(cluster, joint=True), 3)]
+    held = [plan.predicted.memory.high_bytes for plan in request.front(cluster, joint=True)[:3]]
     assert held[0] == first.predicted.memory.high_bytes and all(b <= 0.97 * a for a, b in pairwise(held))
 
 

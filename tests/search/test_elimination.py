@@ -50,6 +50,23 @@ def test_priced_bound_holds_for_plans_within_the_limit(random_problem, oracle) -
             assert eliminate(problem, multiplier_s_per_byte=0.002).bound_s <= best * (1 + CLOSE), seed
 
 
+@pytest.mark.parametrize("price", [SECONDS, Price(1.0, 0.003)])
+def test_single_precision_bounds_from_below(price: Price, random_problem) -> None:
+    rounded_up = 0
+    for seed in range(200):
+        problem = random_problem(seed, density=1.0 + seed % 4)
+        problem = replace(problem, nodes=tuple([replace(n, cost_s=n.cost_s / 3) for n in problem.nodes]), edges=tuple([replace(e, cost_s=e.cost_s / 7) for e in problem.edges]))
+        try:
+            exact = minimise(problem, price)
+        except InfeasibleError:
+            continue
+        prepared = prepare(problem, (SECONDS, BYTES), dtype=np.float32)
+        found = prepared.minimise(price)
+        assert exact.value * (1 - 1e-5) <= found.bound <= exact.value <= found.value <= exact.value * (1 + 1e-5), seed
+        rounded_up += found.bound / (1 - prepared.recipe.num_terms * 2**-23) > exact.value
+    assert rounded_up > 20, "what is taken off is not for nothing"
+
+
 def test_a_price_needs_a_limit(random_problem) -> None:
     with pytest.raises(UsageError, match="limit"):
         eliminate(random_problem(0), multiplier_s_per_byte=1.0)
