@@ -35,6 +35,7 @@ from autopar.verification import as_call
 
 Progress = Callable[[str], None]
 
+
 def quiet(text: str) -> None:
     """The default progress: none."""
 
