@@ -21,7 +21,7 @@ def test_it_prints_a_row_for_every_question(example: Callable[[str], ModuleType]
         monkeypatch.setattr(replan, name, ("gpt2-tiny", nodes, batch))
     monkeypatch.setattr(replan, "planned", lambda request, cluster, share=0.9, **budget: request.planned(cluster, joint=True, max_memory=share, pins=("pp=4", "zero=0"), **budget))
     monkeypatch.setattr(replan, "SWEEP", 2)
-    monkeypatch.setattr("autopar.request.LEANER", 0.4)
+    monkeypatch.setattr("autopar.joint.front.LEANER", 0.4)
     replan.main(None, True)
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("cold", "the same", "bandwidth between nodes", "memory 70 %", "twice the batch", "half the nodes"))
