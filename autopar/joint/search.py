@@ -154,10 +154,7 @@ class JointSearch(Given):
                 continue
             if found and not self._goes_on(clock, LEVELS[heap[0].level] if looks else PLANNED):
                 break
-            below = before * NEAR, best * NEAR  # of the plan that is next, and of the one after that, which is made beside it
-            sure = [(waiting.key, waiting.job(below_s)) for waiting, below_s in zip(sorted(ready), below)]
-            upcoming, limit = [(waiting.key, waiting.job()) for waiting in heap], min(promised, best * (1 - self.gap))
-            ahead.offer(Offered(upcoming, limit, {PLANNING: (below[min(1, len(ready))],)}, sure))
+            ahead.offer(_offered(heap, ready, (before * NEAR, best * NEAR), min(promised, best * (1 - self.gap))))
             if looks:
                 waiting = heapq.heappop(heap)
                 self.progress(f"searching {waiting.search.point}: bound {waiting.bound:.4g} s, best {best:.4g} s")
@@ -175,6 +172,9 @@ class JointSearch(Given):
                 clock.ends_in(self.options.time_limit_s)
                 found.append(made)
                 best = min(best, made.step_s)
+                near = [waiting for waiting in ready if waiting.bound >= best * (1 - self.gap)]  # enough, like what is left in the heap
+                ready = sorted(waiting for waiting in ready if waiting.bound < best * (1 - self.gap))
+                planned, closed = planned + near, min([closed, *(waiting.bound for waiting in near)])
         closed = min([closed, *(waiting.bound for waiting in ready)])
         in_time = not ready and (not heap or heap[0].key >= best * (1 - self.gap))
         further = in_time and self.options.row is None
@@ -301,6 +301,12 @@ class Waiting:
 
     def job(self, *given: float) -> Job:
         return Job(self.number, self.level, given)
+
+
+def _offered(heap: Sequence[Waiting], ready: Sequence[Waiting], below: tuple[float, float], enough: float) -> Offered:
+    """`below`: what the plan that is next is to take less than, and the one after that, which is made beside it."""
+    sure = [(waiting.key, waiting.job(below_s)) for waiting, below_s in zip(sorted(ready), below)]
+    return Offered([(waiting.key, waiting.job()) for waiting in heap], enough, {PLANNING: (below[min(1, len(ready))],)}, sure)
 
 
 def _larger(searches: Sequence[PointSearch]) -> dict[Point, tuple[PointSearch, ...]]:
