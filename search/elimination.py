@@ -100,7 +100,7 @@ class Prepared:
     Choices are in the states of `shrunk.problem`; `shrunk.restore` translates. `priced` holds the seconds and bytes of each
     distinct table, in the numbering of `recipe` (None: the tables would be too large); `unary`: which that of a node is. `free`: those that no price of a byte
     changes, and `begun` what is eliminated of them alone. Nodes `apart` have kept all states, and a table of their own: they may be minimised with fewer.
-    `dtype`: in which eliminations compute; float32 takes half the time, and its bounds are less by what it may have rounded.
+    `dtype`: in which eliminations compute; float32 takes less time, and its bounds are less by what it may have rounded.
     """
 
     shrunk: Shrunk

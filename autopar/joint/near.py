@@ -1,7 +1,7 @@
 """All plans that differ from one in what its parameters and its modes choose alone: the cheapest of them at any price takes no elimination.
 
 Where operators stay in their states, how the state of each parameter is kept costs what it costs whatever others do, and so does the mode in which blocks are
-computed again. Hardly any plan is the cheapest that is none of these of the one found before.
+computed again. So the price that binds is looked for among all of these, and fewer minima are needed until it is found.
 """
 
 from collections.abc import Iterable, Sequence

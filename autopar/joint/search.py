@@ -51,7 +51,7 @@ EARLY = 8
 """Points that are planned early under a budget of seconds."""
 
 IN_TIME = 0.9
-"""Of the budget: works take longer than they did, and something lies between them."""
+"""Of the budget: works take longer than they did, and something lies between them. Which re-plans are made in time: `examples/benchmark_replan.py --only replan`."""
 
 HELPED_S = 5.0
 """Helpers are not worth to be forked for less."""
