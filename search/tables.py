@@ -12,7 +12,7 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from itertools import combinations
+from itertools import chain, combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +24,8 @@ Content = tuple[tuple[int, ...], int, int]  # shape of a table, bytes of an entr
 TILE_ENTRIES = 32_768  # of one partial result: 256 KiB, so that a tile and its buffer stay in the second-level cache
 
 SUM_ENTRIES = 131_072  # that are added up at once before their least is taken: 1 MiB, which is faster than a call for every state
+
+PRODUCT_ENTRIES, PRODUCTS_ENTRIES = 128, 8_192  # of sums of every row of one table with every row of another, and of all of them: from so many on a product is faster
 
 
 class TableStore:
@@ -126,13 +128,16 @@ def sum_and_minimise(operands: Sequence[tuple[np.ndarray, tuple[int, ...]]]) -> 
     parts = [table for table, _ in operands]
     for one, other in way.sums:
         parts.append(parts[one.number].transpose(one.axes)[one.index] + parts[other.number].transpose(other.axes)[other.index])
-    views = [np.ascontiguousarray(parts[view.number].transpose(view.axes)[view.index]) for view in way.views]
+    views = [parts[view.number].transpose(view.axes)[view.index] for view in way.views]
     result = np.empty(way.shape, dtype=parts[0].dtype)
     if len(views) == 1:
         np.min(views[0], axis=0, out=result)
+    elif way.folded is not None:
+        _minimise_products(*views, result.reshape(way.folded))
     else:
-        for tile in way.tiles:
-            _minimise_tile([view[(slice(None), *_clip(tile, view.shape[1:]))] for view in views], result[tile])
+        views = list(map(np.ascontiguousarray, views))
+        for tile in _tiles(way.shape):
+            _minimise_tile(np.add, [view[(slice(None), *_clip(tile, view.shape[1:]))] for view in views], result[tile])
     return np.asarray(result.transpose(way.back), order="C")
 
 
@@ -145,14 +150,14 @@ class _View(NamedTuple):
 
 
 class _Way(NamedTuple):
-    """How tables of some roles and shapes are added up: `sums` of two each, which make a further one, and `views` of what is left, which has no small sums. `shape`,
-    `tiles`: of the result, `back`: its axes in the order of roles."""
+    """How tables of some roles and shapes are added up: `sums` of two each, which make a further one, and `views` of what is left, which has no small sums. `shape`: of
+    the result, `back`: its axes in the order of roles; `folded`: its shape where two views are added up as products."""
 
     sums: tuple[tuple[_View, _View], ...]
     views: tuple[_View, ...]
     shape: tuple[int, ...]
-    tiles: tuple[tuple[slice, ...], ...]
     back: tuple[int, ...]
+    folded: tuple[int, ...] | None
 
 
 @lru_cache(maxsize=1 << 12)
@@ -172,38 +177,43 @@ def _way(operands: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]) -> _Way:
         if not small:
             break
         one, other = min(small, key=lambda pair: (entries(pair), pair))
-        roles.append(tuple(sorted({*roles[one], *roles[other]})))
+        roles.append(tuple(sorted({*roles[one], *roles[other]}, key=lambda role: (sizes[role], role))))
         sums.append((_view(one, roles[one], roles[-1]), _view(other, roles[other], roles[-1])))
         left = [n for n in left if n not in (one, other)] + [len(roles) - 1]
-    outer = _axes([roles[n] for n in left], sizes)
-    shape = tuple([sizes[role] for role in outer])
-    return _Way(tuple(sums), tuple([_view(n, roles[n], (0, *outer)) for n in left]), shape, tuple(_tiles(shape)), tuple(np.argsort(outer).tolist()))
+    groups = _axes([roles[n] for n in left], sizes)
+    outer, folded = [*chain.from_iterable(groups)], tuple([math.prod([sizes[role] for role in group]) for group in groups])
+    products = len(groups) == 3 and math.prod(folded[1:]) >= PRODUCT_ENTRIES and sizes[0] * math.prod(folded) >= PRODUCTS_ENTRIES
+    if products and set(groups[1]).isdisjoint(roles[left[0]]):
+        left.reverse()  # what has the rows comes first
+    shape, back = tuple([sizes[role] for role in outer]), tuple(np.argsort(outer).tolist())
+    return _Way(tuple(sums), tuple([_view(n, roles[n], (0, *outer)) for n in left]), shape, back, folded if products else None)
 
 
-def _axes(views: Sequence[tuple[int, ...]], sizes: Mapping[int, int]) -> list[int]:
-    """The roles but 0, the longest innermost, where numpy is fast; of two views those of one together, so that the other is one number to each of its rows."""
+def _axes(views: Sequence[tuple[int, ...]], sizes: Mapping[int, int]) -> list[list[int]]:
+    """The roles but 0, the longest innermost, where numpy is fast. Of two views those of both, then those of one and of the other alone."""
     outer = sorted(set(sizes) - {0}, key=lambda role: (sizes[role], role))
     if len(views) != 2:
-        return outer
+        return [outer]
     shorter, longer = sorted([[role for role in outer if role not in view] for view in views], key=lambda alone: (math.prod([sizes[role] for role in alone]), alone))
-    return [*[role for role in outer if role not in (*shorter, *longer)], *shorter, *longer]
+    return [[role for role in outer if role not in (*shorter, *longer)], shorter, longer]
 
 
 def _view(number: int, roles: tuple[int, ...], wanted: Sequence[int]) -> _View:
     return _View(number, tuple([roles.index(role) for role in wanted if role in roles]), tuple([slice(None) if role in roles else None for role in wanted]))
 
 
-def _tiles(shape: tuple[int, ...]) -> list[tuple[slice, ...]]:
+@lru_cache(maxsize=1 << 12)
+def _tiles(shape: tuple[int, ...]) -> tuple[tuple[slice, ...], ...]:
     """Cuts an array into boxes of at most about TILE_ENTRIES entries, whole in the inner axes."""
     inner, axis = 1, len(shape)
     while axis > 0 and inner * shape[axis - 1] <= TILE_ENTRIES:
         axis -= 1
         inner *= shape[axis]
     if axis == 0:
-        return [()]
+        return ((),)
     rows = max(1, TILE_ENTRIES // inner)
     leading = [tuple(slice(i, i + 1) for i in index) for index in np.ndindex(*shape[: axis - 1])]
-    return [(*index, slice(row, row + rows)) for index in leading for row in range(0, shape[axis - 1], rows)]
+    return tuple([(*index, slice(row, row + rows)) for index in leading for row in range(0, shape[axis - 1], rows)])
 
 
 def _clip(tile: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
@@ -211,17 +221,31 @@ def _clip(tile: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
     return tuple(slice(None) if size == 1 else part for part, size in zip(tile, shape, strict=False))
 
 
-def _minimise_tile(views: list[np.ndarray], out: np.ndarray) -> None:
-    """out = min over axis 0 of the broadcast sum of the views, of some states at a time."""
+def _minimise_tile(add: np.ufunc, views: list[np.ndarray], out: np.ndarray) -> None:
+    """out = min over axis 0 of the sum of the views, of some states at a time; `add`: how the first two are added up."""
     num_states = views[0].shape[0]
     some = max(1, SUM_ENTRIES // out.size)
     buffer = np.empty((min(some, num_states), *out.shape), dtype=out.dtype)
     for first in range(0, num_states, some):
         part = views if some >= num_states else [view[first : first + some] for view in views]
-        total = np.add(part[0], part[1], out=buffer[: len(part[0])])
+        total = add(part[0], part[1], out=buffer[: len(part[0])])
         for view in part[2:]:
             total += view
         if first == 0:
             total.min(axis=0, out=out)
         else:
             np.minimum(out, total.min(axis=0), out=out)
+
+
+def _minimise_products(one: np.ndarray, other: np.ndarray, out: np.ndarray) -> None:
+    """out[a, i, j] = min over states s of one[s, a, i] + other[s, a, j], whatever axes these are of views that can be added up.
+
+    The sums for a state are the product of [one, 1] and [1, other], which is exact, and takes half as long as adding a number to each row.
+    """
+    (common, rows, columns), states = out.shape, len(one)
+    left, right = np.ones((states, common, rows, 2), out.dtype), np.ones((states, common, 2, columns), out.dtype)
+    left[..., 0], right[..., 1, :] = one.reshape(states, common, rows), other.reshape(states, common, columns)
+    with np.errstate(invalid="ignore"):  # of what is forbidden times what a product fills its registers with
+        for tile in _tiles(out.shape):
+            a, i, j = (*tile, *[slice(None)] * (3 - len(tile)))
+            _minimise_tile(np.matmul, [left[:, a, i], right[:, a, :, j]], out[tile])

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -166,6 +167,22 @@ def test_tables_are_minimised_whatever_the_tiles(sizes: tuple[int, ...]) -> None
     result = sum_and_minimise(operands)
     assert result.shape == sizes[1:]
     np.testing.assert_allclose(result, total.min(axis=0), rtol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("sizes", [(35, 1, 35, 105), (61, 3, 35, 37), (9, 4, 17, 50), (7, 1, 190, 300), (35, 3, 3, 3), (40, 100, 3, 2), (5, 2, 1, 400), (64, 1, 129, 1)])
+def test_two_tables_are_added_up_exactly(sizes: tuple[int, ...], dtype: type[np.floating]) -> None:
+    """As one number after the other is, where some of them are forbidden too: by products of matrices or not."""
+    rng = np.random.default_rng(sum(sizes))
+    states, common, rows, columns = sizes
+    one, other = (rng.lognormal(0, 5, shape).astype(dtype) for shape in ((states, rows, common), (columns, common, states)))
+    one[rng.random(one.shape) < 0.1], other[rng.random(other.shape) < 0.1] = np.inf, np.inf
+    one[:, 0, 0] = np.inf
+    total = one.transpose(0, 2, 1)[..., None] + other.transpose(2, 1, 0)[:, :, None]
+    with warnings.catch_warnings(action="error"):
+        result = sum_and_minimise([(one, (0, 2, 1)), (other, (3, 1, 0))])
+    assert result.dtype == dtype and np.isinf(result[0, 0]).all()
+    np.testing.assert_array_equal(result, total.min(axis=0))
 
 
 def test_a_hub_of_one_state_with_more_neighbours_than_an_array_has_axes() -> None:
