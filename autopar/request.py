@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
@@ -22,7 +23,6 @@ from autopar.errors import InfeasibleError, NoFamilyError, UsageError
 from autopar.joint.front import Part, front_of, parted, state_bytes
 from autopar.joint.known import Known
 from autopar.joint.plan import check_in_space, is_row, joint_search, planned_jointly
-from autopar.joint.search import JointSearch
 from autopar.planner.appraisal import Appraisal, appraise
 from autopar.planner.groups import best_on_groups, over_groups
 from autopar.planner.pins import parse_pins
@@ -30,7 +30,7 @@ from autopar.planner.plan import Planned, plan_graph
 from autopar.planner.search import MEMORY_SHARE, Options
 from autopar.runtime.microbatches import batch_size, resized, split_batch
 from autopar.trace.capture import Traced, trace
-from autopar.trace.family import find_family, num_rows
+from autopar.trace.family import early_family, num_rows
 from autopar.verification import as_call
 
 Progress = Callable[[str], None]
@@ -108,9 +108,8 @@ class Request:
         options = self.options(**given)
         if isinstance(cluster, MixedCluster):
             return self._on_groups(cluster, options, progress, **given)
-        joint = self._joint(cluster, options, progress)
-        if joint is not None:
-            return planned_jointly(joint, self.family.graph, options.tokens)
+        if (found := self._jointly(cluster, options, progress)) is not None:
+            return found
         if self._weighs_both(cluster, options):
             return self._fitting(cluster, options, progress)
         return self._of_meshes(cluster, options, progress)
@@ -150,14 +149,13 @@ class Request:
             whole = None
         if whole is not None and whole.candidates[0].problem.memory_limit_bytes is None and not options.pipelines:
             return whole
-        joint = self._joint(cluster, replace(options, joint=True), progress)
-        assert joint is not None, "the model was found to be one row of blocks"
         try:
-            found = planned_jointly(joint, self.family.graph, options.tokens)
+            found = self._jointly(cluster, replace(options, joint=True), progress)
         except InfeasibleError:
             if whole is None:
                 raise
             return whole
+        assert found is not None, "the model was found to be one row of blocks"
         return min(found, whole or found, key=lambda p: p.plan.predicted.step_time_s)
 
     def front(self, cluster: Machines, *, budget_s: float = math.inf, within_s: float = math.inf, progress: Progress = quiet, **given: Any) -> Sequence[Plan]:
@@ -183,8 +181,9 @@ class Request:
 
         return front_of(chain.from_iterable(found_of_row(find, len(ends), processes, progress, lambda _: None)))
 
-    def _joint(self, cluster: Cluster, options: Options, progress: Progress) -> JointSearch | None:
-        """The joint search, where it is asked for or the cluster has several nodes, and the model is one row of equal blocks. Of one node `_fitting` decides."""
+    def _jointly(self, cluster: Cluster, options: Options, progress: Progress) -> Planned | None:
+        """By the joint search, where it is asked for or the cluster has several nodes, and the model is one row of equal blocks. Of one node `_fitting` decides. It begins
+        before all is traced."""
         pins = parse_pins(options.pins)
         wanted = cluster.num_nodes > 1 if options.joint is None else options.joint
         if not wanted:
@@ -192,7 +191,9 @@ class Request:
         try:
             check_in_space(options, pins)
             progress("tracing three blocks")
-            return joint_search(self.family, self.batch_size, cluster, options, pins, progress, self._known)
+            with self._early_family() as family:
+                search = joint_search(family, self.batch_size, cluster, options, pins, progress, self._known)
+                return planned_jointly(search, family.graph, options.tokens)
         except NoFamilyError as error:
             if options.joint:
                 raise UsageError(f"no joint search: {error}; leave --joint out") from None
@@ -220,13 +221,30 @@ class Request:
     @property
     def family(self) -> Family:
         """The model's graphs, of short traces. Raises NoFamilyError."""
-        if self._family is None:
-            start = time.perf_counter()
-            try:
-                self._family = find_family(self.model, self.kwargs or self.args)
-            finally:
+        with self._early_family() as family:
+            family.confirm()
+        return family
+
+    @contextmanager
+    def _early_family(self) -> Iterator[Family]:
+        """To begin with before it is confirmed, as it is when this is left; else nothing of it is kept."""
+        if self._family is not None:
+            yield self._family
+            return
+        start, early = time.perf_counter(), None
+        try:
+            with early_family(self.model, self.kwargs or self.args) as early:
                 self.trace_s += time.perf_counter() - start
-        return self._family
+                try:
+                    yield early
+                finally:
+                    start = time.perf_counter()
+        finally:
+            self.trace_s += time.perf_counter() - start
+            if early is not None and early.is_confirmed:
+                self._family = early
+            else:
+                self._known = Known()
 
     def appraised(self, plan: Plan, cluster: Machines) -> Appraisal:
         """What a plan costs on a cluster, term by term. Raises PlanMismatchError where it is for another model or batch."""

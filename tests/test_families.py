@@ -110,7 +110,7 @@ def test_who_traces_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("autopar.trace.family.trace", watched)
     found = []
-    for processes, failing, number in ((0, False, 4), (1, False, 1), (2, False, 1), (2, True, 4)):
+    for processes, failing, number in ((0, False, 4), (2, False, 1), (3, False, 1), (4, False, 1), (3, True, 4)):
         monkeypatch.setattr("autopar.trace.family.most_processes", lambda processes=processes: processes)
         family = find_family(example.module, example.kwargs)
         found.append([family.graph(samples) for samples in (1, 2, 6)])
@@ -231,6 +231,7 @@ NO_FAMILIES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "the middle is used at the end": (lambda: Stack(outer=long_way), "outside the run"),
     "all take the first one's result": (lambda: Stack(lambda block, x, y: x * y, first_for_all), "blocks"),
     "shared weights": (shared, "is shared"),
+    "the square of the batch beside it": (lambda: Stack(outer=lambda blocks, x: blocks(x) + x.new_ones(len(x) ** 2).sum()), "linear function"),
     "the square of the batch": (lambda: Stack(outer=lambda blocks, x: (blocks(x) @ x.T).reshape(-1)), "linear function"),
     "another way for many": (lambda: Stack(outer=lambda blocks, x: blocks(x).sin() if len(x) > 9 else blocks(x)), "with another"),
 }

@@ -4,12 +4,15 @@
 (the best plan so far is printed); 5 not the same training; 70 an error inside autopar; 130 interrupted.
 """
 
+import atexit
 import gc
 import os
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -98,10 +101,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def process() -> int:
-    """`main` of a process that ends with it. Its objects are left to the system, which takes them back at once: the interpreter would look for cycles among them
-    first, a second and more where torch is loaded."""
+    """`main` of a process that ends with it. Its objects are left to the system, which takes them back at once: the interpreter would look for cycles among them and
+    take them apart one by one, a second and more where torch is loaded. It does so where other threads go on, which it waits for."""
     code = main()
     gc.freeze()
+    if threading.active_count() == 1:
+        atexit._run_exitfuncs()  # as the interpreter does
+        with suppress(OSError):  # what could not be written was reported
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
     return code
 
 

@@ -108,12 +108,15 @@ def _check_same_structure(one: OpGraph, other: OpGraph) -> None:
         raise NoFamilyError("the outputs depend on the number of samples")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Family:
-    """The graphs of a model: `form` for two samples and more; `make_single` gives that for one, whose dimension broadcasts."""
+    """The graphs of a model: `form` for two samples and more; `make_single` gives that for one, whose dimension broadcasts. `check` raises NoFamilyError where they
+    are not those of the model, which is looked at when it is to be confirmed."""
 
     form: Form
     make_single: Callable[[], Form]
+    check: Callable[[], None]
+    is_confirmed: bool = False
     _graphs: dict[tuple[int, int | None], OpGraph] = field(default_factory=dict, repr=False, compare=False)
     _unrolled: dict[int | None, Unrolled] = field(default_factory=dict, repr=False, compare=False)
 
@@ -138,6 +141,12 @@ class Family:
         if key not in self._graphs:
             self._graphs[key] = self._single.unrolled(depth).graph if samples == 1 else self._made(samples, depth)
         return self._graphs[key]
+
+    def confirm(self) -> None:
+        """Raises NoFamilyError where a trace is not what `graph` says; what was made of the family is to be thrown away then."""
+        if not self.is_confirmed:
+            self.check()
+            self.is_confirmed = True
 
     @cached_property
     def _single(self) -> Form:

@@ -76,9 +76,14 @@ class Aside(Generic[T]):
 
     def __init__(self, works: Sequence[Callable[[], T]], processes: int) -> None:
         """In so many `processes` at most, each of which does its works one after the other."""
-        self._works, self._count = works, min(processes, len(works))
+        self._works, self._count, self._asks = works, min(processes, len(works)), os.getpid()
         self._processes: list[tuple[BaseProcess, Connection]] = []
         self._found: dict[int, T | None] = {}
+
+    @property
+    def at_work(self) -> bool:
+        """Whether there are processes."""
+        return bool(self._processes)
 
     def __enter__(self) -> Self:
         with suppress(OSError):
@@ -92,8 +97,8 @@ class Aside(Generic[T]):
             end(*self._processes.pop())
 
     def found(self, number: int) -> T | None:
-        """What a work found out, for which is waited. None where it failed, or its process is gone: whoever asks does it then."""
-        if self._processes and number % self._count < len(self._processes):
+        """What a work found out, for which is waited. None where it failed, or its process is gone, or in a process forked from this one: whoever asks does it then."""
+        if self._asks == os.getpid() and self._processes and number % self._count < len(self._processes):
             process, answers = self._processes[number % self._count]
             with suppress(EOFError, OSError):
                 while number not in self._found:

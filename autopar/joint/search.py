@@ -135,8 +135,10 @@ class JointSearch(Given):
         question = self.about, self._roomy_question, tuple(search.point for search in searches)
         if (found := self.known.ideal.get(question)) is None:
             ideal = Ideal(self.cluster, self.run, self.task)
-            found = [(search.ideal_s(ideal), search.ideal) for search in searches]
-            self.known.ideal.put(question, found)
+            for search in sorted(searches, key=lambda search: -search.point.samples):  # the graph of one sample may still be traced
+                search.ideal_s(ideal)
+            self.known.ideal.put(question, [(search.free_s, search.ideal) for search in searches])
+            return
         for search, known in zip(searches, found, strict=True):
             search.free_s, search.ideal = known
 

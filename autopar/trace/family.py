@@ -3,9 +3,12 @@
 Three batches are traced: one with three blocks of every run, which says how blocks are joined, and two with one block, since all
 are alike. Two batches give the numbers that depend on the samples, the third must be what they say. One sample is another case, since its
 dimension broadcasts: it is traced by itself, when its graph is asked for, or beside the others where there is a core for it.
+
+A search can begin with what two batches give. So the third is traced while it goes on, and what it found is thrown away where they do not agree.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -22,6 +25,8 @@ from autopar.trace.blocks import Chain, check_alike, runs_of, shortened
 from autopar.trace.capture import trace
 
 T = TypeVar("T")
+MORE, SINGLE, CHECK = range(3)
+"""Works aside, in the order in which a search needs them."""
 
 SAMPLES = 2
 MORE_SAMPLES = 19
@@ -40,7 +45,23 @@ def family_of(model: nn.Module, inputs: Batch) -> Family | None:
 def find_family(model: nn.Module, inputs: Batch) -> Family:
     """The graphs of `model` for any number of samples like those of `inputs`. Raises NoFamilyError, which says why, where they do not
     follow from short traces; then every graph is to be traced in full."""
-    return _Finder(model, inputs).family()
+    with early_family(model, inputs) as family:
+        return family
+
+
+@contextmanager
+def early_family(model: nn.Module, inputs: Batch) -> Iterator[Family]:
+    """The same as soon as there is something to begin with; processes trace the rest, and last no longer than this. Raises NoFamilyError where it is left too, whatever
+    came of the family till then; not where that was an interrupt."""
+    finder = _Finder(model, inputs)
+    with Aside([partial(_alone, work) for work in finder.works], max(0, most_processes() - 1)) as aside:  # this process is busy too
+        family = finder.family(aside)
+        try:
+            yield family
+        except Exception:  # perhaps because there is no such family
+            family.confirm()
+            raise
+        family.confirm()
 
 
 def num_rows(model: nn.Module) -> int:
@@ -55,18 +76,29 @@ class _Finder:
         if not self.runs:
             raise NoFamilyError(f"{type(model).__name__} has no row of blocks of one make")
 
-    def family(self) -> Family:
-        works: list[Callable[[], Any]] = [self._single, lambda: self._short(MORE_SAMPLES), lambda: self._short(CHECK_SAMPLES)]
-        with Aside([partial(_alone, work) for work in works], most_processes()) as aside:
-            form, chains = self._form(SAMPLES)
-            for chain in chains:
-                check_alike(self.model, chain)
-            more, check, single = map(aside.found, (1, 2, 0))
-        form = form.fitted(SAMPLES, more or self._short(MORE_SAMPLES), MORE_SAMPLES)
-        found, traced = form.at(form.unrolled(1), CHECK_SAMPLES), check or self._short(CHECK_SAMPLES)
-        if found != traced or found.digest != traced.digest:
-            raise NoFamilyError(f"the graph of {type(self.model).__name__} is no linear function of the number of samples")
-        return Family(form, self._single if single is None else lambda: single)
+        self.works: list[Callable[[], Any]] = [lambda: self._short(MORE_SAMPLES), self._single, lambda: self._short(CHECK_SAMPLES)]
+
+    def family(self, aside: Aside[Any]) -> Family:
+        """With what is found `aside`, or here where it is not. It is confirmed at once where nothing goes on aside."""
+        form, chains = self._form(SAMPLES)
+        for chain in chains:
+            check_alike(self.model, chain)
+
+        def found(work: int) -> Any:
+            return aside.found(work) or self.works[work]()
+
+        form = form.fitted(SAMPLES, found(MORE), MORE_SAMPLES)
+
+        def check() -> None:
+            expected, traced = form.at(form.unrolled(1), CHECK_SAMPLES), found(CHECK)
+            if expected != traced or expected.digest != traced.digest:
+                raise NoFamilyError(f"the graph of {type(self.model).__name__} is no linear function of the number of samples")
+            aside.found(SINGLE)  # as long as there is somebody to tell it
+
+        family = Family(form, lambda: found(SINGLE), check)
+        if not aside.at_work:
+            family.confirm()
+        return family
 
     def _single(self) -> Form:
         return self._form(1)[0]

@@ -62,6 +62,14 @@ def test_reader_that_closes_early(arguments: list[str], unbuffered: str) -> None
     assert process.wait() == 0
 
 
+@pytest.mark.parametrize("thread", ["pass", "threading.Timer(0.3, print, ['of a thread']).start()"])
+def test_the_end_leaves_nothing_undone(thread: str) -> None:
+    """What is registered for it is done, output is written, other threads are waited for."""
+    code = f"import atexit, sys, threading; from autopar.cli.main import process; atexit.register(print, 'last'); {thread}; sys.exit(process())"
+    done = subprocess.run([sys.executable, "-c", code, "plan", "x", "-c", "nowhere"], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 2 and done.stdout == ("" if thread == "pass" else "of a thread\n") + "last\n" and "nowhere" in done.stderr
+
+
 def _fail_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise error

@@ -124,6 +124,15 @@ def test_works_aside_are_found_or_left_to_who_asks(processes: int, monkeypatch: 
     assert not multiprocessing.active_children()
 
 
+@needs_fork
+def test_works_aside_answer_only_who_gave_them() -> None:
+    """Another process forked from it would take away what it waits for."""
+    with Aside([lambda: 1, lambda: 2], 1) as aside:
+        assert found_of_row(lambda n, told, say: aside.found(n), 2, 1, lambda text: None, lambda found: None) == [None, None]
+        assert [aside.found(n) for n in range(2)] == [1, 2]
+    assert [aside.found(n) for n in range(2)] == [1, 2] and not aside.at_work
+
+
 def test_there_is_none_for_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
     assert most_processes() == 0
