@@ -20,6 +20,7 @@ cut. Where ranks have several stages see `even.py`.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from autopar.planner.blocks import Order
 from autopar.planner.held import MARGIN
@@ -67,6 +68,12 @@ def least_step_s(order: Order, depth: int, lines: Sequence[Sequence[Line]], ends
     `lines`: by rank, of a whole step; `ends_s`: what is at the ends takes no less of a step; `pass_s`: nor do parts of one microbatch; `message_s`: nor does what
     a rank hands to the next.
     """
+    return _least_step_s(order, depth, tuple(map(tuple, lines)), ends_s, pass_s, message_s)
+
+
+@lru_cache(maxsize=4096)
+def _least_step_s(order: Order, depth: int, lines: tuple[tuple[Line, ...], ...], ends_s: Parts, pass_s: Parts, message_s: float) -> float:
+    """More than half of the questions of a search are asked again."""
     ranks = _Ranks(depth, lines, ends_s, pass_s, message_s, _turned(order, lines, pass_s))
     high = (depth * max(line.with_exchange_s for of_rank in lines for line in of_rank) + ends_s.first + ends_s.last + 2 * len(lines) * message_s) * 2
     if math.isinf(high) or not ranks.can(high):

@@ -40,6 +40,9 @@ class Held:
     block_s: Mapping[int, float]
     whole_s: Mapping[int, float] = field(default_factory=dict)
 
+    def __hash__(self) -> int:
+        return hash((self.price, *self.block_s.values(), *self.whole_s.values()))
+
     def mixed_s(self, flight: int, share: float) -> float:
         """With so much of the exchange."""
         block_s = self.block_s[flight]
@@ -103,6 +106,13 @@ class Cuts:
         """`parts`: of a step; `held`: what its bytes cost at some prices, of which every rank has `room_bytes`. `whole_s`: of a block with its exchange of parameters,
         of those of the first stage. `ahead`: forwards take the same whatever is computed again. No higher bound is looked for than `enough_s`.
         `by_rank`: by the longest chains where ranks differ, too."""
+        return self._least_step_s(parts, message_s, tuple(held), tuple(room_bytes), whole_s, ahead, enough_s, by_rank)
+
+    @lru_cache(maxsize=4096)  # noqa: B019 - cuts are few, and kept
+    def _least_step_s(
+        self, parts: Parts, message_s: float, held: tuple[Held, ...], room_bytes: tuple[float, ...], whole_s: float, ahead: bool, enough_s: float, by_rank: bool
+    ) -> float:  # fmt: skip
+        """Shardings often have equal figures, and what needs no memory is asked for by all."""
         exchange_s = max(0.0, whole_s - parts.block)
         bounds = self._found_s(parts, message_s).max(axis=1) + self.blocks[:, 0] * exchange_s
         if not held:
