@@ -132,15 +132,27 @@ class Cuts:
         ways = self._ways[1] * self._passes[1].min(axis=0)[:, None] if ahead else np.minimum(*self._ways)
         shares = (self.blocks[:, :1] * self.order.num_microbatches / np.maximum(self.blocks @ ways.T, 1.0)).min(axis=1).clip(max=1.0)  # of y, for every block
         fronts, found_s = self._fronts(held, shares[cut], parts.block), self._found_s(parts, message_s)
-        within = Within(found_s, self._by_rank(self.blocks), self._by_rank(ways / self.order.num_microbatches), fronts, np.array(room_bytes))
+        within = Within(found_s, self._blocks_by_rank, self._by_rank(ways / self.order.num_microbatches), fronts, np.array(room_bytes))
         bound, of_all = within.highest(cut, enough_s)
         return bound, np.where(shares >= shares[cut], of_all, 0.0)
 
     def _fronts(self, held: Sequence[Held], share: float, fastest_s: float) -> np.ndarray:
         """[rank, stage of a rank, corner, 2]: what a block of each stage may take and hold."""
-        found = {flight: corners([(at.price, at.mixed_s(flight, share)) for at in held], fastest_s) for flight in self.order.flights}
-        most = max(map(len, found.values()))
-        return np.array([[found[f] + found[f][-1:] * (most - len(found[f])) for f in of_rank] for of_rank in self.order.in_flight_by_stage])
+        flights, of_stages = self._flights
+        found = [corners([(at.price, at.mixed_s(flight, share)) for at in held], fastest_s) for flight in flights]
+        most = max(map(len, found))
+        return np.array([line + line[-1:] * (most - len(line)) for line in found])[of_stages]
+
+    @cached_property
+    def _flights(self) -> tuple[list[int], np.ndarray]:
+        """All numbers of microbatches in flight, and which of them a stage of a rank has."""
+        flights = self.order.flights
+        return flights, np.searchsorted(flights, self.order.in_flight_by_stage)
+
+    @cached_property
+    def _blocks_by_rank(self) -> np.ndarray:
+        """[cut, rank, stage of a rank]"""
+        return np.ascontiguousarray(self._by_rank(self.blocks))
 
     def _by_rank(self, of_stages: np.ndarray) -> np.ndarray:
         """[..., rank, stage of a rank]"""
