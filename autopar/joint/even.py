@@ -178,13 +178,11 @@ def quick_cuts(order: Order, depth: int) -> Cuts:
 @lru_cache(maxsize=1024)
 def rank_cuts(order: Order, depth: int) -> Cuts:
     """The same with the chains of ranks alone, which are known without looking at lists."""
-    found = []
-    for first in range(1, depth):
-        for last in range(1, depth):
-            least, more = divmod(depth - first - last, order.num_stages - 2)
-            if least >= 1 and max(first, last) <= least + 1:
-                middle = [least] * (order.num_stages - 2 - more) + [least + 1] * more
-                most = max(middle)
-                found.append(([first, *middle, last], max(0, most - first - 1), max(0, most - last - 1)))
-    blocks, firsts, lasts = zip(*found, strict=True)
-    return Cuts(order, np.array(blocks, float), np.array(firsts, float), np.array(lasts, float), tuple(rank_chain(order, rank) for rank in range(order.num_ranks)))
+    first, last = (ends.ravel() for ends in np.mgrid[1:depth, 1:depth])
+    number = order.num_stages - 2
+    least, more = np.divmod(depth - first - last, number)
+    may_be = (least >= 1) & (np.maximum(first, last) <= least + 1)
+    first, last, least, more = first[may_be], last[may_be], least[may_be], more[may_be]
+    middle = least[:, None] + (np.arange(number) >= number - more[:, None])
+    firsts, lasts = (np.maximum(0, middle[:, -1] - end - 1).astype(float) for end in (first, last))
+    return Cuts(order, np.column_stack([first, middle, last]).astype(float), firsts, lasts, tuple(rank_chain(order, rank) for rank in range(order.num_ranks)))
