@@ -14,7 +14,6 @@ from autopar.joint.bounds import Line, Parts, counted, least_step_s, sides
 from autopar.joint.deep import Deep, Sharding, mixed, roomy_depths
 from autopar.joint.envelope import Envelope
 from autopar.joint.even import Cuts, Held, even_cuts, quick_cuts
-from autopar.joint.fold import border_bytes
 from autopar.joint.given import Given
 from autopar.joint.known import SAFE, Flat, Floors, Proved, Told, Tried, without_memory
 from autopar.joint.priced import Care, Priced, around, binding_flights
@@ -265,7 +264,7 @@ class PointSearch:
     @cached_property
     def _border_bytes(self) -> float:
         """What a block hands on of a microbatch, at least."""
-        return border_bytes(self.joint.task(self.point.samples).graph, self.joint.run) / (self.point.outer * self.point.inner)
+        return self.joint.border_bytes(self.point.samples) / (self.point.outer * self.point.inner)
 
     def plan(self, limit_bytes: float, below_s: float = math.inf, asking: Callable[[], Iterable[Asked]] | None = None, ended: Callable[[], bool] | None = None) -> Found | None:
         """The best plan of the point within a limit that takes less than `below_s`: every sharding that is asked for and may be best, every order, as little

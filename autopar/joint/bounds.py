@@ -20,6 +20,7 @@ cut. Where ranks have several stages see `even.py`.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from autopar.planner.blocks import Order
 from autopar.planner.held import MARGIN
@@ -67,7 +68,14 @@ def least_step_s(order: Order, depth: int, lines: Sequence[Sequence[Line]], ends
     `lines`: by rank, of a whole step; `ends_s`: what is at the ends takes no less of a step; `pass_s`: nor do parts of one microbatch; `message_s`: nor does what
     a rank hands to the next.
     """
-    ranks = _Ranks(depth, lines, ends_s, pass_s, message_s, _turned(order, lines, pass_s))
+    return _least_step_s(order, depth, tuple(map(tuple, lines)), ends_s, pass_s, message_s)
+
+
+@lru_cache(maxsize=4096)
+def _least_step_s(order: Order, depth: int, lines: tuple[tuple[Line, ...], ...], ends_s: Parts, pass_s: Parts, message_s: float) -> float:
+    """More than half of the questions of a search are asked again."""
+    exchanging = any(line.with_exchange_s != line.block_s for of_rank in lines for line in of_rank)
+    ranks = _Ranks(depth, lines, ends_s, pass_s, message_s, _turned(order, lines, pass_s), exchanging)
     high = (depth * max(line.with_exchange_s for of_rank in lines for line in of_rank) + ends_s.first + ends_s.last + 2 * len(lines) * message_s) * 2
     if math.isinf(high) or not ranks.can(high):
         return math.inf
@@ -108,13 +116,14 @@ class _Ranks:
     pass_s: Parts
     message_s: float
     turned: Sequence[Turned | None]
+    exchanging: bool
 
     def can(self, step_s: float) -> bool:
         """Whether all ranks together can do all blocks in this time."""
         most = self._of_first(step_s)
         if self._with(most, step_s) >= self.depth:
             return True
-        if all(line.with_exchange_s == line.block_s for of_rank in self.lines for line in of_rank):
+        if not self.exchanging:
             return False
         others = self._with(1, step_s, turning=False) - 1  # the fewer blocks the first rank has, the more the others can do
         return any(self._with(first, step_s) >= self.depth for first in range(most - 1, max(0, self.depth - others - 1), -1))
@@ -132,17 +141,19 @@ class _Ranks:
         return max(0, min(math.floor(blocks * (1 + PRECISION)), self.depth))
 
     def _with(self, first: int, step_s: float, *, turning: bool = True) -> int:
-        """How many blocks all can do where the first rank does so many. A block of another rank keeps those behind it waiting a microbatch's work on it; that
-        costs them no more than one block, so each may take all it can: there is less behind them to wait for then."""
+        """How many blocks all can do where the first rank does so many; no more are counted than there are. A block of another rank keeps those behind it waiting a
+        microbatch's work on it; that costs them no more than one block, so each may take all it can: there is less behind them to wait for then."""
         found, last = first, len(self.lines) - 1
         for rank in range(1, len(self.lines)):
             own_s, turned = step_s - (self.ends_s.last if rank == last else 0.0), self.turned[rank] if turning else None
             left_s = own_s - self.pass_s.first - found * self.pass_s.block - 2 * rank * self.message_s
-            number = min(_behind(line, first, left_s, own_s) for line in self.lines[rank])
+            number = min([_behind(line, first, left_s, own_s) for line in self.lines[rank]])
             if turned is not None:
                 left_s = step_s - self.pass_s.first - self._turning_s(rank, found)
-                number = min([number, *(_behind(line, first, left_s, math.inf) for line in turned.lines)])
+                number = min([number, *[_behind(line, first, left_s, math.inf) for line in turned.lines]])
             found += self._whole(number)
+            if found >= self.depth:
+                break
         return found
 
     def _turning_s(self, rank: int, before: int) -> float:

@@ -40,6 +40,9 @@ class Held:
     block_s: Mapping[int, float]
     whole_s: Mapping[int, float] = field(default_factory=dict)
 
+    def __hash__(self) -> int:
+        return hash((self.price, *self.block_s.values(), *self.whole_s.values()))
+
     def mixed_s(self, flight: int, share: float) -> float:
         """With so much of the exchange."""
         block_s = self.block_s[flight]
@@ -103,6 +106,13 @@ class Cuts:
         """`parts`: of a step; `held`: what its bytes cost at some prices, of which every rank has `room_bytes`. `whole_s`: of a block with its exchange of parameters,
         of those of the first stage. `ahead`: forwards take the same whatever is computed again. No higher bound is looked for than `enough_s`.
         `by_rank`: by the longest chains where ranks differ, too."""
+        return self._least_step_s(parts, message_s, tuple(held), tuple(room_bytes), whole_s, ahead, enough_s, by_rank)
+
+    @lru_cache(maxsize=4096)  # noqa: B019 - cuts are few, and kept
+    def _least_step_s(
+        self, parts: Parts, message_s: float, held: tuple[Held, ...], room_bytes: tuple[float, ...], whole_s: float, ahead: bool, enough_s: float, by_rank: bool
+    ) -> float:  # fmt: skip
+        """Shardings often have equal figures, and what needs no memory is asked for by all."""
         exchange_s = max(0.0, whole_s - parts.block)
         bounds = self._found_s(parts, message_s).max(axis=1) + self.blocks[:, 0] * exchange_s
         if not held:
@@ -122,15 +132,27 @@ class Cuts:
         ways = self._ways[1] * self._passes[1].min(axis=0)[:, None] if ahead else np.minimum(*self._ways)
         shares = (self.blocks[:, :1] * self.order.num_microbatches / np.maximum(self.blocks @ ways.T, 1.0)).min(axis=1).clip(max=1.0)  # of y, for every block
         fronts, found_s = self._fronts(held, shares[cut], parts.block), self._found_s(parts, message_s)
-        within = Within(found_s, self._by_rank(self.blocks), self._by_rank(ways / self.order.num_microbatches), fronts, np.array(room_bytes))
+        within = Within(found_s, self._blocks_by_rank, self._by_rank(ways / self.order.num_microbatches), fronts, np.array(room_bytes))
         bound, of_all = within.highest(cut, enough_s)
         return bound, np.where(shares >= shares[cut], of_all, 0.0)
 
     def _fronts(self, held: Sequence[Held], share: float, fastest_s: float) -> np.ndarray:
         """[rank, stage of a rank, corner, 2]: what a block of each stage may take and hold."""
-        found = {flight: corners([(at.price, at.mixed_s(flight, share)) for at in held], fastest_s) for flight in self.order.flights}
-        most = max(map(len, found.values()))
-        return np.array([[found[f] + found[f][-1:] * (most - len(found[f])) for f in of_rank] for of_rank in self.order.in_flight_by_stage])
+        flights, of_stages = self._flights
+        found = [corners([(at.price, at.mixed_s(flight, share)) for at in held], fastest_s) for flight in flights]
+        most = max(map(len, found))
+        return np.array([line + line[-1:] * (most - len(line)) for line in found])[of_stages]
+
+    @cached_property
+    def _flights(self) -> tuple[list[int], np.ndarray]:
+        """All numbers of microbatches in flight, and which of them a stage of a rank has."""
+        flights = self.order.flights
+        return flights, np.searchsorted(flights, self.order.in_flight_by_stage)
+
+    @cached_property
+    def _blocks_by_rank(self) -> np.ndarray:
+        """[cut, rank, stage of a rank]"""
+        return np.ascontiguousarray(self._by_rank(self.blocks))
 
     def _by_rank(self, of_stages: np.ndarray) -> np.ndarray:
         """[..., rank, stage of a rank]"""
@@ -156,13 +178,11 @@ def quick_cuts(order: Order, depth: int) -> Cuts:
 @lru_cache(maxsize=1024)
 def rank_cuts(order: Order, depth: int) -> Cuts:
     """The same with the chains of ranks alone, which are known without looking at lists."""
-    found = []
-    for first in range(1, depth):
-        for last in range(1, depth):
-            least, more = divmod(depth - first - last, order.num_stages - 2)
-            if least >= 1 and max(first, last) <= least + 1:
-                middle = [least] * (order.num_stages - 2 - more) + [least + 1] * more
-                most = max(middle)
-                found.append(([first, *middle, last], max(0, most - first - 1), max(0, most - last - 1)))
-    blocks, firsts, lasts = zip(*found, strict=True)
-    return Cuts(order, np.array(blocks, float), np.array(firsts, float), np.array(lasts, float), tuple(rank_chain(order, rank) for rank in range(order.num_ranks)))
+    first, last = (ends.ravel() for ends in np.mgrid[1:depth, 1:depth])
+    number = order.num_stages - 2
+    least, more = np.divmod(depth - first - last, number)
+    may_be = (least >= 1) & (np.maximum(first, last) <= least + 1)
+    first, last, least, more = first[may_be], last[may_be], least[may_be], more[may_be]
+    middle = least[:, None] + (np.arange(number) >= number - more[:, None])
+    firsts, lasts = (np.maximum(0, middle[:, -1] - end - 1).astype(float) for end in (first, last))
+    return Cuts(order, np.column_stack([first, middle, last]).astype(float), firsts, lasts, tuple(rank_chain(order, rank) for rank in range(order.num_ranks)))

@@ -41,10 +41,11 @@ def times(run: Run, place: int | None) -> float:
 def places(run: Run, graph: OpGraph) -> tuple[int | None, ...]:
     """The place of every operator."""
     numbers: list[int | None] = [None] * len(graph.ops)
+    place = {block: n for n, block in enumerate(shown(run))}
     for segment in graph.segments:
-        if segment.block in shown(run):
+        if segment.block in place:
             for i in segment.ops:
-                numbers[i] = shown(run).index(segment.block)
+                numbers[i] = place[segment.block]
     return tuple(numbers)
 
 

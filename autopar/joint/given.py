@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from autopar.core.cluster import Cluster
 from autopar.core.graph import OpGraph
 from autopar.core.unroll import Run
+from autopar.joint.fold import border_bytes
 from autopar.joint.known import Known, without_memory
 from autopar.joint.space import Point
 from autopar.joint.tables import PointTables
@@ -44,6 +46,16 @@ class Given:
     def task(self, samples: int) -> Task:
         """A microbatch of the short graph."""
         return self.known.kept(("task", samples), lambda: Task.of(self.graphs(samples), self.options))
+
+    def border_bytes(self, samples: int) -> int:
+        """What one of its blocks makes for the next."""
+        if samples not in self._borders:
+            self._borders[samples] = border_bytes(self.task(samples).graph, self.run)
+        return self._borders[samples]
+
+    @cached_property
+    def _borders(self) -> dict[int, int]:
+        return {}
 
     def pricing(self, point: Point) -> Pricing:
         """Microbatches of all sizes share the prices of a mesh: parameters move alike."""

@@ -1,22 +1,25 @@
 """Bounds of pipelines whose ranks have several stages: against simulated steps of the same lists, and against how blocks are cut."""
 
+from dataclasses import replace
 from itertools import product
 from random import Random
 from types import SimpleNamespace
 
+import networkx as nx
 import numpy as np
 import pytest
 
-from autopar.core.schedule import Edge
+from autopar.core.schedule import Edge, Kind
 from autopar.cost_models.pipeline import EdgeCost, PipelineCost, StageCost
 from autopar.cost_models.timeline import simulate
 from autopar.joint.bounds import Parts
-from autopar.joint.chains import BACK, DEARER, MESSAGE, longest_chain
+from autopar.joint.chains import BACK, DEARER, MESSAGE, chains_by_rank, longest_chain
 from autopar.joint.deep import even_depths
 from autopar.joint.even import Held, even_cuts
 from autopar.joint.within import Within, corners
 from autopar.planner.blocks import Order
 from autopar.schedules.lower import make_schedule
+from autopar.schedules.orders import make_order
 
 ORDERS = [Order("interleaved", ranks, number, virtual) for ranks, virtual, number in ((2, 2, 2), (2, 2, 8), (3, 2, 6), (2, 4, 4), (4, 2, 4), (4, 4, 16))]
 
@@ -92,6 +95,24 @@ def test_chains_are_chains_of_the_lists_and_the_longest_is_the_step(order: Order
             taken = sum(n * (f + b * back) for n, f, b, back in zip(blocks, chain.forwards, chain.backwards, backs, strict=True)) + MESSAGE * chain.messages
             step = simulated_s(order, blocks, [1.0] * order.num_stages, backs, 0.0, 0.0, MESSAGE)
             assert 0.998 * step < taken <= step * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("order", [*ORDERS, Order("interleaved", 4, 32, 2), Order("interleaved", 5, 5, 3), Order("interleaved", 8, 8, 1), Order("1f1b", 6, 13)], ids=str)
+def test_no_path_through_the_lists_is_longer_than_a_chain(order: Order) -> None:
+    random = Random(9)
+    for blocks in ([2.0] * order.num_stages, [float(random.randint(1, 4)) for _ in range(order.num_stages)]):
+        for dearer, chain in zip((None, *range(order.num_ranks)), (longest_chain(order, blocks), *chains_by_rank(order, blocks)), strict=True):
+            backs = [BACK * (DEARER if s % order.num_ranks == dearer else 1.0) for s in range(order.num_stages)]
+            graph = nx.DiGraph()
+            for actions in make_order(order.schedule, order.num_ranks, order.num_microbatches, order.virtual).ranks:
+                for before, action in zip(("begin", *actions), actions):
+                    taken = blocks[action.stage] * (1.0 if action.kind is Kind.F else backs[action.stage])
+                    graph.add_edge(before, action, weight=taken)
+                    source = replace(action, stage=action.stage + (-1 if action.kind is Kind.F else 1))
+                    if 0 <= source.stage < order.num_stages:
+                        graph.add_edge(source, action, weight=taken + MESSAGE)
+            taken = sum(n * (f + b * back) for n, f, b, back in zip(blocks, chain.forwards, chain.backwards, backs, strict=True)) + MESSAGE * chain.messages
+            assert taken == pytest.approx(nx.dag_longest_path_length(graph), rel=1e-12)
 
 
 def test_corners_lie_on_all_lines_that_matter() -> None:
