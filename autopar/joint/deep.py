@@ -99,17 +99,25 @@ class Deep:
     @cached_property
     def step_s(self) -> float:
         """Of a step; long ones from the rounds of a short one."""
-        rounds = max(STEADY_ROUNDS, TIMED_PASSES // (len(self.depths) * self.order.num_ranks))
-        return self.mixture.step_s(self.order, self.depths, lambda: steady(self.order.num_microbatches, self.order.num_ranks, rounds, self._timed))
+        return self.mixture.step_s(self.order, self.depths, self._step_s)
 
-    def _timed(self, num_microbatches: int) -> float:
+    def takes_less(self, below_s: float) -> bool:
+        """Whether a step takes less than so many seconds, which may be known before its end."""
+        return self.least_s < below_s and self.mixture.step_s(self.order, self.depths, self._step_s, below_s) < below_s
+
+    def _step_s(self, enough_s: float) -> float:
+        rounds = max(STEADY_ROUNDS, TIMED_PASSES // (len(self.depths) * self.order.num_ranks))
+        number = self.order.num_microbatches
+        return steady(number, self.order.num_ranks, rounds, lambda few: self._timed(few, enough_s if few == number else math.inf))
+
+    def _timed(self, num_microbatches: int, enough_s: float) -> float:
         n, message, stages = len(self.depths), self.light.cut.message, self.light.cut.stages
         order = replace(self.order, num_microbatches=num_microbatches)
         edges = tuple(Edge(s, s + 1) for s in range(n - 1))
         trained = self.light.program.graph.differentiated
         shared = [v for v in stages.shared if v in trained] if self.order.num_ranks > 1 else []
         tied, tie_s = (((0, n - 1),), (sum(self.light.cut.pricing.tie((0, order.num_ranks - 1), stages.tied_bytes(v)) for v in shared),)) if shared else ((), ())
-        return step_seconds(order, self.light.cut.pricing.cluster, self.costs, edges, (message,) * (n - 1), tied, tie_s)
+        return step_seconds(order, self.light.cut.pricing.cluster, self.costs, edges, (message,) * (n - 1), tied, tie_s, enough_s)
 
     # --- memory ----------------------------------------------------------------------------------------------------------
 
@@ -203,7 +211,7 @@ def mixed(sharding: Sharding, order: Order, depths: Sequence[Depth], limit_bytes
             if lightest is None or lightest.least_s >= below_s:
                 continue
             made = _fitted(deep, limit_bytes)
-            if made is not None and made.least_s < below_s and made.step_s < below_s:
+            if made is not None and made.takes_less(below_s):
                 best, below_s = made, made.step_s
             if made is not None and not any(d.heavy for d in made.depths):
                 return best

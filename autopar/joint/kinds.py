@@ -5,6 +5,7 @@ comes after. A stage of n blocks costs what the stage of its kind does and n - 1
 or not, each for itself: `Kinds` are made for every mode, and a `Mixture` has some blocks in one and some in another.
 """
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -212,13 +213,15 @@ class Mixture:
     _costs: dict[tuple[int, Depth], StageCost] = field(default_factory=dict)
     _peaks: dict[tuple, MemoryUse] = field(default_factory=dict)
     _least: dict[tuple, np.ndarray] = field(default_factory=dict)
-    _steps: dict[tuple[Order, tuple[Depth, ...]], float] = field(default_factory=dict)
+    _steps: dict[tuple[Order, tuple[Depth, ...]], tuple[float, float]] = field(default_factory=dict)
 
-    def step_s(self, order: Order, depths: tuple[Depth, ...], timed: Callable[[], float]) -> float:
-        """Of stages of these depths, `timed` once."""
-        if (order, depths) not in self._steps:
-            self._steps[order, depths] = timed()
-        return self._steps[order, depths]
+    def step_s(self, order: Order, depths: tuple[Depth, ...], timed: Callable[[float], float], enough_s: float = math.inf) -> float:
+        """Of stages of these depths, `timed` once; where a step takes no less than `enough_s`, it may be inf instead."""
+        seconds, known_s = self._steps.get((order, depths), (math.inf, 0.0))
+        if seconds == math.inf and enough_s > known_s:  # it takes no less than what is known
+            seconds = timed(enough_s)
+            self._steps[order, depths] = seconds, enough_s
+        return seconds
 
     def cost(self, kind: int, depth: Depth) -> StageCost:
         if (found := self._costs.get((kind, depth))) is None:
