@@ -215,6 +215,16 @@ class Mixture:
     _least: dict[tuple, np.ndarray] = field(default_factory=dict)
     _steps: dict[tuple[Order, tuple[Depth, ...]], tuple[float, float]] = field(default_factory=dict)
 
+    _numbers: dict[Hashable, tuple[float, int | None]] = field(default_factory=dict)
+
+    def number(self, about: Hashable, limit_bytes: float, find: Callable[[], int | None]) -> int | None:
+        """Of blocks in the heavier mode: found once for what it is `about` and the limit that was asked for last."""
+        limit, found = self._numbers.get(about, (math.nan, None))
+        if limit != limit_bytes:
+            found = find()
+            self._numbers[about] = limit_bytes, found
+        return found
+
     def step_s(self, order: Order, depths: tuple[Depth, ...], timed: Callable[[float], float], enough_s: float = math.inf) -> float:
         """Of stages of these depths, `timed` once; where a step takes no less than `enough_s`, it may be inf instead."""
         seconds, known_s = self._steps.get((order, depths), (math.inf, 0.0))
