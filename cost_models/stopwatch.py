@@ -7,7 +7,7 @@ against each other. Who only asks whether a step takes less than so many seconds
 
 import math
 from collections import Counter
-from heapq import heapify, heappop, heappush, heappushpop
+from heapq import heappop, heappush, heappushpop
 
 from autopar.core.schedule import COMPUTE, RECEIVES, SENDS, Action, Kind, Schedule
 from autopar.cost_models.pipeline import PipelineCost, Prices
@@ -93,21 +93,16 @@ class Stopwatch:
     def step_s(self, cost: PipelineCost, enough_s: float = math.inf) -> float:
         """Seconds of the step; inf as soon as it is known that these are no less than `enough_s`. Raises ScheduleError where a rank waits for ever."""
         lists, seconds = self._lists, self._seconds(cost)
-        ranks, stages = range(len(lists)), len(self.schedule.placement)
-        position, lengths = [0 for _ in ranks], [len(items) for items in lists]
-        sends, receives, collectives = [0.0 for _ in ranks], [0.0 for _ in ranks], [0.0 for _ in ranks]
-        usable, updated = [0.0] * stages, [0.0] * stages
+        number, ranks, stages = len(lists), range(len(lists)), len(self.schedule.placement)
+        position, sends, receives, collectives, usable, updated = [0] * number, [0.0] * number, [0.0] * number, [0.0] * number, [0.0] * stages, [0.0] * stages
         left = [sum([seconds[duration] * times for duration, times in chain.items()]) for chain in self._chains]
-        late_s = enough_s * (1 + ROUNDED)
-        arrived = [-1.0] * len(self._slots)
+        late_s, arrived = enough_s * (1 + ROUNDED), [-1.0] * len(self._slots)
         parked: dict[int, list[int]] = {}
         joined: dict[int, list[int]] = {}
         events = [(0.0, rank) for rank in ranks]
-        heapify(events)
         now, rank = heappop(events)
         while True:
-            items, at, end = lists[rank], position[rank], lengths[rank]
-            ends = -1.0
+            items, at, end, ends = lists[rank], position[rank], len(lists[rank]), -1.0
             while at < end:
                 what, duration, stage, peer, slots = items[at]
                 if what <= _STEP:
@@ -122,11 +117,10 @@ class Stopwatch:
                         if there > start:
                             start = there
                     else:
-                        ends = start + seconds[duration]
-                        at += 1
-                        if what == _COMPUTE and start + left[rank] >= late_s:
+                        if start + left[rank] >= late_s and what == _COMPUTE:
                             return math.inf
                         left[rank] -= seconds[duration]
+                        ends, at = start + seconds[duration], at + 1
                     break
                 at += 1
                 if what == _SEND:
@@ -141,8 +135,7 @@ class Stopwatch:
                     for r in members:
                         collectives[r] = over
                 else:
-                    over = max(now, collectives[rank]) + seconds[duration]
-                    collectives[rank] = over
+                    collectives[rank] = over = max(now, collectives[rank]) + seconds[duration]
                     (usable if what == _GATHER else updated)[stage] = over
                     continue
                 arrived[slots[0]] = over
@@ -155,7 +148,6 @@ class Stopwatch:
                 now, rank = heappop(events)
             else:
                 break
-        for rank in ranks:
-            if position[rank] < lengths[rank]:
-                raise ScheduleError(self.schedule.name, rank, None, "waits for ever")
+        if (waits := next((rank for rank in ranks if position[rank] < len(lists[rank])), None)) is not None:
+            raise ScheduleError(self.schedule.name, waits, None, "waits for ever")
         return max(now, *sends, *collectives)  # no event is before the one that was handled last

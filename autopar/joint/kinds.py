@@ -21,7 +21,7 @@ from autopar.joint.fold import SHOWN, shown
 from autopar.planner.blocks import Order
 from autopar.planner.held import Beside, state_of
 from autopar.planner.liveness import Engine, Liveness, fullest
-from autopar.planner.staging import Walked
+from autopar.planner.staging import Staged, Walked
 from autopar.planner.states import Pricing
 from autopar.planner.work import put_off_bytes, total_seconds
 from autopar.program import Program, Tensor
@@ -83,6 +83,11 @@ class Cut:
     @cached_property
     def walked(self) -> dict[Hashable, Walked]:
         """Stages of plans on the whole graph, by their form."""
+        return {}
+
+    @cached_property
+    def wholes(self) -> dict[Hashable, Staged]:
+        """The plan on the whole graph that was asked for last, none of whose blocks is computed again, by what it is a plan of."""
         return {}
 
     @cached_property
