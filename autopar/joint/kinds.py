@@ -23,7 +23,7 @@ from autopar.planner.held import Beside, state_of
 from autopar.planner.liveness import Engine, Liveness, fullest
 from autopar.planner.staging import Staged, Walked
 from autopar.planner.states import Pricing
-from autopar.planner.work import put_off_bytes, total_seconds
+from autopar.planner.work import Pieces, put_off_bytes
 from autopar.program import Program, Tensor
 from autopar.schedules.held import held_counts
 from autopar.stages import Stages, cut_into_stages
@@ -79,6 +79,10 @@ class Cut:
     @cached_property
     def walks(self) -> Sequence[Liveness]:
         return PerKind(lambda kind: Liveness.of(self.programs[kind]))
+
+    @cached_property
+    def pieces(self) -> Sequence[Pieces]:
+        return PerKind(lambda kind: Pieces(self.programs[kind], self.pricing))
 
     @cached_property
     def walked(self) -> dict[Hashable, Walked]:
@@ -164,7 +168,7 @@ class Kinds:
 
     @cached_property
     def seconds(self) -> Sequence[Sequence[float]]:
-        return PerKind(lambda kind: total_seconds(self.programs[kind], self.cut.pricing).tolist())
+        return PerKind(lambda kind: self.cut.pieces[kind].in_modes(self.programs[kind]).total_seconds().tolist())
 
     @property
     def block_s(self) -> float:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import accumulate, pairwise
 
 from autopar.core.graph import block_of
@@ -20,7 +20,7 @@ from autopar.planner.keeping import recomputed_flops
 from autopar.planner.liveness import Engine, Liveness, fullest
 from autopar.planner.meshes import flops_share
 from autopar.planner.states import Pricing
-from autopar.planner.work import compute_seconds, put_off_bytes, total_seconds
+from autopar.planner.work import Pieces, put_off_bytes
 from autopar.program import Program
 from autopar.stages import Stage, Stages, cut_into_stages
 
@@ -34,6 +34,7 @@ class Walked:
     _in_modes: dict[tuple[str, ...], "Walked"] = field(default_factory=dict)
     _costs: dict[int, tuple[Pricing, StageCost]] = field(default_factory=dict)
     _moments: dict[Engine, tuple[MemoryUse, ...]] = field(default_factory=dict)
+    _pieces: dict[int, tuple[Pricing, Pieces]] = field(default_factory=dict)
 
     @cached_property
     def walk(self) -> Liveness:
@@ -54,13 +55,19 @@ class Walked:
             self._in_modes[modes] = Walked(self.program.in_modes(by_block), self)
         return self._in_modes[modes]
 
+    def pieces(self, pricing: Pricing) -> Pieces:
+        if id(pricing) not in self._pieces:
+            made = Pieces(self.program, pricing) if self.plain is None else self.plain.pieces(pricing).in_modes(self.program)
+            self._pieces[id(pricing)] = pricing, made
+        return self._pieces[id(pricing)][1]
+
     def cost(self, pricing: Pricing) -> StageCost:
         if id(pricing) not in self._costs:
             self._costs[id(pricing)] = pricing, self._cost(pricing)
         return self._costs[id(pricing)][1]
 
     def _cost(self, pricing: Pricing) -> StageCost:
-        forward, inputs, weights, gather, reduce, update = total_seconds(self.program, pricing).tolist()
+        forward, inputs, weights, gather, reduce, update = self.pieces(pricing).total_seconds().tolist()
         return StageCost(
             forward_s=forward, input_gradient_s=inputs, weight_gradient_s=weights, gather_s=gather, reduce_s=reduce, step_s=update,
             activation_bytes=sum(self.walk.kept_by_segment()), weight_activation_bytes=self.put_off_bytes,
@@ -202,6 +209,12 @@ class Staged:
         costs = {id(program): cost(program) for program in {id(program): program for program in programs}.values()}
         return sum(costs[id(program)] for program in programs)
 
+    def compute_s(self, rank: int) -> float:
+        """Of the operators of a rank's stages, for one microbatch."""
+        walks = [walked for walked, where in zip(self._walked, self.stages.placement, strict=True) if where == rank]
+        costs = {id(walked): walked.pieces(self.pricing.on(rank)).compute_seconds() for walked in {id(walked): walked for walked in walks}.values()}
+        return sum(costs[id(walked)] for walked in walks)
+
     def stage_prediction(self, stage: Stage) -> StagePrediction:
         rank, cost, graph = self.stages.placement[stage.number], self.costs[stage.number], self.stages.alike[stage.number].graph
         first, last = self._ends(stage.number)
@@ -259,7 +272,7 @@ def pipeline_prediction(cluster: Machines, staged: Staged, tokens: int) -> Predi
     step = timeline.step_time_s
     busiest = max(range(timeline.num_ranks), key=timeline.busy_s)
     here = [stage for stage, rank in enumerate(stages.placement) if rank == busiest]
-    compute = staged.order.microbatches_of(busiest) * staged.sum_of(busiest, partial(compute_seconds, pricing=staged.pricing.on(busiest)))
+    compute = staged.order.microbatches_of(busiest) * staged.compute_s(busiest)
     once = sum(staged.costs[stage].gather_s + staged.costs[stage].reduce_s for stage in here)
     once += sum(staged.ties_s) if staged.order.shares else 0.0  # nothing of a step of copies hides their sum
     return Prediction(
