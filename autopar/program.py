@@ -21,6 +21,8 @@ from autopar.core.zero import zero_layout
 Route = tuple[Layout, ...]
 """The layouts a value goes through, first to last; one entry where nothing moves."""
 
+MODELESS = "stored", "gathered", "backward_segments", "_first_user", "communicates_once"
+
 Tensor = tuple[int, Route]
 """A value at the end of a route."""
 
@@ -91,12 +93,13 @@ class Program:
         kept = tuple([(graph.values[v].role, bool(graph.values[v].source), self.storage.get(v), self.deferred.get(v), zero.get(v)) for v in given])
         layouts = tuple([(graph.metas[v], self.produced[v], self.relay.get(v)) for v in values])
         block_number = {block: n for n, block in enumerate(self.blocks)}
-        segments = tuple([(block_number.get(s.block), len(s.ops), self.mode(n)) for n, s in enumerate(graph.segments)])
+        segments = tuple([(block_number.get(s.block), len(s.ops)) for s in graph.segments])
         between = tuple([(graph.ops[i].module_path, graph.ops[i].name) for s in graph.segments if not s.block for i in s.ops])
         numbered = [tuple([number[v] for v in found]) for found in (given, graph.outputs, sum(graph.updates, ()), graph.seeds)]
         ends = self.output_routes, self.update_routes, self.num_handed
         state = self.residency.micro_batches, self.residency.precision, self.residency.offload
-        return graph.calls, places, kept, layouts, segments, between, self.strategies, tuple(self.routes.items()), *numbered, *ends, *state
+        modes = tuple(map(self.mode, range(len(graph.segments))))
+        return modes, graph.calls, places, kept, layouts, segments, between, self.strategies, tuple(self.routes.items()), *numbered, *ends, *state
 
     @property
     def blocks(self) -> tuple[str, ...]:
@@ -255,8 +258,8 @@ class Program:
 
     def in_modes(self, recompute: Mapping[str, str]) -> "Program":
         """The same under other modes of recomputation."""
-        made = replace(self, residency=replace(self.residency, recompute=recompute))
-        vars(made).update(_parts=self._parts, once=self.once)  # they have no modes, and a search asks for many
+        made, known = replace(self, residency=replace(self.residency, recompute=recompute)), vars(self)
+        vars(made).update({name: known[name] for name in MODELESS if name in known}, _parts=self._parts, once=self.once)  # a search asks for many modes
         return made
 
     def parts(self, s: int) -> tuple[Part, ...]:

@@ -38,6 +38,11 @@ class Stage:
         return frozenset(v for values in self.takes.values() for v in values if v in live)
 
     @property
+    def modes(self) -> tuple[str, ...]:
+        """Of recomputation, by segment."""
+        return tuple(map(self.program.mode, range(len(self.program.graph.segments))))
+
+    @property
     def own_outputs(self) -> tuple[int, ...]:
         """The model's outputs that this stage makes."""
         return self.program.graph.outputs[: self.program.first_handed]
@@ -65,6 +70,13 @@ class Stages:
     whole: Program
     pipeline: Pipeline
     stages: tuple[Stage, ...]
+
+    def in_modes(self, recompute: Mapping[str, str]) -> "Stages":
+        """The same under other modes of recomputation."""
+        made = replace(self, whole=self.whole.in_modes(recompute), stages=tuple([replace(s, program=s.program.in_modes(recompute)) for s in self.stages]))
+        forms = tuple([(number, stage.modes) for number, stage in zip(self._form_numbers, made.stages, strict=True)])
+        vars(made).update(forms=forms, edges=self.edges, shared=self.shared, tied=self.tied)
+        return made
 
     @cached_property
     def edges(self) -> tuple[Edge, ...]:
@@ -106,6 +118,12 @@ class Stages:
         """Of every stage's program; None where there is but one."""
         forms = {id(stage.program): stage.program.form() if len(self.stages) > 1 else None for stage in self.stages}
         return tuple(forms[id(stage.program)] for stage in self.stages)
+
+    @cached_property
+    def _form_numbers(self) -> tuple[int, ...]:
+        """Equal where forms are."""
+        number: dict[Hashable, int] = {}
+        return tuple(number.setdefault(form, len(number)) for form in self.forms)
 
     @cached_property
     def starts(self) -> tuple[int, ...]:

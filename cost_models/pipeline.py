@@ -64,13 +64,12 @@ class Prices:
         self._edges = {(e.source, e.target): c for e, c in zip(schedule.edges, edges, strict=True)}
         self._tie_s = {group[0]: seconds for group, seconds in zip(schedule.tied, tie_s, strict=True)}
 
-    def message(self, send: Action) -> tuple[float, int]:
-        assert send.peer is not None, f"{send} is no message"
-        if send.kind is Kind.SEND_F:
-            edge = self._edges[send.stage, send.peer]
-            return edge.activation_s, edge.activation_bytes
-        edge = self._edges[send.peer, send.stage]
-        return edge.gradient_s, edge.gradient_bytes
+    def message(self, transfer: Action) -> tuple[float, int]:
+        """Of a send or of its receive."""
+        kind, stage, peer = transfer.kind, transfer.stage, transfer.peer
+        assert peer is not None, f"{transfer} is no message"
+        edge = self._edges[(stage, peer) if kind is Kind.SEND_F or kind is Kind.RECV_B else (peer, stage)]
+        return (edge.activation_s, edge.activation_bytes) if kind is Kind.SEND_F or kind is Kind.RECV_F else (edge.gradient_s, edge.gradient_bytes)
 
     def seconds(self, action: Action) -> float:
         """Of anything but a message."""

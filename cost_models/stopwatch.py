@@ -2,19 +2,25 @@
 
 A search asks for the step time of one schedule under hundreds of costs. The lists are turned once into numbers (which duration, which message is waited
 for), and a run is the event loop of the overlapped runtime over these. The result is that of `timeline.simulate` to the last bit; a test holds the two
-against each other.
+against each other. Who only asks whether a step takes less than so many seconds hears that it does not as soon as a rank is so late that it cannot.
 """
 
-from heapq import heapify, heappop, heappush
+import math
+from collections import Counter
+from heapq import heappop, heappush, heappushpop
 
 from autopar.core.schedule import COMPUTE, RECEIVES, SENDS, Action, Kind, Schedule
 from autopar.cost_models.pipeline import PipelineCost, Prices
 from autopar.errors import ScheduleError
 
-_COMPUTE, _SEND, _GATHER, _REDUCE, _STEP, _TIE = range(6)
+_COMPUTE, _ENDING, _STEP, _SEND, _GATHER, _REDUCE, _TIE = range(7)
+"""Ending: what a rank computes when it has nothing more to send. The first three take the rank's time."""
 
 _Item = tuple[int, int, int, int, tuple[int, ...]]
 """(what, duration, stage, other rank, what is waited for, or what arrives)."""
+
+ROUNDED = 1e-9
+"""More than what sums of seconds lose to rounding, as a share of them."""
 
 
 class Stopwatch:
@@ -30,7 +36,26 @@ class Stopwatch:
             needed.setdefault((action.kind is Kind.RECV_F, action.stage, action.microbatch), []).append(self._slot(action))
         self._needed = needed
         self._members = {group[0]: len({schedule.placement[stage] for stage in group}) for group in schedule.tied}
-        self._lists = tuple([tuple([item for action in actions if (item := self._item(action)) is not None]) for actions in schedule.ranks])
+        lists = [[item for action in actions if (item := self._item(action)) is not None] for actions in schedule.ranks]
+        self._last_send = [max((n for n, item in enumerate(items) if item[0] == _SEND), default=len(items)) for items in lists]
+        self._lists = tuple([tuple([self._ending(item) if n > last else item for n, item in enumerate(items)]) for items, last in zip(lists, self._last_send)])
+        self._reads = {slot: (rank, n) for rank, items in enumerate(lists) for n, item in enumerate(items) if item[0] == _COMPUTE for slot in item[4]}
+        self._chains = [self._chain(rank, 0) for rank in range(len(lists))]
+
+    @staticmethod
+    def _ending(item: _Item) -> _Item:
+        return (_ENDING, *item[1:]) if item[0] == _COMPUTE else item
+
+    def _chain(self, rank: int, at: int) -> Counter[int]:
+        """Durations, and how often each comes, that follow one after the other: what a rank computes from there to its last message, then the message and what follows
+        on it where it is read. So long a step lasts from there on at least."""
+        items, last = self._lists[rank], self._last_send[rank]
+        last = last if last > at else len(items)
+        found = Counter(item[1] for item in items[at:last] if item[0] <= _STEP)
+        if last < len(items):
+            found[items[last][1]] += 1
+            found += self._chain(*self._reads[items[last][4][0]])
+        return found
 
     def _slot(self, event: Action) -> int:
         return self._slots.setdefault(event, len(self._slots))
@@ -65,31 +90,37 @@ class Stopwatch:
         prices = Prices(self.schedule, cost)
         return [prices.message(a)[0] if a.kind in SENDS else prices.seconds(a) for a in self._priced]
 
-    def step_s(self, cost: PipelineCost) -> float:
-        """Seconds of the step. Raises ScheduleError where a rank waits for ever."""
+    def step_s(self, cost: PipelineCost, enough_s: float = math.inf) -> float:
+        """Seconds of the step; inf as soon as it is known that these are no less than `enough_s`. Raises ScheduleError where a rank waits for ever."""
         lists, seconds = self._lists, self._seconds(cost)
-        ranks, stages = range(len(lists)), len(self.schedule.placement)
-        position, lengths = [0 for _ in ranks], [len(items) for items in lists]
-        sends, receives, collectives = [0.0 for _ in ranks], [0.0 for _ in ranks], [0.0 for _ in ranks]
-        usable, updated, last = [0.0] * stages, [0.0] * stages, 0.0
-        arrived: dict[int, float] = {}
+        number, ranks, stages = len(lists), range(len(lists)), len(self.schedule.placement)
+        position, sends, receives, collectives, usable, updated = [0] * number, [0.0] * number, [0.0] * number, [0.0] * number, [0.0] * stages, [0.0] * stages
+        left = [sum([seconds[duration] * times for duration, times in chain.items()]) for chain in self._chains]
+        late_s, arrived = enough_s * (1 + ROUNDED), [-1.0] * len(self._slots)
         parked: dict[int, list[int]] = {}
         joined: dict[int, list[int]] = {}
         events = [(0.0, rank) for rank in ranks]
-        heapify(events)
-        while events:
-            now, rank = heappop(events)
-            items, at, end = lists[rank], position[rank], lengths[rank]
+        now, rank = heappop(events)
+        while True:
+            items, at, end, ends = lists[rank], position[rank], len(lists[rank]), -1.0
             while at < end:
                 what, duration, stage, peer, slots = items[at]
-                if what == _COMPUTE or what == _STEP:
-                    missing = next((slot for slot in slots if slot not in arrived), None)
-                    if missing is not None:
-                        parked.setdefault(missing, []).append(rank)
+                if what <= _STEP:
+                    start = usable[stage] if usable[stage] > now else now
+                    if what == _STEP and updated[stage] > start:
+                        start = updated[stage]
+                    for slot in slots:
+                        there = arrived[slot]
+                        if there < 0.0:
+                            parked.setdefault(slot, []).append(rank)
+                            break
+                        if there > start:
+                            start = there
                     else:
-                        start = max(now, usable[stage], updated[stage] if what == _STEP else 0.0, *[arrived[slot] for slot in slots])
-                        heappush(events, (start + seconds[duration], rank))
-                        at += 1
+                        if start + left[rank] >= late_s and what == _COMPUTE:
+                            return math.inf
+                        left[rank] -= seconds[duration]
+                        ends, at = start + seconds[duration], at + 1
                     break
                 at += 1
                 if what == _SEND:
@@ -104,18 +135,19 @@ class Stopwatch:
                     for r in members:
                         collectives[r] = over
                 else:
-                    over = max(now, collectives[rank]) + seconds[duration]
-                    collectives[rank] = over
+                    collectives[rank] = over = max(now, collectives[rank]) + seconds[duration]
                     (usable if what == _GATHER else updated)[stage] = over
-                    last = max(last, over)
                     continue
-                last = max(last, over)
                 arrived[slots[0]] = over
                 for other in parked.pop(slots[0], ()):
                     heappush(events, (now, other))
             position[rank] = at
-            last = max(last, now)
-        for rank in ranks:
-            if position[rank] < lengths[rank]:
-                raise ScheduleError(self.schedule.name, rank, None, "waits for ever")
-        return last
+            if ends >= 0.0:
+                now, rank = heappushpop(events, (ends, rank))
+            elif events:
+                now, rank = heappop(events)
+            else:
+                break
+        if (waits := next((rank for rank in ranks if position[rank] < len(lists[rank])), None)) is not None:
+            raise ScheduleError(self.schedule.name, waits, None, "waits for ever")
+        return max(now, *sends, *collectives)  # no event is before the one that was handled last

@@ -81,15 +81,16 @@ class _Held:
 
     def levels(self) -> tuple[Level, ...]:
         """One level per rank and moment: what is released at a moment is gone before what is taken then."""
-        found = []
+        found: list[Level] = []
         totals: dict[int, tuple[int, int]] = defaultdict(lambda: (0, 0))
-        by_moment: dict[tuple[float, int], tuple[int, int]] = defaultdict(lambda: (0, 0))
-        for time_s, rank, num_bytes, in_flight in self._changes:
-            before = by_moment[time_s, rank]
-            by_moment[time_s, rank] = before[0] + num_bytes, before[1] + in_flight
-        for (time_s, rank), (num_bytes, in_flight) in sorted(by_moment.items()):
-            totals[rank] = totals[rank][0] + num_bytes, totals[rank][1] + in_flight
-            found.append(Level(rank, time_s, *totals[rank]))
+        for time_s, rank, num_bytes, in_flight in sorted(self._changes):
+            before = totals[rank]
+            totals[rank] = before[0] + num_bytes, before[1] + in_flight
+            level = Level(rank, time_s, *totals[rank])
+            if found and found[-1][:2] == level[:2]:
+                found[-1] = level
+            else:
+                found.append(level)
         return tuple(found)
 
 
@@ -164,7 +165,7 @@ class _Buffered:
             start = max(start, self.updated[action.stage])
         elif action.kind is not Kind.W:
             receives = self.needed[action.kind is Kind.F, action.stage, action.microbatch]
-        for event in (*receives, *self.ties_before(action)):
+        for event in receives if action.kind is not Kind.STEP else self.ties_before(action):
             if event not in self.arrived:
                 self.parked[event].append(rank)
                 return False
@@ -181,30 +182,29 @@ class _Buffered:
         self.spans.append(Span(job.rank, "compute", job.action, job.start_s, end))
         self.held.compute(job.rank, job.action, job.start_s, end)
         for receive in job.reads:
-            self.held.change(end, job.rank, -self.prices.message(receive.partner)[1])
+            self.held.change(end, job.rank, -self.prices.message(receive)[1])
         self.position[job.rank] += 1
         self.resume(end, job.rank)
 
     def ties_before(self, action: Action) -> list[Action]:
-        if action.kind is not Kind.STEP:
-            return []
+        """Of an optimizer step."""
         return [Action(Kind.TIE, group[0], None, group[0]) for group in self.schedule.tied if action.stage in group]
 
     def send(self, time_s: float, rank: int, send: Action) -> None:
-        receive, peer = send.partner, self.schedule.placement[send.partner.stage]
+        receive, lane_free = send.partner, self.lane_free
+        peer = self.schedule.placement[receive.stage]
         seconds, num_bytes = self.prices.message(send)
-        lanes = (rank, "send"), (peer, "receive")
-        start = max(time_s, *(self.lane_free[lane] for lane in lanes))
-        self.exchange(send, rank, peer, start, start + seconds)
+        here, there = (rank, "send"), (peer, "receive")
+        start = max(time_s, lane_free[here], lane_free[there])
+        self.exchange(send, receive, (rank, peer), (start, start + seconds))
         self.held.change(time_s, rank, num_bytes)
-        for lane in lanes:
-            self.lane_free[lane] = start + seconds
+        lane_free[here] = lane_free[there] = start + seconds
         self.arrive(time_s, receive, start + seconds)
 
-    def exchange(self, send: Action, rank: int, peer: int, start: float, end: float) -> None:
-        """Record a message from `rank` to `peer`."""
-        num_bytes = self.prices.message(send)[1]
-        self.spans += [Span(rank, "send", send, start, end), Span(peer, "receive", send.partner, start, end)]
+    def exchange(self, send: Action, receive: Action, ranks: tuple[int, int], times_s: tuple[float, float]) -> None:
+        """Record a message from a rank to another."""
+        num_bytes, (rank, peer), (start, end) = self.prices.message(send)[1], ranks, times_s
+        self.spans += [Span(rank, "send", send, start, end), Span(peer, "receive", receive, start, end)]
         self.held.change(end, rank, -num_bytes)
         self.held.change(start, peer, num_bytes)
 
@@ -322,7 +322,7 @@ class _Blocking(_Buffered):
             return False
         send, source, target = (action, rank, peer) if action.kind in SENDS else (action.partner, peer, rank)
         end = time_s + self.prices.message(send)[0]
-        self.exchange(send, source, target, time_s, end)
+        self.exchange(send, send.partner, (source, target), (time_s, end))
         self.held.change(time_s, source, self.prices.message(send)[1])
         self.arrived[send.partner] = end
         for other in (rank, peer):

@@ -10,15 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from autopar.core.schedule import RECEIVES, SENDS, Action
 
 LANES = ("compute", "send", "receive", "collective")
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """One action of one rank from `start_s` to `end_s`, in seconds since the step began."""
 
     rank: int
@@ -28,8 +27,7 @@ class Span:
     end_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Level:
+class Level(NamedTuple):
     """How much a rank holds from `time_s` on: bytes in all, and microbatches in flight (of all its stages together)."""
 
     rank: int

@@ -1,7 +1,7 @@
 """A sharding of a deep model cut into stages: the seconds and bytes of a step."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, permutations, product
@@ -82,7 +82,7 @@ class Deep:
 
     @cached_property
     def costs(self) -> tuple[StageCost, ...]:
-        return tuple(self.mixture.cost(self._kind(s), depth) for s, depth in enumerate(self.depths))
+        return tuple([self.mixture.cost(self._kind(s), depth) for s, depth in enumerate(self.depths)])
 
     def _kind(self, stage: int) -> int:
         last = len(self.depths) - 1
@@ -92,24 +92,32 @@ class Deep:
     def least_s(self) -> float:
         """No order takes less: every rank does its passes behind the first stages of the ranks before it, there and back."""
         work = [c.forward_s + c.input_gradient_s + c.weight_gradient_s for c in self.costs]
-        ways, ranks = accumulate(work, initial=0.0), range(self.order.num_ranks)
-        found = max(way + sum(self.order.num_microbatches * work[s] for s in self.held(rank)) for rank, way in zip(ranks, ways))
+        ranks, times = self.order.num_ranks, self.order.num_microbatches
+        found = max([way + sum([times * stage for stage in work[rank::ranks]]) for rank, way in zip(range(ranks), accumulate(work, initial=0.0))])
         return found / self.light.cut.pricing.cluster.crowding
 
     @cached_property
     def step_s(self) -> float:
         """Of a step; long ones from the rounds of a short one."""
-        rounds = max(STEADY_ROUNDS, TIMED_PASSES // (len(self.depths) * self.order.num_ranks))
-        return self.mixture.step_s(self.order, self.depths, lambda: steady(self.order.num_microbatches, self.order.num_ranks, rounds, self._timed))
+        return self.mixture.step_s(self.order, self.depths, self._step_s)
 
-    def _timed(self, num_microbatches: int) -> float:
+    def takes_less(self, below_s: float) -> bool:
+        """Whether a step takes less than so many seconds, which may be known before its end."""
+        return self.least_s < below_s and self.mixture.step_s(self.order, self.depths, self._step_s, below_s) < below_s
+
+    def _step_s(self, enough_s: float) -> float:
+        rounds = max(STEADY_ROUNDS, TIMED_PASSES // (len(self.depths) * self.order.num_ranks))
+        number = self.order.num_microbatches
+        return steady(number, self.order.num_ranks, rounds, lambda few: self._timed(few, enough_s if few == number else math.inf))
+
+    def _timed(self, num_microbatches: int, enough_s: float) -> float:
         n, message, stages = len(self.depths), self.light.cut.message, self.light.cut.stages
         order = replace(self.order, num_microbatches=num_microbatches)
         edges = tuple(Edge(s, s + 1) for s in range(n - 1))
         trained = self.light.program.graph.differentiated
         shared = [v for v in stages.shared if v in trained] if self.order.num_ranks > 1 else []
         tied, tie_s = (((0, n - 1),), (sum(self.light.cut.pricing.tie((0, order.num_ranks - 1), stages.tied_bytes(v)) for v in shared),)) if shared else ((), ())
-        return step_seconds(order, self.light.cut.pricing.cluster, self.costs, edges, (message,) * (n - 1), tied, tie_s)
+        return step_seconds(order, self.light.cut.pricing.cluster, self.costs, edges, (message,) * (n - 1), tied, tie_s, enough_s)
 
     # --- memory ----------------------------------------------------------------------------------------------------------
 
@@ -128,7 +136,19 @@ class Deep:
 
     def least_bytes(self, rank: int) -> np.ndarray:
         """See `Mixture.least_bytes`."""
-        return self.mixture.least_bytes(self.order, rank, {s: (self._kind(s), self.depths[s].blocks) for s in self._heavier_first(rank)})
+        return self.mixture.least_bytes(self.order, rank, dict(self._blocks(rank)))
+
+    def with_blocks(self, stage: int, blocks: int) -> "Deep":
+        """The same with another number of blocks in one stage."""
+        return replace(self, depths=(*self.depths[:stage], Depth(blocks), *self.depths[stage + 1 :]))
+
+    def ways(self, rank: int) -> Hashable:
+        """What the ways to mix the modes of a rank's blocks depend on."""
+        return self.order, rank, self._blocks(rank)
+
+    def _blocks(self, rank: int) -> tuple[tuple[int, tuple[int, int]], ...]:
+        """The stages of a rank, and of each the kind and the number of blocks."""
+        return tuple([(s, (self._kind(s), self.depths[s].blocks)) for s in self._heavier_first(rank)])
 
     def _heavier_first(self, rank: int) -> list[int]:
         """The stages of a rank in the order in which their blocks get the heavier mode."""
@@ -178,7 +198,7 @@ def _most_blocks(alone: Sequence[Deep], rank: int, limit_bytes: float) -> int:
         def fits(blocks: int, deep: Deep = deep) -> bool:
             return deep.rank_memory(rank, {rank: Depth(blocks)}).high_bytes <= limit_bytes
 
-        if low < depth and fits(low + 1):
+        if low < depth and deep.with_blocks(rank, low + 1).least_bytes(rank)[0] <= limit_bytes and fits(low + 1):  # the bound is known without a walk of the mode
             low, high = low + 1, depth + 1
             while high - low > 1:
                 middle = (low + high) // 2
@@ -203,7 +223,7 @@ def mixed(sharding: Sharding, order: Order, depths: Sequence[Depth], limit_bytes
             if lightest is None or lightest.least_s >= below_s:
                 continue
             made = _fitted(deep, limit_bytes)
-            if made is not None and made.least_s < below_s and made.step_s < below_s:
+            if made is not None and made.takes_less(below_s):
                 best, below_s = made, made.step_s
             if made is not None and not any(d.heavy for d in made.depths):
                 return best
@@ -227,33 +247,44 @@ def shifted(sharding: Sharding, deep: Deep, limit_bytes: float) -> Deep:
 
 def _lightest(deep: Deep, limit_bytes: float) -> Deep | None:
     """With no more blocks in the heavier mode than what is kept for the backward leaves no room for: nothing that fits takes less. None where nothing fits."""
-    depths = list(deep.depths)
-    for rank in range(deep.order.num_ranks):
-        fits = deep.least_bytes(rank) <= limit_bytes
-        number = int(fits.argmax())
-        if not fits[number] or (number and deep.heavy is deep.light):
-            return None
-        for s, depth in deep.with_heavy(rank, number).items():
-            depths[s] = depth
-    return replace(deep, depths=tuple(depths))
+    return _with_heavy(deep, lambda rank: deep.mixture.number(("least", deep.ways(rank)), limit_bytes, lambda: _least(deep, rank, limit_bytes)))
+
+
+def _least(deep: Deep, rank: int, limit_bytes: float) -> int | None:
+    fits = deep.least_bytes(rank) <= limit_bytes
+    number = int(fits.argmax())
+    return number if fits[number] and not (number and deep.heavy is deep.light) else None
 
 
 def _fitted(deep: Deep, limit_bytes: float) -> Deep | None:
     """With as few blocks in the heavier mode as fit, on every rank."""
+    return _with_heavy(deep, lambda rank: deep.mixture.number(("fewest", deep.ways(rank)), limit_bytes, lambda: _fewest(deep, rank, limit_bytes)))
+
+
+def _fewest(deep: Deep, rank: int, limit_bytes: float) -> int | None:
+    least = deep.least_bytes(rank)
+
+    def fits(number: int) -> bool:
+        return bool(least[number] <= limit_bytes) and deep.rank_memory(rank, deep.with_heavy(rank, number)).high_bytes <= limit_bytes
+
+    if fits(0):
+        return 0
+    low, high = 0, len(least) - 1
+    if deep.heavy is deep.light or not fits(high):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high
+
+
+def _with_heavy(deep: Deep, number_of: Callable[[int], int | None]) -> Deep | None:
+    """With so many blocks of every rank in the heavier mode; None where a rank has no number."""
     depths = list(deep.depths)
     for rank in range(deep.order.num_ranks):
-        if deep.rank_memory(rank).high_bytes <= limit_bytes:
-            continue
-
-        def peak(number: int, rank: int = rank) -> float:
-            return deep.rank_memory(rank, deep.with_heavy(rank, number)).high_bytes
-
-        low, high = 0, sum(depths[s].blocks for s in deep.held(rank))
-        if deep.heavy is deep.light or peak(high) > limit_bytes:
+        number = number_of(rank)
+        if number is None:
             return None
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if peak(middle) <= limit_bytes else (middle, high)
-        for s, d in deep.with_heavy(rank, high).items():
-            depths[s] = d
+        for s, depth in deep.with_heavy(rank, number).items():
+            depths[s] = depth
     return replace(deep, depths=tuple(depths))

@@ -18,7 +18,7 @@ from autopar.errors import InfeasibleError
 LEANER = 0.97
 """A plan of the front holds at most so much of what the one before it holds."""
 
-FIRST_POINTS, MORE_POINTS = 16, 3
+FIRST_POINTS, MORE_POINTS = 8, 3
 """Points that are planned for the first plan of a part under a budget, and beside those for each of the others."""
 
 

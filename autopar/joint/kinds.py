@@ -5,6 +5,7 @@ comes after. A stage of n blocks costs what the stage of its kind does and n - 1
 or not, each for itself: `Kinds` are made for every mode, and a `Mixture` has some blocks in one and some in another.
 """
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -20,9 +21,9 @@ from autopar.joint.fold import SHOWN, shown
 from autopar.planner.blocks import Order
 from autopar.planner.held import Beside, state_of
 from autopar.planner.liveness import Engine, Liveness, fullest
-from autopar.planner.staging import Walked
+from autopar.planner.staging import Staged, Walked
 from autopar.planner.states import Pricing
-from autopar.planner.work import put_off_bytes, total_seconds
+from autopar.planner.work import Pieces, put_off_bytes
 from autopar.program import Program, Tensor
 from autopar.schedules.held import held_counts
 from autopar.stages import Stages, cut_into_stages
@@ -80,8 +81,17 @@ class Cut:
         return PerKind(lambda kind: Liveness.of(self.programs[kind]))
 
     @cached_property
+    def pieces(self) -> Sequence[Pieces]:
+        return PerKind(lambda kind: Pieces(self.programs[kind], self.pricing))
+
+    @cached_property
     def walked(self) -> dict[Hashable, Walked]:
         """Stages of plans on the whole graph, by their form."""
+        return {}
+
+    @cached_property
+    def wholes(self) -> dict[Hashable, Staged]:
+        """The plan on the whole graph that was asked for last, none of whose blocks is computed again, by what it is a plan of."""
         return {}
 
     @cached_property
@@ -158,7 +168,7 @@ class Kinds:
 
     @cached_property
     def seconds(self) -> Sequence[Sequence[float]]:
-        return PerKind(lambda kind: total_seconds(self.programs[kind], self.cut.pricing).tolist())
+        return PerKind(lambda kind: self.cut.pieces[kind].in_modes(self.programs[kind]).total_seconds().tolist())
 
     @property
     def block_s(self) -> float:
@@ -212,13 +222,25 @@ class Mixture:
     _costs: dict[tuple[int, Depth], StageCost] = field(default_factory=dict)
     _peaks: dict[tuple, MemoryUse] = field(default_factory=dict)
     _least: dict[tuple, np.ndarray] = field(default_factory=dict)
-    _steps: dict[tuple[Order, tuple[Depth, ...]], float] = field(default_factory=dict)
+    _steps: dict[tuple[Order, tuple[Depth, ...]], tuple[float, float]] = field(default_factory=dict)
 
-    def step_s(self, order: Order, depths: tuple[Depth, ...], timed: Callable[[], float]) -> float:
-        """Of stages of these depths, `timed` once."""
-        if (order, depths) not in self._steps:
-            self._steps[order, depths] = timed()
-        return self._steps[order, depths]
+    _numbers: dict[Hashable, tuple[float, int | None]] = field(default_factory=dict)
+
+    def number(self, about: Hashable, limit_bytes: float, find: Callable[[], int | None]) -> int | None:
+        """Of blocks in the heavier mode: found once for what it is `about` and the limit that was asked for last."""
+        limit, found = self._numbers.get(about, (math.nan, None))
+        if limit != limit_bytes:
+            found = find()
+            self._numbers[about] = limit_bytes, found
+        return found
+
+    def step_s(self, order: Order, depths: tuple[Depth, ...], timed: Callable[[float], float], enough_s: float = math.inf) -> float:
+        """Of stages of these depths, `timed` once; where a step takes no less than `enough_s`, it may be inf instead."""
+        seconds, known_s = self._steps.get((order, depths), (math.inf, 0.0))
+        if seconds == math.inf and enough_s > known_s:  # it takes no less than what is known
+            seconds = timed(enough_s)
+            self._steps[order, depths] = seconds, enough_s
+        return seconds
 
     def cost(self, kind: int, depth: Depth) -> StageCost:
         if (found := self._costs.get((kind, depth))) is None:

@@ -1,7 +1,7 @@
 """The plan of what the joint search found: its decisions on the whole graph, priced and walked there as every plan is."""
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -20,12 +20,14 @@ from autopar.joint.at_point import Found
 from autopar.joint.clock import FINISHED, Clock
 from autopar.joint.deep import Deep
 from autopar.joint.fold import SHOWN, shown
+from autopar.joint.kinds import Cut
 from autopar.joint.known import Known
 from autopar.joint.likely import Likely
 from autopar.joint.search import Joint, JointSearch
 from autopar.joint.space import SCHEDULES
-from autopar.joint.unroll import modes_of, unrolled
+from autopar.joint.unroll import modes_of, recomputed, unrolled
 from autopar.planner.bind import decisions
+from autopar.planner.blocks import Order
 from autopar.planner.meshes import role_names
 from autopar.planner.pins import Pins
 from autopar.planner.plan import Planned
@@ -57,12 +59,22 @@ class Whole:
 
 def on_whole_graph(deep: Deep, graph: OpGraph) -> Whole:
     """`graph`: of one microbatch with all blocks."""
-    cut, order = deep.light.cut, deep.order
-    program = unrolled(deep.light.program, graph, cut.run, modes_of(deep.depths, deep.light.mode, deep.heavy.mode))
+    cut, blocks = deep.light.cut, tuple([depth.blocks for depth in deep.depths])
+    question = id(graph), deep.order, blocks
+    if (plain := cut.wholes.get(question)) is None:
+        plain = _plain(cut, graph, deep.order, blocks)
+        cut.wholes.clear()  # plans that follow on each other often differ in modes alone
+        cut.wholes[question] = plain  # which holds the graph, so that its id stays its own
+    staged = plain.in_modes(recomputed(deep.light.program, cut.run, modes_of(deep.depths, deep.light.mode, deep.heavy.mode)))
+    return Whole(staged.stages.whole, staged)
+
+
+def _plain(cut: Cut, graph: OpGraph, order: Order, blocks: Sequence[int]) -> Staged:
+    """The plan of so many blocks in every stage, none of which is computed again."""
+    program = unrolled(cut.program, graph, cut.run, ("none",) * cut.run.depth)
     first_op = {segment.block: graph.ops[segment.ops.start].name for segment in reversed(graph.segments)}
-    numbers = accumulate(depth.blocks for depth in deep.depths[:-1])
-    pipeline = Pipeline(order.num_ranks, tuple([first_op[cut.run.block(n)] for n in numbers]), order.schedule, cut.pricing.pp[1])
-    return Whole(program, Staged(cut_into_stages(program, pipeline if order.num_ranks > 1 else None), order, cut.pricing, cut.engine, cut.walked))
+    pipeline = Pipeline(order.num_ranks, tuple([first_op[cut.run.block(n)] for n in accumulate(blocks[:-1])]), order.schedule, cut.pricing.pp[1])
+    return Staged(cut_into_stages(program, pipeline if order.num_ranks > 1 else None), order, cut.pricing, cut.engine, cut.walked)
 
 
 def check_in_space(options: Options, pins: Pins) -> None:

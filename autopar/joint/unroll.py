@@ -21,8 +21,6 @@ def unrolled(short: Program, graph: OpGraph, run: Run, modes: Sequence[str]) -> 
     op_of = dict(_same_ops(short.graph, graph, run))
     value_of = dict(_same_values(short.graph, graph, op_of))
     whole = tuple(I for _ in short.mesh.axes)
-    others = {block: mode for block, mode in short.residency.recompute.items() if block not in shown(run)}
-    recompute = {**others, **{block: mode for block, mode in zip(run.blocks, modes, strict=True) if mode != "none"}}
     zero = {v: short.residency.zero[w] for v, w in value_of.items() if w in short.residency.zero}
     return Program(
         graph, short.mesh, tuple(rules_of(graph)), tuple(short.strategies[op_of[i]] for i in range(len(graph.ops))),
@@ -30,8 +28,14 @@ def unrolled(short: Program, graph: OpGraph, run: Run, modes: Sequence[str]) -> 
         produced=tuple(short.produced[value_of[v]] if v in value_of else whole for v in range(len(graph.values))),
         relay={v: short.relay[w] for v, w in sorted(value_of.items()) if w in short.relay},
         routes={(i, k): short.routes[op_of[i], k] for i, op in enumerate(graph.ops) for k in range(len(op.operands))},
-        output_routes=short.output_routes, update_routes=short.update_routes, residency=replace(short.residency, zero=zero, recompute=recompute),
+        output_routes=short.output_routes, update_routes=short.update_routes, residency=replace(short.residency, zero=zero, recompute=recomputed(short, run, modes)),
     )  # fmt: skip
+
+
+def recomputed(short: Program, run: Run, modes: Sequence[str]) -> dict[str, str]:
+    """How every block of the whole graph is computed again that is."""
+    others = {block: mode for block, mode in short.residency.recompute.items() if block not in shown(run)}
+    return {**others, **{block: mode for block, mode in zip(run.blocks, modes, strict=True) if mode != "none"}}
 
 
 def modes_of(depths: Sequence[Depth], light: str, heavy: str) -> tuple[str, ...]:

@@ -307,13 +307,13 @@ def timed(
 
 def step_seconds(
     order: Order, cluster: Cluster, stages: tuple[StageCost, ...], edges: tuple[Edge, ...], messages: tuple[EdgeCost, ...], tied: tuple[tuple[int, ...], ...],
-    tie_s: tuple[float, ...],
+    tie_s: tuple[float, ...], enough_s: float = math.inf,
 ) -> float:  # fmt: skip
-    """The step time of `timed` alone, which is known sooner."""
+    """The step time of `timed` alone, which is known sooner; where it is no less than `enough_s`, it may be inf instead."""
     if cluster.crowding != 1.0:
         return timed(order, cluster, stages, edges, messages, tied, tie_s).step_time_s
     watch = _stopwatch(order, edges, tied, any(s.gather_s for s in stages), any(s.reduce_s for s in stages))
-    return watch.step_s(_uncrowded(order, cluster, stages, messages, tie_s))
+    return watch.step_s(_uncrowded(order, cluster, stages, messages, tie_s), enough_s)
 
 
 def _uncrowded(order: Order, cluster: Cluster, stages: Sequence[StageCost], messages: tuple[EdgeCost, ...], tie_s: tuple[float, ...]) -> PipelineCost:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import accumulate, pairwise
 
 from autopar.core.graph import block_of
@@ -20,26 +20,46 @@ from autopar.planner.keeping import recomputed_flops
 from autopar.planner.liveness import Engine, Liveness, fullest
 from autopar.planner.meshes import flops_share
 from autopar.planner.states import Pricing
-from autopar.planner.work import compute_seconds, put_off_bytes, total_seconds
+from autopar.planner.work import Pieces, put_off_bytes
 from autopar.program import Program
 from autopar.stages import Stage, Stages, cut_into_stages
 
 
 @dataclass(frozen=True, eq=False)
 class Walked:
-    """What is found of a stage, and so of all that are the same but for names. A cache, not a value."""
+    """What is found of a stage, and so of all that are the same but for names. `plain`: the same stage under other modes of recomputation. A cache, not a value."""
 
     program: Program
+    plain: "Walked | None" = None
+    _in_modes: dict[tuple[str, ...], "Walked"] = field(default_factory=dict)
     _costs: dict[int, tuple[Pricing, StageCost]] = field(default_factory=dict)
     _moments: dict[Engine, tuple[MemoryUse, ...]] = field(default_factory=dict)
+    _pieces: dict[int, tuple[Pricing, Pieces]] = field(default_factory=dict)
 
     @cached_property
     def walk(self) -> Liveness:
-        return Liveness.of(self.program)
+        return Liveness.of(self.program) if self.plain is None else replace(self.plain.walk, program=self.program)
 
     @cached_property
     def state(self) -> Beside:
-        return state_of(self.program)
+        return state_of(self.program) if self.plain is None else self.plain.state
+
+    @cached_property
+    def put_off_bytes(self) -> int:
+        return put_off_bytes(self.program, range(len(self.program.graph.ops))) if self.plain is None else self.plain.put_off_bytes
+
+    def in_modes(self, modes: tuple[str, ...]) -> "Walked":
+        """By segment."""
+        if modes not in self._in_modes:
+            by_block = {segment.block: mode for segment, mode in zip(self.program.graph.segments, modes, strict=True) if mode != "none"}
+            self._in_modes[modes] = Walked(self.program.in_modes(by_block), self)
+        return self._in_modes[modes]
+
+    def pieces(self, pricing: Pricing) -> Pieces:
+        if id(pricing) not in self._pieces:
+            made = Pieces(self.program, pricing) if self.plain is None else self.plain.pieces(pricing).in_modes(self.program)
+            self._pieces[id(pricing)] = pricing, made
+        return self._pieces[id(pricing)][1]
 
     def cost(self, pricing: Pricing) -> StageCost:
         if id(pricing) not in self._costs:
@@ -47,10 +67,10 @@ class Walked:
         return self._costs[id(pricing)][1]
 
     def _cost(self, pricing: Pricing) -> StageCost:
-        forward, inputs, weights, gather, reduce, update = total_seconds(self.program, pricing).tolist()
+        forward, inputs, weights, gather, reduce, update = self.pieces(pricing).total_seconds().tolist()
         return StageCost(
             forward_s=forward, input_gradient_s=inputs, weight_gradient_s=weights, gather_s=gather, reduce_s=reduce, step_s=update,
-            activation_bytes=sum(self.walk.kept_by_segment()), weight_activation_bytes=put_off_bytes(self.program, range(len(self.program.graph.ops))),
+            activation_bytes=sum(self.walk.kept_by_segment()), weight_activation_bytes=self.put_off_bytes,
             arriving_bytes=self.walk.holdings.arriving_bytes,
         )  # fmt: skip
 
@@ -64,13 +84,18 @@ class Walked:
 @dataclass(frozen=True)
 class Staged:
     """What a plan predicts of a pipeline comes from here: the programs that its ranks run, not the table that chose the cut. `known`: stages by their form, of other
-    plans of the same program too, which differ in how it is cut and computed again."""
+    cuts of the same program too. `plain`: the same plan under other modes of recomputation."""
 
     stages: Stages
     order: Order
     pricing: Pricing
     engine: Engine
     known: dict[Hashable, Walked] = field(default_factory=dict)
+    plain: "Staged | None" = None
+
+    def in_modes(self, recompute: Mapping[str, str]) -> "Staged":
+        """Under other modes of recomputation: what these do not change is found once."""
+        return replace(self, stages=self.stages.in_modes(recompute), plain=self)
 
     @classmethod
     def of(cls, blocks: Blocks, cut: Cut, order: Order, engine: Engine) -> "Staged":
@@ -86,6 +111,8 @@ class Staged:
 
     @cached_property
     def _walked(self) -> tuple[Walked, ...]:
+        if self.plain is not None:
+            return tuple(walked.in_modes(stage.modes) for walked, stage in zip(self.plain._walked, self.stages.stages, strict=True))
         known = self.known if len(self.stages.stages) > 1 else {}
         found = {form: known.setdefault(form, Walked(program)) for form, program in zip(self.stages.forms, self.stages.alike, strict=True)}
         return tuple(found[form] for form in self.stages.forms)
@@ -93,6 +120,8 @@ class Staged:
     @cached_property
     def _lasting(self) -> tuple[Mapping[Hashable, int], ...]:
         """What every stage computes once a step and keeps: bytes by what stages of a rank may share."""
+        if self.plain is not None:
+            return self.plain._lasting
         return tuple(self._lasting_of(stage, walked.walk) for stage, walked in zip(self.stages.stages, self._walked, strict=True))
 
     def _lasting_of(self, stage: Stage, walk: Liveness) -> dict[Hashable, int]:
@@ -180,6 +209,12 @@ class Staged:
         costs = {id(program): cost(program) for program in {id(program): program for program in programs}.values()}
         return sum(costs[id(program)] for program in programs)
 
+    def compute_s(self, rank: int) -> float:
+        """Of the operators of a rank's stages, for one microbatch."""
+        walks = [walked for walked, where in zip(self._walked, self.stages.placement, strict=True) if where == rank]
+        costs = {id(walked): walked.pieces(self.pricing.on(rank)).compute_seconds() for walked in {id(walked): walked for walked in walks}.values()}
+        return sum(costs[id(walked)] for walked in walks)
+
     def stage_prediction(self, stage: Stage) -> StagePrediction:
         rank, cost, graph = self.stages.placement[stage.number], self.costs[stage.number], self.stages.alike[stage.number].graph
         first, last = self._ends(stage.number)
@@ -237,7 +272,7 @@ def pipeline_prediction(cluster: Machines, staged: Staged, tokens: int) -> Predi
     step = timeline.step_time_s
     busiest = max(range(timeline.num_ranks), key=timeline.busy_s)
     here = [stage for stage, rank in enumerate(stages.placement) if rank == busiest]
-    compute = staged.order.microbatches_of(busiest) * staged.sum_of(busiest, partial(compute_seconds, pricing=staged.pricing.on(busiest)))
+    compute = staged.order.microbatches_of(busiest) * staged.compute_s(busiest)
     once = sum(staged.costs[stage].gather_s + staged.costs[stage].reduce_s for stage in here)
     once += sum(staged.ties_s) if staged.order.shares else 0.0  # nothing of a step of copies hides their sum
     return Prediction(

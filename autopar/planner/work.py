@@ -5,8 +5,10 @@ it, and a stage of a pipeline does each of its pieces once, however many of its 
 the sum over the pieces that they want, and stages are priced without being built.
 """
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from copy import copy
 from dataclasses import replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -42,13 +44,12 @@ class Piece(NamedTuple):
 
 def pieces(program: Program, pricing: Pricing, parts: int = 1) -> Iterator[Piece]:
     """The pieces of a program in its order; those of each operator it has. `parts`: of a microbatch so many times smaller, as an estimate."""
-    return _Pieces(program, pricing, parts).all()
+    return Pieces(program, pricing, parts).all()
 
 
 def total_seconds(program: Program, pricing: Pricing) -> np.ndarray:
     """Seconds of a whole program by phase."""
-    found = {piece.key: piece.seconds for piece in pieces(program, pricing)}
-    return np.array([NOTHING, *found.values()]).sum(axis=0)
+    return Pieces(program, pricing).total_seconds()
 
 
 def pass_seconds(program: Program, pricing: Pricing) -> tuple[float, float, float]:
@@ -70,7 +71,7 @@ def gathering_again_s(program: Program, pricing: Pricing) -> dict[int, float]:
 
 def compute_seconds(program: Program, pricing: Pricing) -> float:
     """Of these, what operators take in the forward and backward of a microbatch."""
-    return sum(sum(piece.seconds) for piece in pieces(program, pricing) if isinstance(piece.key, tuple) and piece.key[0] == "op")
+    return Pieces(program, pricing).compute_seconds()
 
 
 def step_seconds(program: Program, pricing: Pricing) -> float:
@@ -79,32 +80,102 @@ def step_seconds(program: Program, pricing: Pricing) -> float:
     return program.residency.micro_batches * (forward + inputs + weights + 2 * pricing.cluster.host.action_s) + sum(once)
 
 
-class _Pieces:
-    def __init__(self, program: Program, pricing: Pricing, parts: int) -> None:
+class _Done(NamedTuple):
+    """What a piece takes before anything is computed again. Of an operator (`value` None) forward, the halves of its backward, and collectives inside it in both
+    directions; of a move of a `value` along a `route`, in both directions."""
+
+    op: int
+    wanted_by: int
+    number: int
+    seconds: tuple[float, ...]
+    value: int | None = None
+    route: Route = ()
+    collective: bool = False
+
+
+class Pieces:
+    """Those of a program. What modes of recomputation do not change is found once for all of them (`in_modes`)."""
+
+    def __init__(self, program: Program, pricing: Pricing, parts: int = 1) -> None:
         self.program, self.graph, self.pricing, self.parts = program, program.graph, pricing, parts
         graph = self.graph
         self.weights = _made_of_weights(graph)
         self.computed = _searched(graph)
         self.block = {i: segment.block for segment in graph.segments for i in segment.ops if segment.block}
-        self.shares = computed_again(graph, program.rules) if program.residency.recompute and pricing.kernels.repeats_collectives else {}
         self.live_moves = _live_moves(program)
         self.fused = fused_values(program) if pricing.kernels.fused else frozenset()
         self.uses = uses(graph)
         residency = program.residency
         self.sharding = Sharding(pricing, Keeping(micro_batches=residency.micro_batches, precision=residency.precision, offload=residency.offload))
 
+    def in_modes(self, program: Program) -> "Pieces":
+        """Of the same program under other modes of recomputation."""
+        known = {"done": self.done, "states": self.states}
+        made = copy(self)
+        vars(made).update(known, program=program)
+        vars(made).pop("shares", None)
+        return made
+
+    @cached_property
+    def shares(self) -> Mapping[int, float]:
+        return computed_again(self.graph, self.program.rules) if self.program.residency.recompute and self.pricing.kernels.repeats_collectives else {}
+
     def all(self) -> Iterator[Piece]:
-        graph, last = self.graph, len(self.graph.ops) - 1
+        yield from (Piece(done.op, self.keys[done.number], self._seconds(done)) for done in self.done)
+        yield from self.states
+
+    def total_seconds(self) -> np.ndarray:
+        """By phase."""
+        found = {done.number: self._seconds(done) for done in self.done}
+        return np.array([NOTHING, *found.values(), *{piece.key: piece.seconds for piece in self.states}.values()]).sum(axis=0)
+
+    def compute_seconds(self) -> float:
+        """Of operators, forward and backward."""
+        return sum(sum(self._seconds(done)) for done in self.done if done.value is None)
+
+    @cached_property
+    def done(self) -> list[_Done]:
+        """Operators, each before its moves, and the moves to the ends."""
+        graph, last, found = self.graph, len(self.graph.ops) - 1, list[_Done]()
         for i, op in enumerate(graph.ops):
             if self.computed.isdisjoint(op.operands):
                 continue  # made of inputs alone: the search takes it for free, and so does this
-            yield Piece(i, ("op", op.name), self._op(i))
+            found.append(_Done(i, i, self._number(("op", op.name)), self._op(i)))
             for k, v in enumerate(op.operands):
-                yield from self._moves(i, v, self.program.full_route(v, self.program.routes[i, k]))
+                found += self._moves(i, v, self.program.full_route(v, self.program.routes[i, k]))
         ends = [*zip(graph.outputs, self.program.output_routes), *zip((v for _, v in graph.updates), self.program.update_routes)]
         for v, route in ends:
-            yield from self._moves(graph.producer.get(v, (last, 0))[0], v, self.program.full_route(v, route))
-        yield from self._states(last)
+            found += self._moves(graph.producer.get(v, (last, 0))[0], v, self.program.full_route(v, route))
+        return found
+
+    @cached_property
+    def states(self) -> list[Piece]:
+        return list(self._states(len(self.graph.ops) - 1))
+
+    @cached_property
+    def keys(self) -> list[Hashable]:
+        """By number."""
+        return []
+
+    @cached_property
+    def _numbers(self) -> dict[Hashable, int]:
+        return {}
+
+    def _number(self, key: Hashable) -> int:
+        if (number := self._numbers.get(key)) is None:
+            number = self._numbers[key] = len(self.keys)
+            self.keys.append(key)
+        return number
+
+    def _seconds(self, done: _Done) -> tuple[float, ...]:
+        if done.value is None:
+            forward, inputs, weights, inside, inside_back = done.seconds
+            again, watched = forward * self._computed_again(done.op), self._watched_s(done.op)
+            return (forward + inside + watched, inputs + again + inside_back + watched, weights, 0.0, 0.0, 0.0)
+        there, back = done.seconds
+        if self.program.move_of[done.value, done.route].again or (self.pricing.kernels.repeats_collectives and done.collective and self._computed_again(done.wanted_by)):
+            back += there
+        return (there, 0.0, back, 0.0, 0.0, 0.0) if done.value in self.weights else (there, back, 0.0, 0.0, 0.0, 0.0)
 
     def _share(self, v: int) -> float:
         """What is left of a value in a smaller microbatch."""
@@ -116,8 +187,7 @@ class _Pieces:
         produced = tuple([self.program.produced[v] for v in op.results])
         key = ("operator", id(rule), self.program.strategies[i], produced, of_weights, fused, i in self.block, self.parts)
         _, (forward, inputs, weights), (inside, inside_back) = self.pricing.kept(key, lambda: (rule, *self._alone(i)))  # the rule beside it: an id is only a name while its object lives
-        again, watched = forward * self._computed_again(i), self._watched_s(i)
-        return (forward + inside + watched, inputs + again + inside_back + watched, weights, 0.0, 0.0, 0.0)
+        return forward, inputs, weights, inside, inside_back
 
     def _alone(self, i: int) -> tuple[tuple[float, float, float], tuple[float, float]]:
         """Seconds of an operator that is not computed again: its forward and the halves of its backward, and of the collectives inside it. Operators of one rule
@@ -141,8 +211,8 @@ class _Pieces:
 
     def _watched_s(self, i: int) -> float:
         """What keeping its result adds to an operator, in each direction."""
-        kept = self._kept_alone(i) and not self.graph.differentiated.isdisjoint(self.graph.ops[i].results)
-        return self.pricing.cluster.host.watch_s if kept else 0.0
+        watch_s = self.pricing.cluster.host.watch_s
+        return watch_s if watch_s and self._kept_alone(i) and not self.graph.differentiated.isdisjoint(self.graph.ops[i].results) else 0.0
 
     def _mode(self, i: int) -> str:
         return self.program.residency.recompute.get(self.block.get(i, ""), "none")
@@ -172,7 +242,7 @@ class _Pieces:
             back += inner.backward * seconds if differentiable else 0.0
         return there, back
 
-    def _moves(self, i: int, v: int, route: Route) -> Iterator[Piece]:
+    def _moves(self, i: int, v: int, route: Route) -> Iterator[_Done]:
         """The moves of a value for an operator; those to where it is handed to its users are made with it."""
         if v not in self.computed:
             return
@@ -183,10 +253,8 @@ class _Pieces:
             back = 0.0
             if (v, route[: n + 1]) in self.live_moves:
                 back = self.pricing.step(step.backward, step.axis, step_input_bytes(step.backward, step, self.program.mesh, size, backward=True))
-            if self.program.move_of[v, route[: n + 1]].again or (self.pricing.kernels.repeats_collectives and self._computed_again(i) and step.forward in COLLECTIVES):
-                back += there
-            seconds = (there, 0.0, back, 0.0, 0.0, 0.0) if v in self.weights else (there, back, 0.0, 0.0, 0.0, 0.0)
-            yield Piece(maker if n < handed else i, ("move", v, route[: n + 1]), seconds)
+            number = self._number(("move", v, route[: n + 1]))
+            yield _Done(maker if n < handed else i, i, number, (there, back), v, route[: n + 1], step.forward in COLLECTIVES)
 
     def _states(self, last: int) -> Iterator[Piece]:
         """Parameters: their memory, and the collectives that keep their parts and their copies together."""
@@ -213,7 +281,7 @@ class _Pieces:
 
 def launches(program: Program, pricing: Pricing) -> tuple[int, int]:
     """Operators and collectives that a host launches for one microbatch, forward and backward."""
-    pieces_of = _Pieces(program, pricing, 1)
+    pieces_of = Pieces(program, pricing)
     there = back = 0
     for i, (op, rule) in enumerate(zip(program.graph.ops, program.rules)):
         if rule.cost != "view" and not pieces_of.computed.isdisjoint(op.operands):

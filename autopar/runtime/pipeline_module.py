@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -203,11 +203,11 @@ class PipelineModule(ParallelModule):
 
     def timeline(self) -> Timeline:
         """What each rank of the pipeline did when in the last step, on every rank; times since the first began. Call it on all ranks."""
-        mine = [replace(span, start_s=span.start_s + self._epoch_s, end_s=span.end_s + self._epoch_s) for span in self._walk.spans] if self._walk else []
+        mine = [span._replace(start_s=span.start_s + self._epoch_s, end_s=span.end_s + self._epoch_s) for span in self._walk.spans] if self._walk else []
         found: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(found, mine if self._places.stage_rank == 0 else [])
         zero = min((span.start_s for spans in found for span in spans), default=0.0)
-        spans = sorted((replace(s, start_s=s.start_s - zero, end_s=s.end_s - zero) for spans in found for s in spans), key=lambda s: (s.start_s, s.end_s, s.rank))
+        spans = sorted((s._replace(start_s=s.start_s - zero, end_s=s.end_s - zero) for spans in found for s in spans), key=lambda s: (s.start_s, s.end_s, s.rank))
         return Timeline(self._schedule.name, self._schedule.num_ranks, tuple(spans))
 
     @property

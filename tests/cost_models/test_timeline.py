@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from fractions import Fraction
 
 import pytest
@@ -72,7 +73,18 @@ def test_a_stopwatch_shows_the_time_of_the_simulation(data: st.DataObject) -> No
     )  # fmt: skip
     edges = tuple(EdgeCost(activation_s=data.draw(seconds), gradient_s=data.draw(seconds)) for _ in range(stages - 1))
     cost = PipelineCost(costs, edges, (data.draw(seconds),) if tied else ())
-    assert Stopwatch(schedule).step_s(cost) == simulate(schedule, cost).step_time_s
+    exact = simulate(schedule, cost).step_time_s
+    assert Stopwatch(schedule).step_s(cost) == exact
+    enough = exact * data.draw(st.sampled_from([0.2, 0.9, 1 - 1e-7, 1.0, 1 + 1e-7, 1.1]))
+    assert Stopwatch(schedule).step_s(cost, enough) in ([exact, math.inf] if enough <= exact else [exact])
+
+
+@pytest.mark.parametrize(("name", "virtual"), [("gpipe", 1), ("1f1b", 1), ("interleaved", 2)])
+def test_a_stopwatch_stops_where_a_step_is_clearly_too_slow(name: str, virtual: int) -> None:
+    """Full ranks, so that what is left to be done tells it: nothing is late but for the bubble."""
+    schedule, cost = make_schedule(name, 4, 32, virtual), PipelineCost.uniform(4 * virtual)
+    exact = simulate(schedule, cost).step_time_s
+    assert Stopwatch(schedule).step_s(cost, 0.95 * exact) == math.inf
 
 
 @pytest.mark.parametrize(("name", "virtual"), [("naive", 1), ("gpipe", 1), ("gpipe", 2), ("1f1b", 1), ("zero-bubble", 1), ("interleaved", 2), ("interleaved", 3)])

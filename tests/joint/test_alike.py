@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import pytest
+
 from autopar.core.cluster import Cluster
 from autopar.core.graph import Op, Operand, OpGraph, TensorMeta, Value
 from autopar.core.zero import Zero
@@ -10,11 +12,13 @@ from autopar.joint.deep import Deep, Sharding
 from autopar.joint.kinds import Depth
 from autopar.joint.plan import on_whole_graph
 from autopar.joint.space import Ideal, Point
+from autopar.joint.unroll import modes_of, unrolled
 from autopar.planner.blocks import Order
 from autopar.planner.held import state_of
 from autopar.planner.liveness import Engine, Liveness, fullest
-from autopar.planner.staging import Staged
+from autopar.planner.staging import Staged, pipeline_prediction
 from autopar.planner.work import total_seconds
+from autopar.stages import cut_into_stages
 from tests.joint.models import LLAMA, graphs, joint_search, programs
 
 A100 = Cluster.preset("a100-sxm", nodes=1)
@@ -44,6 +48,29 @@ def test_stages_that_are_alike_are_what_each_is_by_itself() -> None:
         assert (cost.gather_s, cost.reduce_s, cost.step_s) == (gather, reduce, update)
         assert cost.activation_bytes == sum(walk.kept_by_segment())
         assert kind.ledger == program.ledger
+
+
+@pytest.mark.parametrize(("zero", "virtual"), [(1, 1), (1, 2), (3, 2)])
+def test_plans_of_one_sharding_are_what_each_is_by_itself(zero: int, virtual: int) -> None:
+    """Whatever was asked before: other modes of the same cut, another cut, and what was asked already."""
+    joint = joint_search(DIMS, A100, 16, (f"zero={zero}",))
+    search = PointSearch(joint, Point(4, 2, 1, 8, 2))
+    search.ideal_s(Ideal(A100, joint.run, joint.task))
+    sharding = Sharding.of(next(programs(search)), search.pricing, joint.run, Engine.of(A100), ("none", "selective", "full+gather", "full"))
+    order, each = Order("interleaved" if virtual > 1 else "1f1b", 4, 8, virtual), 4 // virtual
+    graph, modes = graphs(DIMS, DIMS.layers)(2), sharding.modes
+    even = [Depth(each, heavy) for heavy in (0, 1, 0, each) * virtual]
+    uneven = [Depth(each - 1, 1), *even[1:-1], Depth(each + 1)]
+    heavier = [depth._replace(heavy=1) for depth in even]
+    plans = [(modes[0], modes[-1], even), (modes[0], modes[1], even), (modes[0], modes[-1], heavier), (modes[1], modes[-1], uneven), (modes[0], modes[-1], even)]
+    for light, heavy, depths in plans:
+        deep = Deep(light, heavy, order, tuple(depths))
+        whole = on_whole_graph(deep, graph)
+        assert whole.program == unrolled(light.program, graph, joint.run, modes_of(depths, light.mode, heavy.mode))
+        alone = Staged(cut_into_stages(whole.program, whole.staged.stages.pipeline), order, search.pricing, Engine.of(A100))
+        assert whole.staged.costs == alone.costs
+        assert pipeline_prediction(A100, whole.staged, 1) == pipeline_prediction(A100, alone, 1)
+        assert whole.staged.memory == alone.memory
 
 
 def test_stages_that_differ_in_any_decision_have_other_forms() -> None:
