@@ -157,7 +157,7 @@ class PointSearch:
             if max(sooner, fastest) >= least:
                 continue
             priced, ends, whole = asked(side), parts(side), None if care.is_rough else asked("whole")
-            rooms = self._rooms(order, room, priced.solved.end_bytes)
+            rooms = self._rooms(order, room, self.tables.end_bytes(priced.solved))
             whole_s = whole.parts.block if whole is not None else 0.0
             prices = priced.binding(binding_flights(order, care), room)
             if order.virtual > 1:
@@ -290,7 +290,7 @@ class PointSearch:
             best, below_s = (made, made.step_s) if made is not None else (best, below_s)
             if ended is not None and ended():
                 break
-            unseen = unseen or max(0.0, self.tables.side("whole").figures(choices).unseen_bytes(made.deep if made else sharding.leanest(self.orders[0])))
+            unseen = unseen or max(0.0, self.tables.unseen_bytes(choices, made.deep if made else sharding.leanest(self.orders[0])))
         return best
 
     def promised_s(self, limit_bytes: float) -> float:
@@ -383,15 +383,15 @@ class PointSearch:
 
     def _sharding_s(self, choices: tuple[int, ...], room_bytes: float, enough_s: float) -> float:
         whole_s, whole = self.tables.side("whole").parts_of(choices).block, self.tables.side("whole").figures(choices)
-        least = enough_s
+        least, end_bytes = enough_s, self.tables.end_bytes(self.tables.side("whole"))
         for fastest, order in sorted(self._fastest_orders(choices), key=lambda pair: pair[1].virtual > 1):
             if fastest < least:
                 solved = self.tables.side(sides(order)[0])
                 parts, figures = solved.parts_of(choices), solved.figures(choices)
                 if order.virtual > 1:
                     held = figures.held(order.flights, room_bytes, whole)
-                    least = min(least, self._even_s(order, parts, held, self._rooms(order, room_bytes), least, whole_s=whole_s))
+                    least = min(least, self._even_s(order, parts, held, self._rooms(order, room_bytes, end_bytes), least, whole_s=whole_s))
                     continue
-                lines = [figures.lines(flight, room, whole) for flight, room in zip(order.in_flight, self._rooms(order, room_bytes), strict=True)]
+                lines = [figures.lines(flight, room, whole) for flight, room in zip(order.in_flight, self._rooms(order, room_bytes, end_bytes), strict=True)]
                 least = min(least, max(fastest, self._step_s(order, parts, lines, self._waits(sides(order)[0], parts))))
         return least

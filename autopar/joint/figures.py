@@ -83,12 +83,12 @@ class Figures:
                 hull.append((seconds, held))
         return [*(_price(a, b) for a, b in zip(hull, hull[1:])), FULL * hull[-1][0] / max(hull[-1][1], 1.0)]
 
-    def unseen_bytes(self, deep: Deep) -> float:
-        """What the first rank of a plan of this sharding holds, at its fullest, beside what this counts of its blocks."""
+    def beside_bytes(self, deep: Deep, rank: int) -> float:
+        """What a rank of a plan of this sharding holds, at its fullest, beside what this counts of its blocks."""
         light, heavy = self.blocks[deep.light.mode], self.blocks[deep.heavy.mode]
-        depths = zip([deep.depths[s] for s in deep.held(0)], deep.order.in_flight_by_stage[0], strict=True)
+        depths = zip([deep.depths[s] for s in deep.held(rank)], deep.order.in_flight_by_stage[rank], strict=True)
         counted = sum((d.blocks - d.heavy) * light.held_bytes(flight) + d.heavy * heavy.held_bytes(flight) for d, flight in depths)
-        return deep.rank_memory(0).high_bytes - counted
+        return deep.rank_memory(rank).high_bytes - counted
 
 
 def _price(fast: tuple[float, float], lean: tuple[float, float]) -> float:

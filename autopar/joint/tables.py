@@ -14,7 +14,8 @@ from autopar.core.unroll import Run
 from autopar.errors import InfeasibleError
 from autopar.joint.asked import AGAIN, FEW, GATHERED, KEPT, Asked
 from autopar.joint.bounds import Parts
-from autopar.joint.deep import Sharding
+from autopar.joint.deep import Deep, Sharding
+from autopar.joint.ends import fullest_bytes
 from autopar.joint.envelope import Envelope
 from autopar.joint.fold import Fold, places, sides, times
 from autopar.joint.relaxed import Allowed, Relaxed, in_states, passes_alone, with_gathers
@@ -132,6 +133,21 @@ class PointTables:
             if not rules[i].inner:
                 found[side[i]] += times(self.run, place[i]) * float(problem.nodes[node].cost_s.min())
         return Parts(found[0] / self.run.depth, found[1], found[2])
+
+    def end_bytes(self, solved: Solved) -> tuple[float, float]:
+        """What is before and behind the run holds at least of one microbatch, that behind it also when it begins to be differentiated."""
+        first, last = solved.end_bytes
+        return first, max(last, self.answers.of("last bytes", self._last_bytes))
+
+    def unseen_bytes(self, choices: tuple[int, ...], deep: Deep) -> float:
+        """What the first rank of a plan of a sharding holds beside that, and what the linear model counts of its blocks."""
+        whole = self.side("whole")
+        return whole.figures(choices).beside_bytes(deep, 0) - sum(self.end_bytes(whole)[: 1 if deep.order.num_ranks > 1 else 2])
+
+    def _last_bytes(self) -> float:
+        whole, nodes = self.whole, self.whole.folded.problem.nodes
+        state = sum([float(nodes[n].memory_bytes.min()) for n in whole.folded.nodes_of(2) if n in whole.params])
+        return whole.standing * state + fullest_bytes(self.task.graph, self.task.rules, *self.built, self.run, self.point.mesh)
 
     @cached_property
     def _fold(self) -> Fold:

@@ -72,12 +72,17 @@ def forward_workspace(kind: str, largest: int) -> int:
 
 def backward_workspace(kind: str, rule: OpRule, operands: Sequence[Node], largest: int, made: int) -> int:
     """The same for its backward; `made`: bytes of its largest result."""
-    share = _share(BACKWARD_WORKSPACE, kind)
+    share = backward_share(kind)
     if share:
         return round(share * largest)
     broadcast = any(node.live and node.num_bytes < made for node in operands)
     product = rule.cost == "pointwise" and not kind.startswith(SAME_GRADIENT)
     return made if product and broadcast else 0  # a gradient of the whole shape, before it is summed
+
+
+def backward_share(kind: str) -> float:
+    """Of the largest tensor kept (or made), what an operator that is known to work in memory of its own works in when it is differentiated; it makes its gradients anew."""
+    return _share(BACKWARD_WORKSPACE, kind)
 
 
 def move_shares(primitive: str, before: tuple[int, ...], after: tuple[int, ...]) -> bool:

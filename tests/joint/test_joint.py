@@ -242,16 +242,20 @@ def test_plans_bind_to_the_whole_graph_alike_every_time() -> None:
 
 @pytest.mark.parametrize("case", POINTS)
 def test_what_is_before_and_behind_the_blocks_holds_no_less_than_bounds_count(case: str) -> None:
-    """Beside all blocks of a rank that has both, or of a first rank."""
+    """Beside all blocks of a rank that has both, or of the first and the last: whether blocks hold most when they are computed again, or a loss over many words."""
     point, order, zero = POINTS[case]
-    search = PointSearch(joint_search(LLAMA, A100, point.num_microbatches * point.samples, (f"zero={zero}",)), point)
+    search = PointSearch(joint_search(replace(LLAMA, vocab=128_000), A100, point.num_microbatches * point.samples, (f"zero={zero}",)), point)
     search.fitting_s()
-    first, last = search.tables.side("whole").end_bytes
-    assert first > 0 and last > 0
+    whole = search.tables.side("whole")
+    first, last = search.tables.end_bytes(whole)
+    assert first > 0 and last > 1.3 * whole.end_bytes[1] > 0  # the loss works in more than it keeps
     for choices in search.tables.chosen(search.first()):
-        deep = search.tables.sharding(choices).leanest(order)
-        unseen = search.tables.side("whole").figures(choices).unseen_bytes(deep)
-        assert unseen >= first + (last if order.num_ranks == 1 else 0.0)
+        sharding, figures = search.tables.sharding(choices), whole.figures(choices)
+        kept = Deep(sharding.light, sharding.light, order, sharding.even(order.num_stages))
+        assert "cross_entropy" in kept.rank_memory(order.num_ranks - 1).moment
+        for deep in (kept, sharding.leanest(order)):
+            beside = [figures.beside_bytes(deep, rank) for rank in range(order.num_ranks)]
+            assert beside[0] >= first + (last if order.num_ranks == 1 else 0.0) and beside[-1] >= last
 
 
 def test_what_does_not_fit_says_so() -> None:
