@@ -21,7 +21,7 @@ from autopar.core.plan import Plan
 from autopar.core.residency import Precision
 from autopar.errors import InfeasibleError, NoFamilyError, UsageError
 from autopar.joint.front import Part, front_of, parted, state_bytes
-from autopar.joint.known import Known
+from autopar.joint.known import Known, binds
 from autopar.joint.plan import check_in_space, is_row, joint_search, planned_jointly
 from autopar.planner.appraisal import Appraisal, appraise
 from autopar.planner.groups import best_on_groups, over_groups
@@ -210,6 +210,11 @@ class Request:
         if found := short and self._may_join(options):
             self.family.graph(1)  # traced by itself
         return found
+
+    @staticmethod
+    def knows_more(one: Machines, other: Machines) -> bool:
+        """Whether bounds of plans on one machine hold on the other rather than the other way round: which of a row is better planned first."""
+        return isinstance(one, Cluster) and isinstance(other, Cluster) and binds(one, other)
 
     def _may_join(self, options: Options) -> bool:
         try:

@@ -105,7 +105,7 @@ def _on_each(request: "Request", clusters: Mapping[str, Machines], options: dict
 
     if len(names) <= FEW or not request.trace_ahead(machines, **options):
         return [_point(request, name, cluster, options, progress, appraised=appraised)[0] for name, cluster in clusters.items()]
-    found = found_of_row(find, len(names), most_processes(), progress, lambda pair: pair[1])
+    found = found_of_row(find, len(names), most_processes(), progress, lambda pair: pair[1], backwards=request.knows_more(machines[-1], machines[0]))
     for n, before in (*((n, n - 1) for n in range(1, len(names))), *((n, n + 1) for n in reversed(range(len(names) - 1)))):
         if _may_be_better(request, found[before][0], found[n][0], machines[n]):
             again = find(n, (found[before][1], found[n][1]), progress)

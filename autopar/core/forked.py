@@ -134,13 +134,12 @@ class Worker:
                 self.connection.send((number, told))
 
 
-def found_of_row(find: Callable[[int, Told, Say], T], number: int, processes: int, say: Say, tell: Callable[[T], object]) -> list[T]:
+def found_of_row(find: Callable[[int, Told, Say], T], number: int, processes: int, say: Say, tell: Callable[[T], object], *, backwards: bool = False) -> list[T]:
     """What `find` finds out of each of a row, by place: it may `say` what it is doing. Both ends come first, without being told anything; all others are told what
     there is to `tell` of those. So what it finds does not depend on how many processes there are.
 
-    Every process goes from one end of its part of the row to the other, so that what it learned at one place is near at hand for the next, the first and the last
-    from the ends of the row inwards; where it is through, it takes the last of the longest part that is left. What fails in a process, or is left by one that is
-    gone, is found here.
+    Every process goes from one end of its part of the row to the other, `backwards` or not, so that what it learned at one place is near at hand for the next; where
+    it is through, it takes the last of the longest part that is left. What fails in a process, or is left by one that is gone, is found here.
     """
     count, found = min(processes, number), dict[int, T]()
     ends = list(range(number)[:: max(1, number - 1)])
@@ -151,7 +150,7 @@ def found_of_row(find: Callable[[int, Told, Say], T], number: int, processes: in
         with suppress(OSError):
             for _ in range(count):
                 workers.append(Worker(*forked(_find, [worker.connection for worker in workers], find)))
-        for these, parts in ((ends, [ends[n::count] for n in range(count)]), (inside, _parts(inside, count))):
+        for these, parts in ((ends, [ends[n::count] for n in range(count)]), (inside, [part[::-1] if backwards else part for part in _parts(inside, count)])):
             _share_out(workers, list(map(deque, parts)), told, found, find, say)
             found.update({n: find(n, told, say) for n in these if n not in found})
             told = tuple([tell(found[n]) for n in ends])
@@ -162,9 +161,7 @@ def found_of_row(find: Callable[[int, Told, Say], T], number: int, processes: in
 
 
 def _parts(row: range, count: int) -> list[range]:
-    """Every second one from its end to its begin."""
-    parts = [row[len(row) * n // count : len(row) * (n + 1) // count] for n in range(count)]
-    return [part[::-1] if n % 2 else part for n, part in enumerate(parts)]
+    return [row[len(row) * n // count : len(row) * (n + 1) // count] for n in range(count)]
 
 
 def _share_out(workers: Sequence[Worker], parts: Sequence[deque[int]], told: Told, found: dict[int, T], find: Callable[[int, Told, Say], T], say: Say) -> None:

@@ -224,6 +224,12 @@ def least_ratio(before: Cluster, after: Cluster) -> float:
     return min(1.0, *latencies, *(old.bandwidth_bytes_per_s / new.bandwidth_bytes_per_s for old, new in links))
 
 
+def binds(one: Cluster, other: Cluster) -> bool:
+    """Whether more of what is known of one machine holds on the other than the other way round: it has faster links, or more memory."""
+    there, back = least_ratio(one, other), least_ratio(other, one)
+    return there > back or (there == back and one.device.memory_bytes > other.device.memory_bytes)
+
+
 def _alike(old: Link, new: Link) -> bool:
     """Whether two links differ in latency and bandwidth alone."""
     return old == replace(new, latency_s=old.latency_s, bandwidth_bytes_per_s=old.bandwidth_bytes_per_s, source=old.source)

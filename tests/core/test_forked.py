@@ -47,19 +47,19 @@ def test_all_but_the_ends_are_told_of_both(number: int, processes: int) -> None:
 
 
 @needs_fork
-def test_each_goes_inwards_along_its_own_part_and_helps_at_the_end_of_the_longest() -> None:
+@pytest.mark.parametrize("backwards", [False, True])
+def test_each_goes_along_its_own_part_and_helps_at_the_end_of_the_longest(backwards: bool) -> None:
     def find(n: int, told: Told, say: Say) -> tuple[int, float]:
         time.sleep(0.2 if n >= 6 else 0.01)
         return os.getpid(), time.monotonic()
 
-    found = found_of_row(find, 12, 2, lambda text: None, lambda found: None)
+    found = found_of_row(find, 12, 2, lambda text: None, lambda found: None, backwards=backwards)
     first, second = found[0][0], found[11][0]
     assert first != second and all(found[n][0] == first for n in range(6))
-    shared = [found[n][0] for n in range(6, 12)]
-    assert shared == sorted(shared, key=lambda process: process == second) and shared[0] == first
-    assert [found[n][1] for n in range(6)] == sorted(found[n][1] for n in range(6))
-    own = [at for process, at in found if process == second]
-    assert own == sorted(own, reverse=True)
+    own = [found[n][1] for n in range(1, 6)]
+    assert own == sorted(own, reverse=backwards)
+    shared = [found[n][0] for n in (range(10, 5, -1) if backwards else range(6, 11))]
+    assert shared == sorted(shared, key=lambda process: process == first) and shared[0] == second and shared[-1] == first
 
 
 @needs_fork

@@ -8,7 +8,7 @@ import pytest
 
 from autopar.core.cluster import Cluster
 from autopar.errors import InfeasibleError
-from autopar.joint.known import Known, least_ratio
+from autopar.joint.known import Known, binds, least_ratio
 from autopar.joint.plan import planned_jointly
 from autopar.joint.search import Joint, JointSearch
 from autopar.models.load import load_model
@@ -116,3 +116,10 @@ def test_no_bound_is_taken_over_from_another_device() -> None:
     assert least_ratio(A100, linked(A100, 0.5, 0.5, 3.0)) == 1.0
     assert least_ratio(A100, replace(A100, device=replace(A100.device, memory_bytes_per_s=1e12))) == 0.0
     assert least_ratio(A100, replace(A100, devices_per_node=8)) == 0.0
+
+
+def test_machines_with_more_bind_those_with_less() -> None:
+    lean = replace(A100, device=replace(A100.device, memory_bytes=A100.device.memory_bytes // 2))
+    for more, less in ((linked(A100, 1.0, 2.0), A100), (A100, lean), (linked(A100, 1.0, 2.0), lean), (A100, linked(A100, 1.0, 1.0, 3.0))):
+        assert binds(more, less) and not binds(less, more)
+    assert not binds(A100, A100)
