@@ -21,7 +21,7 @@ from autopar.core.zero import zero_layout
 Route = tuple[Layout, ...]
 """The layouts a value goes through, first to last; one entry where nothing moves."""
 
-MODELESS = "stored", "gathered", "backward_segments", "_first_user", "communicates_once"
+MODELESS = "stored", "gathered", "backward_segments", "_first_user", "communicates_once"  # found whatever the modes of recomputation are
 
 Tensor = tuple[int, Route]
 """A value at the end of a route."""

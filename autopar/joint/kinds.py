@@ -223,7 +223,6 @@ class Mixture:
     _peaks: dict[tuple, MemoryUse] = field(default_factory=dict)
     _least: dict[tuple, np.ndarray] = field(default_factory=dict)
     _steps: dict[tuple[Order, tuple[Depth, ...]], tuple[float, float]] = field(default_factory=dict)
-
     _numbers: dict[Hashable, tuple[float, int | None]] = field(default_factory=dict)
 
     def number(self, about: Hashable, limit_bytes: float, find: Callable[[], int | None]) -> int | None:
