@@ -31,7 +31,7 @@ FEW = 4
 MOST = 8
 """Points that are planned where none has a plan yet."""
 
-SHARDING, LIKELY = "a plan of a sharding", "plans of likely shardings"
+SHARDING, LIKELY, BUILT = "a plan of a sharding", "plans of likely shardings", "tables and plans of likely shardings"
 """Kinds of work."""
 
 
@@ -78,7 +78,7 @@ class Early:
         before = {tried.point: tried for tried in self.tried} if self.here else {}
         for search in self._upcoming():
             new, like = search.point not in before, before.get(search.point)
-            if (new and self._num_new >= (self.most if self.found else max(self.most, MOST))) or not self._goes_on(SHARDING if like is not None else LIKELY):
+            if (new and self._num_new >= (self.most if self.found else max(self.most, MOST))) or not self._goes_on(SHARDING if like is not None else BUILT):
                 break
             self._num_new += new
             self._seen.add(search.point)
@@ -93,8 +93,9 @@ class Early:
                 self._add(search, made)
             if not self.found and not self._fits(search):
                 continue
-            if self._goes_on(LIKELY):
-                with self.clock.timed(LIKELY):
+            work = LIKELY if search.tables.are_built else BUILT
+            if self._goes_on(work):
+                with self.clock.timed(work):
                     likely = list(dict.fromkeys((*asked, *search.likely())))
                     made = search.plan(self._limit_bytes(search), below_s, lambda likely=likely: likely, lambda: not self.clock.allows(SHARDING))
                 self._add(search, made)

@@ -64,6 +64,10 @@ class PointTables:
         constraints = Constraints(self.point.mesh, self.pins, strict=bool(self.pins.mesh_axes))
         return ProblemBuilder(self.task.graph, self.task.rules, self.task.batch, self.pricing, constraints, self.keeping).build(None)
 
+    @property
+    def are_built(self) -> bool:
+        return "built" in vars(self)
+
     @cached_property
     def whole(self) -> Relaxed:
         """All that a step costs."""
