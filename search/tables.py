@@ -25,7 +25,8 @@ TILE_ENTRIES = 32_768  # of one partial result: 256 KiB, so that a tile and its 
 
 SUM_ENTRIES = 131_072  # that are added up at once before their least is taken: 1 MiB, which is faster than a call for every state
 
-PRODUCT_ENTRIES, PRODUCTS_ENTRIES = 128, 8_192  # of sums of every row of one table with every row of another, and of all of them: from so many on a product is faster
+PRODUCT_ENTRIES, PRODUCTS_ENTRIES = 128, 8_192  # of sums of every row of one table with every row of another, and of all of them: from so many on a product is faster,
+# measured on float32 and float64 tables of 7 to 128 states: about as fast to twice as fast; below it takes up to 1.7 times as long
 
 
 class TableStore:

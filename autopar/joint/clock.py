@@ -10,7 +10,8 @@ FADING = 0.9
 """How much of what a kind of work took counts the next time, where that takes less."""
 
 LONGER = 1.5
-"""Times what others of its kind took lately, a work may take: of plans of likely shardings on 1,024 GPUs one took 0.26 s, the next 0.54."""
+"""Times what others of its kind took lately, a work may take: of plans of likely shardings on 1,024 GPUs one took 0.26 s, the next 0.54
+(`examples/benchmark_replan.py --only replan`)."""
 
 UNKNOWN_S = 0.4
 """For a kind of work that was not done yet."""

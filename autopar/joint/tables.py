@@ -66,6 +66,7 @@ class PointTables:
 
     @property
     def are_built(self) -> bool:
+        """So that another question costs little more than its answer."""
         return "built" in vars(self)
 
     @cached_property

@@ -164,3 +164,9 @@ def test_no_baseline_is_faster() -> None:
         for name in ("ddp", "fsdp", "zero3", "megatron:tp2,pp2"):
             forced = request.planned(machine, joint=True, pins=baseline_pins(name, machine)).plan
             assert quick.predicted.step_time_s <= forced.predicted.step_time_s * (1 + 1e-9), (change, name)
+
+
+def test_a_work_may_take_half_as_long_again_as_the_last_of_its_kind() -> None:
+    clock = Clock(took_s={"short": 6.0, "long": 7.0})
+    clock.ends_in(10.0)
+    assert clock.allows("short") and not clock.allows("long")
