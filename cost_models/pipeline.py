@@ -60,7 +60,7 @@ class Prices:
         for what, given, wanted in (("stages", cost.stages, schedule.placement), ("edges", edges, schedule.edges), ("tied groups", tie_s, schedule.tied)):
             if len(given) != len(wanted):
                 raise UsageError(f"costs of {len(given)} {what} for schedule {schedule.name} with {len(wanted)}")
-        self.stages = cost.stages
+        self.stages, self.edges = cost.stages, edges
         self._edges = {(e.source, e.target): c for e, c in zip(schedule.edges, edges, strict=True)}
         self._tie_s = {group[0]: seconds for group, seconds in zip(schedule.tied, tie_s, strict=True)}
 

@@ -1,15 +1,17 @@
-"""How long a step of a pipeline takes, and nothing else: the lists of `timeline.py` run many times with other costs.
+"""How long a step of a pipeline takes: the lists of `timeline.py` run many times with other costs.
 
 A search asks for the step time of one schedule under hundreds of costs. The lists are turned once into numbers (which duration, which message is waited
 for), and a run is the event loop of the overlapped runtime over these. The result is that of `timeline.simulate` to the last bit; a test holds the two
-against each other. Who only asks whether a step takes less than so many seconds hears that it does not as soon as a rank is so late that it cannot.
+against each other. Who asks for more has an `outline`, which the moments tell at which things began. Who only asks whether a step takes less than so many seconds hears that it does not as soon as a rank is so late that it cannot.
 """
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
+from functools import cached_property
 from heapq import heappop, heappush, heappushpop
 
 from autopar.core.schedule import COMPUTE, RECEIVES, SENDS, Action, Kind, Schedule
+from autopar.cost_models.outline import Outline, Outlining
 from autopar.cost_models.pipeline import PipelineCost, Prices
 from autopar.errors import ScheduleError
 
@@ -92,13 +94,25 @@ class Stopwatch:
 
     def step_s(self, cost: PipelineCost, enough_s: float = math.inf) -> float:
         """Seconds of the step; inf as soon as it is known that these are no less than `enough_s`. Raises ScheduleError where a rank waits for ever."""
-        lists, seconds = self._lists, self._seconds(cost)
-        number, ranks, stages = len(lists), range(len(lists)), len(self.schedule.placement)
+        return self._run(self._seconds(cost), enough_s, None)
+
+    def outline(self, cost: PipelineCost) -> Outline:
+        """Of the whole step."""
+        begun: list[list[float]] = [[] for _ in self._lists]
+        seconds = self._seconds(cost)
+        return self._outlining.outline(cost, self._run(seconds, math.inf, begun), begun, seconds)
+
+    @cached_property
+    def _outlining(self) -> Outlining:
+        return Outlining(self.schedule, self._duration)
+
+    def _run(self, seconds: list[float], enough_s: float, begun: list[list[float]] | None) -> float:
+        """`seconds`: by number of a duration; `begun`: takes, by rank and in the order of its list, when computations, optimizer steps and sends start."""
+        lists, number, ranks, stages = self._lists, len(self._lists), range(len(self._lists)), len(self.schedule.placement)
         position, sends, receives, collectives, usable, updated = [0] * number, [0.0] * number, [0.0] * number, [0.0] * number, [0.0] * stages, [0.0] * stages
         left = [sum([seconds[duration] * times for duration, times in chain.items()]) for chain in self._chains]
         late_s, arrived = enough_s * (1 + ROUNDED), [-1.0] * len(self._slots)
-        parked: dict[int, list[int]] = {}
-        joined: dict[int, list[int]] = {}
+        parked, joined = defaultdict[int, list[int]](list), defaultdict[int, list[int]](list)
         events = [(0.0, rank) for rank in ranks]
         now, rank = heappop(events)
         while True:
@@ -112,23 +126,26 @@ class Stopwatch:
                     for slot in slots:
                         there = arrived[slot]
                         if there < 0.0:
-                            parked.setdefault(slot, []).append(rank)
+                            parked[slot].append(rank)
                             break
                         if there > start:
                             start = there
                     else:
                         if start + left[rank] >= late_s and what == _COMPUTE:
                             return math.inf
+                        if begun is not None:
+                            begun[rank].append(start)
                         left[rank] -= seconds[duration]
                         ends, at = start + seconds[duration], at + 1
                     break
                 at += 1
                 if what == _SEND:
                     start = max(now, sends[rank], receives[peer])
+                    if begun is not None:
+                        begun[rank].append(start)
                     sends[rank] = receives[peer] = over = start + seconds[duration]
                 elif what == _TIE:
-                    members = joined.setdefault(stage, [])
-                    members.append(rank)
+                    (members := joined[stage]).append(rank)
                     if len(members) < self._members[stage]:
                         continue
                     over = max(now, *[collectives[r] for r in members]) + seconds[duration]
@@ -148,6 +165,10 @@ class Stopwatch:
                 now, rank = heappop(events)
             else:
                 break
-        if (waits := next((rank for rank in ranks if position[rank] < len(lists[rank])), None)) is not None:
-            raise ScheduleError(self.schedule.name, waits, None, "waits for ever")
+        self._check_done(position)
         return max(now, *sends, *collectives)  # no event is before the one that was handled last
+
+    def _check_done(self, position: list[int]) -> None:
+        waits = next((rank for rank, items in enumerate(self._lists) if position[rank] < len(items)), None)
+        if waits is not None:
+            raise ScheduleError(self.schedule.name, waits, None, "waits for ever")

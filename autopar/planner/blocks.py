@@ -15,7 +15,7 @@ import numpy as np
 
 from autopar.core.cluster import Cluster
 from autopar.core.schedule import Edge, Schedule
-from autopar.core.timeline import Timeline
+from autopar.cost_models.outline import Outline
 from autopar.cost_models.pipeline import EdgeCost, PipelineCost, StageCost
 from autopar.cost_models.stopwatch import Stopwatch
 from autopar.cost_models.timeline import simulate
@@ -237,7 +237,7 @@ class Blocks:
             self._cuts[n, times, limit] = found.starts[1:]
         return self._cuts[n, times, limit]
 
-    def timeline(self, cuts: Sequence[int], order: Order) -> Timeline:
+    def timeline(self, cuts: Sequence[int], order: Order) -> Outline:
         """The step that the schedule's lists make of these stages."""
         bounds = (0, *cuts, self.num_blocks)
         home = [bisect_right(cuts, b) for b in range(self.num_blocks)]
@@ -293,16 +293,16 @@ def edge_costs(pricing: Pricing, ends: Sequence[tuple[int, int]], sizes: Sequenc
 def timed(
     order: Order, cluster: Cluster, stages: tuple[StageCost, ...], edges: tuple[Edge, ...], messages: tuple[EdgeCost, ...], tied: tuple[tuple[int, ...], ...],
     tie_s: tuple[float, ...],
-) -> Timeline:  # fmt: skip
+) -> Outline:  # fmt: skip
     """The step of stages with these costs. Where devices share cores, a rank alone is faster than the costs say, and ranks slow each other down."""
-    schedule = _lists(order, edges, tied, any(s.gather_s for s in stages), any(s.reduce_s for s in stages))
+    about = order, edges, tied, any(s.gather_s for s in stages), any(s.reduce_s for s in stages)
     if cluster.crowding == 1.0:
-        return simulate(schedule, _uncrowded(order, cluster, stages, messages, tie_s))
+        return _stopwatch(*about).outline(_uncrowded(order, cluster, stages, messages, tie_s))
     split = order.schedule == "zero-bubble"
     there, back = _talking(order, len(stages), edges, messages)
     alone = tuple(_alone(stage, cluster, there[s], back[s], split=split) for s, stage in enumerate(stages))
     sent = tuple(replace(message, activation_s=0.0, gradient_s=0.0) for message in messages)
-    return simulate(schedule, PipelineCost(alone, sent, tie_s), at_once=order.num_ranks / cluster.crowding)
+    return Outline.of(simulate(_lists(*about), PipelineCost(alone, sent, tie_s), at_once=order.num_ranks / cluster.crowding), len(stages))
 
 
 def step_seconds(

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 
-from autopar.core.timeline import Timeline
+from autopar.cost_models.outline import Outline
 from autopar.errors import InfeasibleError
 from autopar.planner.blocks import PARAMETERS, Blocks, Order
 from autopar.planner.states import Pricing
@@ -28,7 +28,7 @@ class Cut:
     """`cuts`: the first block of every stage but the first. `exact`: no other cut of this program under this schedule is faster."""
 
     cuts: tuple[int, ...]
-    timeline: Timeline
+    timeline: Outline
     exact: bool = False
 
     @property
@@ -57,7 +57,7 @@ def _proposal(blocks: Blocks, order: Order, memory_limit_bytes: float) -> Cut:
         return formula_cut(blocks, order, math.inf)
 
 
-def fits(pricing: Pricing, timeline: Timeline, memory_limit_bytes: float) -> bool:
+def fits(pricing: Pricing, timeline: Outline, memory_limit_bytes: float) -> bool:
     """Whether every rank holds no more than the limit, and what its devices have beyond that, by the simulated lists."""
     return max(timeline.peak_bytes(rank) - pricing.spare_bytes(rank) for rank in range(timeline.num_ranks)) <= memory_limit_bytes
 

@@ -3,15 +3,14 @@
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 from autopar.core.graph import block_of
 from autopar.core.memory import MemoryUse
 from autopar.core.mixed import Machines
 from autopar.core.pipeline import RECEIVES_AHEAD, SENDS_BEHIND, Pipeline, StagePrediction
 from autopar.core.plan import Prediction
-from autopar.core.schedule import Kind
-from autopar.core.timeline import Timeline
+from autopar.cost_models.outline import Outline
 from autopar.cost_models.pipeline import StageCost
 from autopar.planner.blocks import Blocks, Order, edge_costs, timed
 from autopar.planner.cuts import Cut
@@ -137,7 +136,7 @@ class Staged:
         )
 
     @cached_property
-    def timeline(self) -> Timeline:
+    def timeline(self) -> Outline:
         stages, rank = self.stages, self.stages.placement
         sizes = [(stages.message_bytes(e.source, e.target), stages.message_bytes(e.source, e.target, back=True)) for e in stages.edges]
         messages = edge_costs(self.pricing, [(rank[e.source], rank[e.target]) for e in stages.edges], sizes)
@@ -225,7 +224,7 @@ class Staged:
             num_params=sum(graph.values[v].meta.numel for v in graph.params),
             forward_s=cost.forward_s,
             backward_s=cost.input_gradient_s + cost.weight_gradient_s,
-            in_flight=self._in_flight(stage.number),
+            in_flight=self.timeline.in_flight[stage.number],
             peak_memory_bytes=self._memory_of[stage.number].high_bytes,
             sent_bytes=self._sent_bytes(stage.number),
         )
@@ -236,21 +235,6 @@ class Staged:
         start, end = list(pairwise((*self.stages.starts, len(ops))))[0 if self.stages.pipeline.shares else stage]  # copies are whole
         paths = [block_of(op.module_path) or op.module_path for op in ops[start:end] if op.module_path]
         return (paths[0], paths[-1]) if paths else ("", "")
-
-    def _in_flight(self, stage: int) -> int:
-        """Microbatches between the begin of their forward and the end of their backward, at most."""
-        return max(accumulate([change for _, change in sorted(self._begun_and_ended[stage])]))
-
-    @cached_property
-    def _begun_and_ended(self) -> tuple[list[tuple[float, int]], ...]:
-        """By stage, when microbatches begin their forward and end their backward: one more in flight, or one less."""
-        found: tuple[list[tuple[float, int]], ...] = tuple([] for _ in self.stages.stages)
-        for span in self.timeline.spans:
-            if span.action.kind is Kind.F:
-                found[span.action.stage].append((span.start_s, 1))
-            elif span.action.kind in (Kind.B, Kind.W):
-                found[span.action.stage].append((span.end_s, -1))
-        return found
 
     def _sent_bytes(self, stage: int) -> int:
         stages, placement = self.stages, self.stages.placement

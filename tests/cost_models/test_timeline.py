@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from autopar.core.schedule import Action, Edge, Kind, Schedule, chain
 from autopar.core.timeline import Timeline
+from autopar.cost_models.outline import Outline
 from autopar.cost_models.pipeline import EdgeCost, PipelineCost, StageCost, received_bytes
 from autopar.cost_models.stopwatch import Stopwatch
 from autopar.cost_models.timeline import simulate
@@ -210,6 +212,30 @@ def cases(draw: st.DrawFn) -> tuple[Schedule, PipelineCost]:
 
     cost = PipelineCost(tuple(stage() for _ in range(stages)), tuple(edge() for _ in edges), tuple(draw(seconds) for _ in schedule.tied))
     return schedule, cost
+
+
+def in_flight(timeline: Timeline, stage: int) -> int:
+    """What ends at a moment is gone before what begins then."""
+    here = [span for span in timeline.spans if span.action.stage == stage]
+    begun = [(span.start_s, 1) for span in here if span.action.kind is Kind.F]
+    return max(itertools.accumulate(change for _, change in sorted([*begun, *((span.end_s, -1) for span in here if span.action.kind in (Kind.B, Kind.W))])))
+
+
+@settings(max_examples=400, deadline=None)
+@given(cases(), st.sampled_from([1.0, 0.1, math.pi]))
+def test_an_outline_says_what_the_timeline_does_to_the_last_bit(case: tuple[Schedule, PipelineCost], scale: float) -> None:
+    """Seconds that are quarters meet at the same moments; scaled, most are rounded."""
+    schedule, cost = case
+    seconds = ("forward_s", "input_gradient_s", "weight_gradient_s", "gather_s", "reduce_s", "step_s")
+    scaled = tuple(replace(stage, **{name: scale * getattr(stage, name) for name in seconds}) for stage in cost.stages)
+    cost = replace(cost, stages=scaled)
+    timeline, ranks, stages = simulate(schedule, cost), range(schedule.num_ranks), range(schedule.num_stages)
+    found = Stopwatch(schedule).outline(cost)
+    assert found == Outline.of(timeline, schedule.num_stages)
+    assert (found.step_time_s, found.num_ranks, found.bubble_fraction) == (timeline.step_time_s, timeline.num_ranks, timeline.bubble_fraction)
+    assert [found.busy_s(rank) for rank in ranks] == [timeline.busy_s(rank) for rank in ranks]
+    assert [found.peak_bytes(rank) for rank in ranks] == [timeline.peak_bytes(rank) for rank in ranks]
+    assert list(found.in_flight) == [in_flight(timeline, stage) for stage in stages]
 
 
 @settings(max_examples=100, deadline=None)
