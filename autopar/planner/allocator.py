@@ -1,24 +1,34 @@
 """What a rank's allocator would report: storages that are held and dropped, by part, and the fullest moment."""
 
-from autopar.core.memory import PARTS, MemoryUse
+from typing import NamedTuple
+
+from autopar.core.memory import PARTS
+
+
+class Peak(NamedTuple):
+    """A moment, what is held then in all, and by part."""
+
+    total: int
+    parts: dict[str, int]
+    moment: tuple[str, ...]
 
 
 class Memory:
-    """Storages by number, how often each is held, and the fullest moment so far, when `most` bytes were held."""
+    """Storages by number, how often each is held, and the fullest moment of late, when `most` bytes were held."""
 
     def __init__(self, **parts: int) -> None:
         self.parts = dict.fromkeys(PARTS, 0) | parts
         self.total = sum(self.parts.values())
         self.most = self.total
-        self._peak = (self.parts.copy(), ("between steps",))
+        self._peak = Peak(self.total, self.parts.copy(), ("between steps",))
         self._sizes: list[int] = []
         self._part: list[str] = []
         self._count: list[int] = []
 
-    @property
-    def peak(self) -> MemoryUse:
-        parts, moment = self._peak
-        return MemoryUse(moment=" of ".join(moment), **parts)
+    def fullest(self) -> Peak | None:
+        """The fullest moment since this was asked last, if there was any."""
+        found, self.most = self._peak if self.most >= 0 else None, -1
+        return found
 
     @property
     def num_storages(self) -> int:
@@ -48,6 +58,9 @@ class Memory:
             self.parts[self._part[storage]] -= num_bytes
             self.total -= num_bytes
 
+    def size(self, storage: int) -> int:
+        return self._sizes[storage]
+
     def shared(self, storage: int) -> bool:
         return self._count[storage] > 1
 
@@ -68,4 +81,4 @@ class Memory:
             self.most = total
             parts = self.parts.copy()
             parts[part] += workspace
-            self._peak = parts, moment
+            self._peak = Peak(total, parts, moment)

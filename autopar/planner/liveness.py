@@ -18,7 +18,8 @@ from autopar.core.buckets import IN_FLIGHT
 from autopar.core.cluster import Cluster
 from autopar.core.memory import MemoryUse
 from autopar.core.residency import computes_again
-from autopar.planner.allocator import Memory
+from autopar.planner.allocator import Memory, Peak
+from autopar.planner.arrivals import Arrival, Arrivals, Stretch
 from autopar.planner.held import UPDATE, Beside, Group, Held, Holdings, fullest, received_bytes, resident
 from autopar.planner.regather import gathers, regathered
 from autopar.planner.steps import ONCE, Run, Step, Steps, steps_of
@@ -44,26 +45,24 @@ Values = dict[int, int]
 
 @dataclass
 class _Walk:
-    """One training step of a rank. `leaf`: gradients of working copies; `totals`: sums of buckets (negative keys: of units); `saved`: by segment and step."""
+    """The passes of a rank, gradients of parameters left out from where they are whole (`Arrivals`). `saved`: by segment and step; `opening`: the fullest moment before the
+    passes, `between`: what is held between them; `stretches`: of the microbatch at hand."""
 
     program: Program
     steps: Steps
     holdings: Holdings
     memory: Memory
-    engine: Engine
     saved: dict[int, dict[int, list[int]]] = field(default_factory=dict)
     inputs: dict[int, Values] = field(default_factory=dict)
     taped: dict[int, Values] = field(default_factory=dict)
     gradient: Values = field(default_factory=dict)
-    leaf: Values = field(default_factory=dict)
-    totals: Values = field(default_factory=dict)
-    in_flight: list[tuple[int, list[int], int]] = field(default_factory=list)
     fetched: tuple[int, list[int]] | None = None
     awaited: dict[int, int] = field(default_factory=dict)
-    missing: dict[int, int] = field(default_factory=dict)
-    filling: Values = field(default_factory=dict)
     handed: list[int] = field(default_factory=list)
     first_storage: list[int] = field(default_factory=list)
+    opening: Peak | None = None
+    between: Mapping[str, int] = field(default_factory=dict)
+    stretches: list[Stretch] = field(default_factory=list)
 
     # --- what is known beforehand ------------------------------------------------------------------------------------
 
@@ -88,10 +87,6 @@ class _Walk:
                     found[run.numbers[n]] = found.get(run.numbers[n], 0) + times
         return found
 
-    @cached_property
-    def bucket_of(self) -> Mapping[int, int]:
-        return {h.value: b for b, bucket in enumerate(self.holdings.buckets) for h in bucket.members}
-
     def again(self, s: int) -> bool:
         """Whether a segment is computed again."""
         return s < len(self.program.graph.segments) and computes_again(self.program.mode(s))
@@ -104,6 +99,8 @@ class _Walk:
         self._run(ONCE, values, "preparation", keep=False)
         for storage in values.values():
             self.memory.move(storage, "parameters")
+        self._refresh()
+        self.opening, self.between = self.memory.fullest(), self.memory.parts.copy()
 
     # --- forward -----------------------------------------------------------------------------------------------------
 
@@ -180,7 +177,7 @@ class _Walk:
         self.fetched = (s, [self.memory.new(unit.gathered_rows, "communication") for unit in self.units[s]])
         self.memory.note(*moment)
 
-    def refresh(self) -> None:
+    def _refresh(self) -> None:
         """Working copies, gathered once a step."""
         open_at_a_time = [g.in_flight_bytes for g in self.holdings.flats]
         for n in range(len(open_at_a_time)):
@@ -188,9 +185,8 @@ class _Walk:
 
     # --- backward ----------------------------------------------------------------------------------------------------
 
-    def backward(self, *, last: bool) -> None:
-        self.awaited = dict(self.contributions)
-        self.missing = {b: len(bucket.members) for b, bucket in enumerate(self.holdings.buckets)}
+    def backward(self) -> None:
+        self.awaited, self.stretches = dict(self.contributions), []
         runs = self.steps.runs
         for s, saved in self.saved.items():
             steps = runs[s].script.steps
@@ -200,12 +196,20 @@ class _Walk:
             self.gradient[n] = self.memory.new(num_bytes, "temporaries")
         self._drop(self.handed)
         for s in reversed(range(len(runs))):
-            self._back(s, last)
+            self._back(s)
         self._drop(self.gradient.values())
         self.gradient.clear()
-        self._end(last)
+        self._until()
 
-    def _back(self, s: int, last: bool) -> None:
+    def _until(self, arrival: Arrival | None = None) -> None:
+        self.stretches.append(Stretch(self.memory.fullest(), self.memory.total, self.memory.parts.copy(), arrival))
+
+    @property
+    def is_as_before(self) -> bool:
+        """Whether a microbatch finds what the first one found."""
+        return self.fetched is None and self.memory.parts == self.between
+
+    def _back(self, s: int) -> None:
         run = self.steps.runs[s]
         weights = self._gather(s, back=True, moment=("backward", run.where)) if run.script.live else []
         if self.again(s):
@@ -223,17 +227,15 @@ class _Walk:
                         there[gather.owner] = self.memory.new(gather.num_bytes, "temporaries")
                         self.memory.note("backward", step.moment or run.block, workspace=gather.workspace_bytes, part="communication")
                     read += [there.pop(gather.owner)] if gather.last else []
-                self._differentiate(step, run, read, last)
+                self._differentiate(step, run, read)
         self._drop(self.inputs.pop(s, {}).values())
         self._drop(self.taped.pop(s, {}).values())
         self._drop(weights)
         for n, unit in enumerate(self.units[s]):
-            grads = [self.leaf.pop(h.value) for h in unit.members if h.value in self.leaf]
-            if unit.trained and grads:
-                self._fill(-1 - (s << 10) - n, unit, grads)
-                self._launch(-1 - (s << 10) - n, unit)
+            if unit.trained:
+                self._until(Arrival(s, n, None))
 
-    def _differentiate(self, step: Step, run: Run, saved: Iterable[int], last: bool) -> None:
+    def _differentiate(self, step: Step, run: Run, saved: Iterable[int]) -> None:
         memory, numbers, gradient, moment = self.memory, run.numbers, self.gradient, step.moment or run.block
         arrived = [gradient.pop(n) for here in step.results if (n := numbers[here]) in gradient]
         if arrived:
@@ -251,7 +253,7 @@ class _Walk:
             if n in self.awaited:
                 self.awaited[n] -= 1
                 if self.awaited[n] == 0:
-                    self._arrived(self.holdings.parameters[self.steps.leaves[n]], gradient.pop(n), last)
+                    self._arrived(self.holdings.parameters[self.steps.leaves[n]], gradient.pop(n))
 
     def _add(self, n: int, num_bytes: int, storage: int, moment: str) -> None:
         """Sum in the memory of one of the two where nobody else reads it."""
@@ -266,122 +268,61 @@ class _Walk:
             memory.note("backward", moment)
             self._drop((before, storage))
 
-    def _arrived(self, held: Held, storage: int, last: bool) -> None:
-        """The whole local gradient of a parameter."""
-        memory, v = self.memory, held.value
-        if v in self.leaf:
-            memory.drop(storage)
-        else:
-            if memory.shared(storage):
-                memory.drop(storage)
-                storage = memory.new(held.working, "gradients")
-            self.leaf[v] = memory.move(storage, "gradients")
-        b = self.bucket_of.get(v)
-        if b is not None and (last or held.stage == 2):
-            bucket = self.holdings.buckets[b]
-            self._fill(b, bucket, [self.leaf.pop(v)])
-            self.missing[b] -= 1
-            if self.missing[b] == 0:
-                self._launch(b, bucket)
-
-    def _fill(self, key: int, bucket: Group, grads: list[int]) -> None:
-        """Copy gradients to the rows of their bucket and drop them; of a leaf's that is alone the rows are made."""
-        if key >= 0 and bucket.sent_whole:
-            while len(self.in_flight) >= IN_FLIGHT:
-                self._collect()
-            self.filling[key] = self.memory.move(grads[0], "communication")
-            return
-        if key not in self.filling:
-            while len(self.in_flight) >= IN_FLIGHT:
-                self._collect()
-            self.filling[key] = self.memory.new(bucket.rows, "communication")
-        self.memory.note("reduction of gradients")
-        self._drop(grads)
-
-    def _launch(self, key: int, bucket: Group) -> None:
-        rows = self.filling.pop(key)
-        if bucket.stage == 0:
-            self.totals[key] = rows
-        else:
-            sent = [rows, self.memory.new(bucket.rows_of_others if self.engine.receives else 0, "communication")]
-            self.in_flight.append((key, sent, self.memory.new(bucket.part, "communication")))
-            self.memory.note("reduction of gradients")
-
-    def _collect(self) -> None:
-        key, sent, part = self.in_flight.pop(0)
-        self._drop(sent)
-        if key in self.totals:
-            self.memory.drop(part)
-        else:
-            self.totals[key] = self.memory.move(part, "gradients")
-
-    def _end(self, last: bool) -> None:
-        for key in list(self.filling):
-            self._launch(key, self.holdings.buckets[key])
-        while self.in_flight:
-            self._collect()
-        if not last:
-            return
-        device = not self.program.residency.offload
-        for key, storage in self.totals.items():
-            members = self.holdings.buckets[key].members if key >= 0 else self.units[(-1 - key) >> 10][(-1 - key) & 1023].members
-            self._deliver(storage, list(members), device)
-        for v, storage in self.leaf.items():
-            self._deliver(storage, [self.holdings.parameters[v]], device)
-
-    def _deliver(self, storage: int, members: list[Held], device: bool) -> None:
-        """Gradients as the optimizer wants them: in the dtype of what it updates."""
-        memory = self.memory
-        if device and all(h.stored == h.reduced if h.reduced_over * h.ranks > 1 else h.stored == h.working for h in members):
-            memory.move(storage, "gradients")
-            return
-        if device:
-            memory.new(sum(h.stored for h in members), "gradients")
-            memory.note("reduction of gradients")
-        memory.drop(storage)
+    def _arrived(self, held: Held, storage: int) -> None:
+        """The whole local gradient of a parameter: from here on it is no matter of the passes, but in memory of its own."""
+        num_bytes = held.working if self.memory.shared(storage) else self.memory.size(storage)
+        self.memory.drop(storage)
+        self._until(Arrival(held.value, num_bytes, held))
 
 
 @dataclass(frozen=True)
 class Liveness:
-    """A program with its steps and what it holds of parameters, neither of which depends on what is computed again."""
+    """A program with its steps and what it holds of parameters, neither of which depends on what is computed again. `_begun`: a walk that stands at the end of its first
+    forward, for who goes on from there."""
 
     program: Program
     steps: Steps
     holdings: Holdings
+    _begun: list[_Walk] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, program: Program) -> "Liveness":
         return cls(program, steps_of(program), Holdings(program))
 
-    def _walk(self, engine: Engine) -> _Walk:
-        return _Walk(self.program, self.steps, self.holdings, resident(self.program, self.holdings), engine)
+    def _forward(self) -> _Walk:
+        """The passes up to the end of the first forward."""
+        walk = _Walk(self.program, self.steps, self.holdings, resident(self.program, self.holdings))
+        walk.once()
+        walk.forward()
+        return walk
 
     def kept_by_segment(self) -> tuple[int, ...]:
         """For each segment, and for what leads to the outputs, the bytes of its results that one microbatch keeps from forward to backward; what
         comes from other stages is counted with the first."""
-        walk = self._walk(Engine())
-        walk.once()
-        walk.forward()
+        walk = self._forward()
+        self._begun[:] = [walk]
         first = [*walk.first_storage, walk.memory.num_storages]
         kept = [walk.memory.held_between(a, b) for a, b in zip(first, first[1:])]
         return (kept[0] + received_bytes(self.program), *kept[1:])
 
     def moments(self, engine: Engine) -> tuple[MemoryUse, ...]:
         """The fullest moment of the passes, and the optimizer step; of a rank that holds nothing else."""
-        walk = self._walk(engine)
-        memory, residency = walk.memory, self.program.residency
-        walk.once()
-        walk.refresh()
-        times = min(residency.micro_batches, 3)
+        residency = self.program.residency
+        walk = self._begun.pop() if self._begun else self._forward()
+        assert walk.opening is not None, "what a rank holds is looked at before the passes"
+        arrivals, times = Arrivals(self.program, self.holdings, walk.units, engine.receives, walk.opening), min(residency.micro_batches, 3)
         for m in range(times):
-            walk.forward()
-            walk.backward(last=m + 1 == times)
+            if m == 0 or not walk.is_as_before:
+                if m:
+                    walk.forward()
+                walk.backward()
+            arrivals.follow(walk.stretches, last=m + 1 == times)
         stored = [h.stored for h in self.holdings.parameters.values() if h.trained]
         if not stored or residency.offload:
-            return (memory.peak,)
-        parts = memory.parts | {"activations": 0}  # the square root of the second moment, and its quotient
+            return (arrivals.peak,)
+        parts = arrivals.held | {"activations": 0}  # the square root of the second moment, and its quotient
         parts["temporaries"] += 2 * max(stored) if engine.one_by_one else sum(stored)
-        return memory.peak, MemoryUse(moment=UPDATE, **parts)
+        return arrivals.peak, MemoryUse(moment=UPDATE, **parts)
 
 
 def kept_by_segment(program: Program) -> tuple[int, ...]:
