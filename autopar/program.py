@@ -10,46 +10,19 @@ from functools import cached_property
 
 from autopar.core.again import AGAIN, RESHAPES, Part, computed_again, kept_by_selective, replayed
 from autopar.core.graph import DTYPE_BYTES, OpGraph
-from autopar.core.layout import I, Layout, R, local_shape
+from autopar.core.layout import Layout, local_shape
 from autopar.core.ledger import Ledger, LedgerKey
 from autopar.core.mesh import Mesh
-from autopar.core.moves import COLLECTIVES, Step, step_input_bytes
+from autopar.core.moves import COLLECTIVES, step_input_bytes
 from autopar.core.residency import Residency, computes_again
+from autopar.core.routes import Move, Route, route_steps, without_r
 from autopar.core.rule import OpRule, Strategy
 from autopar.core.zero import zero_layout
-
-Route = tuple[Layout, ...]
-"""The layouts a value goes through, first to last; one entry where nothing moves."""
 
 MODELESS = "stored", "gathered", "backward_segments", "_first_user", "communicates_once"  # found whatever the modes of recomputation are
 
 Tensor = tuple[int, Route]
 """A value at the end of a route."""
-
-
-def without_r(layout: Layout) -> Layout:
-    """For a tensor without gradient R and I are the same; I is the canonical one."""
-    return tuple(I if p == R else p for p in layout)
-
-
-def route_steps(route: Route) -> tuple[Step, ...]:
-    """Steps between neighbouring layouts of a route (each changes one axis)."""
-    found = []
-    for here, there in zip(route, route[1:]):
-        axis = next(a for a in range(len(here)) if here[a] != there[a])
-        found.append(Step(axis, here[axis], there[axis]))
-    return tuple(found)
-
-
-@dataclass(frozen=True)
-class Move:
-    """One step of one value: the unit of communication. `src` is the layout before it; `live`: a gradient comes back; `again`: recomputation repeats it."""
-
-    value: int
-    src: Layout
-    step: Step
-    live: bool
-    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -195,14 +168,23 @@ class Program:
     @cached_property
     def move_of(self) -> Mapping[tuple[int, Route], Move]:
         """By value and route up to and with the step, which is made for the first operator that uses it; of what is computed once those that stand for all."""
+        return {**self._modeless._moves, **self._repeated_moves}
+
+    @cached_property
+    def _repeated_moves(self) -> Mapping[tuple[int, Route], Move]:
+        moves = ((key, self._modeless._moves.get(key)) for key, what in self.becomes.items() if what == AGAIN)
+        return {key: replace(move, again=True) for key, move in moves if move is not None and move.step.forward in COLLECTIVES}
+
+    @cached_property
+    def _moves(self) -> Mapping[tuple[int, Route], Move]:
+        """The same where none is repeated."""
         seen: dict[tuple[int, Route], Move] = {}
         for value, route, live in self.moving():
             for n, step in enumerate(route_steps(route), start=1):
                 key = (value, route[: n + 1])
                 key = self.once.get(key, key)
                 if key not in seen:
-                    again = step.forward in COLLECTIVES and self.becomes.get(key) == AGAIN
-                    seen[key] = Move(value, route[n - 1], step, live, again=again)
+                    seen[key] = Move(value, route[n - 1], step, live)
                 elif live and not seen[key].live:
                     seen[key] = replace(seen[key], live=True)
         return seen
@@ -259,17 +241,26 @@ class Program:
     def in_modes(self, recompute: Mapping[str, str]) -> "Program":
         """The same under other modes of recomputation."""
         made, known = replace(self, residency=replace(self.residency, recompute=recompute)), vars(self)
-        vars(made).update({name: known[name] for name in MODELESS if name in known}, _parts=self._parts, once=self.once)  # a search asks for many modes
+        vars(made).update({name: known[name] for name in MODELESS if name in known}, _first=self._modeless, once=self.once)  # a search asks for many modes
         return made
+
+    @property
+    def _modeless(self) -> "Program":
+        """The first of those that differ in modes of recomputation alone: what these do not change is found of that."""
+        return vars(self).get("_first", self)
 
     def parts(self, s: int) -> tuple[Part, ...]:
         """The moves and operators of a segment that every microbatch makes, in the order in which they are emitted. Tensors are named (value, route)."""
-        if s not in self._parts:
-            self._parts[s] = tuple(self._parts_of(s))
-        return self._parts[s]
+        if s not in (known := self._modeless._parts):
+            known[s] = tuple(self._parts_of(s))
+        return known[s]
 
     @cached_property
     def _parts(self) -> dict[int, tuple[Part, ...]]:
+        return {}
+
+    @cached_property
+    def _replayed(self) -> dict[tuple[int, str], tuple[str, ...]]:
         return {}
 
     def _parts_of(self, s: int) -> Iterator[Part]:
@@ -311,8 +302,10 @@ class Program:
     @cached_property
     def replays(self) -> Mapping[int, tuple[str, ...]]:
         """Segment of which not everything is kept -> what becomes of the results of each of its parts."""
-        again = (s for s in range(len(self.graph.segments)) if self.mode(s) != "none" and self.backward_segments[s])
-        return {s: replayed(self.parts(s), self.mode(s)) for s in again}
+        known = self._modeless._replayed
+        again = [(s, mode) for s, backward in enumerate(self.backward_segments) if backward and (mode := self.mode(s)) != "none"]
+        known.update({(s, mode): replayed(self.parts(s), mode) for s, mode in again if (s, mode) not in known})
+        return {s: known[s, mode] for s, mode in again}
 
     @cached_property
     def repeated(self) -> Mapping[int, float]:
@@ -333,6 +326,13 @@ class Program:
     @cached_property
     def ledger(self) -> Ledger:
         """Predicted communication of one training step, per rank."""
+        times = self.residency.micro_batches
+        again = ((self.key(move.step.forward, (move.step.axis,)), times * self.local_bytes(move.value, move.src)) for move in self._repeated_moves.values())
+        return Ledger.sum((*self._modeless._plain_ledger.input_bytes, *again))
+
+    @cached_property
+    def _plain_ledger(self) -> Ledger:
+        """The same where nothing is repeated."""
         return Ledger.sum(self._entries())
 
     def key(self, primitive: str, axes: tuple[int, ...]) -> LedgerKey:
@@ -343,11 +343,11 @@ class Program:
 
     def _entries(self) -> Iterator[tuple[LedgerKey, int]]:
         live, times = self.graph.differentiated, self.residency.micro_batches
-        for move in self.moves:
+        for move in self._moves.values():
             size = self.local_bytes(move.value, move.src) * (1 if move.value in self.graph.once else times)
             step = move.step
             if step.forward in COLLECTIVES:
-                yield self.key(step.forward, (step.axis,)), size * (1 + move.again)
+                yield self.key(step.forward, (step.axis,)), size
             if step.backward in COLLECTIVES and move.live:
                 yield self.key(step.backward, (step.axis,)), round(step_input_bytes(step.backward, step, self.mesh, size, backward=True))
         yield from self._inner_entries(live)

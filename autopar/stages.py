@@ -144,13 +144,13 @@ class Stages:
         program = self.stages[target].program
         return sum(program.local_bytes(v, program.produced[v]) for v in (self.answers(source, target) if back else self.stages[source].gives[target]))
 
-    def ledger(self, rank: int) -> Ledger:
-        """Predicted communication of a training step of each device of one rank of the pipeline."""
-        return Ledger.sum(self._entries(rank))
+    def ledger(self, rank: int, alike: Sequence[Program] = ()) -> Ledger:
+        """Predicted communication of a training step of each device of one rank of the pipeline; `alike`: programs to take in place of those of the stages."""
+        return Ledger.sum(self._entries(rank, alike or self.alike))
 
-    def _entries(self, rank: int) -> Iterable[tuple[LedgerKey, int]]:
+    def _entries(self, rank: int, alike: Sequence[Program]) -> Iterable[tuple[LedgerKey, int]]:
         times, placement = self.whole.residency.micro_batches, self.placement
-        for program, where in zip(self.alike, placement, strict=True):
+        for program, where in zip(alike, placement, strict=True):
             if where == rank:
                 yield from program.ledger.input_bytes
         for edge in self.edges:

@@ -200,11 +200,16 @@ class Staged:
     @property
     def communicated_bytes(self) -> int:
         """Of the rank that receives most."""
-        return max(self.stages.ledger(rank).total_bytes for rank in range(self.order.num_ranks))
+        return max(self.stages.ledger(rank, self._programs).total_bytes for rank in range(self.order.num_ranks))
+
+    @cached_property
+    def _programs(self) -> tuple[Program, ...]:
+        """Of the stages, or the same but for names, of which more is known."""
+        return tuple(walked.program for walked in self._walked)
 
     def sum_of(self, rank: int, cost: Callable[[Program], float]) -> float:
         """Of the stages of a rank."""
-        programs = [program for program, where in zip(self.stages.alike, self.stages.placement, strict=True) if where == rank]
+        programs = [program for program, where in zip(self._programs, self.stages.placement, strict=True) if where == rank]
         costs = {id(program): cost(program) for program in {id(program): program for program in programs}.values()}
         return sum(costs[id(program)] for program in programs)
 
