@@ -238,8 +238,9 @@ class Staged:
         """The first and the last block or module of a stage."""
         ops = self.stages.whole.graph.ops
         start, end = list(pairwise((*self.stages.starts, len(ops))))[0 if self.stages.pipeline.shares else stage]  # copies are whole
-        paths = [block_of(op.module_path) or op.module_path for op in ops[start:end] if op.module_path]
-        return (paths[0], paths[-1]) if paths else ("", "")
+        there = (next((op.module_path for op in run if op.module_path), "") for run in (ops[start:end], reversed(ops[start:end])))
+        first, last = (block_of(path) or path for path in there)
+        return first, last
 
     def _sent_bytes(self, stage: int) -> int:
         stages, placement = self.stages, self.stages.placement
