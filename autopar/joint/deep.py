@@ -138,6 +138,10 @@ class Deep:
         """See `Mixture.least_bytes`."""
         return self.mixture.least_bytes(self.order, rank, dict(self._blocks(rank)))
 
+    def high_bytes(self, rank: int, *, heavy: bool) -> np.ndarray:
+        """See `Mixture.high_bytes`."""
+        return self.mixture.high_bytes(self.order, rank, dict(self._blocks(rank)), heavy=heavy)
+
     def with_blocks(self, stage: int, blocks: int) -> "Deep":
         """The same with another number of blocks in one stage."""
         return replace(self, depths=(*self.depths[:stage], Depth(blocks), *self.depths[stage + 1 :]))
@@ -264,14 +268,15 @@ def _fitted(deep: Deep, limit_bytes: float) -> Deep | None:
 def _fewest(deep: Deep, rank: int, limit_bytes: float) -> int | None:
     least = deep.least_bytes(rank)
 
-    def fits(number: int) -> bool:
-        return bool(least[number] <= limit_bytes) and deep.rank_memory(rank, deep.with_heavy(rank, number)).high_bytes <= limit_bytes
-
-    if fits(0):
-        return 0
     low, high = 0, len(least) - 1
-    if deep.heavy is deep.light or not fits(high):
+    if least[low] <= limit_bytes and deep.high_bytes(rank, heavy=False)[low] <= limit_bytes:
+        return low
+    if deep.heavy is deep.light or least[high] > limit_bytes or deep.high_bytes(rank, heavy=True)[high] > limit_bytes:
         return None
+
+    def fits(number: int) -> bool:
+        return bool(least[number] <= limit_bytes) and all(deep.high_bytes(rank, heavy=heavy)[number] <= limit_bytes for heavy in (True, False))
+
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle, high)

@@ -19,7 +19,7 @@ from autopar.core.unroll import Run
 from autopar.cost_models.pipeline import EdgeCost, StageCost
 from autopar.joint.fold import SHOWN, shown
 from autopar.planner.blocks import Order
-from autopar.planner.held import Beside, state_of
+from autopar.planner.held import Beside, fullest_bytes, state_of
 from autopar.planner.liveness import Engine, Liveness, fullest
 from autopar.planner.staging import Staged, Walked
 from autopar.planner.states import Pricing
@@ -193,6 +193,10 @@ class Kinds:
         """The fullest moment of a stage of this kind. What lies beside it is there at every moment, so the moment is the same for all."""
         return fullest(self._alone[kind], beside)
 
+    def high_bytes(self, kind: int, beside: Beside, activations: np.ndarray) -> np.ndarray:
+        """Of `peak`, with each of so many activations beside it."""
+        return fullest_bytes(self._alone[kind], beside, activations)
+
     @cached_property
     def _alone(self) -> Sequence[tuple[MemoryUse, ...]]:
         return PerKind(lambda kind: self.walks[kind].moments(self.cut.engine))
@@ -222,6 +226,7 @@ class Mixture:
     _costs: dict[tuple[int, Depth], StageCost] = field(default_factory=dict)
     _peaks: dict[tuple, MemoryUse] = field(default_factory=dict)
     _least: dict[tuple, np.ndarray] = field(default_factory=dict)
+    _high: dict[tuple, np.ndarray] = field(default_factory=dict)
     _steps: dict[tuple[Order, tuple[Depth, ...]], tuple[float, float]] = field(default_factory=dict)
     _numbers: dict[Hashable, tuple[float, int | None]] = field(default_factory=dict)
 
@@ -278,15 +283,55 @@ class Mixture:
         whole = self._state(tuple((kind, depth.blocks) for kind, depth in held))
         light = {k for k, depth in held if depth.heavy < depth.blocks}
         heavy = {k for k, depth in held if depth.heavy}
-        message = max(self.light.cut.message.activation_bytes, self.light.cut.message.gradient_bytes) if order.num_ranks > 1 else 0
-        queued = Beside(communication=RECEIVES_AHEAD * message, unsettled=SENDS_BEHIND * len(held) * message)
+        queued = self._queued(order, len(held))
         computing = [(self.light, k) for k in sorted(light)] + [(self.heavy, k) for k in sorted(heavy)]
-        return max((self._computing(kinds, k, whole, kept, queued) for kinds, k in computing), key=lambda peak: peak.high_bytes)
+        peaks = [kinds.peak(k, replace(self._beside(k, whole, queued), activations=max(0, kept - kinds.kept_bytes[k]))) for kinds, k in computing]
+        return max(peaks, key=lambda peak: peak.high_bytes)
 
     def _arriving(self, order: Order, held: tuple[tuple[int, Depth], ...]) -> list[int]:
         """What parameters of each stage arrive in while it has no microbatch yet."""
         of_kind = self.light.cut.arriving_bytes
         return [of_kind[kind] + (depth.blocks - SHOWN_BY[kind]) * of_kind[MIDDLE] if order.num_ranks > 1 else 0 for kind, depth in held]
+
+    def _queued(self, order: Order, num_stages: int) -> Beside:
+        """Messages of a rank of so many stages."""
+        message = max(self.light.cut.message.activation_bytes, self.light.cut.message.gradient_bytes) if order.num_ranks > 1 else 0
+        return Beside(communication=RECEIVES_AHEAD * message, unsettled=SENDS_BEHIND * num_stages * message)
+
+    def high_bytes(self, order: Order, rank: int, held: Mapping[int, tuple[int, int]], *, heavy: bool) -> np.ndarray:
+        """[number + 1]: the bytes of `peak` with so many blocks of the rank in the heavier mode, those of the first of its stages, while a block computes that is in
+        the heavier mode, or one in the lighter; 0 where there is none. `held`: kind and blocks by stage."""
+        key = order.schedule, order.num_ranks, order.num_microbatches, rank, tuple(held.items()), heavy
+        if key not in self._high:
+            self._high[key] = self._high_bytes(order, rank, held, heavy)
+        return self._high[key]
+
+    def _high_bytes(self, order: Order, rank: int, held: Mapping[int, tuple[int, int]], heavy: bool) -> np.ndarray:
+        counts, kept = _counts(order)[rank], self._kept_by_number(held)
+        stages = [held[s] for s in sorted(held)]
+        arriving = self._arriving(order, tuple((kind, Depth(blocks)) for kind, blocks in stages))
+        most = np.where(counts[:, :, None], counts[:, :, None] * kept, np.array(arriving)[:, None]).sum(axis=1).max(axis=0)
+        whole, queued, kinds = self._state(tuple(stages)), self._queued(order, len(held)), self.heavy if heavy else self.light
+        computing, before = dict[int, int](), 0
+        for kind, blocks in held.values():  # a block in the heavy mode from the first number of a kind on, one in the light mode to before the last
+            computing[kind] = min(before + 1, computing.get(kind, before + 1)) if heavy else before + blocks
+            before += blocks
+        high = np.zeros(before + 1, dtype=int)
+        for kind, number in computing.items():
+            some = slice(number, None) if heavy else slice(number)
+            bytes_of_kind = kinds.high_bytes(kind, self._beside(kind, whole, queued), (most[some] - kinds.kept_bytes[kind]).clip(0))
+            high[some] = np.maximum(high[some], bytes_of_kind)
+        return high
+
+    def _kept_by_number(self, held: Mapping[int, tuple[int, int]]) -> np.ndarray:
+        """[stages, number + 1]: what stages of a rank keep of a microbatch with so many of its blocks in the heavier mode."""
+        numbers, before, kept = np.arange(sum(blocks for _, blocks in held.values()) + 1), 0, {}
+        for s, (kind, blocks) in held.items():
+            by_heavy = self._kept(kind, Depth(blocks)) + np.arange(blocks + 1) * (self.heavy.kept_inside - self.light.kept_inside)
+            by_heavy[blocks] = self._kept(kind, Depth(blocks, blocks))
+            kept[s] = by_heavy[(numbers - before).clip(0, blocks)]
+            before += blocks
+        return np.array([kept[s] for s in sorted(kept)])
 
     def _state(self, held: tuple[tuple[int, int], ...]) -> dict[str, int]:
         """What a rank holds between passes of stages of these kinds and numbers of blocks."""
@@ -307,22 +352,16 @@ class Mixture:
     def _least_bytes(self, order: Order, rank: int, held: Mapping[int, tuple[int, int]]) -> np.ndarray:
         state, states = self._state(tuple(held.values())), self.light.cut.states
         least = state["parameters"] + state["optimizer"] + state["gradients"] - max(states[k].gradients for k, _ in held.values())
-        numbers, before, kept = np.arange(sum(blocks for _, blocks in held.values()) + 1), 0, {}
-        for s, (kind, blocks) in held.items():
-            by_heavy = self._kept(kind, Depth(blocks)) + np.arange(blocks + 1) * (self.heavy.kept_inside - self.light.kept_inside)
-            by_heavy[blocks] = self._kept(kind, Depth(blocks, blocks))
-            kept[s] = by_heavy[(numbers - before).clip(0, blocks)]
-            before += blocks
-        return least + (_counts(order)[rank] @ np.array([kept[s] for s in sorted(kept)])).max(axis=0)
+        return least + (_counts(order)[rank] @ self._kept_by_number(held)).max(axis=0)
 
-    @staticmethod
-    def _computing(kinds: Kinds, kind: int, whole: Mapping[str, int], kept: int, queued: Beside) -> MemoryUse:
-        """While a stage of this kind computes in one of the modes: what it has of the `whole` state and of the `kept` bytes is its own, the rest lies beside it."""
-        parts = {part: max(0, total - getattr(kinds.cut.states[kind], part)) for part, total in whole.items()}
-        parts["parameters"] = max(0, parts["parameters"] - kinds.cut.lasting_bytes(((kind, SHOWN_BY[kind]),)))
-        if kinds.cut.engine.one_by_one:
+    def _beside(self, kind: int, whole: Mapping[str, int], queued: Beside) -> Beside:
+        """While a stage of this kind computes: what it has of the `whole` state is its own, the rest lies beside it."""
+        cut = self.light.cut
+        parts = {part: max(0, total - getattr(cut.states[kind], part)) for part, total in whole.items()}
+        parts["parameters"] = max(0, parts["parameters"] - cut.lasting_bytes(((kind, SHOWN_BY[kind]),)))
+        if cut.engine.one_by_one:
             parts["temporaries"] = 0
-        return kinds.peak(kind, replace(queued, **parts, activations=max(0, kept - kinds.kept_bytes[kind])))
+        return replace(queued, **parts)
 
 
 @lru_cache(maxsize=64)

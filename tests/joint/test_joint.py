@@ -4,6 +4,7 @@ from dataclasses import replace
 from itertools import combinations, combinations_with_replacement, pairwise, product
 from random import Random
 
+import numpy as np
 import pytest
 
 from autopar.core.cluster import Cluster
@@ -225,6 +226,25 @@ def test_no_rank_holds_less_than_what_is_known_without_its_backward() -> None:
                 for rank in range(order.num_ranks):
                     for number, least in enumerate(deep.least_bytes(rank)):
                         assert 0 < least <= deep.rank_memory(rank, deep.with_heavy(rank, number)).high_bytes
+
+
+@pytest.mark.parametrize("cluster", [A100, Cluster.local(8)], ids=["gpu", "cpu"])
+@pytest.mark.parametrize("dims", [LLAMA, GPT], ids=["llama", "gpt"])
+def test_what_a_rank_holds_is_known_for_all_numbers_of_heavier_blocks_at_once(dims, cluster: Cluster) -> None:
+    """The same bytes as one by one, by those that compute in each of the modes."""
+    draw = Random(0)
+    for point, order, zero in POINTS.values():
+        joint = joint_search(dims, cluster, point.num_microbatches * point.samples, (f"zero={zero}",))
+        search = PointSearch(joint, point)
+        search.ideal_s(Ideal(cluster, joint.run, joint.task))
+        sharding = Sharding.of(draw.choice([*programs(search)]), search.pricing, joint.run, Engine.of(cluster), ("none", "selective", "full+gather", "full"))
+        for light, heavy in combinations_with_replacement(sharding.modes, 2):
+            ends = sorted(draw.sample(range(1, joint.run.depth), order.num_stages - 1))
+            depths = tuple(Depth(b - a) for a, b in pairwise((0, *ends, joint.run.depth)))
+            deep = Deep(light, heavy, draw.choice([order, replace(order, num_microbatches=draw.randint(1, 8) * order.num_ranks)]), depths, draw.random() < 0.5)
+            for rank in range(order.num_ranks):
+                by_heavy = [deep.rank_memory(rank, deep.with_heavy(rank, n)).high_bytes for n in range(len(deep.least_bytes(rank)))]
+                assert np.maximum(deep.high_bytes(rank, heavy=False), deep.high_bytes(rank, heavy=True)).tolist() == by_heavy
 
 
 def test_plans_bind_to_the_whole_graph_alike_every_time() -> None:
