@@ -144,9 +144,9 @@ class Deep:
         """See `Mixture.high_by_blocks`."""
         return self.mixture.high_by_blocks(self.order, rank, _kind(rank, self.order.num_stages))
 
-    def with_blocks(self, stage: int, blocks: int) -> "Deep":
-        """The same with another number of blocks in one stage."""
-        return replace(self, depths=(*self.depths[:stage], Depth(blocks), *self.depths[stage + 1 :]))
+    def least_by_blocks(self, rank: int) -> np.ndarray:
+        """See `Mixture.least_by_blocks`."""
+        return self.mixture.least_by_blocks(self.order, rank, _kind(rank, self.order.num_stages))
 
     def ways(self, rank: int) -> Hashable:
         """What the ways to mix the modes of a rank's blocks depend on."""
@@ -206,11 +206,20 @@ def even_depths(kinds: Kinds, num_stages: int, most: Sequence[int] = ()) -> tupl
 def roomy_depths(sharding: Sharding, order: Order, even: Sequence[Depth], limit_bytes: float) -> tuple[Depth, ...] | None:
     """As even as fits where ranks have one stage each: none has more blocks than fit in the mode that holds least. None where the even ones do not
     want for room, or there is not enough for all blocks."""
-    alone = [Deep(kinds, kinds, order, tuple(even)) for kinds in sharding.modes]
-    most = [_most_blocks(alone, rank, limit_bytes) for rank in range(order.num_ranks)]
-    if sum(most) < sharding.cut.run.depth or min(most) < 1 or all(blocks.blocks <= number for blocks, number in zip(even, most)):
+    alone, depth = [Deep(kinds, kinds, order, tuple(even)) for kinds in sharding.modes], sharding.cut.run.depth
+    most = [max([_largest(deep.least_by_blocks(rank) <= limit_bytes) for deep in alone]) for rank in range(order.num_ranks)]
+    for rank in range(order.num_ranks):
+        if sum(most) < depth or min(most) < 1:
+            return None  # what is known without a walk of the modes is often enough
+        most[rank] = _most_blocks(alone, rank, limit_bytes)
+    if sum(most) < depth or min(most) < 1 or all(blocks.blocks <= number for blocks, number in zip(even, most)):
         return None
     return even_depths(sharding.light, len(even), most)
+
+
+def _largest(fits: np.ndarray) -> int:
+    """Number of blocks that fits, where `fits` says so of one and more."""
+    return int(fits.nonzero()[0].max(initial=-1)) + 1
 
 
 def _most_blocks(alone: Sequence[Deep], rank: int, limit_bytes: float) -> int:
@@ -221,7 +230,7 @@ def _most_blocks(alone: Sequence[Deep], rank: int, limit_bytes: float) -> int:
         def fits(blocks: int, deep: Deep = deep) -> bool:
             return bool(deep.high_by_blocks(rank)[blocks - 1] <= limit_bytes)
 
-        if low < depth and deep.with_blocks(rank, low + 1).least_bytes(rank)[0] <= limit_bytes and fits(low + 1):  # the bound is known without a walk of the mode
+        if low < depth and deep.least_by_blocks(rank)[low] <= limit_bytes and fits(low + 1):  # the bound is known without a walk of the mode
             low, high = low + 1, depth + 1
             while high - low > 1:
                 middle = (low + high) // 2

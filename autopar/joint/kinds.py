@@ -226,11 +226,27 @@ class Mixture:
     def _high_by_blocks(self, order: Order, rank: int, kind: int) -> np.ndarray:
         cut, more = self.light.cut, np.arange(self.light.cut.run.depth)
         one, two = (cut.state_bytes(((kind, blocks),)) for blocks in (1, 2))
-        kept = self._most_kept(order, rank, (self.light.kept_bytes[kind] + more * self.light.kept_inside)[None], [(kind, more + 1)])
+        kept = self._most_kept(order, rank, self._kept_by_blocks(kind)[None], [(kind, more + 1)])
         beside = Beside(**{part: more * (two[part] - one[part]) for part in STATE if not (part == "temporaries" and cut.engine.one_by_one)})
         queued = self._queued(order, 1)
         beside = replace(beside, communication=queued.communication, unsettled=queued.unsettled)
         return self.light.high_bytes(kind, beside, np.maximum(0, kept - self.light.kept_bytes[kind]))
+
+    def least_by_blocks(self, order: Order, rank: int, kind: int) -> np.ndarray:
+        """[blocks - 1]: of the same rank `least_bytes`."""
+        key = order.schedule, order.num_ranks, order.num_microbatches, rank, kind
+        if key not in self._least:
+            self._least[key] = self._least_by_blocks(order, rank, kind)
+        return self._least[key]
+
+    def _least_by_blocks(self, order: Order, rank: int, kind: int) -> np.ndarray:
+        cut = self.light.cut
+        one, two = (sum([cut.state_bytes(((kind, blocks),))[part] for part in ("parameters", "optimizer", "gradients")]) for blocks in (1, 2))
+        state = one - cut.states[kind].gradients + np.arange(cut.run.depth) * (two - one)
+        return state + (_counts(order)[rank] * self._kept_by_blocks(kind)).max(axis=0)
+
+    def _kept_by_blocks(self, kind: int) -> np.ndarray:
+        return self.light.kept_bytes[kind] + np.arange(self.light.cut.run.depth) * self.light.kept_inside
 
     def least_bytes(self, order: Order, rank: int, held: Held) -> np.ndarray:
         """[number + 1]: no `peak` is lower with so many blocks of the rank in the heavier mode, those of the first of its stages.
@@ -249,6 +265,8 @@ class Mixture:
 
     def _by_number(self, held: Held) -> np.ndarray:
         """[stages, number + 1]: what each stage of a rank keeps of a microbatch with so many of its blocks in the heavier mode."""
+        if len(held) == 1:
+            return self._by_heavy(*held[0][1])[None]
         places = _heavier(tuple([blocks for _, (_, blocks) in held]))
         kept = {s: self._by_heavy(*stage)[heavier] for (s, stage), heavier in zip(held, places)}
         return np.array([kept[s] for s in sorted(kept)])

@@ -248,8 +248,9 @@ def test_what_a_rank_holds_is_known_for_all_numbers_of_heavier_blocks_at_once(di
                 by_heavy = [deep.rank_memory(rank, deep.with_heavy(rank, n)).high_bytes for n in range(len(deep.least_bytes(rank)))]
                 assert np.maximum(deep.high_bytes(rank, heavy=False), deep.high_bytes(rank, heavy=True)).tolist() == by_heavy
                 if order.virtual == 1 < order.num_ranks:
-                    by_blocks = [deep.rank_memory(rank, {rank: Depth(n)}).high_bytes for n in range(1, joint.run.depth + 1)]
-                    assert deep.high_by_blocks(rank).tolist() == by_blocks
+                    for number, (least, most) in enumerate(zip(deep.least_by_blocks(rank), deep.high_by_blocks(rank), strict=True), start=1):
+                        changed = replace(deep, depths=(*depths[:rank], Depth(number), *depths[rank + 1 :]))
+                        assert most == changed.rank_memory(rank).high_bytes and least == changed.least_bytes(rank)[0] <= most
 
 
 def test_blocks_are_as_even_as_room_allows() -> None:
