@@ -3,7 +3,8 @@
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
+from heapq import heapify, heappop, heappush
 from itertools import accumulate, permutations, product
 
 import numpy as np
@@ -13,7 +14,8 @@ from autopar.core.residency import GATHER, gathers_again
 from autopar.core.schedule import Edge
 from autopar.core.unroll import Run
 from autopar.cost_models.pipeline import StageCost
-from autopar.joint.kinds import ALL, FIRST, LAST, MIDDLE, Cut, Depth, Kinds, Mixture
+from autopar.joint.cut import ALL, FIRST, LAST, MIDDLE, Cut
+from autopar.joint.kinds import Depth, Held, Kinds, Mixture
 from autopar.planner.blocks import Order, steady, step_seconds
 from autopar.planner.liveness import Engine
 from autopar.planner.states import Pricing
@@ -82,11 +84,7 @@ class Deep:
 
     @cached_property
     def costs(self) -> tuple[StageCost, ...]:
-        return tuple([self.mixture.cost(self._kind(s), depth) for s, depth in enumerate(self.depths)])
-
-    def _kind(self, stage: int) -> int:
-        last = len(self.depths) - 1
-        return ALL if last == 0 else FIRST if stage == 0 else LAST if stage == last else MIDDLE
+        return tuple([self.mixture.cost(_kind(s, len(self.depths)), depth) for s, depth in enumerate(self.depths)])
 
     @cached_property
     def least_s(self) -> float:
@@ -132,37 +130,55 @@ class Deep:
     def rank_memory(self, rank: int, changed: Mapping[int, Depth] | None = None) -> MemoryUse:
         """With other depths of some stages where they are given."""
         depths = dict(enumerate(self.depths)) | dict(changed or {})
-        return self.mixture.peak(self.order, rank, tuple((self._kind(s), depths[s]) for s in self.held(rank)))
+        return self.mixture.peak(self.order, rank, tuple((_kind(s, len(depths)), depths[s]) for s in self.held(rank)))
 
     def least_bytes(self, rank: int) -> np.ndarray:
         """See `Mixture.least_bytes`."""
-        return self.mixture.least_bytes(self.order, rank, dict(self._blocks(rank)))
+        return self.mixture.least_bytes(self.order, rank, self._blocks[rank])
 
-    def with_blocks(self, stage: int, blocks: int) -> "Deep":
-        """The same with another number of blocks in one stage."""
-        return replace(self, depths=(*self.depths[:stage], Depth(blocks), *self.depths[stage + 1 :]))
+    def high_bytes(self, rank: int, *, heavy: bool) -> np.ndarray:
+        """See `Mixture.high_bytes`."""
+        return self.mixture.high_bytes(self.order, rank, self._blocks[rank], heavy=heavy)
+
+    def high_by_blocks(self, rank: int) -> np.ndarray:
+        """See `Mixture.high_by_blocks`."""
+        return self.mixture.high_by_blocks(self.order, rank, _kind(rank, self.order.num_stages))
+
+    def least_by_blocks(self, rank: int) -> np.ndarray:
+        """See `Mixture.least_by_blocks`."""
+        return self.mixture.least_by_blocks(self.order, rank, _kind(rank, self.order.num_stages))
 
     def ways(self, rank: int) -> Hashable:
         """What the ways to mix the modes of a rank's blocks depend on."""
-        return self.order, rank, self._blocks(rank)
+        return self.order, rank, self._blocks[rank]
 
-    def _blocks(self, rank: int) -> tuple[tuple[int, tuple[int, int]], ...]:
-        """The stages of a rank, and of each the kind and the number of blocks."""
-        return tuple([(s, (self._kind(s), self.depths[s].blocks)) for s in self._heavier_first(rank)])
-
-    def _heavier_first(self, rank: int) -> list[int]:
-        """The stages of a rank in the order in which their blocks get the heavier mode."""
-        flights = dict(zip(self.held(rank), self.order.in_flight_by_stage[rank], strict=True))
-        return sorted(flights, key=lambda s: (-flights[s], -s)) if self.late else list(flights)
+    @cached_property
+    def _blocks(self) -> tuple[Held, ...]:
+        """By rank."""
+        return _held_by_rank(self.order, tuple([depth.blocks for depth in self.depths]), self.late)
 
     def with_heavy(self, rank: int, number: int) -> dict[int, Depth]:
         """The stages of a rank with so many of its blocks in the heavier mode."""
         found = {}
-        for s in self._heavier_first(rank):
-            blocks = self.depths[s].blocks
+        for s, (_, blocks) in self._blocks[rank]:
             found[s] = Depth(blocks, min(number, blocks))
             number -= found[s].heavy
         return found
+
+
+def _kind(stage: int, num_stages: int) -> int:
+    return ALL if num_stages == 1 else FIRST if stage == 0 else LAST if stage == num_stages - 1 else MIDDLE
+
+
+@lru_cache(maxsize=64)
+def _held_by_rank(order: Order, blocks: tuple[int, ...], late: bool) -> tuple[Held, ...]:
+    found = []
+    for rank, flights in enumerate(order.in_flight_by_stage):
+        stages = range(rank, len(blocks), order.num_ranks)
+        flight = dict(zip(stages, flights, strict=True))
+        first = sorted(stages, key=lambda s: (-flight[s], -s)) if late else stages
+        found.append(tuple([(s, (_kind(s, len(blocks)), blocks[s])) for s in first]))
+    return tuple(found)
 
 
 def even_depths(kinds: Kinds, num_stages: int, most: Sequence[int] = ()) -> tuple[Depth, ...]:
@@ -173,21 +189,37 @@ def even_depths(kinds: Kinds, num_stages: int, most: Sequence[int] = ()) -> tupl
     beside[0] += first - block
     beside[-1] += last - block
     depths = [1] * num_stages
+
+    def with_one_more(s: int) -> tuple[float, int]:
+        return round((depths[s] + 1) * block + beside[s], 12), -s
+
+    free = [with_one_more(s) for s in range(num_stages) if not most or most[s] > 1]
+    heapify(free)
     for _ in range(kinds.cut.run.depth - num_stages):
-        free = [s for s in range(num_stages) if not most or depths[s] < most[s]]
-        s = min(free, key=lambda s: (round((depths[s] + 1) * block + beside[s], 12), -s))
+        s = -heappop(free)[1]
         depths[s] += 1
+        if not most or depths[s] < most[s]:
+            heappush(free, with_one_more(s))
     return tuple(map(Depth, depths))
 
 
 def roomy_depths(sharding: Sharding, order: Order, even: Sequence[Depth], limit_bytes: float) -> tuple[Depth, ...] | None:
     """As even as fits where ranks have one stage each: none has more blocks than fit in the mode that holds least. None where the even ones do not
     want for room, or there is not enough for all blocks."""
-    alone = [Deep(kinds, kinds, order, tuple(even)) for kinds in sharding.modes]
-    most = [_most_blocks(alone, rank, limit_bytes) for rank in range(order.num_ranks)]
-    if sum(most) < sharding.cut.run.depth or min(most) < 1 or all(blocks.blocks <= number for blocks, number in zip(even, most)):
+    alone, depth = [Deep(kinds, kinds, order, tuple(even)) for kinds in sharding.modes], sharding.cut.run.depth
+    most = [max([_largest(deep.least_by_blocks(rank) <= limit_bytes) for deep in alone]) for rank in range(order.num_ranks)]
+    for rank in range(order.num_ranks):
+        if sum(most) < depth or min(most) < 1:
+            return None  # what is known without a walk of the modes is often enough
+        most[rank] = _most_blocks(alone, rank, limit_bytes)
+    if sum(most) < depth or min(most) < 1 or all(blocks.blocks <= number for blocks, number in zip(even, most)):
         return None
     return even_depths(sharding.light, len(even), most)
+
+
+def _largest(fits: np.ndarray) -> int:
+    """Number of blocks that fits, where `fits` says so of one and more."""
+    return int(fits.nonzero()[0].max(initial=-1)) + 1
 
 
 def _most_blocks(alone: Sequence[Deep], rank: int, limit_bytes: float) -> int:
@@ -196,9 +228,9 @@ def _most_blocks(alone: Sequence[Deep], rank: int, limit_bytes: float) -> int:
     for deep in reversed(alone):
 
         def fits(blocks: int, deep: Deep = deep) -> bool:
-            return deep.rank_memory(rank, {rank: Depth(blocks)}).high_bytes <= limit_bytes
+            return bool(deep.high_by_blocks(rank)[blocks - 1] <= limit_bytes)
 
-        if low < depth and deep.with_blocks(rank, low + 1).least_bytes(rank)[0] <= limit_bytes and fits(low + 1):  # the bound is known without a walk of the mode
+        if low < depth and deep.least_by_blocks(rank)[low] <= limit_bytes and fits(low + 1):  # the bound is known without a walk of the mode
             low, high = low + 1, depth + 1
             while high - low > 1:
                 middle = (low + high) // 2
@@ -264,14 +296,15 @@ def _fitted(deep: Deep, limit_bytes: float) -> Deep | None:
 def _fewest(deep: Deep, rank: int, limit_bytes: float) -> int | None:
     least = deep.least_bytes(rank)
 
-    def fits(number: int) -> bool:
-        return bool(least[number] <= limit_bytes) and deep.rank_memory(rank, deep.with_heavy(rank, number)).high_bytes <= limit_bytes
-
-    if fits(0):
-        return 0
     low, high = 0, len(least) - 1
-    if deep.heavy is deep.light or not fits(high):
+    if least[low] <= limit_bytes and deep.high_bytes(rank, heavy=False)[low] <= limit_bytes:
+        return low
+    if deep.heavy is deep.light or least[high] > limit_bytes or deep.high_bytes(rank, heavy=True)[high] > limit_bytes:
         return None
+
+    def fits(number: int) -> bool:
+        return bool(least[number] <= limit_bytes) and all(deep.high_bytes(rank, heavy=heavy)[number] <= limit_bytes for heavy in (True, False))
+
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle, high)

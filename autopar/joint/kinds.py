@@ -9,132 +9,24 @@ import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from typing import NamedTuple, TypeVar
+from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 
 from autopar.core.memory import MemoryUse
-from autopar.core.pipeline import RECEIVES_AHEAD, SENDS_BEHIND, Pipeline
-from autopar.core.unroll import Run
-from autopar.cost_models.pipeline import EdgeCost, StageCost
-from autopar.joint.fold import SHOWN, shown
+from autopar.core.pipeline import RECEIVES_AHEAD, SENDS_BEHIND
+from autopar.cost_models.pipeline import StageCost
+from autopar.joint.cut import ALL, MIDDLE, SHOWN_BY, STATE, Cut, PerKind
+from autopar.joint.fold import shown
 from autopar.planner.blocks import Order
-from autopar.planner.held import Beside, state_of
-from autopar.planner.liveness import Engine, Liveness, fullest
-from autopar.planner.staging import Staged, Walked
-from autopar.planner.states import Pricing
-from autopar.planner.work import Pieces, put_off_bytes
-from autopar.program import Program, Tensor
+from autopar.planner.held import Beside, fullest_bytes
+from autopar.planner.liveness import Liveness, fullest
+from autopar.program import Program
 from autopar.schedules.held import held_counts
-from autopar.stages import Stages, cut_into_stages
 
-FIRST, MIDDLE, LAST, ALL = range(4)
-"""Kinds of stages of one block, and that of all three, which stands for a model that is one stage."""
-
-SHOWN_BY = (1, 1, 1, SHOWN)
-"""Blocks of the run in a stage of each kind."""
-
-STATE = ("parameters", "gradients", "optimizer", "temporaries", "delivered")
-"""What a rank holds of blocks that do not compute; temporaries, and gradients as they are delivered, are those of the optimizer step."""
-
-T = TypeVar("T")
-
-
-class PerKind(Sequence[T]):
-    """A figure of every kind, made when it is asked for."""
-
-    def __init__(self, make: Callable[[int], T]) -> None:
-        self._make, self._made = make, dict[int, T]()
-
-    def __len__(self) -> int:
-        return len(SHOWN_BY)
-
-    def __getitem__(self, kind: int) -> T:
-        if kind in self._made:
-            return self._made[kind]
-        if kind not in range(len(self)):
-            raise IndexError(kind)
-        return self._made.setdefault(kind, self._make(kind))
-
-
-@dataclass(frozen=True, eq=False)
-class Cut:
-    """The three stages of one block each, and the one of all three, of a program of which no block is computed again: what other modes do not change."""
-
-    program: Program
-    pricing: Pricing
-    run: Run
-    engine: Engine
-
-    @cached_property
-    def stages(self) -> Stages:
-        graph = self.program.graph
-        first_op = {segment.block: graph.ops[segment.ops.start].name for segment in graph.segments}
-        return cut_into_stages(self.program, Pipeline(3, tuple(first_op[block] for block in shown(self.run)[1:])))
-
-    @cached_property
-    def programs(self) -> Sequence[Program]:
-        return PerKind(lambda kind: self.program if kind == ALL else self.stages.stages[kind].program)
-
-    @cached_property
-    def walks(self) -> Sequence[Liveness]:
-        return PerKind(lambda kind: Liveness.of(self.programs[kind]))
-
-    @cached_property
-    def pieces(self) -> Sequence[Pieces]:
-        return PerKind(lambda kind: Pieces(self.programs[kind], self.pricing))
-
-    @cached_property
-    def walked(self) -> dict[Hashable, Walked]:
-        """Stages of plans on the whole graph, by their form."""
-        return {}
-
-    @cached_property
-    def wholes(self) -> dict[Hashable, Staged]:
-        """The plan on the whole graph that was asked for last, none of whose blocks is computed again, by what it is a plan of."""
-        return {}
-
-    @cached_property
-    def put_off_bytes(self) -> Sequence[int]:
-        return PerKind(lambda kind: put_off_bytes(self.programs[kind], range(len(self.programs[kind].graph.ops))))
-
-    @cached_property
-    def states(self) -> Sequence[Beside]:
-        return PerKind(lambda kind: state_of(self.programs[kind]))
-
-    @cached_property
-    def _middle_alone(self) -> frozenset[Tensor]:
-        """What the block in the middle takes of what is computed once a step, and no other operator does."""
-        program, block = self.program, shown(self.run)[MIDDLE]
-        inside, beside = [], []
-        for segment in program.graph.segments:
-            (inside if segment.block == block else beside).extend(program.standing(segment.ops))
-        return frozenset(inside).difference(beside)
-
-    def lasting_bytes(self, held: tuple[tuple[int, int], ...]) -> int:
-        """What a rank that holds stages of these kinds and numbers of blocks computes once a step and keeps: what several of them read is there once."""
-        if held not in self._lasting:
-            of_stages = [self.walks[kind].steps.lasting for kind, _ in held]
-            shared = of_stages if self.program.communicates_once else [{there: size for lasting in of_stages for there, size in lasting.items()}]
-            sizes = self.walks[ALL if held[0][0] == ALL else MIDDLE].steps.lasting
-            alone = sum(size for there, size in sizes.items() if there <= self._middle_alone)
-            more = sum(blocks - SHOWN_BY[kind] for kind, blocks in held) + (0 if self.program.communicates_once else max(0, [k for k, _ in held].count(MIDDLE) - 1))
-            self._lasting[held] = sum(sum(sizes.values()) for sizes in shared) + more * alone
-        return self._lasting[held]
-
-    @cached_property
-    def _lasting(self) -> dict[tuple[tuple[int, int], ...], int]:
-        return {}
-
-    @cached_property
-    def arriving_bytes(self) -> Sequence[int]:
-        return PerKind(lambda kind: self.walks[kind].holdings.arriving_bytes)
-
-    @cached_property
-    def message(self) -> EdgeCost:
-        there, back = self.stages.message_bytes(FIRST, MIDDLE), self.stages.message_bytes(FIRST, MIDDLE, back=True)
-        price = self.pricing.message
-        return EdgeCost(activation_s=price(there), gradient_s=price(back), activation_bytes=there, gradient_bytes=back)
+Held = tuple[tuple[int, tuple[int, int]], ...]
+"""The stages of a rank, those first whose blocks get the heavier of two modes first, and of each the kind and the number of blocks."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,6 +85,10 @@ class Kinds:
         """The fullest moment of a stage of this kind. What lies beside it is there at every moment, so the moment is the same for all."""
         return fullest(self._alone[kind], beside)
 
+    def high_bytes(self, kind: int, beside: Beside, activations: np.ndarray) -> np.ndarray:
+        """Of `peak`, with each of so many activations beside it."""
+        return fullest_bytes(self._alone[kind], beside, activations)
+
     @cached_property
     def _alone(self) -> Sequence[tuple[MemoryUse, ...]]:
         return PerKind(lambda kind: self.walks[kind].moments(self.cut.engine))
@@ -222,6 +118,8 @@ class Mixture:
     _costs: dict[tuple[int, Depth], StageCost] = field(default_factory=dict)
     _peaks: dict[tuple, MemoryUse] = field(default_factory=dict)
     _least: dict[tuple, np.ndarray] = field(default_factory=dict)
+    _high: dict[tuple, np.ndarray] = field(default_factory=dict)
+    _lines: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
     _steps: dict[tuple[Order, tuple[Depth, ...]], tuple[float, float]] = field(default_factory=dict)
     _numbers: dict[Hashable, tuple[float, int | None]] = field(default_factory=dict)
 
@@ -273,59 +171,132 @@ class Mixture:
         return self._peaks[key]
 
     def _peak(self, order: Order, rank: int, held: tuple[tuple[int, Depth], ...]) -> MemoryUse:
-        counts = _counts(order)[rank]
-        kept = int(np.where(counts, counts * [self._kept(*stage) for stage in held], self._arriving(order, held)).sum(axis=1).max())
-        whole = self._state(tuple((kind, depth.blocks) for kind, depth in held))
+        kept = int(self._most_kept(order, rank, np.array([[self._kept(*stage)] for stage in held]), [(kind, depth.blocks) for kind, depth in held])[0])
+        whole = self.light.cut.state_bytes(tuple((kind, depth.blocks) for kind, depth in held))
         light = {k for k, depth in held if depth.heavy < depth.blocks}
         heavy = {k for k, depth in held if depth.heavy}
-        message = max(self.light.cut.message.activation_bytes, self.light.cut.message.gradient_bytes) if order.num_ranks > 1 else 0
-        queued = Beside(communication=RECEIVES_AHEAD * message, unsettled=SENDS_BEHIND * len(held) * message)
+        queued = self._queued(order, len(held))
         computing = [(self.light, k) for k in sorted(light)] + [(self.heavy, k) for k in sorted(heavy)]
-        return max((self._computing(kinds, k, whole, kept, queued) for kinds, k in computing), key=lambda peak: peak.high_bytes)
+        peaks = [kinds.peak(k, replace(self._beside(k, whole, queued), activations=max(0, kept - kinds.kept_bytes[k]))) for kinds, k in computing]
+        return max(peaks, key=lambda peak: peak.high_bytes)
 
-    def _arriving(self, order: Order, held: tuple[tuple[int, Depth], ...]) -> list[int]:
-        """What parameters of each stage arrive in while it has no microbatch yet."""
+    def _most_kept(self, order: Order, rank: int, kept: np.ndarray, held: Sequence[tuple[int, int | np.ndarray]]) -> np.ndarray:
+        """What a rank keeps at most of all microbatches, where its stages keep so much of one. `kept`: [stage, way]; where a stage has no microbatch yet, there is
+        what its parameters arrive in."""
         of_kind = self.light.cut.arriving_bytes
-        return [of_kind[kind] + (depth.blocks - SHOWN_BY[kind]) * of_kind[MIDDLE] if order.num_ranks > 1 else 0 for kind, depth in held]
+        arriving = [of_kind[kind] + (blocks - SHOWN_BY[kind]) * of_kind[MIDDLE] if order.num_ranks > 1 else 0 for kind, blocks in held]
+        arriving = np.array(arriving).reshape(len(held), -1)
+        counts = _counts(order)[rank][:, :, None]
+        return np.where(counts, counts * kept, arriving).sum(axis=1).max(axis=0)
 
-    def _state(self, held: tuple[tuple[int, int], ...]) -> dict[str, int]:
-        """What a rank holds between passes of stages of these kinds and numbers of blocks."""
-        states = self.light.cut.states
-        found = {part: sum(getattr(states[k], part) + (blocks - SHOWN_BY[k]) * getattr(states[MIDDLE], part) for k, blocks in held) for part in STATE}
-        found["parameters"] += self.light.cut.lasting_bytes(held)
-        return found
+    def _queued(self, order: Order, num_stages: int) -> Beside:
+        """Messages of a rank of so many stages."""
+        message = max(self.light.cut.message.activation_bytes, self.light.cut.message.gradient_bytes) if order.num_ranks > 1 else 0
+        return Beside(communication=RECEIVES_AHEAD * message, unsettled=SENDS_BEHIND * num_stages * message)
 
-    def least_bytes(self, order: Order, rank: int, held: Mapping[int, tuple[int, int]]) -> np.ndarray:
-        """[number + 1]: no `peak` is lower with so many blocks of the rank in the heavier mode, those of the first of its stages; `held`: kind and blocks by stage.
+    def high_bytes(self, order: Order, rank: int, held: Held, *, heavy: bool) -> np.ndarray:
+        """[number + 1]: the bytes of `peak` with so many blocks of the rank in the heavier mode, those of the first of its stages, while a block computes that is in
+        the heavier mode, or one in the lighter; 0 where there is none."""
+        key = order.schedule, order.num_ranks, order.num_microbatches, rank, held, heavy
+        if key not in self._high:
+            self._high[key] = self._high_bytes(order, rank, held, heavy)
+        return self._high[key]
+
+    def _high_bytes(self, order: Order, rank: int, held: Held, heavy: bool) -> np.ndarray:
+        stages = tuple([stage for _, stage in sorted(held)])
+        most = self._most_kept(order, rank, self._by_number(held), stages)
+        whole, queued, kinds = self.light.cut.state_bytes(stages), self._queued(order, len(held)), self.heavy if heavy else self.light
+        computing, before = dict[int, int](), 0
+        for _, (kind, blocks) in held:  # a block in the heavier mode from the first number of a kind on, one in the lighter to before the last
+            computing[kind] = computing.get(kind, before + 1) if heavy else before + blocks
+            before += blocks
+        high = np.zeros(before + 1, dtype=int)
+        for kind, number in computing.items():
+            some = slice(number, None) if heavy else slice(number)
+            high[some] = np.maximum(high[some], kinds.high_bytes(kind, self._beside(kind, whole, queued), np.maximum(0, most[some] - kinds.kept_bytes[kind])))
+        return high
+
+    def high_by_blocks(self, order: Order, rank: int, kind: int) -> np.ndarray:
+        """[blocks - 1]: the bytes of `peak` of a rank that holds one stage, of this kind, of so many blocks, all in the lighter mode."""
+        key = order.schedule, order.num_ranks, order.num_microbatches, rank, kind
+        if key not in self._high:
+            self._high[key] = self._high_by_blocks(order, rank, kind)
+        return self._high[key]
+
+    def _high_by_blocks(self, order: Order, rank: int, kind: int) -> np.ndarray:
+        cut, more = self.light.cut, np.arange(self.light.cut.run.depth)
+        one, two = (cut.state_bytes(((kind, blocks),)) for blocks in (1, 2))
+        kept = self._most_kept(order, rank, self._kept_by_blocks(kind)[None], [(kind, more + 1)])
+        beside = Beside(**{part: more * (two[part] - one[part]) for part in STATE if not (part == "temporaries" and cut.engine.one_by_one)})
+        queued = self._queued(order, 1)
+        beside = replace(beside, communication=queued.communication, unsettled=queued.unsettled)
+        return self.light.high_bytes(kind, beside, np.maximum(0, kept - self.light.kept_bytes[kind]))
+
+    def least_by_blocks(self, order: Order, rank: int, kind: int) -> np.ndarray:
+        """[blocks - 1]: of the same rank `least_bytes`."""
+        key = order.schedule, order.num_ranks, order.num_microbatches, rank, kind
+        if key not in self._least:
+            self._least[key] = self._least_by_blocks(order, rank, kind)
+        return self._least[key]
+
+    def _least_by_blocks(self, order: Order, rank: int, kind: int) -> np.ndarray:
+        cut = self.light.cut
+        one, two = (sum([cut.state_bytes(((kind, blocks),))[part] for part in ("parameters", "optimizer", "gradients")]) for blocks in (1, 2))
+        state = one - cut.states[kind].gradients + np.arange(cut.run.depth) * (two - one)
+        return state + (_counts(order)[rank] * self._kept_by_blocks(kind)).max(axis=0)
+
+    def _kept_by_blocks(self, kind: int) -> np.ndarray:
+        return self.light.kept_bytes[kind] + np.arange(self.light.cut.run.depth) * self.light.kept_inside
+
+    def least_bytes(self, order: Order, rank: int, held: Held) -> np.ndarray:
+        """[number + 1]: no `peak` is lower with so many blocks of the rank in the heavier mode, those of the first of its stages.
         No walk back is needed to know it: when the last of what is kept is made, parameters and optimizer state are there, and gradients of the stages that do
         not compute."""
-        key = order.schedule, order.num_ranks, order.num_microbatches, rank, tuple(held.items())
+        key = order.schedule, order.num_ranks, order.num_microbatches, rank, held
         if key not in self._least:
             self._least[key] = self._least_bytes(order, rank, held)
         return self._least[key]
 
-    def _least_bytes(self, order: Order, rank: int, held: Mapping[int, tuple[int, int]]) -> np.ndarray:
-        state, states = self._state(tuple(held.values())), self.light.cut.states
-        least = state["parameters"] + state["optimizer"] + state["gradients"] - max(states[k].gradients for k, _ in held.values())
-        numbers, before, kept = np.arange(sum(blocks for _, blocks in held.values()) + 1), 0, {}
-        for s, (kind, blocks) in held.items():
-            by_heavy = self._kept(kind, Depth(blocks)) + np.arange(blocks + 1) * (self.heavy.kept_inside - self.light.kept_inside)
-            by_heavy[blocks] = self._kept(kind, Depth(blocks, blocks))
-            kept[s] = by_heavy[(numbers - before).clip(0, blocks)]
-            before += blocks
-        return least + (_counts(order)[rank] @ np.array([kept[s] for s in sorted(kept)])).max(axis=0)
+    def _least_bytes(self, order: Order, rank: int, held: Held) -> np.ndarray:
+        stages, states = tuple([stage for _, stage in sorted(held)]), self.light.cut.states
+        state = self.light.cut.state_bytes(stages)
+        least = state["parameters"] + state["optimizer"] + state["gradients"] - max([states[k].gradients for k, _ in stages])
+        return least + (_counts(order)[rank] @ self._by_number(held)).max(axis=0)
 
-    @staticmethod
-    def _computing(kinds: Kinds, kind: int, whole: Mapping[str, int], kept: int, queued: Beside) -> MemoryUse:
-        """While a stage of this kind computes in one of the modes: what it has of the `whole` state and of the `kept` bytes is its own, the rest lies beside it."""
-        parts = {part: max(0, total - getattr(kinds.cut.states[kind], part)) for part, total in whole.items()}
-        parts["parameters"] = max(0, parts["parameters"] - kinds.cut.lasting_bytes(((kind, SHOWN_BY[kind]),)))
-        if kinds.cut.engine.one_by_one:
+    def _by_number(self, held: Held) -> np.ndarray:
+        """[stages, number + 1]: what each stage of a rank keeps of a microbatch with so many of its blocks in the heavier mode."""
+        if len(held) == 1:
+            return self._by_heavy(*held[0][1])[None]
+        places = _heavier(tuple([blocks for _, (_, blocks) in held]))
+        kept = {s: self._by_heavy(*stage)[heavier] for (s, stage), heavier in zip(held, places)}
+        return np.array([kept[s] for s in sorted(kept)])
+
+    def _by_heavy(self, kind: int, blocks: int) -> np.ndarray:
+        """[number + 1]: `_kept` with so many blocks in the heavier mode."""
+        if (found := self._lines.get((kind, blocks))) is None:
+            found = self._kept(kind, Depth(blocks)) + np.arange(blocks + 1) * (self.heavy.kept_inside - self.light.kept_inside)
+            found[blocks] = self._kept(kind, Depth(blocks, blocks))
+            self._lines[kind, blocks] = found
+        return found
+
+    def _beside(self, kind: int, whole: Mapping[str, int], queued: Beside) -> Beside:
+        """While a stage of this kind computes: what it has of the `whole` state is its own, the rest lies beside it."""
+        cut = self.light.cut
+        parts = {part: max(0, total - getattr(cut.states[kind], part)) for part, total in whole.items()}
+        parts["parameters"] = max(0, parts["parameters"] - cut.lasting_bytes(((kind, SHOWN_BY[kind]),)))
+        if cut.engine.one_by_one:
             parts["temporaries"] = 0
-        return kinds.peak(kind, replace(queued, **parts, activations=max(0, kept - kinds.kept_bytes[kind])))
+        return replace(queued, **parts)
 
 
 @lru_cache(maxsize=64)
 def _counts(order: Order) -> tuple[np.ndarray, ...]:
     """By rank [moments, stages]: microbatches that it holds of each of its stages."""
     return tuple(map(np.array, held_counts(order.schedule, order.num_ranks, order.num_microbatches, order.virtual)))
+
+
+@lru_cache(maxsize=1024)
+def _heavier(blocks: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+    """By stage [number + 1]: how many of its blocks are among the first so many of all."""
+    numbers = np.arange(sum(blocks) + 1)
+    return tuple([np.minimum(np.maximum(0, numbers - before), own) for own, before in zip(blocks, accumulate(blocks, initial=0))])

@@ -18,9 +18,9 @@ from autopar.core.units import size
 from autopar.errors import InfeasibleError, NoFamilyError
 from autopar.joint.at_point import Found
 from autopar.joint.clock import FINISHED, Clock
+from autopar.joint.cut import Cut
 from autopar.joint.deep import Deep
 from autopar.joint.fold import SHOWN, shown
-from autopar.joint.kinds import Cut
 from autopar.joint.known import Known
 from autopar.joint.likely import Likely
 from autopar.joint.search import Joint, JointSearch

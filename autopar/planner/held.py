@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
+
 from autopar.core.buckets import chunks
 from autopar.core.graph import DTYPE_BYTES
 from autopar.core.layout import local_outer
@@ -226,10 +228,28 @@ def fullest(alone: Iterable[MemoryUse], beside: Beside) -> MemoryUse:
     """Of the moments of a program, with what lies beside it: all the time but for activations and messages, which are gone when the optimizer steps."""
     found = []
     for moment in alone:
-        other = replace(beside, temporaries=0)
-        if moment.moment == UPDATE:
-            other = replace(beside, gradients=beside.delivered, activations=0, communication=0, unsettled=0)
+        other = _at(moment, beside)
         parts = {part: size + getattr(other, part) for part, size in moment.parts}
         peak = replace(moment, **parts)
         found.append(peak.with_margin(round(MARGIN * (peak.activations + peak.temporaries + peak.communication)) + other.unsettled))
     return max(found, key=lambda peak: peak.expected_bytes)
+
+
+def fullest_bytes(alone: Iterable[MemoryUse], beside: Beside, activations: np.ndarray) -> np.ndarray:
+    """`fullest` in bytes, margin and all, for each of so many activations beside it."""
+    expected, margin = [], []
+    for moment in alone:
+        other = _at(moment, beside)
+        within = moment.activations + moment.temporaries + moment.communication + other.temporaries + other.communication
+        within = within + (0 if moment.moment == UPDATE else 1) * activations
+        expected.append(within + (moment.state_bytes + other.parameters + other.gradients + other.optimizer))
+        margin.append(np.rint(MARGIN * within).astype(int) + other.unsettled)
+    most = np.argmax(expected, axis=0)  # the first of equals, as above
+    return np.choose(most, expected) + np.choose(most, margin)
+
+
+def _at(moment: MemoryUse, beside: Beside) -> Beside:
+    """What of it is there at this moment."""
+    if moment.moment == UPDATE:
+        return replace(beside, gradients=beside.delivered, activations=0, communication=0, unsettled=0)
+    return replace(beside, temporaries=0)

@@ -3,12 +3,15 @@
 from dataclasses import replace
 from itertools import combinations, combinations_with_replacement, pairwise, product
 from random import Random
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from autopar.core.cluster import Cluster
 from autopar.core.kernel_rate import KernelRate
 from autopar.core.residency import RECOMPUTE
+from autopar.core.unroll import Run
 from autopar.errors import InfeasibleError
 from autopar.joint.at_point import PointSearch
 from autopar.joint.bounds import Line, Parts, least_step_s
@@ -225,6 +228,47 @@ def test_no_rank_holds_less_than_what_is_known_without_its_backward() -> None:
                 for rank in range(order.num_ranks):
                     for number, least in enumerate(deep.least_bytes(rank)):
                         assert 0 < least <= deep.rank_memory(rank, deep.with_heavy(rank, number)).high_bytes
+
+
+@pytest.mark.parametrize("cluster", [A100, Cluster.local(8)], ids=["gpu", "cpu"])
+@pytest.mark.parametrize("dims", [LLAMA, GPT], ids=["llama", "gpt"])
+def test_what_a_rank_holds_is_known_for_all_numbers_of_heavier_blocks_at_once(dims, cluster: Cluster) -> None:
+    """And for all numbers of blocks: the same bytes as one by one."""
+    draw = Random(0)
+    for point, order, zero in POINTS.values():
+        joint = joint_search(dims, cluster, point.num_microbatches * point.samples, (f"zero={zero}",))
+        search = PointSearch(joint, point)
+        search.ideal_s(Ideal(cluster, joint.run, joint.task))
+        sharding = Sharding.of(draw.choice([*programs(search)]), search.pricing, joint.run, Engine.of(cluster), ("none", "selective", "full+gather", "full"))
+        for light, heavy in combinations_with_replacement(sharding.modes, 2):
+            ends = sorted(draw.sample(range(1, joint.run.depth), order.num_stages - 1))
+            depths = tuple(Depth(b - a) for a, b in pairwise((0, *ends, joint.run.depth)))
+            deep = Deep(light, heavy, draw.choice([order, replace(order, num_microbatches=draw.randint(1, 8) * order.num_ranks)]), depths, draw.random() < 0.5)
+            for rank in range(order.num_ranks):
+                by_heavy = [deep.rank_memory(rank, deep.with_heavy(rank, n)).high_bytes for n in range(len(deep.least_bytes(rank)))]
+                assert np.maximum(deep.high_bytes(rank, heavy=False), deep.high_bytes(rank, heavy=True)).tolist() == by_heavy
+                if order.virtual == 1 < order.num_ranks:
+                    for number, (least, most) in enumerate(zip(deep.least_by_blocks(rank), deep.high_by_blocks(rank), strict=True), start=1):
+                        changed = replace(deep, depths=(*depths[:rank], Depth(number), *depths[rank + 1 :]))
+                        assert most == changed.rank_memory(rank).high_bytes and least == changed.least_bytes(rank)[0] <= most
+
+
+def test_blocks_are_as_even_as_room_allows() -> None:
+    """One by one to the stage that is fastest with it; of equals to the last."""
+    draw = Random(1)
+    for _ in range(200):
+        stages = draw.randint(2, 6)
+        depth, seconds = stages + draw.randint(0, 20), [[draw.choice([0.1, 0.2, 0.3, draw.random()])] * 3 for _ in range(3)]
+        most = draw.choice([[], [1 + draw.randint(0, depth - stages) for _ in range(stages)]])
+        most = most if not most or sum(most) >= depth else []
+        first, block, last = (sum(s) for s in seconds)
+        beside = [first - block, *[0.0] * (stages - 2), last - block]
+        blocks = [1] * stages
+        while sum(blocks) < depth:
+            free = [s for s in range(stages) if not most or blocks[s] < most[s]]
+            blocks[min(free, key=lambda s: (round((blocks[s] + 1) * block + beside[s], 12), -s))] += 1
+        kinds = SimpleNamespace(seconds=seconds, cut=SimpleNamespace(run=Run("blocks", 0, depth)))
+        assert even_depths(kinds, stages, most) == tuple(map(Depth, blocks))
 
 
 def test_plans_bind_to_the_whole_graph_alike_every_time() -> None:
