@@ -83,14 +83,14 @@ class Request:
         self, *, pins: Sequence[str] = (), mesh: Mesh | None = None, tokens: int = 0, time_limit_s: float = 30.0, max_memory: float = MEMORY_SHARE,
         micro_batches: int | None = None, precision: Precision | None = None, offload: bool = False, pipelines: bool = False,
         joint: bool | None = None, budget_s: float = math.inf, budget_points: int | None = None,
-        row: tuple[Hashable, ...] | None = None,
+        row: tuple[Hashable, ...] | None = None, descends: bool = False,
     ) -> Options:  # fmt: skip
         """What is fixed of the plan; the keywords of `autopar.plan`, and `row` (see `Options`)."""
         number = self._micro_batches(pins, micro_batches)
         return Options(
             pins=tuple(pins), mesh=mesh, memory_share=max_memory, time_limit_s=time_limit_s, tokens=tokens, offload=offload, pipelines=pipelines, joint=joint,
             micro_batches=number or 1, free_micro_batches=number is None, precision=precision or default_precision(self.model),
-            budget_s=budget_s, budget_points=budget_points, row=row,
+            budget_s=budget_s, budget_points=budget_points, row=row, descends=descends,
         )  # fmt: skip
 
     def _micro_batches(self, pins: Sequence[str], given: int | None) -> int | None:
@@ -177,7 +177,7 @@ class Request:
         def find(n: int, _: object, say: Progress) -> list[Plan]:
             request = replace(self, _known=Known()) if apart else self
             part = Part(*ends[n], budget_s, within_s)
-            return part.plans(lambda limit, points: request.planned(cluster, max_memory=limit / memory_bytes, budget_points=points, progress=say, **given).plan)
+            return part.plans(lambda limit, points: request.planned(cluster, max_memory=limit / memory_bytes, budget_points=points, descends=points is not None, progress=say, **given).plan)
 
         return front_of(chain.from_iterable(found_of_row(find, len(ends), processes, progress, lambda _: None)))
 
@@ -226,19 +226,19 @@ class Request:
     @property
     def family(self) -> Family:
         """The model's graphs, of short traces. Raises NoFamilyError."""
-        with self._early_family() as family:
+        with self._early_family(busy=False) as family:
             family.confirm()
         return family
 
     @contextmanager
-    def _early_family(self) -> Iterator[Family]:
+    def _early_family(self, *, busy: bool = True) -> Iterator[Family]:
         """To begin with before it is confirmed, as it is when this is left; else nothing of it is kept."""
         if self._family is not None:
             yield self._family
             return
         start, early = time.perf_counter(), None
         try:
-            with early_family(self.model, self.kwargs or self.args) as early:
+            with early_family(self.model, self.kwargs or self.args, busy=busy) as early:
                 self.trace_s += time.perf_counter() - start
                 try:
                     yield early

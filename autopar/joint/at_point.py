@@ -157,7 +157,7 @@ class PointSearch:
             if max(sooner, fastest) >= least:
                 continue
             priced, ends, whole = asked(side), parts(side), None if care.is_rough else asked("whole")
-            rooms = self._rooms(order, room, self.tables.end_bytes(priced.solved))
+            rooms = self.rooms(order, room, self.tables.end_bytes(priced.solved))
             whole_s = whole.parts.block if whole is not None else 0.0
             prices = priced.binding(binding_flights(order, care), room)
             if order.virtual > 1:
@@ -181,7 +181,7 @@ class PointSearch:
             if priced is not None:
                 priced.look(flights, price)
 
-    def _rooms(self, order: Order, room_bytes: float, end_bytes: tuple[float, float] = (0.0, 0.0)) -> list[float]:
+    def rooms(self, order: Order, room_bytes: float, end_bytes: tuple[float, float] = (0.0, 0.0)) -> list[float]:
         """What every rank has of it for its blocks: what a stage receives for every microbatch in flight lies beside that which its blocks make, as does what is
         before and behind them."""
         received = [self._border_bytes * sum(counted(flight) for flight in by_stage) for by_stage in order.in_flight_by_stage]
@@ -207,7 +207,7 @@ class PointSearch:
             if sooner >= least:
                 continue
             if order.virtual > 1:
-                least = min(least, self._even_s(order, parts(side), floors.held(side, order.flights, free.block_s), self._rooms(order, limit), least, by_rank=False))
+                least = min(least, self._even_s(order, parts(side), floors.held(side, order.flights, free.block_s), self.rooms(order, limit), least, by_rank=False))
                 continue
             lines = [[free, *(floors.lines(side, flight, limit) if flight >= most / 2 else ())] for flight in order.in_flight]
             least = min(least, max(self._fastest_s(order, parts), self._step_s(order, parts(side), lines, self._waits(side, parts(side)))))
@@ -390,8 +390,8 @@ class PointSearch:
                 parts, figures = solved.parts_of(choices), solved.figures(choices)
                 if order.virtual > 1:
                     held = figures.held(order.flights, room_bytes, whole)
-                    least = min(least, self._even_s(order, parts, held, self._rooms(order, room_bytes, end_bytes), least, whole_s=whole_s))
+                    least = min(least, self._even_s(order, parts, held, self.rooms(order, room_bytes, end_bytes), least, whole_s=whole_s))
                     continue
-                lines = [figures.lines(flight, room, whole) for flight, room in zip(order.in_flight, self._rooms(order, room_bytes, end_bytes), strict=True)]
+                lines = [figures.lines(flight, room, whole) for flight, room in zip(order.in_flight, self.rooms(order, room_bytes, end_bytes), strict=True)]
                 least = min(least, max(fastest, self._step_s(order, parts, lines, self._waits(sides(order)[0], parts))))
         return least

@@ -8,7 +8,7 @@ the sharding that holds least: where that does not fit, no other is looked at. N
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -121,12 +121,12 @@ class Early:
         return not self.found or self.clock.allows(work)
 
     def _upcoming(self) -> Iterator[PointSearch]:
-        for before, search in self._again() if self.tried else ((None, search) for search in self._of_all_ranks()):
+        for before, search in self._again() if self.tried else ((None, search) for search in of_all_ranks(self.searches)):
             slower = self.here and before is not None and before.limit_bytes >= self.limit_bytes and before.step_s >= self.best_s
             if search.point not in self._seen and not slower and self._may_be_better(search):
                 yield search
-        while (best := self._best) and (beside := next(filter(self._may_be_better, self._beside(best)), None)):
-            yield beside
+        while (best := self._best) and (near := next(filter(self._may_be_better, self._beside(best)), None)):
+            yield near
 
     def _again(self) -> Iterator[tuple[Tried, PointSearch]]:
         """What was tried, with its point or those that are as near to it as any."""
@@ -139,21 +139,27 @@ class Early:
             nearest = [search for search, found in zip(self.searches, far, strict=True) if found == min(far)]
             yield from ((tried, search) for search in sorted(nearest, key=lambda search: (abs(math.log2(_of_rank(search.point) / _of_rank(tried.point))), search.free_s)))
 
-    def _of_all_ranks(self) -> Iterator[PointSearch]:
-        """One sample for each rank of the outer axis, and an inner axis as long as can be: such points are seldom the best, and seldom far from it."""
-        by_ranks: dict[int, PointSearch] = {}
-        for search in sorted(self.searches, key=lambda search: (abs(math.log2(_of_rank(search.point))), -search.point.inner)):
-            by_ranks.setdefault(search.point.num_ranks, search)
-        yield from sorted(by_ranks.values(), key=lambda search: search.free_s)
-
-    def _beside(self, centre: Point) -> list[PointSearch]:
-        """What was never planned next to a point, the nearest first and of equals what may be the fastest."""
+    def _beside(self, centre: Point) -> Iterator[PointSearch]:
+        """What was never planned next to a point."""
         seen = self._seen | (self._before if self.here else set())
-        near = [(far, n) for n, search in enumerate(self.searches) if search.point not in seen and (far := distance(search.point, centre)) <= NEXT]
-        return [self.searches[n] for _, n in sorted(near, key=lambda pair: (pair[0], self.searches[pair[1]].free_s, pair[1]))]
+        return (search for search in beside(self.searches, centre) if search.point not in seen)
 
     def _may_be_better(self, search: PointSearch) -> bool:
         return search.free_s < self.best_s and max(search.roomier_s(), search.floor_s()) < self.best_s
+
+
+def of_all_ranks(searches: Iterable[PointSearch]) -> list[PointSearch]:
+    """One sample for each rank of the outer axis, and an inner axis as long as can be: such points are seldom the best, and seldom far from it."""
+    by_ranks: dict[int, PointSearch] = {}
+    for search in sorted(searches, key=lambda search: (abs(math.log2(_of_rank(search.point))), -search.point.inner)):
+        by_ranks.setdefault(search.point.num_ranks, search)
+    return sorted(by_ranks.values(), key=lambda search: search.free_s)
+
+
+def beside(searches: Sequence[PointSearch], centre: Point) -> list[PointSearch]:
+    """Those next to a point, the nearest first and of equals what may be the fastest."""
+    near = [(far, n) for n, search in enumerate(searches) if (far := distance(search.point, centre)) <= NEXT]
+    return [searches[n] for _, n in sorted(near, key=lambda pair: (pair[0], searches[pair[1]].free_s, pair[1]))]
 
 
 def distance(one: Point, other: Point) -> float:

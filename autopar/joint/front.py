@@ -18,8 +18,8 @@ from autopar.errors import InfeasibleError
 LEANER = 0.97
 """A plan of the front holds at most so much of what the one before it holds."""
 
-FIRST_POINTS, MORE_POINTS = 8, 3
-"""Points that are planned for the first plan of a part under a budget, and beside those for each of the others."""
+FIRST_POINTS, MORE_POINTS = 6, 2
+"""Points that are explored under a budget beside one of each number of ranks for the first plan of a part, and beside all of those for each of the others."""
 
 
 @dataclass(frozen=True)

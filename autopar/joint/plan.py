@@ -130,7 +130,7 @@ def planned_jointly(search: JointSearch, graph: Callable[[int], OpGraph], tokens
             return planned
         less = min(0.99, search.limit_bytes / whole.memory.high_bytes) * found.limit_bytes
         search.known.shares[found.point] = found.memory.high_bytes / whole.memory.high_bytes
-        left += _again(found, less, search.options.has_budget) if less > LEAST * search.limit_bytes else []
+        left += _again(found, less, search.options) if less > LEAST * search.limit_bytes else []
     raise InfeasibleError(
         f"every plan found for {whole.program.graph.name} holds more than {size(search.limit_bytes)} of a device's memory, the last "
         f"{size(whole.memory.high_bytes)}; pin zero=3 or recompute=full+gather, or use more nodes"
@@ -144,14 +144,14 @@ def _same(found: Found, hurried: bool) -> Hashable:  # noqa: FBT001
     return found.point, id(found.sharding), deep.light.mode, deep.heavy.mode, deep.order, deep.depths, deep.late, None if hurried else found.limit_bytes
 
 
-def _again(found: Found, limit_bytes: float, hurried: bool) -> list[Found]:
+def _again(found: Found, limit_bytes: float, options: Options) -> list[Found]:
     """Plans of the same point within less."""
     search = found.search
-    if not hurried:
+    if not options.has_budget:
         made = (search.plan(limit_bytes),)
     else:
         like = search.planned(found.sharding, limit_bytes)
-        made = like, search.plan(limit_bytes, like.step_s if like is not None else math.inf, search.likely)
+        made = like, None if options.descends else search.plan(limit_bytes, like.step_s if like is not None else math.inf, search.likely)
     return [again for again in made if again is not None]
 
 

@@ -24,6 +24,7 @@ from autopar.joint.at_point import Found, PointSearch
 from autopar.joint.cases import Case, Part, bound_by_cases
 from autopar.joint.clock import FINISHED, UNKNOWN_S, Clock
 from autopar.joint.deep import shifted
+from autopar.joint.descent import Descent
 from autopar.joint.early import Early, tried
 from autopar.joint.given import Given
 from autopar.joint.known import without_memory
@@ -203,7 +204,13 @@ class JointSearch(Given):
         return Joint(tuple(found), min(bound, best), num_points, tuple(looked), in_time)
 
     def _early(self, heap: list["Waiting"], searches: Sequence[PointSearch], clock: Clock, looked: list[int]) -> list[Found]:
-        """See `Early`: what was found elsewhere, bounds that cost next to nothing, and what is likely of points that are left."""
+        """See `Early`: what was found elsewhere, bounds that cost next to nothing, and what is likely of points that are left. Or see `Descent`."""
+        if self.options.descends:
+            descent = self.known.kept(("descent", self.about, self.pins, self._roomy_question), Descent)
+            found = descent.plan(searches, self.limit_bytes, self.options.budget_points or 0)
+            if found is None:
+                raise InfeasibleError(f"none of {len(descent.points)} points that were explored fits {size(self.limit_bytes)} of a device; plan without a budget to know whether another does")
+            return [found]
         before, here = self.known.tried(self.about, self._roomy_question)
         early = Early(searches, before, here, self.limit_bytes, clock, EARLY if self.options.budget_points is None else self.options.budget_points)
         early.plan_like()

@@ -44,7 +44,8 @@ class Options:
     looked at even where no pin asks for one and a plan without fits; `joint`: deep models are searched by `autopar/joint`, None: on several nodes, and on one where memory is short. `time_limit_s`: of the search of
     one mesh, or of the joint search behind its first plan. `budget_s`: of a joint search from its beginning; `budget_points`: so many points it
     plans at most, beside those that it planned before with another limit of memory, and it bounds none at a cost. `row`: of a joint search on one of a row of
-    machines, plans of others (`Planned.like`), which it begins with; its bound goes no further than to show that the best of all is near enough."""
+    machines, plans of others (`Planned.like`), which it begins with; its bound goes no further than to show that the best of all is near enough.
+    `descends`: the plans before were asked for within more memory, and it goes on from there with so many more points."""
 
     pins: Sequence[str] = ()
     mesh: Mesh | None = None
@@ -60,6 +61,7 @@ class Options:
     budget_s: float = math.inf
     budget_points: int | None = None
     row: tuple[Hashable, ...] | None = None
+    descends: bool = False
 
     @property
     def has_budget(self) -> bool:

@@ -45,16 +45,16 @@ def family_of(model: nn.Module, inputs: Batch) -> Family | None:
 def find_family(model: nn.Module, inputs: Batch) -> Family:
     """The graphs of `model` for any number of samples like those of `inputs`. Raises NoFamilyError, which says why, where they do not
     follow from short traces; then every graph is to be traced in full."""
-    with early_family(model, inputs) as family:
+    with early_family(model, inputs, busy=False) as family:
         return family
 
 
 @contextmanager
-def early_family(model: nn.Module, inputs: Batch) -> Iterator[Family]:
-    """The same as soon as there is something to begin with; processes trace the rest, and last no longer than this. Raises NoFamilyError where it is left too, whatever
-    came of the family till then; not where that was an interrupt."""
+def early_family(model: nn.Module, inputs: Batch, *, busy: bool = True) -> Iterator[Family]:
+    """The same as soon as there is something to begin with; processes trace the rest, and last no longer than this. `busy`: this process goes on with other work meanwhile.
+    Raises NoFamilyError where it is left too, whatever came of the family till then; not where that was an interrupt."""
     finder = _Finder(model, inputs)
-    with Aside([partial(_alone, work) for work in finder.works], max(0, most_processes() - 1)) as aside:  # this process is busy too
+    with Aside([partial(_alone, work) for work in finder.works], max(0, most_processes() - busy)) as aside:
         family = finder.family(aside)
         try:
             yield family

@@ -1,0 +1,238 @@
+"""Plans of one question within less and less memory: the front of time against memory, where there is little time for it.
+
+What is asked of a point holds for every limit: its tables, the shardings that cost least at a price of a byte, and what each of these is to take by the linear model
+(`Reach`). So a limit costs hardly more than what is new of it. The shardings that promise most are planned until none promises less than the best plan takes; what
+plans of a sharding held beside what the model counts, and took beside what was promised, is what it promises with from then on, and others of its point until they are planned.
+
+One point of each number of ranks is explored first, then those next to the best plan's. Points that promise hardly more than that are asked for all shardings that cost
+least at any price about the one that binds. Nothing is proven of it: bounds are those of a search that looked at operators alone.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import product
+
+from autopar.joint.asked import KEPT, Asked, first
+from autopar.joint.at_point import Found, PointSearch
+from autopar.joint.bounds import sides
+from autopar.joint.early import beside, of_all_ranks
+from autopar.joint.priced import Priced
+from autopar.joint.reach import Reach
+from autopar.joint.space import Point
+
+NEARLY = 1.02
+"""Points that promise up to so many times what the best plan takes are asked for more of their shardings."""
+
+DEARER, ABOUT = range(3), range(-1, 1)
+"""Of 2: up to so many times the price that binds the fastest shardings of a point others are asked for when it is explored, and about the price that binds the
+most promising one later."""
+
+ROUNDS = 3
+"""How often the most promising one is looked at again then."""
+
+BEYOND = 8.0
+"""A sharding that is to take so many times what it takes with any memory does not fit."""
+
+FAILED, TRIES = 3, 10
+"""Shardings in a row that promised to be better and were not, after which no other is looked at; those of a limit, where there is no plan yet."""
+
+
+@dataclass(eq=False)
+class Candidate:
+    """A sharding of a point. What plans of it took of what was promised, and held beside what was counted; None where there was none. `virtual`: stages of a rank that
+    its last one had; `looked_at`: the limit within which it was planned last."""
+
+    search: PointSearch
+    choices: tuple[int, ...]
+    reaches: tuple[Reach, ...]
+    ratio: float | None = None
+    unseen_bytes: float | None = None
+    virtual: int = 1
+    looked_at: float = math.inf
+    _last: tuple[float, float] = (math.nan, math.inf)
+
+    def step_s(self, room_bytes: float) -> float:
+        """By the linear model; inf where it does not fit."""
+        if self._last[0] != room_bytes:
+            least = min([reach.step_s(room_bytes) for reach in self.reaches])
+            self._last = room_bytes, least if least < BEYOND * self._free_s else math.inf
+        return self._last[1]
+
+    def price(self, room_bytes: float) -> float:
+        return min(self.reaches, key=lambda reach: reach.step_s(room_bytes)).price(room_bytes)
+
+    @cached_property
+    def _free_s(self) -> float:
+        return min([reach.free_s for reach in self.reaches])
+
+
+@dataclass(eq=False)
+class Explored:
+    """A point and its shardings, with what is taken for true of those that were not planned."""
+
+    search: PointSearch
+    candidates: dict[tuple[int, ...], Candidate] = field(default_factory=dict)
+    ratio: float = 1.0
+    unseen_bytes: float = 0.0
+    has_plan: bool = False
+    _is_lean: bool = False
+    _powers: set[int] = field(default_factory=set)
+    """Of 2, the prices from which on to the next all shardings were asked for."""
+
+    def on(self, search: PointSearch) -> None:
+        """Of the same point."""
+        self.search = search
+        for candidate in self.candidates.values():
+            candidate.search = search
+
+    def promised_s(self, candidate: Candidate, limit_bytes: float) -> float:
+        return candidate.step_s(self._room_bytes(candidate, limit_bytes)) * (self.ratio if candidate.ratio is None else candidate.ratio)
+
+    def least_s(self, limit_bytes: float) -> float:
+        return min([self.promised_s(candidate, limit_bytes) for candidate in self.candidates.values()], default=math.inf)
+
+    def _room_bytes(self, candidate: Candidate, limit_bytes: float) -> float:
+        return limit_bytes - (self.unseen_bytes if candidate.unseen_bytes is None else candidate.unseen_bytes)
+
+    def ask(self, limit_bytes: float) -> None:
+        """For the fastest shardings, and those that cost least at the price that binds them and above."""
+        self._add(first(self.search.keeping.stages, (), self._ways))
+        price = self._price(limit_bytes)
+        powers = [round(math.log2(price)) + dearer for dearer in DEARER] if price else []
+        kept, again = product(powers, (KEPT,)), product(powers[:1], self._ways)
+        self._add(Asked(self._flight, 2.0**power, None, how) for power, how in (*kept, *again))
+
+    def ask_nearer(self, limit_bytes: float) -> None:
+        """For those that cost least at any price about the one that binds the most promising, until that is one of them."""
+        for _ in range(ROUNDS):
+            price = self._price(limit_bytes)
+            fresh = {math.floor(math.log2(price)) + more for more in ABOUT} - self._powers if price else set[int]()
+            if not fresh:
+                break
+            self._powers |= fresh
+            for power, how in product(sorted(fresh), (KEPT, *self._ways)):
+                between = self.search.tables.between(self._flight, 2.0**power, 2.0 ** (power + 1), how)
+                self._add(Asked(self._flight, price, None, how) for price in between)
+
+    def ask_leanest(self) -> None:
+        if not self._is_lean:
+            self._is_lean = True
+            self._add(self.search.leanest())
+
+    def _add(self, asking: Iterable[Asked]) -> None:
+        search = self.search
+        for choices in search.tables.chosen(asking):
+            if choices not in self.candidates:
+                self.candidates[choices] = Candidate(search, choices, tuple([Reach.of(search, choices, order) for order in search.orders]))
+
+    @property
+    def _ways(self) -> tuple[str, ...]:
+        return self.search.tables.ways
+
+    @property
+    def _flight(self) -> float:
+        return max(self.search.orders[0].in_flight)
+
+    def _price(self, limit_bytes: float) -> float:
+        """Of a byte: that which binds the most promising sharding, or else all together, as near as is known at little cost; 0 where none does."""
+        promising = min(self.candidates.values(), key=lambda candidate: self.promised_s(candidate, limit_bytes))
+        room_bytes = self._room_bytes(promising, limit_bytes)
+        if promising.step_s(room_bytes) < math.inf and (price := promising.price(room_bytes)):
+            return price
+        tables, side = self.search.tables, sides(self.search.orders[0])[0]
+        return next(iter(Priced(tables.side(side), tables.rough(side)).binding([self._flight], room_bytes)), 0.0)
+
+    def planned(self, candidate: Candidate, limit_bytes: float, below_s: float) -> Found | None:
+        """The best plan of a sharding that takes less than `below_s`, and what is learned of it."""
+        search, tables = self.search, self.search.tables
+        sharding = tables.sharding(candidate.choices)
+        candidate.looked_at = limit_bytes
+        made = search.planned(sharding, limit_bytes * search.joint.known.shares.get(search.point, 1.0), below_s, candidate.virtual)
+        if made is not None or candidate.unseen_bytes is None:
+            unseen = max(0.0, tables.unseen_bytes(candidate.choices, made.deep if made is not None else sharding.leanest(search.orders[0])))
+            candidate.unseen_bytes = unseen
+            if made is not None or not self.has_plan:
+                self.unseen_bytes = unseen if made is not None else min(unseen, self.unseen_bytes or math.inf)
+            self.has_plan |= made is not None
+        promised_s = candidate.step_s(limit_bytes - candidate.unseen_bytes)
+        if made is not None:
+            candidate.virtual = made.deep.order.virtual
+            candidate.ratio = made.step_s / promised_s if promised_s < math.inf else None
+            self.ratio = candidate.ratio or self.ratio
+        elif below_s == math.inf:
+            candidate.looked_at = 0.0  # nor does it fit in less
+        elif promised_s < math.inf:
+            candidate.ratio = max(self.ratio if candidate.ratio is None else candidate.ratio, below_s / promised_s)
+        return made
+
+
+@dataclass
+class Descent:
+    """A cache, not a value: points that were explored within a limit, and the last plan's."""
+
+    points: dict[Point, Explored] = field(default_factory=dict)
+    _limit_bytes: float = math.inf
+    _last: tuple[Explored, Candidate] | None = None
+    _tries: int = 0
+
+    def plan(self, searches: Sequence[PointSearch], limit_bytes: float, most: int) -> Found | None:
+        """The best plan within a limit that is found with so many more points. It begins anew where the limit is larger than the one before."""
+        if limit_bytes > self._limit_bytes:
+            self.points, self._last = {}, None
+        self._limit_bytes = limit_bytes
+        for search in searches:
+            if (explored := self.points.get(search.point)) is not None:
+                explored.on(search)
+        self._tries = 0
+        best = self._last[0].planned(self._last[1], limit_bytes, math.inf) if self._last is not None else None
+        if not self.points:
+            for search in of_all_ranks(searches):
+                if search.free_s < min([explored.least_s(limit_bytes) for explored in self.points.values()], default=math.inf):
+                    self._explore(search, limit_bytes)
+        best = self._better(limit_bytes, best)
+        for search in self._upcoming(searches, most):
+            if best is None or search.free_s < best.step_s:
+                self._explore(search, limit_bytes)
+                best = self._better(limit_bytes, best)
+        for explored in self.points.values():
+            if best is None:
+                explored.ask_leanest()
+            elif explored.least_s(limit_bytes) <= best.step_s * NEARLY:
+                explored.ask_nearer(limit_bytes)
+        return self._better(limit_bytes, best, hopeless=True)
+
+    def _explore(self, search: PointSearch, limit_bytes: float) -> None:
+        self.points[search.point] = Explored(search)
+        self.points[search.point].ask(limit_bytes)
+
+    def _upcoming(self, searches: Sequence[PointSearch], most: int) -> Iterator[PointSearch]:
+        """So many that were not explored next to the best plan's point, wherever that is by then."""
+        for _ in range(most):
+            if self._last is None:
+                break
+            centre = self._last[0].search.point
+            if (fresh := next((search for search in beside(searches, centre) if search.point not in self.points), None)) is None:
+                break
+            yield fresh
+
+    def _better(self, limit_bytes: float, best: Found | None, *, hopeless: bool = False) -> Found | None:
+        """The best plan of the shardings that are known; of those that are not to fit too, where none that is to does and they are wanted."""
+        failed, usual = 0, min([explored.ratio for explored in self.points.values() if explored.has_plan], default=1.0)
+        for explored in self.points.values():
+            explored.ratio = explored.ratio if explored.has_plan else min(1.0, usual)
+        while self._tries < TRIES if best is None else failed < FAILED:
+            best_s = best.step_s if best is not None else math.inf
+            left = [(explored, candidate) for explored in self.points.values() for candidate in explored.candidates.values() if candidate.looked_at > limit_bytes]
+            promised_s, number = min([(explored.promised_s(candidate, limit_bytes), n) for n, (explored, candidate) in enumerate(left)], default=(math.inf, 0))
+            if promised_s == math.inf and best is None and hopeless:
+                promised_s, number = min([(candidate.step_s(limit_bytes), n) for n, (_, candidate) in enumerate(left)], default=(math.inf, 0))
+            if promised_s >= best_s:
+                break
+            explored, candidate = left[number]
+            made = explored.planned(candidate, limit_bytes, best_s)
+            self._tries, failed = self._tries + 1, 0 if made is not None else failed + 1
+            if made is not None:
+                best, self._last = made, left[number]
+        return best
