@@ -10,7 +10,7 @@ from torch import nn
 import autopar
 from autopar.core.graph import Op
 from autopar.joint.at_point import PointSearch
-from autopar.joint.deep import Deep, Sharding, even_depths
+from autopar.joint.deep import Deep, Sharding, even_depths, kind_of
 from autopar.joint.known import Known
 from autopar.joint.plan import joint_search, on_whole_graph
 from autopar.joint.space import Ideal, Point
@@ -174,7 +174,7 @@ def test_three_blocks_tell_what_a_rank_of_the_whole_model_holds_once(ranks: int,
     staged = on_whole_graph(deep, request.family.graph(8)).staged
     for rank in range(ranks):
         whole = {there: size for s in deep.held(rank) for there, size in staged._lasting[s].items()}
-        assert light.cut.lasting_bytes(tuple((deep._kind(s), deep.depths[s].blocks) for s in deep.held(rank))) == sum(whole.values())
+        assert light.cut.lasting_bytes(tuple((kind_of(s, order.num_stages), deep.depths[s].blocks) for s in deep.held(rank))) == sum(whole.values())
         assert sum(whole.values()) >= MASK + 4 * SEQ * sum(deep.depths[s].blocks for s in deep.held(rank))
 
 

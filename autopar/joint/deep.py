@@ -84,7 +84,7 @@ class Deep:
 
     @cached_property
     def costs(self) -> tuple[StageCost, ...]:
-        return tuple([self.mixture.cost(_kind(s, len(self.depths)), depth) for s, depth in enumerate(self.depths)])
+        return tuple([self.mixture.cost(kind_of(s, len(self.depths)), depth) for s, depth in enumerate(self.depths)])
 
     @cached_property
     def least_s(self) -> float:
@@ -130,7 +130,7 @@ class Deep:
     def rank_memory(self, rank: int, changed: Mapping[int, Depth] | None = None) -> MemoryUse:
         """With other depths of some stages where they are given."""
         depths = dict(enumerate(self.depths)) | dict(changed or {})
-        return self.mixture.peak(self.order, rank, tuple((_kind(s, len(depths)), depths[s]) for s in self.held(rank)))
+        return self.mixture.peak(self.order, rank, tuple((kind_of(s, len(depths)), depths[s]) for s in self.held(rank)))
 
     def least_bytes(self, rank: int) -> np.ndarray:
         """See `Mixture.least_bytes`."""
@@ -142,11 +142,11 @@ class Deep:
 
     def high_by_blocks(self, rank: int) -> np.ndarray:
         """See `Mixture.high_by_blocks`."""
-        return self.mixture.high_by_blocks(self.order, rank, _kind(rank, self.order.num_stages))
+        return self.mixture.high_by_blocks(self.order, rank, kind_of(rank, self.order.num_stages))
 
     def least_by_blocks(self, rank: int) -> np.ndarray:
         """See `Mixture.least_by_blocks`."""
-        return self.mixture.least_by_blocks(self.order, rank, _kind(rank, self.order.num_stages))
+        return self.mixture.least_by_blocks(self.order, rank, kind_of(rank, self.order.num_stages))
 
     def ways(self, rank: int) -> Hashable:
         """What the ways to mix the modes of a rank's blocks depend on."""
@@ -166,7 +166,7 @@ class Deep:
         return found
 
 
-def _kind(stage: int, num_stages: int) -> int:
+def kind_of(stage: int, num_stages: int) -> int:
     return ALL if num_stages == 1 else FIRST if stage == 0 else LAST if stage == num_stages - 1 else MIDDLE
 
 
@@ -177,7 +177,7 @@ def _held_by_rank(order: Order, blocks: tuple[int, ...], late: bool) -> tuple[He
         stages = range(rank, len(blocks), order.num_ranks)
         flight = dict(zip(stages, flights, strict=True))
         first = sorted(stages, key=lambda s: (-flight[s], -s)) if late else stages
-        found.append(tuple([(s, (_kind(s, len(blocks)), blocks[s])) for s in first]))
+        found.append(tuple([(s, (kind_of(s, len(blocks)), blocks[s])) for s in first]))
     return tuple(found)
 
 
