@@ -22,6 +22,8 @@ from autopar.joint.priced import Priced
 from autopar.joint.reach import Reach
 from autopar.joint.space import Point
 
+# How these were chosen: by what the front of 70B on 64 GPUs takes, and how far its steps are above those of other settings (`examples/benchmark_replan.py --only front`).
+
 NEARLY = 1.02
 """Points that promise up to so many times what the best plan takes are asked for more of their shardings."""
 
@@ -36,7 +38,7 @@ BEYOND = 8.0
 """A sharding that is to take so many times what it takes with any memory does not fit."""
 
 FAILED, TRIES = 3, 10
-"""Shardings in a row that promised to be better and were not, after which no other is looked at; those of a limit, where there is no plan yet."""
+"""So many shardings in a row that promised to be better than the best plan and were not end the search within a limit; so many in all, where there is no plan yet."""
 
 
 @dataclass(eq=False)
@@ -44,7 +46,6 @@ class Candidate:
     """A sharding of a point. What plans of it took of what was promised, and held beside what was counted; None where there was none. `virtual`: stages of a rank that
     its last one had; `looked_at`: the limit within which it was planned last."""
 
-    search: PointSearch
     choices: tuple[int, ...]
     reaches: tuple[Reach, ...]
     ratio: float | None = None
@@ -81,12 +82,6 @@ class Explored:
     _powers: set[int] = field(default_factory=set)
     """Of 2, the prices from which on to the next all shardings were asked for."""
 
-    def on(self, search: PointSearch) -> None:
-        """Of the same point."""
-        self.search = search
-        for candidate in self.candidates.values():
-            candidate.search = search
-
     def promised_s(self, candidate: Candidate, limit_bytes: float) -> float:
         return candidate.step_s(self._room_bytes(candidate, limit_bytes)) * (self.ratio if candidate.ratio is None else candidate.ratio)
 
@@ -122,10 +117,9 @@ class Explored:
             self._add(self.search.leanest())
 
     def _add(self, asking: Iterable[Asked]) -> None:
-        search = self.search
-        for choices in search.tables.chosen(asking):
+        for choices in self.search.tables.chosen(asking):
             if choices not in self.candidates:
-                self.candidates[choices] = Candidate(search, choices, tuple([Reach.of(search, choices, order) for order in search.orders]))
+                self.candidates[choices] = Candidate(choices, tuple([Reach.of(self.search, choices, order) for order in self.search.orders]))
 
     @property
     def _ways(self) -> tuple[str, ...]:
@@ -151,11 +145,12 @@ class Explored:
         candidate.looked_at = limit_bytes
         made = search.planned(sharding, limit_bytes * search.joint.known.shares.get(search.point, 1.0), below_s, candidate.virtual)
         if made is not None or candidate.unseen_bytes is None:
-            unseen = max(0.0, tables.unseen_bytes(candidate.choices, made.deep if made is not None else sharding.leanest(search.orders[0])))
-            candidate.unseen_bytes = unseen
-            if made is not None or not self.has_plan:
-                self.unseen_bytes = unseen if made is not None else min(unseen, self.unseen_bytes or math.inf)
-            self.has_plan |= made is not None
+            deep = made.deep if made is not None else sharding.leanest(search.orders[0])
+            candidate.unseen_bytes = max(0.0, tables.unseen_bytes(candidate.choices, deep))
+            if made is not None:
+                self.unseen_bytes, self.has_plan = candidate.unseen_bytes, True
+            elif not self.has_plan:  # the least of what does not fit
+                self.unseen_bytes = min(candidate.unseen_bytes, self.unseen_bytes or math.inf)
         promised_s = candidate.step_s(limit_bytes - candidate.unseen_bytes)
         if made is not None:
             candidate.virtual = made.deep.order.virtual
@@ -184,7 +179,7 @@ class Descent:
         self._limit_bytes = limit_bytes
         for search in searches:
             if (explored := self.points.get(search.point)) is not None:
-                explored.on(search)
+                explored.search = search  # of the new limit
         self._tries = 0
         best = self._last[0].planned(self._last[1], limit_bytes, math.inf) if self._last is not None else None
         if not self.points:
