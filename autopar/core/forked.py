@@ -72,11 +72,11 @@ def _alone(inherited: Iterable[Connection], serve: Callable[..., None], *given: 
 
 
 class Aside(Generic[T]):
-    """Works that are done in processes while this one does something else, each by itself."""
+    """Works that are done in processes while this one does something else, or its share of them. Each takes the next that none has begun with."""
 
-    def __init__(self, works: Sequence[Callable[[], T]], processes: int) -> None:
-        """In so many `processes` at most, each of which does its works one after the other."""
-        self._works, self._count, self._asks = works, min(processes, len(works)), os.getpid()
+    def __init__(self, works: Sequence[Callable[[], T]], processes: int, begin: Callable[[], object] = lambda: None) -> None:
+        """In so many `processes` at most, each of which does `begin` first."""
+        self._works, self._count, self._begin, self._asks = works, min(processes, len(works)), begin, os.getpid()
         self._processes: list[tuple[BaseProcess, Connection]] = []
         self._found: dict[int, T | None] = {}
 
@@ -86,35 +86,55 @@ class Aside(Generic[T]):
         return bool(self._processes)
 
     def __enter__(self) -> Self:
+        self._left, numbers = os.pipe()  # one byte for each, which one process alone reads
+        os.write(numbers, bytes(range(len(self._works))))
+        os.close(numbers)
         with suppress(OSError):
-            for n in range(self._count):
-                works = list(enumerate(self._works))[n :: self._count]
-                self._processes.append(forked(_work, [theirs for _, theirs in self._processes], works))
+            for _ in range(self._count):
+                self._processes.append(forked(self._work, [theirs for _, theirs in self._processes]))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         while self._processes:
             end(*self._processes.pop())
+        os.close(self._left)
+
+    def _work(self, answers: Connection) -> None:
+        self._begin()
+        while number := os.read(self._left, 1):
+            answers.send((number[0], self._done(number[0])))
+
+    def _done(self, number: int) -> T | None:
+        with suppress(Exception):  # who asks will find out itself
+            return self._works[number]()
+        return None
+
+    def share(self) -> None:
+        """Does what no process has begun with here, while there is any."""
+        while number := os.read(self._left, 1):
+            self._found[number[0]] = self._done(number[0])
 
     def found(self, number: int) -> T | None:
         """What a work found out, for which is waited. None where it failed, or its process is gone, or in a process forked from this one: whoever asks does it then."""
-        if self._asks == os.getpid() and self._processes and number % self._count < len(self._processes):
-            process, answers = self._processes[number % self._count]
-            with suppress(EOFError, OSError):
-                while number not in self._found:
-                    if not answers.poll(PATIENCE_S):
-                        process.kill()  # so that it is waited for once; its end is heard next
-                    done, found = answers.recv()
-                    self._found[done] = found
+        if self._asks == os.getpid():
+            while number not in self._found and self._processes:
+                self._hear()
         return self._found.get(number)
 
-
-def _work(answers: Connection, works: Iterable[tuple[int, Callable[[], object]]]) -> None:
-    for number, work in works:
-        found = None
-        with suppress(Exception):  # who asks will find out itself
-            found = work()
-        answers.send((number, found))
+    def _hear(self) -> None:
+        """Of what is done next. Who says nothing for too long is ended, as is who has nothing more to do."""
+        ready = connection.wait([theirs for _, theirs in self._processes], PATIENCE_S)
+        for process, theirs in list(self._processes):
+            if theirs in ready or not ready:
+                try:
+                    number, found = theirs.recv() if ready else (None, None)
+                except (EOFError, OSError):
+                    number = None
+                if number is not None:
+                    self._found[number] = found
+                else:
+                    self._processes.remove((process, theirs))
+                    end(process, theirs)
 
 
 @dataclass(eq=False)

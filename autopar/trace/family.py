@@ -10,7 +10,7 @@ A search can begin with what two batches give. So the third is traced while it g
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +24,6 @@ from autopar.runtime.microbatches import Batch, resized
 from autopar.trace.blocks import Chain, check_alike, runs_of, shortened
 from autopar.trace.capture import trace
 
-T = TypeVar("T")
 MORE, SINGLE, CHECK = range(3)
 """Works aside, in the order in which a search needs them."""
 
@@ -51,11 +50,11 @@ def find_family(model: nn.Module, inputs: Batch) -> Family:
 
 @contextmanager
 def early_family(model: nn.Module, inputs: Batch, *, busy: bool = True) -> Iterator[Family]:
-    """The same as soon as there is something to begin with; processes trace the rest, and last no longer than this. `busy`: this process goes on with other work meanwhile.
-    Raises NoFamilyError where it is left too, whatever came of the family till then; not where that was an interrupt."""
+    """The same as soon as there is something to begin with; processes trace the rest, and last no longer than this. `busy`: this process goes on with other work meanwhile;
+    else it does its share of that. Raises NoFamilyError where it is left too, whatever came of the family till then; not where that was an interrupt."""
     finder = _Finder(model, inputs)
-    with Aside([partial(_alone, work) for work in finder.works], max(0, most_processes() - busy)) as aside:
-        family = finder.family(aside)
+    with Aside(finder.works, max(0, most_processes() - 1), partial(torch.set_num_threads, 1)) as aside:  # they have none of the threads of this one
+        family = finder.family(aside, busy=busy)
         try:
             yield family
         except Exception:  # perhaps because there is no such family
@@ -78,11 +77,13 @@ class _Finder:
 
         self.works: list[Callable[[], Any]] = [lambda: self._short(MORE_SAMPLES), self._single, lambda: self._short(CHECK_SAMPLES)]
 
-    def family(self, aside: Aside[Any]) -> Family:
+    def family(self, aside: Aside[Any], *, busy: bool) -> Family:
         """With what is found `aside`, or here where it is not. It is confirmed at once where nothing goes on aside."""
         form, chains = self._form(SAMPLES)
         for chain in chains:
             check_alike(self.model, chain)
+        if aside.at_work and not busy:
+            aside.share()
 
         def found(work: int) -> Any:
             return aside.found(work) or self.works[work]()
@@ -127,9 +128,3 @@ class _Finder:
         for chain in chains:
             chain.check_complete()
         return graph, chains
-
-
-def _alone(work: Callable[[], T]) -> T:
-    """In a process that has none of the threads of the one it was forked from."""
-    torch.set_num_threads(1)
-    return work()

@@ -125,6 +125,26 @@ def test_works_aside_are_found_or_left_to_who_asks(processes: int, monkeypatch: 
 
 
 @needs_fork
+@pytest.mark.parametrize("processes", [1, 2])
+def test_works_that_no_process_has_begun_with_are_done_here(processes: int) -> None:
+    def slow() -> int:
+        time.sleep(0.3)
+        return os.getpid()
+
+    with Aside([slow] * 4, processes) as aside:
+        aside.share()
+        pids = [aside.found(n) for n in range(4)]
+        assert os.getpid() in pids and len(set(pids)) == processes + 1  # each is done once
+
+
+@needs_fork
+def test_each_process_begins_as_it_is_told() -> None:
+    begun: list[int] = []
+    with Aside([lambda: list(begun)], 1, lambda: begun.append(1)) as aside:
+        assert aside.found(0) == [1] and not begun
+
+
+@needs_fork
 def test_works_aside_answer_only_who_gave_them() -> None:
     """Another process forked from it would take away what it waits for."""
     with Aside([lambda: 1, lambda: 2], 1) as aside:
