@@ -216,7 +216,7 @@ class Sharding:
 
 
 def recompute_tables(
-    modes: Sequence[str], again_s: np.ndarray, saved_bytes: np.ndarray, made_bytes: np.ndarray, *, kept: bool, times: int, watch_s: float = 0.0
+    modes: Sequence[str], again_s: np.ndarray, saved_bytes: np.ndarray, made_bytes: np.ndarray, *, kept: bool, times: int, watch_s: float = 0.0, summed: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """(extra seconds, bytes kept inside the block) of one operator: rows are modes, columns its states.
 
@@ -228,7 +228,7 @@ def recompute_tables(
     for mode in modes:
         some = kept and keeps_contractions(mode)
         seconds.append(times * (2 * watch_s + nothing if some else again_s * computes_again(mode)))
-        held.append(made_bytes if some else nothing if computes_again(mode) else saved_bytes)
+        held.append(made_bytes if some else made_bytes * (summed & kept) if computes_again(mode) else saved_bytes)
     return np.stack(seconds), np.stack(held)
 
 

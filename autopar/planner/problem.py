@@ -377,7 +377,7 @@ class ProblemBuilder:
             addends = self._addends(states)
             again = states.forward_s * self.again.get(i, 0.0) * (addends == 1 if kept else 1)
             keeps, watch_s = states.kept_bytes + held / addends, self.pricing.cluster.host.watch_s
-            seconds, memory = recompute_tables(self.keeping.recompute, again, keeps, made / addends, kept=kept, times=self.keeping.micro_batches, watch_s=watch_s)
+            seconds, memory = recompute_tables(self.keeping.recompute, again, keeps, made / addends, kept=kept, times=self.keeping.micro_batches, watch_s=watch_s, summed=addends > 1)
             memory += np.outer([computes_again(mode) for mode in self.keeping.recompute], states.result_bytes[list(begun)].sum(axis=0))
             self._mode_cache[key] = (seconds, memory) if seconds.any() or memory.any() else None
         return self._mode_cache[key]

@@ -1,5 +1,6 @@
 """What the linear model says of a sharding is no more than what the walk through its program finds: the bounds of the search rest on it."""
 
+import numpy as np
 import pytest
 
 from autopar.core.cluster import Cluster
@@ -34,6 +35,22 @@ def test_no_block_holds_less_than_its_figures_say_or_is_faster(dims: Dims, point
             once_s = sum(kinds.seconds[1][3:])
             assert found.seconds <= (point.num_microbatches * kinds.block_s + once_s) * (1 + ROUNDING)
             assert found.kept_bytes <= kinds.kept_inside * (1 + ROUNDING), kinds.mode
+
+
+@pytest.mark.parametrize("dims", [LLAMA, GPT], ids=["llama", "gpt"])
+def test_sums_over_ranks_are_kept_whatever_a_block_computes_again(dims: Dims) -> None:
+    """No collective is repeated but gathers: of a product whose addends are on several ranks full recomputation keeps what selective does, and of others nothing."""
+    search = PointSearch(joint_search(dims, Cluster.preset("a100-sxm", 2), 32), POINTS[0])
+    (problem, ports), graph = search.tables.built, search.tables.task.graph
+    selective, full = (search.keeping.recompute.index(mode) for mode in ("selective", "full"))
+    modes, summed = set(ports.block_node.values()), 0
+    contractions = {node: ports.states[node] for i, node in ports.op_node.items() if graph.ops[i].kind == "aten.linear.default"}
+    for edge in problem.edges:
+        if edge.u in modes and edge.v in contractions and edge.memory_bytes is not None:
+            are_addends = np.array(["P" in [p.kind for p in layout] for layout in contractions[edge.v].result_layouts[0]])
+            assert (edge.memory_bytes[full] == edge.memory_bytes[selective] * are_addends).all()
+            summed += bool(edge.memory_bytes[full].any())
+    assert summed
 
 
 @pytest.mark.parametrize("zero", range(4))

@@ -134,7 +134,7 @@ def test_shardings_for_blocks_that_are_computed_again_are_tried() -> None:
     search.ideal_s(Ideal(A100, joint.run, joint.task))
     free = {tuple(program.strategies) for program in programs(search)}
     assert search.fitting_s() > search.fastest_s()
-    assert len({tuple(program.strategies) for program in programs(search)} - free) > 1
+    assert {tuple(program.strategies) for program in programs(search)} - free
 
 
 @pytest.mark.parametrize("mode", ["none+gather", "full", "selective+gather", "full+gather"])
