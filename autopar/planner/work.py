@@ -5,6 +5,7 @@ it, and a stage of a pipeline does each of its pieces once, however many of its 
 the sum over the pieces that they want, and stages are priced without being built.
 """
 
+from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import replace
@@ -110,7 +111,7 @@ class Pieces:
 
     def in_modes(self, program: Program) -> "Pieces":
         """Of the same program under other modes of recomputation."""
-        known = {"done": self.done, "states": self.states}
+        known = {"done": self.done, "states": self.states, "_together": self._together, "_sums": self._sums}
         made = copy(self)
         vars(made).update(known, program=program)
         vars(made).pop("shares", None)
@@ -126,8 +127,25 @@ class Pieces:
 
     def total_seconds(self) -> np.ndarray:
         """By phase."""
-        found = {done.number: self._seconds(done) for done in self.done}
-        return np.array([NOTHING, *found.values(), *{piece.key: piece.seconds for piece in self.states}.values()]).sum(axis=0)
+        asked = [(n, tuple(map(self.program.mode, segments))) for n, (segments, _) in enumerate(self._together)]
+        self._sums.update({key: np.sum([self._seconds(done) for done in self._together[key[0]][1]], axis=0) for key in asked if key not in self._sums})
+        return np.array([NOTHING, *[self._sums[key] for key in asked], *{piece.key: piece.seconds for piece in self.states}.values()]).sum(axis=0)
+
+    @cached_property
+    def _together(self) -> list[tuple[tuple[int, ...], list[_Done]]]:
+        """What is done, each once, by the segments on whose modes depends how long it takes."""
+        segment_of = {i: s for s, segment in enumerate(self.graph.segments) for i in segment.ops}
+        near, found = defaultdict[int, set[int]](set), defaultdict[tuple[int, ...], list[_Done]](list)
+        for done in self.done:
+            near[done.number].update((segment_of[done.op], segment_of[done.wanted_by]))
+        for done in {done.number: done for done in self.done}.values():
+            found[tuple(sorted(near[done.number]))].append(done)
+        return list(found.items())
+
+    @cached_property
+    def _sums(self) -> dict[tuple[int, tuple[str, ...]], np.ndarray]:
+        """Of those, by number and these modes."""
+        return {}
 
     def compute_seconds(self) -> float:
         """Of operators, forward and backward."""
