@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from autopar.core.cluster import Cluster
+from autopar.core.collector import collector_paused
 from autopar.core.family import Family
 from autopar.core.forked import found_of_row, most_processes
 from autopar.core.graph import OpGraph
@@ -158,6 +159,7 @@ class Request:
         assert found is not None, "the model was found to be one row of blocks"
         return min(found, whole or found, key=lambda p: p.plan.predicted.step_time_s)
 
+    @collector_paused()
     def front(self, cluster: Machines, *, budget_s: float = math.inf, within_s: float = math.inf, progress: Progress = quiet, **given: Any) -> Sequence[Plan]:
         """The front of time against memory, see `joint.front`: the fastest plan first, the leanest last, or the first that takes longer than `within_s`. `given`: of
         `planned`, `max_memory` where the front begins. `budget_s`: for looking at other points than those of the plans before, by the joint search: so many for each

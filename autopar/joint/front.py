@@ -18,6 +18,9 @@ from autopar.errors import InfeasibleError
 LEANER = 0.97
 """A plan of the front holds at most so much of what the one before it holds."""
 
+PARTED = 0.55
+"""So much of the way down, by ratio, is the first part: plans of the leanest are the hardest to find."""
+
 FIRST_POINTS, MORE_POINTS = 6, 2
 """Points that are explored under a budget beside one of each number of ranks for the first plan of a part, and beside all of those for each of the others."""
 
@@ -46,8 +49,8 @@ class Part:
 
 
 def parted(limit_bytes: float, state_bytes: float) -> list[tuple[float, float]]:
-    """Where parts of the front begin and end: at the mean ratio of the limit and what no plan is under."""
-    middle = math.sqrt(limit_bytes * state_bytes)
+    """Where parts of the front begin and end: between the limit and what no plan is under."""
+    middle = limit_bytes ** (1 - PARTED) * state_bytes**PARTED
     return [(limit_bytes, middle), (middle, 0.0)] if 0 < middle < LEANER * limit_bytes else [(limit_bytes, 0.0)]
 
 

@@ -64,7 +64,8 @@ def test_a_part_ends_with_the_first_plan_that_takes_too_long() -> None:
 
 
 def test_parts_meet_between_the_limit_and_what_all_plans_hold() -> None:
-    assert parted(100.0, 25.0) == [(100.0, 50.0), (50.0, 0.0)]
+    (begin, middle), (again, end) = parted(100.0, 25.0)
+    assert (begin, end) == (100.0, 0.0) and middle == again and 25.0 < middle < 100.0
     assert parted(100.0, 99.0) == parted(100.0, 120.0) == parted(100.0, 0.0) == [(100.0, 0.0)]
 
 
