@@ -221,7 +221,8 @@ def recompute_tables(
     """(extra seconds, bytes kept inside the block) of one operator: rows are modes, columns its states.
 
     `again_s`: of the part of its forward that is done again where nothing is kept; `watch_s`: what keeping a result adds, there and again.
-    `saved_bytes`: what the backward reads; `made_bytes`: results, which selective recomputation keeps of an operator that is `kept`.
+    `saved_bytes`: what the backward reads; `made_bytes`: results, which selective recomputation keeps of an operator that is `kept`, and all recomputation where they
+    are `summed` over ranks, as that is not repeated.
     """
     nothing = np.zeros_like(again_s)
     seconds, held = [], []

@@ -81,6 +81,30 @@ def test_what_is_learned_of_a_plan_is_what_its_sharding_promises(name: str) -> N
     assert learned
 
 
+@pytest.mark.parametrize("name", DIMS)
+def test_what_was_found_of_a_sharding_is_taken_for_true_of_the_most_alike_ones(name: str) -> None:
+    dims, share = DIMS[name]
+    search = joint_search(dims, A100, 16, memory_share=share)
+    explored = found(search, search.limit_bytes)
+    explored.ask_nearer(search.limit_bytes / 3)  # others, when some are known
+    planned = [c for c in explored.candidates.values() if c.unseen_bytes is not None]
+    others = [c for c in explored.candidates.values() if c.unseen_bytes is None]
+    assert planned and others and all(c.known is c for c in planned)
+    for candidate in others:
+        far = {id(c): np.abs(c.held_bytes - candidate.held_bytes).sum() for c in planned}
+        assert far[id(candidate.known)] == min(far.values())
+
+
+@pytest.mark.parametrize("name", DIMS)
+def test_no_two_shardings_of_a_point_cost_all_the_same(name: str) -> None:
+    dims, share = DIMS[name]
+    search = joint_search(dims, A100, 16, memory_share=share)
+    explored = found(search, search.limit_bytes)
+    whole = explored.search.tables.side("whole")
+    figures = [(whole.parts_of(choices), *whole.figures(choices).blocks.items()) for choices in explored.candidates]
+    assert len(figures) > 2 and len(set(figures)) == len(figures)
+
+
 def found(search: JointSearch, limit: float) -> Explored:
     """One point of which all that promise to be better than the best were planned."""
     point = next(p for p in points(search.cluster, search.batch, search.run.depth, search.pins) if (p.num_ranks, p.outer, p.inner, p.samples) == (2, 1, 4, 1))
