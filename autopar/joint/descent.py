@@ -31,6 +31,9 @@ from autopar.joint.space import Point
 DEARER, ABOUT = range(2), range(2)
 """Of 2: up to so many times the price that binds others are asked for when a point is explored, and from the one that binds the most promising sharding on later."""
 
+ROOMY = 1.15
+"""Where a step takes less than so many times what it takes with any memory the fastest shardings are asked for too."""
+
 ROUNDS = 3
 """How often the most promising one is looked at again then."""
 
@@ -111,14 +114,13 @@ class Explored:
         return limit_bytes - (candidate.known.unseen_bytes or 0.0)
 
     def ask(self, limit_bytes: float) -> None:
-        """For those that cost least at the price that binds and above, and where none does for the fastest."""
-        price = self._price(limit_bytes)
-        if not price:
+        """For those that cost least at the price that binds and above; for the fastest too where memory costs little."""
+        if price := self._price(limit_bytes):
+            powers = [round(math.log2(price)) + dearer for dearer in DEARER]
+            kept, again = product(powers, (KEPT,)), product(powers[:1], self._ways)
+            self._add(Asked(self._flight, 2.0**power, None, how) for power, how in (*kept, *again))
+        if self.least_s(limit_bytes) < ROOMY * self.search.free_s or not self.candidates:
             self._add(first(self.search.keeping.stages, (), self._ways))
-            price = self._price(limit_bytes)
-        powers = [round(math.log2(price)) + dearer for dearer in DEARER] if price else []
-        kept, again = product(powers, (KEPT,)), product(powers[:1], self._ways)
-        self._add(Asked(self._flight, 2.0**power, None, how) for power, how in (*kept, *again))
 
     def ask_nearer(self, limit_bytes: float) -> None:
         """For those that cost least at any price about the one that binds the most promising, until that is one of them."""
