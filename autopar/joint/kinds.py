@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,8 @@ from autopar.planner.held import Beside, fullest_bytes
 from autopar.planner.liveness import Liveness, fullest
 from autopar.program import Program
 from autopar.schedules.held import held_counts
+
+T = TypeVar("T")
 
 Held = tuple[tuple[int, tuple[int, int]], ...]
 """The stages of a rank, those first whose blocks get the heavier of two modes first, and of each the kind and the number of blocks."""
@@ -116,9 +118,7 @@ class Mixture:
     light: Kinds
     heavy: Kinds
     _costs: dict[tuple[int, Depth], StageCost] = field(default_factory=dict)
-    _peaks: dict[tuple, MemoryUse] = field(default_factory=dict)
-    _least: dict[tuple, np.ndarray] = field(default_factory=dict)
-    _high: dict[tuple, np.ndarray] = field(default_factory=dict)
+    _of_ranks: dict[tuple, Any] = field(default_factory=dict)
     _lines: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
     _steps: dict[tuple[Order, tuple[Depth, ...]], tuple[float, float]] = field(default_factory=dict)
     _numbers: dict[Hashable, tuple[float, int | None]] = field(default_factory=dict)
@@ -162,13 +162,17 @@ class Mixture:
         inside = (depth.blocks - counted) * heavy if every else depth.heavy * heavy + (depth.blocks - depth.heavy - counted) * light
         return own.kept_bytes[kind] + inside
 
+    def _known(self, about: str, order: Order, *question: Hashable, find: Callable[[], T]) -> T:
+        """What is asked of a rank, found once."""
+        key = about, order.schedule, order.num_ranks, order.num_microbatches, *question
+        if key not in self._of_ranks:
+            self._of_ranks[key] = find()
+        return self._of_ranks[key]  # type: ignore[no-any-return]
+
     def peak(self, order: Order, rank: int, held: tuple[tuple[int, Depth], ...]) -> MemoryUse:
         """Of a rank that holds stages of these kinds and depths: what shows of it computes; its other blocks, and the microbatches that are on their
         way, lie beside it."""
-        key = order.schedule, order.num_ranks, order.num_microbatches, rank, held
-        if key not in self._peaks:
-            self._peaks[key] = self._peak(order, rank, held)
-        return self._peaks[key]
+        return self._known("peak", order, rank, held, find=lambda: self._peak(order, rank, held))
 
     def _peak(self, order: Order, rank: int, held: tuple[tuple[int, Depth], ...]) -> MemoryUse:
         kept = int(self._most_kept(order, rank, np.array([[self._kept(*stage)] for stage in held]), [(kind, depth.blocks) for kind, depth in held])[0])
@@ -197,10 +201,7 @@ class Mixture:
     def high_bytes(self, order: Order, rank: int, held: Held, *, heavy: bool) -> np.ndarray:
         """[number + 1]: the bytes of `peak` with so many blocks of the rank in the heavier mode, those of the first of its stages, while a block computes that is in
         the heavier mode, or one in the lighter; 0 where there is none."""
-        key = order.schedule, order.num_ranks, order.num_microbatches, rank, held, heavy
-        if key not in self._high:
-            self._high[key] = self._high_bytes(order, rank, held, heavy)
-        return self._high[key]
+        return self._known("high_bytes", order, rank, held, heavy, find=lambda: self._high_bytes(order, rank, held, heavy))
 
     def _high_bytes(self, order: Order, rank: int, held: Held, heavy: bool) -> np.ndarray:
         stages = tuple([stage for _, stage in sorted(held)])
@@ -218,10 +219,7 @@ class Mixture:
 
     def high_by_blocks(self, order: Order, rank: int, kind: int) -> np.ndarray:
         """[blocks - 1]: the bytes of `peak` of a rank that holds one stage, of this kind, of so many blocks, all in the lighter mode."""
-        key = order.schedule, order.num_ranks, order.num_microbatches, rank, kind
-        if key not in self._high:
-            self._high[key] = self._high_by_blocks(order, rank, kind)
-        return self._high[key]
+        return self._known("high_by_blocks", order, rank, kind, find=lambda: self._high_by_blocks(order, rank, kind))
 
     def _high_by_blocks(self, order: Order, rank: int, kind: int) -> np.ndarray:
         cut, more = self.light.cut, np.arange(self.light.cut.run.depth)
@@ -234,10 +232,7 @@ class Mixture:
 
     def least_by_blocks(self, order: Order, rank: int, kind: int) -> np.ndarray:
         """[blocks - 1]: of the same rank `least_bytes`."""
-        key = order.schedule, order.num_ranks, order.num_microbatches, rank, kind
-        if key not in self._least:
-            self._least[key] = self._least_by_blocks(order, rank, kind)
-        return self._least[key]
+        return self._known("least_by_blocks", order, rank, kind, find=lambda: self._least_by_blocks(order, rank, kind))
 
     def _least_by_blocks(self, order: Order, rank: int, kind: int) -> np.ndarray:
         cut = self.light.cut
@@ -252,10 +247,7 @@ class Mixture:
         """[number + 1]: no `peak` is lower with so many blocks of the rank in the heavier mode, those of the first of its stages.
         No walk back is needed to know it: when the last of what is kept is made, parameters and optimizer state are there, and gradients of the stages that do
         not compute."""
-        key = order.schedule, order.num_ranks, order.num_microbatches, rank, held
-        if key not in self._least:
-            self._least[key] = self._least_bytes(order, rank, held)
-        return self._least[key]
+        return self._known("least_bytes", order, rank, held, find=lambda: self._least_bytes(order, rank, held))
 
     def _least_bytes(self, order: Order, rank: int, held: Held) -> np.ndarray:
         stages, states = tuple([stage for _, stage in sorted(held)]), self.light.cut.states
